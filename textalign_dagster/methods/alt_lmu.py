@@ -1,0 +1,66 @@
+"""ALT_LMU: conditioning on unconstrained textual feedback (Saüc i Castillo et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from textalign_dagster.methods.base import FeedbackKind, Method
+
+
+class AltLMU(Method):
+    """Each sample is trained under its own feedback sentence; its score only balances the pool."""
+
+    name: Literal["alt_lmu"] = "alt_lmu"
+    template: str = Field(
+        "feedback: {condition} input: {prompt}",
+        description="How a feedback sentence stands before a prompt.",
+    )
+    scores: tuple[int, ...] = Field(
+        (3, 2, 1, 0),
+        strict=False,
+        min_length=2,
+        description="The feedback's possible scores, best first; they are the pool's buckets.",
+    )
+    ask_for: str = Field(
+        ...,
+        description="The feedback the policy is asked for from iteration 2 on and evaluated under.",
+    )
+    probe: tuple[str, ...] = Field(
+        (), strict=False, description="Other feedback to evaluate under: does the policy obey?"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AltLMU:
+        if len(set(self.scores)) < len(self.scores):
+            raise ValueError("a score is listed twice in `scores`")
+        if self.ask_for in self.probe:
+            raise ValueError("`probe` repeats `ask_for`; a probe asks for something else")
+        return self
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "text"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return tuple(str(score) for score in self.scores)
+
+    @property
+    def exemplar(self) -> str:
+        return self.ask_for
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return self.probe
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        # Published code truncates (2.9 -> 2) and never checks the range; a value that is no bucket
+        # of ours must not be trained on, so it stays without a label.
+        score = pl.col("value").cast(pl.Int64).cast(pl.String)
+        usable = (pl.col("status") == "ok") & score.is_in(list(self.buckets))
+        return rows.with_columns(
+            label=pl.when(usable).then(score), condition=pl.when(usable).then(pl.col("text"))
+        )

@@ -1,0 +1,36 @@
+"""The null control: the same samples, the same training, and no feedback at all."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import polars as pl
+
+from textalign_dagster.methods.base import Method
+
+
+class NoFeedback(Method):
+    """Trains on the policy's own samples, unconditioned and unfiltered.
+
+    Whatever this improves is not due to feedback: training on one's own samples alone can sharpen
+    or shorten them, and a curve that falls here too shows nothing.
+    """
+
+    name: Literal["no_feedback"] = "no_feedback"
+
+    @property
+    def wants(self) -> None:
+        return None
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return ("own sample",)
+
+    @property
+    def exemplar(self) -> None:
+        return None
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        return rows.with_columns(
+            label=pl.lit(self.buckets[0]), condition=pl.lit(None, dtype=pl.String)
+        )

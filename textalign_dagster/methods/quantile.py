@@ -1,0 +1,78 @@
+"""Methods that condition on the quantile of a reward: Quark and ALT_RM."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.quantiles import QuantileSettings
+
+
+class QuantileMethod(Method):
+    """Rewards → quantiles → one condition per quantile."""
+
+    quantiles: QuantileSettings = Field(
+        QuantileSettings(), description="How rewards are cut into quantiles."
+    )
+
+    @property
+    def ranking(self) -> QuantileSettings:
+        return self.quantiles
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    @property
+    def exemplar(self) -> str:
+        return self.buckets[0]
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return self.buckets[1:]
+
+
+class Quark(QuantileMethod):
+    """Quantile reward conditioning with one new token a quantile (Lu et al. 2022)."""
+
+    name: Literal["quark"] = "quark"
+    template: str = Field(
+        "{condition}{prompt}", description="How a quantile token stands before a prompt."
+    )
+    count: int = Field(5, ge=2, le=100, description="Number of quantiles, hence of new tokens.")
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return tuple(f"_QUANTILE_TOKEN_{i}_" for i in range(self.count))
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return self.buckets
+
+
+class AltRM(QuantileMethod):
+    """A reward's quantile told in words (ALT_RM, Saüc i Castillo et al. 2024)."""
+
+    name: Literal["alt_rm"] = "alt_rm"
+    template: str = Field(
+        "{condition} input: {prompt}", description="How a phrase stands before a prompt."
+    )
+    phrases: tuple[str, ...] = Field(
+        ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible."),
+        strict=False,
+        min_length=2,
+        description="One phrase a quantile, best first; their number is the number of quantiles.",
+    )
+
+    @field_validator("phrases")
+    @classmethod
+    def _distinct(cls, phrases: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(phrases)) < len(phrases):
+            raise ValueError("two quantiles have the same phrase; make them distinct")
+        return phrases
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return self.phrases

@@ -1,0 +1,193 @@
+"""Prompts: read from a file or a task, drawn for an iteration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from pydantic import Field, model_validator
+
+from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.settings import Settings, SettingsError
+from textalign_dagster.tables import PROMPT_DRAWS, conform
+
+COLUMNS = ("prompt", "reference", "source", "source_revision")
+
+
+class Prompts(Settings):
+    """Which prompts an iteration draws."""
+
+    path: str | None = Field(
+        None,
+        description="A .jsonl, .csv or .parquet file with a column `prompt` (and optionally `reference`), "
+        "instead of the task's own prompts; relative to the experiment file.",
+    )
+    per_iteration: int = Field(2048, ge=1, description="Prompts drawn for each iteration.")
+    draw: Literal["without_replacement", "with_replacement", "windows", "weighted"] = Field(
+        "without_replacement",
+        description="without_replacement: within an iteration, anew each time; with_replacement: repeats are "
+        "distinct draws; windows: iterations take disjoint windows of one shuffled list; "
+        "weighted: by `weights`, without replacement.",
+    )
+    weights: str | None = Field(
+        None,
+        description="For `draw: weighted`: SQL over the tables, giving prompt_id and weight "
+        "(prompts it leaves out have weight 0).",
+    )
+
+    @model_validator(mode="after")
+    def _weights_with_weighted(self) -> Prompts:
+        if (self.draw == "weighted") != (self.weights is not None):
+            raise ValueError("`weights` and `draw: weighted` belong together; give both or neither")
+        return self
+
+
+def prompt_id(prompt: str) -> str:
+    """The id of a prompt: a hash of its text alone, so that sources can be joined."""
+    return content_hash("prompt", prompt)
+
+
+def read_prompt_file(path: Path) -> pl.DataFrame:
+    """The prompts of a file, checked.
+
+    Returns:
+        Columns prompt, reference, source, source_revision.
+
+    Raises:
+        SettingsError: missing, unreadable, not UTF-8, of unknown type, without the column, empty,
+            with blank or duplicate prompts; the message names the lines.
+    """
+    readers: dict[str, Callable[[Path], pl.DataFrame]] = {".jsonl": _read_jsonl, ".csv": pl.read_csv, ".parquet": pl.read_parquet}
+    if path.suffix not in readers:
+        raise SettingsError(f"{path}: prompt files end in {', '.join(readers)}")
+    try:
+        if path.suffix != ".parquet":
+            path.read_text(encoding="utf-8")
+        frame = readers[path.suffix](path)
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such prompt file") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except pl.exceptions.NoDataError:
+        raise SettingsError(f"{path}: the file is empty") from None
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise SettingsError(f"{path}: cannot be read as {path.suffix}: {error}") from None
+    if frame.is_empty():
+        raise SettingsError(f"{path}: the file holds no prompt")
+    if "prompt" not in frame.columns:
+        raise SettingsError(
+            f"{path}: no column `prompt`; found {', '.join(frame.columns)}: rename one of them"
+        )
+    if frame.schema["prompt"] != pl.String:
+        raise SettingsError(f"{path}: column `prompt` holds {frame.schema['prompt']}, not text")
+    blank = _rows(frame, pl.col("prompt").is_null() | (pl.col("prompt").str.strip_chars() == ""))
+    if blank:
+        raise SettingsError(f"{path}: blank prompt in {blank}; fill in or remove")
+    twice = _rows(frame, pl.col("prompt").is_duplicated())
+    if twice:
+        raise SettingsError(
+            f"{path}: the same prompt more than once, in {twice}; keep one of each "
+            "(`prompts.draw: with_replacement` repeats prompts)"
+        )
+    revision = content_hash("prompts", frame["prompt"].to_list())
+    reference = pl.col("reference") if "reference" in frame.columns else pl.lit(None)
+    return frame.select(
+        "prompt",
+        reference=reference.cast(pl.String),
+        source=pl.lit(path.name),
+        source_revision=pl.lit(revision),
+    )
+
+
+def _read_jsonl(path: Path) -> pl.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise SettingsError(f"{path}:{number}: not JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise SettingsError(f'{path}:{number}: expected an object such as {{"prompt": "…"}}')
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _rows(frame: pl.DataFrame, condition: pl.Expr, show: int = 5) -> str:
+    numbers = frame.with_row_index("row", offset=1).filter(condition)["row"].to_list()
+    if not numbers:
+        return ""
+    more = f" and {len(numbers) - show} more" if len(numbers) > show else ""
+    return f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:show]))}{more}"
+
+
+def draw_prompts(
+    prompts: pl.DataFrame,
+    settings: Prompts,
+    *,
+    seed: int,
+    iteration: int,
+    weights: Mapping[str, float] | None = None,
+) -> pl.DataFrame:
+    """An iteration's draw: a pure function of its arguments.
+
+    Args:
+        prompts: prompt, reference, source, source_revision; one row a prompt.
+        weights: prompt_id → weight, for ``draw: weighted``.
+
+    Returns:
+        Rows of :data:`textalign_dagster.tables.PROMPT_DRAWS`, in the order of the draw.
+
+    Raises:
+        SettingsError: more prompts are asked for than can be drawn.
+    """
+    ids = [prompt_id(text) for text in prompts["prompt"]]
+    # The draw must not depend on the order in which the source lists its prompts.
+    prompts = prompts.with_columns(prompt_id=pl.Series(ids, dtype=pl.String)).sort("prompt_id")
+    count, wanted = prompts.height, settings.per_iteration
+    weight = np.ones(count)
+    if settings.draw == "weighted":
+        weight = np.array([(weights or {}).get(i, 0.0) for i in prompts["prompt_id"]], dtype=float)
+        if not np.isfinite(weight).all() or (weight < 0).any():
+            raise SettingsError("prompts.weights: the query gives a negative or non-finite weight")
+    available = int((weight > 0).sum())
+    if settings.draw == "windows":
+        start = (iteration - 1) * wanted
+        order = np.random.default_rng(derive_seed(seed, "prompt windows")).permutation(count)
+        rows = order[start : start + wanted]
+        available = max(0, count - start)
+    else:
+        rng = np.random.default_rng(derive_seed(seed, "prompt draw", iteration))
+        if settings.draw == "with_replacement":
+            rows = rng.integers(count, size=wanted)
+            available = wanted
+        else:
+            # Exponential races: the k smallest of Exp(1)/w are a weighted draw without replacement.
+            with np.errstate(divide="ignore"):
+                race = rng.exponential(size=count) / weight
+            rows = np.argsort(race, kind="stable")[:wanted]
+    if available < wanted:
+        raise SettingsError(
+            f"prompts.per_iteration: {wanted} prompts wanted in iteration {iteration}, but "
+            f"{settings.draw} can draw {available} of {count}; lower it or add prompts"
+        )
+    drawn = prompts[rows].with_columns(weight=pl.Series(weight[rows]))
+    drawn = drawn.with_columns(draw_index=pl.int_range(pl.len()).over("prompt_id").cast(pl.Int32))
+    keys = drawn.select("prompt_id", "draw_index").rows()
+    return conform(
+        drawn.with_columns(
+            draw_id=pl.Series(
+                [content_hash("draw", seed, iteration, p, i) for p, i in keys], dtype=pl.String
+            ),
+            seed=pl.Series(
+                [derive_seed(seed, "draw", iteration, p, i) for p, i in keys], dtype=pl.Int64
+            ),
+        ),
+        PROMPT_DRAWS,
+        "prompt_draws",
+    )

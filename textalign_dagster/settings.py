@@ -1,0 +1,238 @@
+"""Strict settings: the pydantic base, YAML that means what it says, and errors a person can act on."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+
+class SettingsError(Exception):
+    """Bad input in an experiment file, an override or a prompt file; the message says what to change."""
+
+
+class Settings(BaseModel):
+    """A frozen section of settings: unknown fields and wrong types are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with YAML 1.2 scalars (``1e-4`` is a number, ``no`` is a string), unique keys."""
+
+
+# PyYAML implements YAML 1.1, where 1e-4 is a string, "no" is False and 1:30 is 90.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+\.[0-9]*|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$"),
+    list("-+0123456789."),
+)
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the field {key!r} is given twice", key_node.start_mark
+            )
+        seen.add(key)
+    return dict(loader.construct_mapping(node, deep=True))
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        SettingsError: unreadable, not UTF-8, broken YAML (with line and column) or no mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    content = parse_yaml(text, str(path))
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected fields such as `method: alt_lmu`, found {content!r}")
+    return content
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """One YAML value; ``where`` names its origin in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
+        raise SettingsError(f"{place}: broken YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: broken YAML: {error}") from None
+
+
+def parse_override(text: str) -> tuple[list[str], Any]:
+    """``section.field=value`` as (path, value); the value is read as YAML: numbers, lists, booleans."""
+    name, equals, value = text.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise SettingsError(f"--set {text}: write it as section.field=value")
+    return path, parse_yaml(value, f"--set {text}")
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, section by section.
+
+    A section whose ``name`` changes (another method or task) starts afresh: the options of the
+    old one would mean nothing to the new one.
+    """
+    merged = dict(base)
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            renamed = "name" in value and value["name"] != before.get("name")
+            merged[key] = dict(value) if renamed else merge(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def nested(path: list[str], value: Any) -> dict[str, Any]:
+    """``{"a": {"b": value}}`` for the path ``a.b``."""
+    changes: dict[str, Any] = {path[-1]: value}
+    for key in reversed(path[:-1]):
+        changes = {key: changes}
+    return changes
+
+
+def validate(model: type[BaseModel], content: Mapping[str, Any], where: str) -> Any:
+    """The content as the model.
+
+    Raises:
+        SettingsError: one line per problem: place, field, what is allowed, the nearest name.
+    """
+    try:
+        return model.model_validate(content)
+    except pydantic.ValidationError as error:
+        lines = [_explain(model, content, problem, where) for problem in error.errors()]
+        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` when some known name is close, else an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(model: type[BaseModel], content: Any, problem: Any, where: str) -> str:
+    # A discriminated union puts its tag into the location ("method", "alt_lmu", "template").
+    place, tag_model = model, None
+    path: list[Any] = []
+    value: Any = content
+    for step in problem["loc"]:
+        if isinstance(value, Mapping) and step not in value and value.get("name") == step:
+            tag_model = _member(place, path[-1], step) if path else None
+            continue
+        path.append(step)
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+    field = ".".join(str(step) for step in path)
+    owner = tag_model or _section(model, path[:-1])
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        known = list(owner.model_fields) if owner else []
+        hint = nearest(str(path[-1]), known)
+        return f"{where}: {field}: unknown field{hint}; known here: {', '.join(known)}"
+    if kind == "missing":
+        return f"{where}: {field}: missing; add it"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        allowed = str(problem.get("ctx", {}).get("expected_tags", "")).replace("'", "")
+        given = str(problem.get("ctx", {}).get("tag", ""))
+        hint = nearest(given, allowed.split(", "))
+        return f"{where}: {field}: unknown name {given!r}{hint}; one of: {allowed}"
+    if kind == "literal_error":
+        allowed = str(problem["ctx"]["expected"]).replace("'", "")
+        hint = nearest(str(problem["input"]), re.split(r", | or ", allowed))
+        return f"{where}: {field}: {problem['input']!r} is not allowed{hint}; one of: {allowed}"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if kind == "value_error":
+        return f"{where}: {field}: {message}" if field else f"{where}: {message}"
+    return f"{where}: {field}: {problem['input']!r} given, but it should be {message}"
+
+
+def _section(model: type[BaseModel], path: list[Any]) -> type[BaseModel] | None:
+    for step in path:
+        field = model.model_fields.get(str(step))
+        found = [m for m in _models(field.annotation)] if field else []
+        if len(found) != 1:
+            return None
+        model = found[0]
+    return model
+
+
+def _member(model: type[BaseModel], field: Any, tag: Any) -> type[BaseModel] | None:
+    annotation = model.model_fields[str(field)].annotation if field in model.model_fields else None
+    for member in _models(annotation):
+        name = member.model_fields.get("name")
+        if name is not None and tag in get_args(name.annotation):
+            return member
+    return None
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is Literal:
+        return []
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def describe(settings: BaseModel, indent: int = 0) -> str:
+    """The settings as YAML, each field under its description: what ``textalign show-config`` prints."""
+    lines: list[str] = []
+    pad = " " * indent
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if field.description:
+            lines.append(f"{pad}# {field.description}")
+        if isinstance(value, BaseModel):
+            lines.append(f"{pad}{name}:")
+            lines.append(describe(value, indent + 2))
+        else:
+            plain = settings.model_dump(mode="json")[name]
+            lines.append(f"{pad}{name}: {_scalar(plain)}")
+        if not indent:
+            lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _scalar(value: Any) -> str:
+    """A value on one line of YAML; texts with line breaks in quotes."""
+    style = '"' if isinstance(value, str) and "\n" in value else None
+    text: str = yaml.safe_dump(
+        value, default_flow_style=True, default_style=style, width=10_000, allow_unicode=True
+    )
+    return text.strip().removesuffix("...").strip()

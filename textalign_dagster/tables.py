@@ -1,0 +1,161 @@
+"""The tables: one polars schema each, with what a row is. Parquet files hold exactly these columns.
+
+``experiment`` and ``iteration`` of the cell that produced a table are not columns of the files
+(a file may be shared by several experiments); the DuckDB views add them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import polars as pl
+
+STATUSES = ("ok", "unparseable", "failed", "skipped")
+"""What can become of a judgement. Only ``ok`` carries a value; the others carry a reason."""
+
+PROMPT_DRAWS = pl.Schema(
+    {
+        "draw_id": pl.String,  # key: hash(seed, iteration, prompt_id, draw_index)
+        "prompt_id": pl.String,  # hash of the prompt's text
+        "draw_index": pl.Int32,  # 0, 1, … when a prompt is drawn more than once in an iteration
+        "prompt": pl.String,
+        "reference": pl.String,  # a human answer, where the source has one
+        "source": pl.String,
+        "source_revision": pl.String,
+        "weight": pl.Float64,  # the draw's weight (1.0 unless drawn by a weighted query)
+        "seed": pl.Int64,  # the root of the seeds of this draw's samples
+    }
+)
+
+GENERATIONS = pl.Schema(
+    {
+        "sample_id": pl.String,  # key: hash(draw_id, policy_hash, decoding, condition, seed)
+        "draw_id": pl.String,
+        "prompt_id": pl.String,
+        "prompt": pl.String,
+        "sample_index": pl.Int32,  # 0 … samples_per_prompt - 1
+        "policy_hash": pl.String,
+        "engine": pl.String,
+        "engine_version": pl.String,
+        "condition": pl.String,  # the feedback that was asked for; NULL: unconditioned
+        "text": pl.String,  # what the policy wrote after the prompt, as decoded
+        "n_tokens": pl.Int32,
+        "finish_reason": pl.String,  # "stop" (end of sequence) or "length" (cut off)
+        "logprob": pl.Float64,  # sum of the sampled tokens' log-probabilities, in nats
+        "seed": pl.Int64,
+    }
+)
+
+FEEDBACK = pl.Schema(
+    {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
+        "sample_id": pl.String,  # key, with aspect
+        "aspect": pl.String,  # what was judged, e.g. "style"
+        "kind": pl.String,  # reward | category | text | judgment | rating | ranking
+        "value": pl.Float64,  # the number, where there is one; higher is better
+        "label": pl.String,  # the category, where there is one
+        "text": pl.String,  # the feedback in words, where there is one
+        "status": pl.String,  # one of STATUSES
+        "reason": pl.String,  # why not ok
+        "scorer": pl.String,
+        "scorer_version": pl.String,
+        "parser_version": pl.String,
+        "call_keys": pl.List(pl.String),  # rows of the ledger of judge calls
+    }
+)
+
+DATAPOOL = pl.Schema(
+    {
+        "pool_hash": pl.String,
+        "sample_id": pl.String,  # key, with pool_hash
+        "prompt_id": pl.String,
+        "origin": pl.Int32,  # the iteration that sampled it
+        "value": pl.Float64,  # the feedback's number, where there is one
+        "label": pl.String,  # the bucket; NULL: no usable feedback
+        "condition": pl.String,  # the text a training example is conditioned on; NULL: none
+        "n_tokens": pl.Int32,
+        "weight": pl.Float64,  # of the sample in the objective
+        "drawn": pl.Boolean,
+        "reason": pl.String,  # why drawn ("quota", "top-up", "fill") or why not
+    }
+)
+
+CHECKPOINTS = pl.Schema(
+    {
+        "policy_hash": pl.String,  # key: content hash of weights, config and tokenizer
+        "parent": pl.String,  # policy_hash the training started from
+        "reference": pl.String,  # policy_hash of the KL reference, NULL without KL
+        "pool_hash": pl.String,
+        "config": pl.String,  # JSON: method and training settings
+        "code_revision": pl.String,
+        "environment_hash": pl.String,
+        "seed": pl.Int64,
+        "rows": pl.Int64,
+        "steps": pl.Int64,
+        "final_loss": pl.Float64,
+        "seconds": pl.Float64,
+        "gpu_seconds": pl.Float64,
+        "usd": pl.Float64,
+    }
+)
+
+SCORES = pl.Schema(
+    {
+        "policy_hash": pl.String,  # key, with metric and condition
+        "metric": pl.String,
+        "condition": pl.String,  # the feedback asked for; NULL: unconditioned
+        "role": pl.String,  # "main" (as the policy is meant to be used) or "probe"
+        "n": pl.Int64,  # prompts (the unit that is resampled)
+        "value": pl.Float64,
+        "lo": pl.Float64,
+        "hi": pl.Float64,
+    }
+)
+
+MEASURES = pl.List(pl.Struct({"name": pl.String, "value": pl.Float64}))
+"""Named numbers of a row. A list, not a struct with a field a name: all files have one type then,
+whatever the task, so that experiments can be read together. The DuckDB views show it as a
+``MAP(VARCHAR, DOUBLE)``: ``measures['errors']``. See `measures` and `measure`."""
+
+EVALUATION_SAMPLES = pl.Schema(
+    {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
+        "policy_hash": pl.String,
+        "sample_id": pl.String,
+        "prompt_id": pl.String,
+        "prompt": pl.String,
+        "condition": pl.String,
+        "role": pl.String,
+        "text": pl.String,
+        "n_tokens": pl.Int32,
+        "finish_reason": pl.String,
+        "measures": MEASURES,  # the task's per-sample numbers (their names differ by task)
+    }
+)
+
+
+def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:
+    """The column ``measures`` from one mapping (name → number, or None: not measured) a row."""
+    lists = [
+        [{"name": n, "value": None if v is None else float(v)} for n, v in row.items()]
+        for row in rows
+    ]
+    return pl.Series("measures", lists, dtype=MEASURES)
+
+
+def measure(name: str) -> pl.Expr:
+    """One of the measures as a column of that name; NULL where it was not measured."""
+    named = pl.element().struct.field("name") == name
+    values = pl.element().filter(named).struct.field("value")
+    return pl.col("measures").list.eval(values).list.first().alias(name)
+
+
+def conform(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
+    """The frame with exactly the schema's columns, cast and in order.
+
+    Raises:
+        ValueError: a column is missing or extra, naming the table and the columns.
+    """
+    missing = [c for c in schema if c not in frame.columns]
+    extra = [c for c in frame.columns if c not in schema]
+    if missing or extra:
+        raise ValueError(f"table {name}: missing columns {missing}, unknown columns {extra}")
+    return frame.select(pl.col(c).cast(t) for c, t in schema.items())
