@@ -1,0 +1,93 @@
+"""From text to token ids and back, by the one rule that sampling, scoring and training share.
+
+A prompt is tokenised with the tokenizer's beginning-of-sequence token, if it has one by itself, and
+never with an end token; a text is tokenised alone, as plain words even where it spells a special
+token; the two are then concatenated. So a sample's tokens do not merge with its prompt's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+ANCHOR = "a"  # any text of a single character that no tokenizer strips
+
+
+class BannedTokenError(ValueError):
+    """A banned token is not exactly one token of the tokenizer."""
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each prompt; empty for an empty prompt where no token begins a sequence."""
+    if not prompts:
+        return []
+    start = leading_ids(tokenizer)
+    rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    # A chat template writes the beginning itself: it must not stand there twice.
+    return [row if row[: len(start)] == start else [*start, *row] for row in rows]
+
+
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without special tokens."""
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """The special ids that the tokenizer puts in front of a text by itself (often none)."""
+    with_specials = tokenizer(ANCHOR, add_special_tokens=True)["input_ids"]
+    alone = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+    for start in range(len(with_specials) - len(alone) + 1):
+        if with_specials[start : start + len(alone)] == alone:
+            return list(with_specials[:start])
+    return []
+
+
+def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's end token, and the model's further ones.
+
+    An id of the model that is an ordinary word to the tokenizer is left out: it is a default of
+    the model's class (Llama's is 2) that nobody set for this tokenizer.
+    """
+    listed = getattr(generation_config, "eos_token_id", None)
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    known = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    ids = {i for i in listed if i in known}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def banned_ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Ids of banned tokens, given as they are in the vocabulary or as text.
+
+    Raises `BannedTokenError` for text that is not exactly one token.
+    """
+    vocabulary = tokenizer.get_vocab() if tokens else {}
+    ids = []
+    for token in tokens:
+        found = [vocabulary[token]] if token in vocabulary else encode_texts(tokenizer, [token])[0]
+        if len(found) != 1:
+            raise BannedTokenError(
+                f"banned token {token!r} is {len(found)} tokens of this tokenizer; "
+                "only single tokens can be banned"
+            )
+        ids.append(found[0])
+    return tuple(ids)
+
+
+def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    """The text of new ids as it follows a prompt: leading blanks kept, special tokens left out.
+
+    Tokenizers of the SentencePiece family drop the blank in front of what they decode; they get an
+    anchor to decode it behind.
+    """
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    anchor = encode_texts(tokenizer, [ANCHOR])[0]
+    start = tokenizer.decode(anchor, **options)
+    texts: list[str] = tokenizer.batch_decode([[*anchor, *row] for row in rows], **options)
+    if all(text.startswith(start) for text in texts):
+        return [text.removeprefix(start) for text in texts]
+    return list(tokenizer.batch_decode([list(row) for row in rows], **options))

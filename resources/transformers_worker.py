@@ -1,0 +1,336 @@
+"""The sampling worker: transformers models behind JSON lines on stdin and stdout.
+
+    python -m resources.transformers_worker '{"dtype": "float32", "device": "auto", ...}'
+
+`transformers_sampler.TransformersSampler` starts it. Each line in is a call, {"op": "generate" |
+"logprobs", ...}; each line out is {"ready": …}, {"progress": [done, total]}, {"result": …} or
+{"error": sentence}. What libraries print goes to stderr. The process ends when stdin ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import inspect
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+PROGRESS_SECONDS = 0.2
+LOGITS_BYTES = 256 * 2**20  # of one batch in logprobs()
+
+
+class CallError(Exception):
+    """A call cannot be done; the message is for the user."""
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    die_with_parent(settings["parent"])
+    calls, send = protocol()
+    import torch
+    from transformers import logging
+
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    device = settings["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = LoadedModel(settings["dtype"], device, settings["trust_remote_code"])
+    send({"ready": {"device": device, "threads": torch.get_num_threads()}})
+    while True:
+        call = calls.get()
+        try:
+            send({"result": answer(loaded, call, settings["batch_size"], send)})
+        except CallError as error:
+            send({"error": str(error)})
+
+
+def protocol() -> tuple[queue.SimpleQueue[dict[str, Any]], Callable[[dict[str, Any]], None]]:
+    """Calls as they arrive, and a function to send a message.
+
+    The channel moves to private file descriptors: whatever a library prints, or reads from stdin,
+    cannot touch it.
+    """
+    source = os.fdopen(os.dup(0), encoding="utf-8")
+    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    calls: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(source, calls), daemon=True).start()
+
+    def send(message: dict[str, Any]) -> None:
+        try:
+            sink.write(json.dumps(message) + "\n")
+            sink.flush()
+        except BrokenPipeError:
+            os._exit(0)
+
+    return calls, send
+
+
+def listen(source: TextIO, calls: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Queue the calls; when the parent closes its end or is gone, end at once, work or not."""
+    for line in source:
+        calls.put(json.loads(line))
+    os._exit(0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have Linux kill this process with its parent, also while no end of stdin can be read."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(0)
+
+
+class LoadedModel:
+    """The one model in memory, swapped when another folder, or a changed one, is asked for."""
+
+    def __init__(self, dtype: str, device: str, trust_remote_code: bool) -> None:
+        self.dtype, self.device, self.trust_remote_code = dtype, device, trust_remote_code
+        self.identity: object = None
+        self.folder = Path()
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def use(self, folder: Path) -> None:
+        identity = (folder, sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns)
+                                   for p in folder.iterdir() if p.is_file()))  # fmt: skip
+        if identity == self.identity:
+            return
+        self.identity = self.model = self.tokenizer = None
+        self.load(folder)
+        self.identity, self.folder = identity, folder
+
+    def load(self, folder: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from resources import attention
+
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=self.trust_remote_code
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, self.dtype),
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise CallError(
+                f"{folder} cannot be loaded as a causal language model ({reason}); give a "
+                "transformers folder with config.json, *.safetensors and a tokenizer"
+            ) from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+        if missing:
+            raise CallError(
+                f"{folder} lacks {len(missing)} weights that its config.json asks for, which would "
+                f"be random (e.g. {missing[0]}); save the whole model again"
+            )
+        rows = model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise CallError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {rows} "
+                "embeddings; resize the model's embeddings before saving it"
+            )
+        if "past_key_values" not in inspect.signature(model.forward).parameters:
+            raise CallError(
+                f"{folder}: {type(model).__name__} keeps no keys and values, as attention does; "
+                "this engine samples from attention (and hybrid) models only"
+            )
+        try:
+            model = model.to(self.device)
+        except (AssertionError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise CallError(
+                f"device {self.device!r} cannot be used ({str(error).splitlines()[0]}); "
+                "give device auto or cpu"
+            ) from error
+        self.model, self.tokenizer = model.eval(), tokenizer
+        if self.device == "cpu":
+            attention.install(self.model)
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model's positions can hold; None where there is no limit."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None)
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        head = self.model.get_output_embeddings() or self.model.get_input_embeddings()
+        return int(head.weight.shape[0])
+
+
+def answer(
+    loaded: LoadedModel, call: dict[str, Any], batch_size: int, send: Callable[..., None]
+) -> list[Any]:
+    """The result of a call; raises `CallError`."""
+    import torch
+
+    from resources.decoding import NotFiniteError
+    from resources.tokenisation import BannedTokenError
+
+    total, last = call["total"], 0.0
+
+    def report(done: float) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            send({"progress": [int(done), total]})
+
+    try:
+        loaded.use(Path(call["model"]))
+        if call["op"] == "generate":
+            return generate(loaded, call, batch_size, report)
+        return logprobs(loaded, call, batch_size, report)
+    except BannedTokenError as error:
+        raise CallError(f"{loaded.folder}: {error}") from error
+    except NotFiniteError as error:
+        raise CallError(
+            f"{loaded.folder}: the model's {error}; its training has diverged, or its numbers "
+            f"overflow in {loaded.dtype}"
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and (
+            "can't allocate memory" not in str(error)
+        ):
+            raise
+        raise CallError(
+            f"{loaded.device} has no memory left for {batch_size} sequences of {loaded.folder} at "
+            "once; lower batch_size, or give it more memory"
+        ) from error
+
+
+def generate(
+    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
+) -> list[list[dict[str, Any]]]:
+    """For each request, a dictionary of `sampler.Completion` for each seed."""
+    from resources import tokenisation
+    from resources.decoding import Rule, batches, sample
+
+    tokenizer, wanted = loaded.tokenizer, call["decoding"]
+    prompts = tokenisation.encode_prompts(tokenizer, [prompt for prompt, _ in call["requests"]])
+    check(loaded, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts),
+          [prompt for prompt, _ in call["requests"]])  # fmt: skip
+    ends = tokenisation.end_ids(tokenizer, loaded.model.generation_config)
+    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
+    wordless = set(range(loaded.outputs)).difference(tokenizer.get_vocab().values())
+    rule = Rule(
+        temperature=wanted["temperature"],
+        top_k=wanted["top_k"],
+        top_p=wanted["top_p"],
+        max_new_tokens=wanted["max_new_tokens"],
+        min_new_tokens=wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
+        end_ids=ends,
+        banned_ids=tokenisation.banned_ids(tokenizer, wanted["banned_tokens"])
+        + tuple(sorted(wordless)),
+    )
+
+    # A request with more seeds than a batch has rows is split, and its prompt read again.
+    parts = [(request, start, seeds[start : start + batch_size])
+             for request, (_, seeds) in enumerate(call["requests"])
+             for start in range(0, len(seeds), batch_size)]  # fmt: skip
+    results: list[list[dict[str, Any]]] = [[{}] * len(seeds) for _, seeds in call["requests"]]
+    done = 0
+
+    def report_more(finished: float) -> None:
+        report(done + finished)
+
+    sizes, costs = [len(seeds) for _, _, seeds in parts], [len(prompts[r]) for r, _, _ in parts]
+    for batch in batches(sizes, costs, batch_size):
+        chosen = [parts[i] for i in batch]
+        places = [(request, start + i) for request, start, some in chosen for i in range(len(some))]
+        drawn = sample(
+            loaded.model,
+            [prompts[request] for request, _, _ in chosen],
+            [owner for owner, part in enumerate(chosen) for _ in part[2]],
+            [seed for part in chosen for seed in part[2]],
+            rule,
+            report_more,
+        )
+        texts = tokenisation.decode(tokenizer, [d.ids[:-1] if d.ended else d.ids for d in drawn])
+        for (request, place), one, text in zip(places, drawn, texts, strict=True):
+            results[request][place] = {
+                "text": text,
+                "n_tokens": len(one.ids),
+                "finish_reason": "stop" if one.ended else "length",
+                "logprob": one.logprob,
+            }
+        done += len(places)
+    return results
+
+
+def logprobs(
+    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
+) -> list[tuple[float, int]]:
+    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    from resources import tokenisation
+    from resources.decoding import batches, score
+
+    pairs = call["pairs"]
+    prompts = tokenisation.encode_prompts(loaded.tokenizer, [prompt for prompt, _ in pairs])
+    texts = tokenisation.encode_texts(loaded.tokenizer, [text for _, text in pairs])
+    check(loaded, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
+    results = [(0.0, len(text)) for text in texts]
+    some = [i for i, text in enumerate(texts) if text]
+    lengths = [len(prompts[i]) + len(texts[i]) for i in some]
+    longest = max(lengths, default=1)
+    limit = max(1, min(batch_size, LOGITS_BYTES // (4 * longest * loaded.outputs)))
+    done = len(texts) - len(some)
+    for batch in batches([1] * len(some), lengths, limit):
+        rows = [some[i] for i in batch]
+        sums = score(loaded.model, [prompts[i] for i in rows], [texts[i] for i in rows])
+        for row, total in zip(rows, sums, strict=True):
+            results[row] = (total, len(texts[row]))
+        done += len(rows)
+        report(done)
+    return results
+
+
+def check(
+    loaded: LoadedModel, what: str, prompts: list[list[int]], more: list[int], words: list[str]
+) -> None:
+    """Every prompt has tokens, and fits the model's context together with ``more`` tokens."""
+    for index, (prompt, extra, text) in enumerate(zip(prompts, more, words, strict=True)):
+        name = f"{what} {index} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
+        if not prompt:
+            raise CallError(
+                f"{what} {index} has an empty prompt, and the tokenizer of {loaded.folder} has no "
+                "token that begins a sequence; give a prompt of at least one character"
+            )
+        if loaded.context is not None and len(prompt) + extra > loaded.context:
+            remedy = "shorten the prompt or the text" if what == "pair" else "shorten the prompt"
+            room = loaded.context - len(prompt)
+            if what == "prompt" and room > 0:
+                remedy += f", or lower max_new_tokens to {room}"
+            raise CallError(
+                f"{name} has {len(prompt)} tokens and {extra} more are to follow, but "
+                f"{loaded.folder} holds {loaded.context} tokens; {remedy}"
+            )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
