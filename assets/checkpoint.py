@@ -1,0 +1,158 @@
+"""The fifth stage: the policy trained on the drawn rows."""
+
+import json
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.datapool import datapool
+from assets.policy import hand_over
+from assets.stage import LOOP, PolicyFolder, Stage, columns_of
+from resources.configured import SamplerResource, StoreResource
+from resources.launcher import Acceleration, LocalLauncher, accelerate_command, accelerate_env
+from resources.policies import policy_hash
+from resources.provenance import code_revision, environment_hash
+from resources.store import Artifact, ArtifactError, Draft
+from textalign_dagster.ids import derive_seed
+from textalign_dagster.library import home
+from textalign_dagster.tables import CHECKPOINTS
+from training.job import Job, TrainingSettings
+
+
+@dg.asset(
+    **LOOP,
+    deps=[datapool],
+    pool="gpu",
+    kinds={"pytorch", "huggingface"},
+    metadata=columns_of(CHECKPOINTS),
+)
+def checkpoint(
+    context: dg.AssetExecutionContext,
+    store: StoreResource,
+    sampler: SamplerResource,
+    launcher: dg.ResourceParam[LocalLauncher],
+) -> dg.MaterializeResult:
+    """One row: the policy trained on the drawn rows, a transformers folder in safetensors.
+
+    `accelerate launch` runs the training; once written, the checkpoint is handed over as the policy
+    of the next iteration.
+    """
+    with Stage.of(context, store.open()) as stage:
+        settings = stage.experiment.training
+        pool = stage.require("datapool")
+        sampled_from, base = stage.policy(stage.cell.iteration), stage.policy(1)
+        parent = sampled_from if settings.start_from == "parent" else base
+        reference = None
+        if settings.objective.kl_coef > 0:
+            reference = base if settings.objective.kl_reference == "base" else sampled_from
+        inputs = {"datapool": pool.key, "policy": sampled_from.policy_hash}
+        if base in (parent, reference):
+            inputs["base_policy"] = base.policy_hash
+
+        def produce(draft: Draft) -> None:
+            rows = training_rows(stage, pool)
+            if rows.is_empty():
+                raise ArtifactError(
+                    f"the pool of {stage.cell.experiment}, iteration {stage.cell.iteration}, has no drawn row to "
+                    "train on; see its shortfalls and the settings under `datapool`"
+                )
+            folder, out = draft.folder("job"), draft.folder("model")
+            rows.write_parquet(folder / "rows.parquet")
+            seed = derive_seed(stage.experiment.seed, "training", stage.cell.iteration) % 2**32
+            job = job_of(stage, parent, reference, str(folder / "rows.parquet"), str(out), seed)
+            path = job.write(folder / "job.json")
+            sampler.make_room()
+            report = stage.report()
+            acceleration = Acceleration(processes=settings.processes)
+            launched = launcher.launch(
+                context,
+                [*accelerate_command(acceleration), "training.train", str(path)],
+                extras={"cell": str(stage.cell.key)},
+                env=accelerate_env(acceleration),
+                on_progress=lambda p: report(p["done"], p["total"], f"loss {p['loss']:.3f}"),
+                log=home() / "logs" / f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}.log",
+                done=out / "done.json",
+            )
+            done: dict[str, Any] = launched.done or {}
+            row = {
+                "policy_hash": policy_hash(out),
+                "parent": parent.policy_hash,
+                "reference": reference.policy_hash if reference else None,
+                "pool_hash": rows["pool_hash"][0],
+                "config": json.dumps(job.model_dump(mode="json", exclude={"rows", "policy", "reference", "out"})),
+                "code_revision": code_revision(),
+                "environment_hash": environment_hash(),
+                "seed": seed,
+                "rows": rows.height,
+                "steps": done["steps"],
+                "final_loss": done["final_loss"],
+                "seconds": launched.seconds,
+                "gpu_seconds": None,
+                "usd": None,
+            }
+            draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
+            draft.record(
+                policy_hash=row["policy_hash"],
+                work_seconds=done["train_seconds"],
+                load_seconds=done["load_seconds"],
+                losses=done["losses"],
+                tokens=done["tokens"],
+            )
+
+        made = stage.make(inputs, produce)
+        facts, row = made.manifest["facts"], made.frame("checkpoints").row(0, named=True)
+        hand_over(context, stage.cell.next, facts["policy_hash"], made.path("model"))
+        return stage.publish(
+            made,
+            headline=f"{row['steps']} steps, loss {row['final_loss']:.3f}",
+            metadata={
+                "final loss": row["final_loss"],
+                "steps": row["steps"],
+                "rows": row["rows"],
+                "tokens per second": facts["tokens"] / max(facts["work_seconds"], 1e-9),
+                "policy": row["policy_hash"],
+                "parent": row["parent"],
+                "folder": dg.MetadataValue.path(str(made.path("model"))),
+            },
+        )
+
+
+def training_rows(stage: Stage, pool: Artifact) -> pl.DataFrame:
+    """The drawn rows with their texts, in the pool's order: what the trainer reads."""
+    drawn = pool.frame("datapool").filter("drawn")
+    texts = pl.concat(
+        stage.require("generations", k)
+        .frame("generations")
+        .select("sample_id", "prompt", "text", "finish_reason")
+        for k in sorted(drawn["origin"].unique())
+    )
+    wanted = ("sample_id", "prompt", "condition", "text", "finish_reason", "n_tokens", "weight", "pool_hash")
+    return drawn.join(texts, on="sample_id", how="left", maintain_order="left").select(wanted)
+
+
+def job_of(
+    stage: Stage, parent: PolicyFolder, reference: PolicyFolder | None, rows: str, out: str, seed: int
+) -> Job:
+    """What the trainer is told."""
+    experiment = stage.experiment
+    settings = experiment.training.model_dump(include=set(TrainingSettings.model_fields))
+    settings["objective"] = experiment.training.objective.model_dump(
+        include={"entropy_coef", "kl_coef", "kl_direction", "kl_reference_sees_condition"}
+    )
+    return Job(
+        rows=rows,
+        policy=str(parent.path),
+        reference=str(reference.path) if reference else None,
+        out=out,
+        template=experiment.method.template,
+        special_tokens=list(experiment.method.special_tokens),
+        special_token_init=experiment.training.special_token_init,
+        seed=seed,
+        world_size=experiment.training.processes,
+        training=TrainingSettings(
+            **settings,
+            max_new_tokens=experiment.sampling.max_new_tokens,
+            dtype="float32" if experiment.policy.dtype == "float32" else "bfloat16",
+        ),
+    )

@@ -1,0 +1,98 @@
+"""The third stage: what the judge says of each sample."""
+
+import time
+
+import dagster as dg
+import polars as pl
+
+from assets.generations import generations
+from assets.stage import LOOP, Stage, columns_of, markdown_table
+from resources.configured import StoreResource
+from resources.store import Draft
+from textalign_dagster import checks
+from textalign_dagster.tables import FEEDBACK
+
+
+@dg.asset(
+    **LOOP,
+    deps=[generations],
+    kinds={"parquet"},
+    check_specs=checks.specs("feedback"),
+    metadata=columns_of(FEEDBACK),
+)
+def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+    """One row per sample and aspect: the reward, or the feedback in words and its score.
+
+    A row that is not `ok` has a reason and no value. The null control asks for no feedback; its
+    rows are all `skipped`.
+    """
+    with Stage.of(context, store.open()) as stage:
+        task, kind = stage.experiment.task, stage.experiment.method.wants
+        source = stage.require("generations")
+        samples = source.frame("generations")
+
+        def produce(draft: Draft) -> None:
+            started = time.monotonic()
+            if kind is None:
+                judged = _nothing_asked(samples)
+            else:
+                judged = task.feedback(samples, kind)
+            name, version = task.scorer
+            rows = judged.with_columns(
+                kind=pl.lit(kind or "none"),
+                label=pl.lit(None, dtype=pl.String),
+                scorer=pl.lit(name),
+                scorer_version=pl.lit(version),
+                parser_version=pl.lit(None, dtype=pl.String),
+                call_keys=pl.lit([], dtype=pl.List(pl.String)),
+            )
+            draft.write("feedback", rows, FEEDBACK)
+            draft.record(work_seconds=time.monotonic() - started)
+
+        made = stage.make({"generations": source.key}, produce)
+        rows = made.frame("feedback")
+        judged = rows.join(
+            samples.select("sample_id", "prompt", "text", "n_tokens"),
+            on="sample_id",
+            suffix="_sampled",
+        )
+        ok = judged.filter(pl.col("status") == "ok")
+        limits = stage.experiment.checks
+        shares = rows["status"].value_counts(normalize=True)
+        return stage.publish(
+            made,
+            headline=f"{ok.height:,} of {rows.height:,} judged" if kind else "none asked for",
+            rows=rows.height,
+            checks=[
+                checks.schema(rows, FEEDBACK, ["sample_id", "aspect"]),
+                checks.usable(rows, limits.max_unusable_feedback),
+                checks.length_correlation(
+                    ok["value"], ok["text_sampled"].str.len_chars(), limits.max_length_correlation
+                ),
+            ],
+            metadata={
+                **{f"share {status}": float(share) for status, share in shares.iter_rows()},
+                **_value_figures(ok),
+                "examples": markdown_table(
+                    ok.select("prompt", sample="text_sampled", value="value", feedback="text").head(5), 600
+                ),
+            },
+        )
+
+
+def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
+    return samples.select(
+        "sample_id",
+        aspect=pl.lit("none"),
+        value=pl.lit(None, dtype=pl.Float64),
+        text=pl.lit(None, dtype=pl.String),
+        status=pl.lit("skipped"),
+        reason=pl.lit("the method asks for no feedback"),
+    )
+
+
+def _value_figures(ok: pl.DataFrame) -> dict[str, float]:
+    if ok["value"].null_count() == ok.height:
+        return {}
+    quantile = {f"value p{q}": float(ok["value"].quantile(q / 100) or 0.0) for q in (10, 90)}
+    return {"value mean": float(ok["value"].mean()), **quantile}  # type: ignore[arg-type]

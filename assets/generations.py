@@ -1,0 +1,117 @@
+"""The second stage: samples from the policy."""
+
+import time
+
+import dagster as dg
+import polars as pl
+
+from assets.policy import policy
+from assets.prompt_draws import prompt_draws
+from assets.stage import LOOP, Stage, columns_of, markdown_table
+from resources.configured import SamplerResource, StoreResource
+from resources.sampler import Decoding, Request
+from resources.store import Draft
+from textalign_dagster import checks
+from textalign_dagster.conditioning import render
+from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.tables import GENERATIONS
+
+
+@dg.asset(
+    **LOOP,
+    deps=[prompt_draws, policy],
+    pool="gpu",
+    kinds={"huggingface", "parquet"},
+    check_specs=checks.specs("generations"),
+    metadata=columns_of(GENERATIONS),
+)
+def generations(
+    context: dg.AssetExecutionContext, store: StoreResource, sampler: SamplerResource
+) -> dg.MaterializeResult:
+    """One row per completion sampled from the policy.
+
+    From iteration 2 on the policy is asked for the method's exemplar feedback; iteration 1 is
+    unconditioned. Each sample has a seed of its own, derived and stored.
+    """
+    with Stage.of(context, store.open()) as stage:
+        experiment, settings = stage.experiment, stage.experiment.sampling
+        draws = stage.require("prompt_draws")
+        model = stage.policy(stage.cell.iteration)
+        condition = experiment.method.exemplar if stage.cell.iteration > 1 else None
+        template = experiment.method.template
+        decoding = Decoding(
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.min_new_tokens,
+            ignore_eos=settings.ignore_eos,
+            banned_tokens=experiment.method.special_tokens if condition is not None else (),
+        )
+        engine = sampler.of(experiment)
+        drawn = draws.frame("prompt_draws")
+
+        def produce(draft: Draft) -> None:
+            started = time.monotonic()
+            seeds = [
+                tuple(derive_seed(root, "sample", i) for i in range(settings.samples_per_prompt))
+                for root in drawn["seed"]
+            ]
+            requests = [
+                Request(render(template, condition, prompt), own)
+                for prompt, own in zip(drawn["prompt"], seeds, strict=True)
+            ]
+            completions = engine.generate(model.path, requests, decoding, stage.report())
+            asked = [condition, template if condition is not None else None]
+            rows = [
+                {
+                    "sample_id": content_hash(
+                        "sample", draw["draw_id"], model.policy_hash, decoding_id, asked, seed
+                    ),
+                    "draw_id": draw["draw_id"],
+                    "prompt_id": draw["prompt_id"],
+                    "prompt": draw["prompt"],
+                    "sample_index": index,
+                    "policy_hash": model.policy_hash,
+                    "engine": engine.engine,
+                    "engine_version": engine.engine_version,
+                    "condition": condition,
+                    "text": completion.text,
+                    "n_tokens": completion.n_tokens,
+                    "finish_reason": completion.finish_reason,
+                    "logprob": completion.logprob,
+                    "seed": seed,
+                }
+                for draw, own, several in zip(
+                    drawn.iter_rows(named=True), seeds, completions, strict=True
+                )
+                for index, (seed, completion) in enumerate(zip(own, several, strict=True))
+            ]
+            frame = pl.DataFrame(rows, schema=GENERATIONS)
+            draft.write("generations", frame, GENERATIONS)
+            seconds = time.monotonic() - started
+            draft.record(work_seconds=seconds, tokens=int(frame["n_tokens"].sum()))
+
+        decoding_id = content_hash("decoding", vars(decoding), engine.engine)
+        made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash}, produce)
+        rows = made.frame("generations")
+        limits = experiment.checks
+        return stage.publish(
+            made,
+            headline=f"{rows.height:,} samples, {rows['n_tokens'].sum():,} tokens",
+            rows=rows.height,
+            checks=[
+                checks.schema(rows, GENERATIONS, ["sample_id"]),
+                checks.not_empty(rows, limits.max_empty),
+                checks.not_duplicated(rows, limits.max_duplicates),
+                checks.conditioned_once(template, rows["condition"], rows["prompt"]),
+            ],
+            metadata={
+                "condition": condition or "none (iteration 1)",
+                "mean tokens": float(rows["n_tokens"].mean()),  # type: ignore[arg-type]
+                "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
+                "nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1),
+                "tokens": int(rows["n_tokens"].sum()),
+                "examples": markdown_table(rows.select("prompt", "condition", "text").head(5), 600),
+            },
+        )

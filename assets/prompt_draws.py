@@ -1,0 +1,78 @@
+"""The first stage: which prompts the iteration samples from."""
+
+from pathlib import Path
+
+import dagster as dg
+import polars as pl
+
+from assets.policy import hand_over
+from assets.stage import LOOP, Stage, columns_of, markdown_table
+from resources.configured import StoreResource
+from resources.policies import base_policy
+from resources.store import ArtifactStore, Draft
+from textalign_dagster import checks
+from textalign_dagster.ids import content_hash
+from textalign_dagster.prompts import draw_prompts, read_prompt_file
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tables import PROMPT_DRAWS
+
+
+@dg.asset(**LOOP, kinds={"parquet"}, check_specs=checks.specs("prompt_draws"), metadata=columns_of(PROMPT_DRAWS))
+def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+    """One row per prompt drawn for the iteration; a prompt drawn twice has two rows.
+
+    A pure function of the prompts, the settings under `prompts`, the seed and the iteration.
+    """
+    with Stage.of(context, store.open()) as stage:
+        settings, cell = stage.experiment.prompts, stage.cell
+        if settings.path is not None:
+            prompts = read_prompt_file(Path(settings.path))
+        else:
+            prompts = stage.experiment.task.prompts("train")
+        weights = _weights(stage.store, settings.weights) if settings.weights else None
+        source = content_hash("prompts", prompts["prompt"].to_list(), weights)
+
+        def produce(draft: Draft) -> None:
+            drawn = draw_prompts(
+                prompts, settings, seed=stage.experiment.seed, iteration=cell.iteration, weights=weights
+            )
+            draft.write("prompt_draws", drawn, PROMPT_DRAWS)
+
+        made = stage.make({"source": source}, produce, draw=cell.iteration)
+        if cell.iteration == 1:
+            base = base_policy(stage.experiment)
+            hand_over(context, cell, base.policy_hash, base.path)
+        drawn = made.frame("prompt_draws")
+        return stage.publish(
+            made,
+            headline=f"{drawn.height:,} prompts",
+            rows=drawn.height,
+            checks=[checks.schema(drawn, PROMPT_DRAWS, ["draw_id"])],
+            metadata={
+                "different prompts": drawn["prompt_id"].n_unique(),
+                "prompts to draw from": prompts.height,
+                "examples": markdown_table(drawn.select("prompt", "source").head(5)),
+            },
+        )
+
+
+def _weights(store: ArtifactStore, query: str) -> dict[str, float]:
+    """prompt_id → weight, as the experiment's query over the tables gives them."""
+    import duckdb  # only weighted draws need it
+
+    from resources.views import connect
+
+    with connect(store) as database:
+        try:
+            frame = pl.from_arrow(database.sql(query).to_arrow_table())
+        except duckdb.Error as error:
+            raise SettingsError(f"prompts.weights: the query fails: {error}") from None
+    assert isinstance(frame, pl.DataFrame)
+    if not {"prompt_id", "weight"} <= set(frame.columns):
+        raise SettingsError(
+            f"prompts.weights: the query gives {', '.join(frame.columns)}; it must give prompt_id, weight"
+        )
+    rows = frame.select("prompt_id", pl.col("weight").cast(pl.Float64)).drop_nulls().rows()
+    return dict(rows)
+
+

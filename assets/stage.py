@@ -1,0 +1,206 @@
+"""What every asset of the loop has at hand: the cell, the experiment, its inputs, its publication."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from resources.freshness import Freshness
+from resources.policies import base_policy
+from resources.sampler import SamplerError
+from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.library import Library
+from textalign_dagster.partitions import GRID, Cell
+from textalign_dagster.progress import Finished, announce, reporter
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.stages import artifact_key, stage_settings
+
+LOOP: dict[str, Any] = {"partitions_def": GRID, "group_name": "loop"}
+"""What all assets of the loop have in common: one grid, and dependencies by identity only."""
+
+
+@dataclass(frozen=True)
+class PolicyFolder:
+    """A policy on this machine's disk."""
+
+    path: Path
+    policy_hash: str
+
+
+@dataclass
+class Stage:
+    """One stage of one iteration of one experiment."""
+
+    name: str
+    context: dg.AssetExecutionContext
+    store: ArtifactStore
+    cell: Cell
+    library: Library
+    experiment: Experiment
+    freshness: Freshness
+
+    @classmethod
+    @contextmanager
+    def of(cls, context: dg.AssetExecutionContext, store: ArtifactStore) -> Iterator[Stage]:
+        """The stage that ``context`` materializes; errors that people can act on become failures.
+
+        Retrying cannot help with any of them, so Dagster does not.
+        """
+        cell = Cell.of(context.partition_key)
+        try:
+            library = Library.default()
+            experiment = library.load(cell.experiment)
+            if cell.iteration > experiment.iterations:
+                raise SettingsError(
+                    f"{cell.experiment} has {experiment.iterations} iterations; raise `iterations` in its "
+                    f"file for iteration {cell.iteration}"
+                )
+            name = context.asset_key.path[-1]
+            freshness = Freshness(store, cell.experiment, experiment)
+            yield cls(name, context, store, cell, library, experiment, freshness)
+        except (SettingsError, ArtifactError, SamplerError) as error:
+            raise dg.Failure(str(error), allow_retries=False) from None  # one sentence, no second trace
+
+    def require(self, stage: str, iteration: int | None = None) -> Artifact:
+        """The output of a stage this one builds on.
+
+        Raises:
+            ArtifactError: it is missing, stale or blocked by a failed check; says what to do.
+        """
+        at = self.cell.iteration if iteration is None else iteration
+        state = self.freshness.state(at, stage)
+        pointer = self.freshness.pointer(at, stage)
+        if pointer is None or state.kind != "fresh":
+            raise ArtifactError(
+                f"{self.name} of {self.cell.experiment}, iteration {self.cell.iteration}, builds on {stage} of "
+                f"iteration {at}: {state.reason}; "
+                + {
+                    "missing": f"materialize iteration {at} first",
+                    "stale": "materialize that again first (`textalign run` does, in order)",
+                    "blocked": "see its check, mend the cause (or the limit under `checks`), and materialize it again",
+                }[state.kind]
+            )
+        return pointer.artifact
+
+    def policy(self, iteration: int) -> PolicyFolder:
+        """The policy that an iteration samples from: the base, or the checkpoint of the one before."""
+        if iteration == 1:
+            base = base_policy(self.experiment)
+            return PolicyFolder(base.path, base.policy_hash)
+        checkpoint = self.require("checkpoint", iteration - 1)
+        return PolicyFolder(checkpoint.path("model"), checkpoint.manifest["facts"]["policy_hash"])
+
+    def make(
+        self,
+        inputs: Mapping[str, str],
+        produce: Callable[[Draft], None],
+        *,
+        iteration: int | None = None,
+        **extra: Any,
+    ) -> Artifact:
+        """The stage's artifact for these inputs: the one that exists, or what ``produce`` makes.
+
+        Args:
+            inputs: name → key of everything it is made from.
+            iteration: whose settings apply, if not this cell's (iteration 0).
+            extra: further settings that decide the output.
+        """
+        at = self.cell.iteration if iteration is None else iteration
+        settings = stage_settings(self.experiment, self.name, at)
+        started = time.monotonic()
+        artifact = self.store.make(
+            self.name,
+            artifact_key(self.name, {**settings, **extra}, inputs),
+            produce,
+            inputs=dict(inputs),
+            settings=settings,
+            seed=self.experiment.seed,
+        )
+        if artifact.reused:
+            self.context.log.info(f"reused {self.name} {artifact.key}: same inputs, same settings")
+        else:
+            self.context.log.info(f"made {self.name} in {time.monotonic() - started:.1f} s")
+        return artifact
+
+    def report(self) -> Callable[..., None]:
+        """A progress callback ``(done, total, note="")``."""
+        return reporter(str(self.cell.key), self.name, self.context.log.info)
+
+    def publish(
+        self,
+        artifact: Artifact,
+        *,
+        checks: Sequence[dg.AssetCheckResult] = (),
+        metadata: Mapping[str, Any] | None = None,
+        rows: int | None = None,
+        headline: str = "",
+    ) -> dg.MaterializeResult:
+        """Points the cell at the artifact and tells Dagster: data, figures and verdict in one."""
+        announce(Finished(str(self.cell.key), self.name, headline, artifact.reused))
+        blocking = {
+            str(check.check_name): bool(check.passed)
+            for check in checks
+            if check.severity == dg.AssetCheckSeverity.ERROR
+        }
+        self.store.assign(
+            self.cell.experiment,
+            self.cell.iteration,
+            self.name,
+            artifact,
+            settings=stage_settings(self.experiment, self.name, self.cell.iteration),
+            checks=blocking,
+        )
+        where = f"experiment = '{self.cell.experiment}' and iteration = {self.cell.iteration}"
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(artifact.key),
+            check_results=list(checks),
+            metadata={
+                "seconds": round(float(artifact.manifest.get("seconds", 0.0)), 2),
+                "reused": artifact.reused,
+                "artifact": artifact.key,
+                **({"dagster/partition_row_count": rows} if rows is not None else {}),
+                **(metadata or {}),
+                "query": dg.MetadataValue.md(
+                    f"```sql\ntextalign sql \"from {TABLE.get(self.name, self.name)} where {where}\"\n```"
+                ),
+            },
+        )
+
+
+TABLE = {"checkpoint": "checkpoints", "evaluation": "scores"}
+"""The table a stage is asked about under, where it has another name."""
+
+
+def columns_of(schema: pl.Schema) -> dict[str, Any]:
+    """Static asset metadata that fills the UI's Columns section."""
+    columns = [dg.TableColumn(name, str(kind)) for name, kind in schema.items()]
+    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
+
+
+def markdown_table(frame: pl.DataFrame, width: int = 200) -> dg.MarkdownMetadataValue:
+    """A few rows as a Markdown table; line breaks shown, long texts cut."""
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+        text = str(value)
+        text = text if len(text) <= width else text[:width] + "…"
+        for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "&#96;")):
+            text = text.replace(old, new)
+        if "\n" not in text and "  " not in text:
+            return text
+        return text.replace(" ", "&nbsp;").replace("\n", "<br>")
+
+    lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * frame.width]
+    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in frame.iter_rows()]
+    return dg.MetadataValue.md("\n".join(lines))

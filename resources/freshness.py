@@ -1,0 +1,96 @@
+"""What state the cells of the grid are in: missing, fresh, stale or blocked by a check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from resources.cells import Pointer
+from resources.policies import base_policy
+from resources.store import ArtifactStore
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.ids import settings_diff
+from textalign_dagster.stages import STAGES, stage_settings
+
+
+@dataclass(frozen=True)
+class State:
+    """A stage's output in a cell: usable if ``fresh``; otherwise ``reason`` says why not."""
+
+    kind: Literal["fresh", "missing", "stale", "blocked"]
+    reason: str = ""
+
+
+class Freshness:
+    """The states of one experiment's cells, as the store has them now.
+
+    A stage is *stale* when what it was made from has been replaced or its settings have changed
+    since, here or anywhere upstream; *blocked* when a blocking check failed on it or upstream.
+    """
+
+    def __init__(self, store: ArtifactStore, name: str, experiment: Experiment) -> None:
+        self.store, self.name, self.experiment = store, name, experiment
+        self._states: dict[tuple[int, str], State] = {}
+        self._pointers: dict[tuple[int, str], Pointer | None] = {}
+
+    def pointer(self, iteration: int, stage: str) -> Pointer | None:
+        """The artifact a cell points at."""
+        at = (iteration, stage)
+        if at not in self._pointers:
+            self._pointers[at] = self.store.pointer(self.name, iteration, stage)
+        return self._pointers[at]
+
+    def policy_hash(self, iteration: int) -> str | None:
+        """The policy that an iteration samples from, None where it does not exist."""
+        if iteration == 1:
+            return base_policy(self.experiment).policy_hash
+        pointer = self.pointer(iteration - 1, "checkpoint")
+        return None if pointer is None else str(pointer.artifact.manifest["facts"]["policy_hash"])
+
+    def state(self, iteration: int, stage: str) -> State:
+        """The state of a stage's output in a cell."""
+        at = (iteration, stage)
+        if at not in self._states:
+            self._states[at] = self._state(iteration, stage)
+        return self._states[at]
+
+    def iteration(self, iteration: int) -> State:
+        """The state of a whole iteration: that of its first stage that is not fresh."""
+        states = (self.state(iteration, stage) for stage in STAGES)
+        return next((state for state in states if state.kind != "fresh"), State("fresh"))
+
+    def _state(self, iteration: int, stage: str) -> State:
+        pointer = self.pointer(iteration, stage)
+        place = f"{stage} of {self.name}, iteration {iteration},"
+        if pointer is None:
+            return State("missing", f"{place} does not exist")
+        for name, key in pointer.inputs.items():
+            now, state = self._upstream(iteration, name, key)
+            if state.kind != "fresh":
+                return State("stale" if state.kind == "missing" else state.kind, state.reason)
+            if now != key:
+                return State("stale", f"{place} was made from a {name} that has been replaced")
+        now_settings = stage_settings(self.experiment, stage, iteration)
+        changes = settings_diff(pointer.settings, now_settings)
+        if changes:
+            return State("stale", f"{place} was made with other settings ({'; '.join(changes)})")
+        failed = [check for check, passed in pointer.checks.items() if not passed]
+        if failed:
+            return State("blocked", f"{place} failed its check {', '.join(failed)}")
+        return State("fresh")
+
+    def _upstream(self, iteration: int, name: str, key: str) -> tuple[str | None, State]:
+        """Key and state, as of now, of what an artifact calls its input ``name``."""
+        if name == "base_policy":
+            return base_policy(self.experiment).policy_hash, State("fresh")
+        if name in ("policy", "trained_policy"):
+            k = iteration + (name == "trained_policy")
+            state = State("fresh") if k == 1 else self.state(k - 1, "checkpoint")
+            return self.policy_hash(k), state
+        stage, _, origin = name.partition("@")
+        if stage not in STAGES:
+            return key, State("fresh")  # a source outside the grid, such as a file of prompts
+        at = int(origin) if origin else iteration
+        pointer = self.pointer(at, stage)
+        return (pointer.artifact.key if pointer else None), self.state(at, stage)
+

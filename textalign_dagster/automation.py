@@ -1,0 +1,113 @@
+"""What runs the next iteration: one function feeds both the schedule and the sensor."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import dagster as dg
+from dagster._core.storage.tags import PARTITION_NAME_TAG
+
+from resources.configured import store_url
+from resources.freshness import Freshness
+from resources.store import ArtifactError, ArtifactStore
+from textalign_dagster.library import Library
+from textalign_dagster.partitions import EXPERIMENTS, Cell
+from textalign_dagster.settings import SettingsError
+
+EXPERIMENT_TAG = "dagster/partition/experiment"
+ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+iteration_job = dg.define_asset_job(
+    "iteration",
+    dg.AssetSelection.groups("loop").materializable(),
+    description="One iteration of one experiment, all stages. Several iterations: select several "
+    "partitions; the run queue takes them in order, one at a time per experiment.",
+)
+
+
+class Next(NamedTuple):
+    """The cell to run next, or why there is none."""
+
+    cell: Cell | None
+    reason: str
+
+
+def next_cell(store: ArtifactStore, experiment: str) -> Next:
+    """The first iteration of an experiment that has not been made.
+
+    None is next when all are done, or when a made one is stale or blocked by a failed check: then
+    going on would mix old and new, or train on what a check refused, and a person decides.
+    """
+    try:
+        settings = Library.default().load(experiment)
+        freshness = Freshness(store, experiment, settings)
+        for k in range(1, settings.iterations + 1):
+            state = freshness.iteration(k)
+            if state.kind == "missing":
+                return Next(Cell(experiment, k), state.reason)
+            if state.kind != "fresh":
+                return Next(None, f"{experiment} halts at iteration {k}: {state.reason}")
+    except (SettingsError, ArtifactError) as error:
+        return Next(None, f"{experiment} cannot run: {error}")
+    return Next(None, f"{experiment} is done: {settings.iterations} iterations")
+
+
+def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -> Next:
+    """:func:`next_cell`, unless the experiment is running or its last run of that cell failed."""
+    if instance.get_runs(
+        dg.RunsFilter(tags={EXPERIMENT_TAG: experiment}, statuses=ACTIVE), limit=1
+    ):
+        return Next(None, f"{experiment} is running")
+    following = next_cell(store, experiment)
+    if following.cell is not None:
+        last = instance.get_runs(
+            dg.RunsFilter(tags={PARTITION_NAME_TAG: str(following.cell.key)}), limit=1
+        )
+        if last and last[0].status == dg.DagsterRunStatus.FAILURE:
+            return Next(
+                None,
+                f"{experiment} halts: run {last[0].run_id[:8]} of iteration {following.cell.iteration} failed; "
+                "mend the cause and re-execute it",
+            )
+    return following
+
+
+@dg.schedule(job=iteration_job, cron_schedule="0 2 * * *")
+def next_iteration(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Every night at two: the next iteration of every experiment that is idle."""
+    store, waiting, launched = ArtifactStore(store_url()), [], False
+    for experiment in EXPERIMENTS:
+        following = ready(context.instance, store, experiment)
+        if following.cell is None:
+            waiting.append(following.reason)
+        else:
+            launched = True
+            yield dg.RunRequest(partition_key=following.cell.key)
+    if not launched:
+        yield dg.SkipReason("; ".join(waiting))
+
+
+@dg.sensor(job=iteration_job, minimum_interval_seconds=30)
+def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Launches iteration k + 1 of an experiment once iteration k is there.
+
+    It looks at the state, not at events, so none can be missed. The first iteration is a person's
+    decision; so is what to do about a failed one.
+    """
+    store, waiting, launched = ArtifactStore(store_url()), [], False
+    for experiment in EXPERIMENTS:
+        following = ready(context.instance, store, experiment)
+        if following.cell is None:
+            waiting.append(following.reason)
+        elif following.cell.iteration == 1:
+            waiting.append(f"{experiment} waits for somebody to run iteration 1")
+        else:
+            launched = True
+            yield dg.RunRequest(partition_key=following.cell.key)
+    if not launched:
+        yield dg.SkipReason("; ".join(waiting))

@@ -1,0 +1,202 @@
+"""An experiment: one YAML file, typed. The CLI, the docs and the code location follow from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from textalign_dagster.datapool import PoolSettings
+from textalign_dagster.methods import AnyMethod
+from textalign_dagster.prompts import Prompts
+from textalign_dagster.settings import Settings
+from textalign_dagster.tasks import AnyTask
+
+
+class Policy(Settings):
+    """The model that iteration 1 samples from."""
+
+    model: str = Field(
+        ...,
+        description="A policy shipped with the task, a local transformers folder (relative to the "
+        "experiment file), or a hub id.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Number format of the weights while sampling and training."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that the model folder brings along."
+    )
+
+
+class Sampling(Settings):
+    """How samples are drawn from the policy."""
+
+    engine: Literal["transformers"] = Field(
+        "transformers", description="What generates: `transformers` (CPU or GPU)."
+    )
+    samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="Below 1 the samples are sharper than the policy, and training on them sharpens it.",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; 1 keeps the whole vocabulary.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens kept; 0 keeps all.")
+    max_new_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
+    min_new_tokens: int = Field(0, ge=0, description="Tokens before the end may be sampled.")
+    ignore_eos: bool = Field(
+        False, description="Always sample max_new_tokens: then short answers cannot win."
+    )
+    batch_size: int = Field(256, ge=1, description="Sequences decoded together.")
+
+    @model_validator(mode="after")
+    def _lengths(self) -> Sampling:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError("min_new_tokens is larger than max_new_tokens; lower it")
+        return self
+
+
+class Objective(Settings):
+    """The loss per generated token: −log p + kl_coef·KL − entropy_coef·H."""
+
+    entropy_coef: float = Field(0.06, ge=0, description="Weight of the entropy bonus (alpha).")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference (beta); 0: none.")
+    kl_direction: Literal["reference_to_policy", "policy_to_reference"] = Field(
+        "reference_to_policy",
+        description="reference_to_policy: KL(ref || pi) as ALT; policy_to_reference: KL(pi || ref) as Quark's code.",
+    )
+    kl_reference: Literal["base", "parent"] = Field(
+        "base", description="The reference: the base policy, or the policy this iteration started from."
+    )
+    kl_reference_sees_condition: bool = Field(
+        False, description="Whether the reference reads the condition too, or the plain prompt."
+    )
+
+
+class Training(Settings):
+    """How a checkpoint is trained on the drawn rows."""
+
+    objective: Objective = Field(Objective(), description="The loss.")
+    start_from: Literal["parent", "base"] = Field(
+        "parent", description="Continue the policy that was sampled from, or start from the base anew."
+    )
+    epochs: float = Field(2.0, gt=0, description="Passes over the drawn rows.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Shape of the decay, restarted every iteration."
+    )
+    final_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Last learning rate as a share of the peak (linear, cosine)."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
+    batch_size: int = Field(8, ge=1, description="Rows per process and step.")
+    gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
+    weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
+    betas: tuple[float, float] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    max_length: int = Field(
+        1024, ge=8, description="Longest row in tokens; long prompts lose their beginning."
+    )
+    eos_rule: Literal["finish_reason", "legacy"] = Field(
+        "finish_reason",
+        description="A cut-off sample must not teach stopping. finish_reason: the end token follows samples "
+        "that ended by themselves; legacy: the published guess from last character and length.",
+    )
+    special_token_init: Literal["mean_std", "eos"] = Field(
+        "mean_std",
+        description="Embeddings of new tokens: normal around the vocabulary's mean and spread, or a copy of the end token's.",
+    )
+    processes: int = Field(1, ge=1, description="Training processes on this machine.")
+
+
+class Evaluation(Settings):
+    """How a policy is measured, on prompts no iteration trains on."""
+
+    path: str | None = Field(
+        None, description="A prompt file as in prompts.path, instead of the task's held-out prompts."
+    )
+    prompts: int = Field(192, ge=2, description="Held-out prompts, the same in every iteration.")
+    samples_per_prompt: int = Field(2, ge=1, description="Completions of each.")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus.")
+    probe: bool = Field(
+        True, description="Also evaluate under the method's other conditions: does the policy obey?"
+    )
+    resamples: int = Field(
+        1000, ge=100, description="Bootstrap resamples over prompts behind the intervals."
+    )
+
+
+class Checks(Settings):
+    """Limits. A blocking check that fails stops the iteration before the next stage."""
+
+    max_unusable_feedback: float = Field(
+        0.05, ge=0, le=1, description="Share of feedback that is unparseable or failed; blocking."
+    )
+    max_empty: float = Field(0.05, ge=0, le=1, description="Share of empty generations; blocking.")
+    max_duplicates: float = Field(
+        0.2, ge=0, le=1, description="Share of generations that repeat another one's text; blocking."
+    )
+    max_shortfall: float = Field(
+        0.5, ge=0, le=1, description="Share of the wanted rows of the worst-filled bucket that is missing; a warning."
+    )
+    max_length_correlation: float = Field(
+        0.5, ge=0, le=1, description="Absolute correlation of feedback value and length; a warning."
+    )
+    min_diversity: float = Field(
+        0.7, ge=0, le=1, description="Distinct-3 of an evaluation over that of iteration 0; blocking."
+    )
+
+
+class Experiment(Settings):
+    """task × method × policy × sampling × datapool × training × evaluation, and a seed."""
+
+    description: str = Field("", description="One or two sentences for whoever reads the grid.")
+    task: AnyTask = Field(..., description="What is learned, and who judges it.")
+    method: AnyMethod = Field(..., description="How feedback becomes training.")
+    policy: Policy = Field(..., description="The base policy.")
+    iterations: int = Field(3, ge=1, le=999, description="Iterations after the untouched policy (0).")
+    seed: int = Field(0, ge=0, description="All other seeds are derived from it.")
+    control: str | None = Field(
+        None,
+        description="The experiment that is this one's null control (the same without feedback); "
+        "run with it, and shown beside it.",
+    )
+    prompts: Prompts = Field(Prompts(), description="The prompts of an iteration.")
+    sampling: Sampling = Field(Sampling(), description="The samples of an iteration.")
+    datapool: PoolSettings = Field(PoolSettings(), description="The rows trained on.")
+    training: Training = Field(Training(), description="The training of a checkpoint.")
+    evaluation: Evaluation = Field(Evaluation(), description="The measuring of a checkpoint.")
+    checks: Checks = Field(Checks(), description="When to stop or warn.")
+
+    @field_validator("task", "method", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``method: quark`` is short for ``method: {name: quark}``."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Experiment:
+        wants = self.method.wants
+        if wants is not None and wants not in self.task.kinds:
+            raise ValueError(
+                f"method {self.method.name} wants feedback of kind {wants!r}, which task "
+                f"{self.task.name} does not give (it gives: {', '.join(self.task.kinds)}); "
+                "choose another method or task"
+            )
+        unknown = set(self.datapool.shares or {}) - set(self.method.buckets)
+        if unknown:
+            raise ValueError(
+                f"datapool.shares: {', '.join(sorted(unknown))} is no bucket of method "
+                f"{self.method.name} (buckets: {', '.join(self.method.buckets)})"
+            )
+        return self
+
+    @property
+    def upstream(self) -> dict[str, Any]:
+        """The settings everything upstream of training follows from: shared with a null control."""
+        sections = ("task", "policy", "seed", "prompts", "sampling", "evaluation")
+        return self.model_dump(mode="json", include=set(sections))
