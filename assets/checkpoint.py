@@ -6,9 +6,10 @@ from typing import Any
 import dagster as dg
 import polars as pl
 
+from assets.columns import columns_of
 from assets.datapool import datapool
 from assets.policy import hand_over
-from assets.stage import LOOP, PolicyFolder, Stage, columns_of
+from assets.stage import LOOP, PolicyFolder, Stage
 from resources.configured import SamplerResource, StoreResource
 from resources.launcher import Acceleration, LocalLauncher, accelerate_command, accelerate_env
 from resources.policies import policy_hash
@@ -17,7 +18,7 @@ from resources.store import Artifact, ArtifactError, Draft
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.library import home
 from textalign_dagster.tables import CHECKPOINTS
-from training.job import Job, TrainingSettings
+from training.job import Job
 
 
 @dg.asset(
@@ -136,10 +137,6 @@ def job_of(
 ) -> Job:
     """What the trainer is told."""
     experiment = stage.experiment
-    settings = experiment.training.model_dump(include=set(TrainingSettings.model_fields))
-    settings["objective"] = experiment.training.objective.model_dump(
-        include={"entropy_coef", "kl_coef", "kl_direction", "kl_reference_sees_condition"}
-    )
     return Job(
         rows=rows,
         policy=str(parent.path),
@@ -147,12 +144,9 @@ def job_of(
         out=out,
         template=experiment.method.template,
         special_tokens=list(experiment.method.special_tokens),
-        special_token_init=experiment.training.special_token_init,
         seed=seed,
         world_size=experiment.training.processes,
-        training=TrainingSettings(
-            **settings,
-            max_new_tokens=experiment.sampling.max_new_tokens,
-            dtype="float32" if experiment.policy.dtype == "float32" else "bfloat16",
-        ),
+        dtype=experiment.policy.dtype,
+        max_new_tokens=experiment.sampling.max_new_tokens,
+        training=experiment.training,
     )

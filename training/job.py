@@ -1,0 +1,136 @@
+"""The job file: everything one training run is told, as JSON.
+
+It is written by whoever launches the training and read by ``training.train``; a job can be run
+again by hand, and its text is part of the record of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from textalign_dagster.conditioning import validate_template
+from textalign_dagster.settings import Settings, SettingsError, validate
+from textalign_dagster.training_settings import Training
+
+
+class TrainingError(Exception):
+    """Training cannot start or go on; the message is written for the user and needs no traceback."""
+
+
+class JobError(TrainingError):
+    """A job that cannot be run; the message names file, field and remedy."""
+
+
+class NonFiniteError(TrainingError):
+    """The loss or the weights are no longer numbers; the message says at which step."""
+
+
+class Job(Settings):
+    """One training run. Paths are absolute, or relative to the folder the trainer is started in."""
+
+    rows: str = Field(
+        ...,
+        description="Parquet: sample_id, prompt, condition, text, finish_reason, n_tokens, weight.",
+    )
+    policy: str = Field(..., description="Transformers folder the training starts from.")
+    reference: str | None = Field(None, description="Transformers folder of the KL reference.")
+    out: str = Field(
+        ..., description="Folder to write: weights, config, tokenizer and, last, done.json."
+    )
+    template: str | None = Field(
+        None, description="With {condition} and {prompt}; None: no row has a condition."
+    )
+    special_tokens: list[str] = Field(
+        [], description="Tokens to add to the policy where it lacks them."
+    )
+    seed: int = Field(0, ge=0)
+    world_size: int = Field(1, ge=1, description="Processes that the launcher was asked for.")
+    threads: int | None = Field(
+        None, ge=1, description="torch threads of a process; None: torch's choice."
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the weights while training and saved."
+    )
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Of the sampling; eos_rule legacy needs it."
+    )
+    training: Training
+
+    def write(self, path: Path) -> Path:
+        """Writes the job as JSON and returns the path."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        return path
+
+
+def read_job(path: Path) -> Job:
+    """The job in a JSON file, checked as far as is possible without loading a model.
+
+    Raises:
+        JobError: unreadable file, unknown or wrong fields, settings that contradict each other, or
+            input files that are not there.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobError(f"{path}: no such job file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not JSON ({error}); write it with Job.write") from None
+    if not isinstance(content, dict):
+        raise JobError(f"{path}: a job is a JSON object, found {type(content).__name__}")
+    try:
+        job: Job = validate(Job, content, str(path))
+    except SettingsError as error:
+        raise JobError(str(error)) from None
+    check(job, str(path))
+    return job
+
+
+def check(job: Job, where: str) -> None:
+    """What no single field can tell.
+
+    Raises:
+        JobError: naming the place, the field and the remedy.
+    """
+    objective = job.training.objective
+    if objective.kl_coef > 0 and job.reference is None:
+        raise JobError(
+            f"{where}: reference: missing; training.objective.kl_coef is {objective.kl_coef}, so name "
+            "one (or set kl_coef to 0)"
+        )
+    if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
+        raise JobError(
+            f"{where}: max_new_tokens: missing; eos_rule legacy compares with it"
+        )
+    if job.template is not None:
+        try:
+            validate_template(job.template)
+        except ValueError as error:
+            raise JobError(f"{where}: template: {error}") from None
+    if not Path(job.rows).is_file():
+        raise JobError(f"{where}: rows: no such file: {job.rows}")
+    check_model_folder(Path(job.policy), f"{where}: policy")
+    if job.reference is not None and objective.kl_coef > 0:
+        check_model_folder(Path(job.reference), f"{where}: reference")
+
+
+def check_model_folder(folder: Path, where: str) -> None:
+    """Whether a folder has what a policy is made of; weights in any format but safetensors are refused."""
+    if not folder.is_dir():
+        raise JobError(f"{where}: no such folder: {folder}")
+    wanted: dict[str, Any] = {
+        "config.json": [folder / "config.json"],
+        "model*.safetensors (pickled weights are not loaded: save the model with transformers 5)": list(
+            folder.glob("model*.safetensors")
+        ),
+        "tokenizer.json or tokenizer_config.json (save the tokenizer with the model)": [
+            folder / "tokenizer.json",
+            folder / "tokenizer_config.json",
+        ],
+    }
+    for name, candidates in wanted.items():
+        if not any(path.is_file() for path in candidates):
+            raise JobError(f"{where}: {folder} has no {name}")

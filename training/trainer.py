@@ -1,0 +1,265 @@
+"""HF Trainer with our objective, our batches and our learning-rate schedule.
+
+Everything else (devices, mixed precision, distributed data parallel, DeepSpeed) is Trainer's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from training import objectives
+from training.batches import Collator, Examples, RankBatches
+from textalign_dagster.training_settings import Objective, Training
+from training.job import NonFiniteError
+from training.progress import Reporter
+
+REPORT_EVERY = 0.5  # seconds
+
+
+def lr_factor(
+    step: int,
+    total: int,
+    warmup: int,
+    schedule: Literal["linear", "cosine", "constant"],
+    final: float,
+) -> float:
+    """The learning rate of a step (0, 1, …) over the peak.
+
+    It rises linearly from 0 in ``warmup`` steps and then falls to ``final`` after the last step
+    (with ``final`` 0 as transformers' schedules of these names); ``constant`` stays at 1.
+    """
+    if step < warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    gone = min(1.0, (step - warmup) / max(1, total - warmup))
+    shape = 1 - gone if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * gone))
+    return final + (1 - final) * shape
+
+
+def training_arguments(
+    settings: Training, *, out: str, seed: int, cpu: bool
+) -> TrainingArguments:
+    """The part of the job that is Trainer's own.
+
+    One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included.
+    """
+    arguments = TrainingArguments(
+        output_dir=out,
+        num_train_epochs=1,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        adam_epsilon=settings.eps,
+        max_grad_norm=settings.max_grad_norm or 0.0,
+        seed=seed % 2**32,  # numpy's seeds end there
+        use_cpu=cpu,
+        # Naming a backend where there is one process makes accelerate look for a group that is not there.
+        ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
+        ddp_find_unused_parameters=False,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+    )
+    # One process drives one device: with several visible GPUs Trainer would otherwise wrap the
+    # model in DataParallel, which neither our weights nor the world size know of.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
+
+
+class ObjectiveTrainer(Trainer):
+    """Minimises ``sum_t w_t l_t / sum_t w_t`` with both sums over the whole optimizer step.
+
+    The denominator covers all micro-batches of the gradient accumulation and all ranks. (A mean of
+    their means would weigh tokens of short micro-batches more.)
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        examples: Examples,
+        plan: list[list[list[list[int]]]],
+        collator: Collator,
+        settings: Training,
+        vocabulary: int,
+        reporter: Reporter,
+        reference: PreTrainedModel | None = None,
+    ):
+        """
+        Args:
+            vocabulary: entries from here on are dropped before the KL (added tokens, padding).
+            reference: frozen, on any device; needed if the objective has a KL term.
+        """
+        super().__init__(
+            model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator
+        )
+        # For transformers before 5.19, which asks this instead of loss_is_scaled_for_ga.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_Progress(self, reporter))
+        self._examples, self._plan = examples, plan
+        self._settings, self._vocabulary = settings, vocabulary
+        self.reference = cast(Any, reference)
+        if self.reference is not None:
+            self.reference.to(args.device).eval().requires_grad_(False)
+        self.tokens = 0  # of this rank, padding not counted
+        self._losses: list[Tensor] = []  # of this rank, one number a step
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """This rank's micro-batches; not sharded by accelerate, which would repeat rows to even out."""
+        batches = RankBatches(self._plan, self.args.process_index)
+        examples = cast(Any, self._examples)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self.data_collator)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        settings = self._settings
+        warmup = math.ceil(settings.warmup_ratio * num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            cast(torch.optim.Optimizer, optimizer or self.optimizer),
+            lambda step: lr_factor(
+                step, num_training_steps, warmup, settings.schedule, settings.final_lr_ratio
+            ),
+        )
+        return self.lr_scheduler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of a step, and the weight of all its tokens on all ranks."""
+        samples = [next(epoch_iterator) for _ in range(num_batches)]
+        mass = torch.zeros((), dtype=torch.float32)
+        for batch in samples:
+            counted = (batch["labels"][:, 1:] != objectives.IGNORE).sum(1)
+            mass += (counted * batch["weights"]).sum()
+            self.tokens += int(batch["attention_mask"].sum())
+        self._losses.append(torch.zeros((), device=device))
+        return samples, self.accelerator.reduce(mass.to(device), "sum")
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        assert num_items_in_batch is not None, "get_batch_samples gives the step's mass"
+        objective = self._objective(model, inputs, self._settings.objective)
+        share = objective.total / num_items_in_batch
+        self._losses[-1] += share.detach()
+        if not torch.isfinite(share):
+            raise NonFiniteError(
+                f"the loss is {share.item()} at step {self.state.global_step + 1}; lower "
+                "training.learning_rate (or max_grad_norm), or train in float32"
+            )
+        # Distributed data parallel averages the ranks' gradients; their sum is what is meant.
+        return share * self.accelerator.num_processes
+
+    def _objective(
+        self, model: Any, inputs: dict[str, Any], settings: Objective
+    ) -> objectives.Objective:
+        outputs = _labelled(model, inputs, "")
+        reference = None
+        if settings.kl_coef > 0:
+            assert self.reference is not None, "a KL term needs a reference"
+            prefix = "reference_" if "reference_input_ids" in inputs else ""
+            with torch.no_grad():
+                there = _labelled(self.reference, inputs, prefix).log_probs
+            reference = objectives.restrict(
+                there, min(self._vocabulary, there.shape[-1], outputs.log_probs.shape[-1])
+            )
+        return objectives.conditional_mle(
+            outputs,
+            inputs["weights"],
+            entropy_coef=settings.entropy_coef,
+            kl_coef=settings.kl_coef,
+            kl_direction=settings.kl_direction,
+            reference=reference,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows trained on."""
+        return len(self._examples)
+
+    def losses(self) -> list[float]:
+        """The loss of every step, over all ranks."""
+        return [float(x) for x in self.accelerator.reduce(torch.stack(self._losses), "sum")]
+
+    def total_tokens(self) -> int:
+        """Tokens read, over all ranks and epochs, padding not counted."""
+        return int(
+            self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum")
+        )
+
+
+def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Outputs:
+    """One forward pass; the output layer runs on the positions that hold labels only."""
+    keep = inputs[f"{prefix}keep"]
+    unwrapped = getattr(model, "module", model)
+    partly = (
+        {"logits_to_keep": keep}
+        if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
+        else {}
+    )
+    logits = model(
+        input_ids=inputs[f"{prefix}input_ids"],
+        attention_mask=inputs[f"{prefix}attention_mask"],
+        use_cache=False,
+        **partly,
+    ).logits
+    return objectives.labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])
+
+
+class _Progress(TrainerCallback):
+    """Reports a step at most every ``REPORT_EVERY`` seconds, and the first and the last one."""
+
+    def __init__(self, trainer: ObjectiveTrainer, reporter: Reporter):
+        self._trainer, self._reporter = trainer, reporter
+        self._time, self._step, self._tokens, self._lr = time.monotonic(), 0, 0, 0.0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        schedule = cast(Any, self._trainer.lr_scheduler)
+        self._lr = float(schedule.get_last_lr()[0])  # of this step, before it changes
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._time = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now, trainer = time.monotonic(), self._trainer
+        if now - self._time < REPORT_EVERY and state.global_step not in (1, state.max_steps):
+            return
+        # Rank 0 speaks for all: its loss times the number of ranks, its tokens likewise.
+        ranks = trainer.accelerator.num_processes
+        recent = torch.stack(trainer._losses[self._step :]).mean().item() * ranks
+        rate = (trainer.tokens - self._tokens) * ranks / max(now - self._time, 1e-9)
+        self._reporter.progress(
+            {
+                "done": state.global_step,
+                "total": state.max_steps,
+                "loss": recent,
+                "tokens_per_s": rate,
+                "lr": self._lr,
+            }
+        )
+        self._time, self._step, self._tokens = now, state.global_step, trainer.tokens
