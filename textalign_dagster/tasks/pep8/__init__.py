@@ -1,0 +1,91 @@
+"""The embedded task: continue Python functions in the style of PEP 8.
+
+Prompts come from this machine's own standard library, feedback from pycodestyle, and the base
+policy ships with the project. Its style was made sloppy on purpose (see ``policy/README.md``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+from pydantic import Field
+
+from textalign_dagster.methods import FeedbackKind
+from textalign_dagster.tasks.base import Measure, Task
+from textalign_dagster.tasks.pep8 import corpus
+from textalign_dagster.tasks.pep8.lint import Lint, columns, feedback, lint, reward, score
+
+POLICIES = {"pep8-sloppy-1m": Path(__file__).parent / "policy"}
+
+
+class Pep8(Task):
+    """Violations per 1,000 characters, as pycodestyle counts them."""
+
+    name: Literal["pep8"] = "pep8"
+    max_prompts: int | None = Field(
+        None, ge=1, description="Use only the first so many prompts of each split; none: all."
+    )
+
+    def prompts(self, split: Literal["train", "evaluation"]) -> pl.DataFrame:
+        found = corpus.prompts()
+        texts = found.train if split == "train" else found.evaluation
+        return pl.DataFrame({"prompt": texts[: self.max_prompts]}, {"prompt": pl.String}).select(
+            "prompt",
+            reference=pl.lit(None, dtype=pl.String),
+            source=pl.lit("python standard library"),
+            source_revision=pl.lit(found.source_revision),
+        )
+
+    @property
+    def scorer(self) -> tuple[str, str]:
+        return "pycodestyle", version("pycodestyle")
+
+    @property
+    def kinds(self) -> tuple[FeedbackKind, ...]:
+        return ("reward", "text")
+
+    def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
+        """``reward``: the (negative) violations per line; ``text``: the findings as a sentence, score 0–3."""
+
+        value, text = (reward, lambda found: None) if kind == "reward" else (score, feedback)
+        return self._rows(
+            samples,
+            lambda found: {"aspect": "style", "value": float(value(found)), "text": text(found)},
+        ).with_columns(
+            pl.col("text").cast(pl.String),
+            status=pl.lit("ok"),  # a linter always answers; an empty body is judged as such
+            reason=pl.lit(None, dtype=pl.String),
+        )
+
+    def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
+        measured = self._rows(samples, columns)
+        return measured.with_columns(pl.exclude("sample_id").cast(pl.Float64))
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        return (
+            Measure("violations", "violations per 1,000 characters", "violations", "characters", 1000, "lower"),
+            Measure("clean", "clean samples", "clean", better="higher"),
+            Measure("parse_rate", "samples that parse", "parses"),
+            Measure("characters", "characters", "characters"),
+        )
+
+    def builtin_policy(self, name: str) -> str | None:
+        return str(POLICIES[name]) if name in POLICIES else None
+
+    @property
+    def builtin_policies(self) -> tuple[str, ...]:
+        return tuple(POLICIES)
+
+    def _rows(self, samples: pl.DataFrame, row: Callable[[Lint], dict[str, Any]]) -> pl.DataFrame:
+        rows = [
+            {"sample_id": sample_id, **row(lint(prompt, text, finished=reason == "stop"))}
+            for sample_id, prompt, text, reason in samples.select(
+                "sample_id", "prompt", "text", "finish_reason"
+            ).iter_rows()
+        ]
+        return pl.DataFrame(rows, infer_schema_length=None)
