@@ -5,8 +5,10 @@ import time
 import dagster as dg
 import polars as pl
 
+from assets.columns import columns_of
 from assets.feedback import feedback
-from assets.stage import LOOP, Stage, columns_of, markdown_table
+from assets.figures import markdown_table, sample_blocks
+from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
 from resources.store import Draft
 from textalign_dagster import checks
@@ -99,8 +101,8 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 "labels": markdown_table(labels),
                 "shortfalls": markdown_table(shortfalls),
                 "reasons": markdown_table(pool["reason"].value_counts(sort=True)),
-                "examples": markdown_table(
-                    trained.select("condition", "prompt", "text", "reason").head(5), 600
+                "examples": sample_blocks(
+                    trained.select("label", "condition", "reason", "prompt", "text").head(8).to_dicts()
                 ),
             },
         )

@@ -3,22 +3,32 @@
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import dagster as dg
 import polars as pl
 
 from assets.checkpoint import checkpoint
-from assets.stage import LOOP, Stage, columns_of, markdown_table
+from assets.columns import columns_of
+from assets.figures import markdown_table, sample_blocks
+from assets.stage import LOOP, Stage
 from resources.configured import SamplerResource, StoreResource
 from resources.sampler import Decoding, Request
 from resources.store import Artifact, Draft
 from textalign_dagster import checks
 from textalign_dagster.conditioning import render
-from textalign_dagster.evaluation import conditions, evaluation_prompts, score_table, titles, value_of
+from textalign_dagster.evaluation import (
+    conditions,
+    evaluation_prompts,
+    evaluation_source,
+    score_table,
+    titles,
+    value_of,
+)
 from textalign_dagster.ids import content_hash
 from textalign_dagster.report import placed, score_rows
 from textalign_dagster.stages import stage_settings
-from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
+from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measure, measures
 
 
 @dg.asset(
@@ -52,7 +62,7 @@ def evaluation(
         first = next(iter(named))
         main = scores.filter(pl.col("role") == "main")
         figures = {named[metric]: value for metric, value in main.select("metric", "value").iter_rows()}
-        samples = made.frame("evaluation_samples").select("prompt", "condition", "text")
+        probes = scores.filter((pl.col("role") == "probe") & (pl.col("metric") == first))
         return stage.publish(
             made,
             headline=f"{named[first]} {_told(at_start, first)} at the start, now {_told(scores, first)}",
@@ -67,15 +77,10 @@ def evaluation(
             ],
             metadata={
                 **figures,
-                **{
-                    f"{named[first]}, asked for {condition!r}": value
-                    for condition, value in scores.filter(
-                        (pl.col("role") == "probe") & (pl.col("metric") == first)
-                    ).select("condition", "value").iter_rows()
-                },
+                **{f"{named[first]}, probe {i}": value for i, value in enumerate(probes["value"], start=1)},
                 "curve": _curve(stage, scores),
                 "scores": markdown_table(scores.drop("policy_hash")),
-                "examples": markdown_table(samples.head(3).vstack(samples.tail(3)), 600),
+                "examples": sample_blocks(_examples(stage, made.frame("evaluation_samples"))),
             },
         )
 
@@ -149,7 +154,7 @@ def evaluate(stage: Stage, sampler: SamplerResource, iteration: int) -> Artifact
         draft.record(work_seconds=time.monotonic() - started)
 
     inputs = {"trained_policy": model.policy_hash, "base_policy": base.policy_hash}
-    source = content_hash("prompts", prompts["prompt"].to_list())
+    source = evaluation_source(prompts)
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration)
 
 
@@ -167,6 +172,14 @@ def _curve(stage: Stage, scores: pl.DataFrame) -> dg.MarkdownMetadataValue:
     earlier = before.filter((pl.col("experiment") != name) | (pl.col("iteration") < now))
     rows = pl.concat([earlier, placed(scores, name, now)])
     return dg.MetadataValue.md(as_markdown(curves(rows, stage.experiment, name, panels=1)))
+
+
+def _examples(stage: Stage, samples: pl.DataFrame, show: int = 4) -> list[dict[str, Any]]:
+    """Some samples of every condition, with what the first measure counts in them."""
+    counted = stage.experiment.task.measures[0].numerator
+    shown = samples.group_by("role", "condition", maintain_order=True).head(show)
+    asked = pl.col("condition").alias("asked for")
+    return shown.select(asked, measure(counted), "prompt", "text").to_dicts()
 
 
 def _told(scores: pl.DataFrame, metric: str) -> str:

@@ -1,12 +1,15 @@
 """The third stage: what the judge says of each sample."""
 
 import time
+from typing import Any
 
 import dagster as dg
 import polars as pl
 
+from assets.columns import columns_of
+from assets.figures import sample_blocks
 from assets.generations import generations
-from assets.stage import LOOP, Stage, columns_of, markdown_table
+from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
 from resources.store import Draft
 from textalign_dagster import checks
@@ -73,11 +76,17 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             metadata={
                 **{f"share {status}": float(share) for status, share in shares.iter_rows()},
                 **_value_figures(ok),
-                "examples": markdown_table(
-                    ok.select("prompt", sample="text_sampled", value="value", feedback="text").head(5), 600
-                ),
+                **({"examples": sample_blocks(_examples(ok))} if ok.height else {}),
             },
         )
+
+
+def _examples(ok: pl.DataFrame, show: int = 8) -> list[dict[str, Any]]:
+    """Samples with what was said of them, from the worst to the best."""
+    ordered = ok.sort("value", "sample_id")
+    chosen = sorted({round(i * (ok.height - 1) / max(show - 1, 1)) for i in range(show)})
+    named = ordered.select("value", pl.col("text").alias("feedback"), "prompt", pl.col("text_sampled").alias("text"))
+    return named[chosen].to_dicts()
 
 
 def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:

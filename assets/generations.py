@@ -5,9 +5,11 @@ import time
 import dagster as dg
 import polars as pl
 
+from assets.columns import columns_of
+from assets.figures import sample_blocks
 from assets.policy import policy
 from assets.prompt_draws import prompt_draws
-from assets.stage import LOOP, Stage, columns_of, markdown_table
+from assets.stage import LOOP, Stage
 from resources.configured import SamplerResource, StoreResource
 from resources.sampler import Decoding, Request
 from resources.store import Draft
@@ -112,6 +114,6 @@ def generations(
                 "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
                 "nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1),
                 "tokens": int(rows["n_tokens"].sum()),
-                "examples": markdown_table(rows.select("prompt", "condition", "text").head(5), 600),
+                "examples": sample_blocks(rows.select("condition", "prompt", "text").head(8).to_dicts()),
             },
         )

@@ -1,19 +1,20 @@
 """The first stage: which prompts the iteration samples from."""
 
-from pathlib import Path
-
 import dagster as dg
 import polars as pl
 
+from assets.columns import columns_of
+from assets.figures import markdown_table
 from assets.policy import hand_over
-from assets.stage import LOOP, Stage, columns_of, markdown_table
+from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
 from resources.policies import base_policy
 from resources.store import ArtifactStore, Draft
 from textalign_dagster import checks
 from textalign_dagster.ids import content_hash
-from textalign_dagster.prompts import draw_prompts, read_prompt_file
+from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
+from textalign_dagster.sources import source_hash, training_prompts
 from textalign_dagster.tables import PROMPT_DRAWS
 
 
@@ -25,12 +26,11 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
     """
     with Stage.of(context, store.open()) as stage:
         settings, cell = stage.experiment.prompts, stage.cell
-        if settings.path is not None:
-            prompts = read_prompt_file(Path(settings.path))
-        else:
-            prompts = stage.experiment.task.prompts("train")
+        prompts = training_prompts(stage.experiment)
         weights = _weights(stage.store, settings.weights) if settings.weights else None
-        source = content_hash("prompts", prompts["prompt"].to_list(), weights)
+        inputs = {"source": source_hash(prompts)}
+        if weights is not None:
+            inputs["weights"] = content_hash("weights", weights)
 
         def produce(draft: Draft) -> None:
             drawn = draw_prompts(
@@ -38,7 +38,7 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
             )
             draft.write("prompt_draws", drawn, PROMPT_DRAWS)
 
-        made = stage.make({"source": source}, produce, draw=cell.iteration)
+        made = stage.make(inputs, produce, draw=cell.iteration)
         if cell.iteration == 1:
             base = base_policy(stage.experiment)
             hand_over(context, cell, base.policy_hash, base.path)

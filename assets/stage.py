@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import polars as pl
 
+from assets.figures import figure
 from resources.freshness import Freshness
 from resources.policies import base_policy
 from resources.sampler import SamplerError
@@ -158,18 +158,18 @@ class Stage:
             settings=stage_settings(self.experiment, self.name, self.cell.iteration),
             checks=blocking,
         )
-        where = f"experiment = '{self.cell.experiment}' and iteration = {self.cell.iteration}"
+        where = f"where experiment = '{self.cell.experiment}'\nand iteration = {self.cell.iteration}"
         return dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.key),
             check_results=list(checks),
             metadata={
-                "seconds": round(float(artifact.manifest.get("seconds", 0.0)), 2),
+                **{k: figure(v) if isinstance(v, float) else v for k, v in (metadata or {}).items()},
+                **({"dagster/partition_row_count": rows} if rows is not None else {}),
+                "seconds": figure(float(artifact.manifest["seconds"])),
                 "reused": artifact.reused,
                 "artifact": artifact.key,
-                **({"dagster/partition_row_count": rows} if rows is not None else {}),
-                **(metadata or {}),
                 "query": dg.MetadataValue.md(
-                    f"```sql\ntextalign sql \"from {TABLE.get(self.name, self.name)} where {where}\"\n```"
+                    f"```sh\ntextalign sql \"\nfrom {TABLE.get(self.name, self.name)}\n{where}\"\n```"
                 ),
             },
         )
@@ -177,30 +177,3 @@ class Stage:
 
 TABLE = {"checkpoint": "checkpoints", "evaluation": "scores"}
 """The table a stage is asked about under, where it has another name."""
-
-
-def columns_of(schema: pl.Schema) -> dict[str, Any]:
-    """Static asset metadata that fills the UI's Columns section."""
-    columns = [dg.TableColumn(name, str(kind)) for name, kind in schema.items()]
-    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
-
-
-def markdown_table(frame: pl.DataFrame, width: int = 200) -> dg.MarkdownMetadataValue:
-    """A few rows as a Markdown table; line breaks shown, long texts cut."""
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-        text = str(value)
-        text = text if len(text) <= width else text[:width] + "…"
-        for old, new in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "&#96;")):
-            text = text.replace(old, new)
-        if "\n" not in text and "  " not in text:
-            return text
-        return text.replace(" ", "&nbsp;").replace("\n", "<br>")
-
-    lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * frame.width]
-    lines += ["| " + " | ".join(map(cell, row)) + " |" for row in frame.iter_rows()]
-    return dg.MetadataValue.md("\n".join(lines))

@@ -8,9 +8,22 @@ from typing import Literal
 from resources.cells import Pointer
 from resources.policies import base_policy
 from resources.store import ArtifactStore
+from textalign_dagster.evaluation import evaluation_prompts, evaluation_source
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import settings_diff
+from textalign_dagster.sources import source_hash, training_prompts
 from textalign_dagster.stages import STAGES, stage_settings
+
+CALLED = {
+    "source": "prompts",
+    "prompts": "held-out prompts",
+    "policy": "a policy",
+    "trained_policy": "a checkpoint",
+    "base_policy": "a base policy",
+    "datapool": "a datapool",
+    "checkpoint": "a checkpoint",
+}
+"""Inputs in words; the others are tables with a name of their own."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,8 @@ class Freshness:
             if state.kind != "fresh":
                 return State("stale" if state.kind == "missing" else state.kind, state.reason)
             if now != key:
-                return State("stale", f"{place} was made from a {name} that has been replaced")
+                what = CALLED.get(name, name.replace("_", " ").replace("@", " of iteration "))
+                return State("stale", f"{place} was made from {what} that has been replaced")
         now_settings = stage_settings(self.experiment, stage, iteration)
         changes = settings_diff(pointer.settings, now_settings)
         if changes:
@@ -87,9 +101,13 @@ class Freshness:
             k = iteration + (name == "trained_policy")
             state = State("fresh") if k == 1 else self.state(k - 1, "checkpoint")
             return self.policy_hash(k), state
+        if name == "source":
+            return source_hash(training_prompts(self.experiment)), State("fresh")
+        if name == "prompts":
+            return evaluation_source(evaluation_prompts(self.experiment)), State("fresh")
         stage, _, origin = name.partition("@")
         if stage not in STAGES:
-            return key, State("fresh")  # a source outside the grid, such as a file of prompts
+            return key, State("fresh")  # weights from a query: as of the draw
         at = int(origin) if origin else iteration
         pointer = self.pointer(at, stage)
         return (pointer.artifact.key if pointer else None), self.state(at, stage)

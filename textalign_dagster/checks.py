@@ -6,6 +6,7 @@ the iteration before the next stage; WARN only shows.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,16 +47,19 @@ WARNINGS = {"length_correlation", "balance"}
 
 def specs(asset: str) -> list[dg.AssetCheckSpec]:
     """The check specs of an asset."""
-    return [
-        dg.AssetCheckSpec(
-            name,
-            asset=asset,
-            description=description,
-            blocking=name not in WARNINGS,
-            partitions_def=GRID,
-        )
-        for name, description in CHECKS.get(asset, {}).items()
-    ]
+    with warnings.catch_warnings():
+        # Checks that know their partition are a preview feature of Dagster 1.13.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(
+                name,
+                asset=asset,
+                description=description,
+                blocking=name not in WARNINGS,
+                partitions_def=GRID,
+            )
+            for name, description in CHECKS.get(asset, {}).items()
+        ]
 
 
 def _verdict(name: str, passed: bool, description: str, **metadata: Any) -> dg.AssetCheckResult:

@@ -5,7 +5,7 @@ is trained on. Every row that came in goes out, with whether it was drawn and wh
 mutated and nothing depends on the order of the rows: same rows, settings and seed give the same
 pool, bit for bit.
 
-The defaults follow the released code of ALT (Abadal et al., 2024). Its memory between iterations is
+The defaults follow the released code of ALT (Abadal Lloret et al., 2024). Its memory between iterations is
 replaced by recomputing which samples of the past would still be in it.
 """
 

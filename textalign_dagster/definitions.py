@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-
 import dagster as dg
 
-# Checks that know their partition are a preview feature of Dagster 1.13.
-warnings.filterwarnings("ignore", category=dg.PreviewWarning)
-
-from assets.checkpoint import checkpoint  # noqa: E402
-from assets.datapool import datapool  # noqa: E402
-from assets.evaluation import evaluation  # noqa: E402
-from assets.feedback import feedback  # noqa: E402
-from assets.generations import generations  # noqa: E402
-from assets.policy import policy  # noqa: E402
-from assets.prompt_draws import prompt_draws  # noqa: E402
-from resources.configured import SamplerResource, StoreResource  # noqa: E402
-from resources.launcher import LocalLauncher  # noqa: E402
-from textalign_dagster.automation import advance, iteration_job, next_iteration  # noqa: E402
+from assets.checkpoint import checkpoint
+from assets.datapool import datapool
+from assets.evaluation import evaluation
+from assets.feedback import feedback
+from assets.generations import generations
+from assets.policy import policy
+from assets.prompt_draws import prompt_draws
+from resources.configured import SamplerResource, StoreResource
+from resources.launcher import LocalLauncher
+from textalign_dagster.automation import advance, iteration_job, next_iteration
 
 LOOP = [policy, prompt_draws, generations, feedback, datapool, checkpoint, evaluation]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import polars as pl
@@ -12,9 +11,10 @@ import polars as pl
 from textalign_dagster import statistics
 from textalign_dagster.diversity import distinct_n_blocks
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.ids import derive_seed
-from textalign_dagster.prompts import prompt_id, read_prompt_file
+from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.prompts import prompt_id
 from textalign_dagster.settings import SettingsError
+from textalign_dagster.sources import held_out_prompts, training_prompts
 from textalign_dagster.statistics import Estimate
 from textalign_dagster.tables import SCORES, conform
 from textalign_dagster.tasks import Measure
@@ -57,15 +57,9 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
         SettingsError: too few prompts, or some that iterations train on.
     """
     settings = experiment.evaluation
-    if settings.path is not None:
-        prompts = read_prompt_file(Path(settings.path))["prompt"].to_list()
-        source = settings.path
-    else:
-        prompts = experiment.task.prompts("evaluation")["prompt"].to_list()
-        source = f"the held-out prompts of task {experiment.task.name}"
-    trained = experiment.prompts.path
-    training = read_prompt_file(Path(trained)) if trained else experiment.task.prompts("train")
-    shared = set(prompts) & set(training["prompt"])
+    prompts = held_out_prompts(experiment)["prompt"].to_list()
+    source = settings.path or f"the held-out prompts of task {experiment.task.name}"
+    shared = set(prompts) & set(training_prompts(experiment)["prompt"])
     if shared:
         raise SettingsError(
             f"evaluation.path: {len(shared)} prompts of {source} are trained on too, e.g. "
@@ -90,6 +84,11 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
             ],
         }
     )
+
+
+def evaluation_source(prompts: pl.DataFrame) -> str:
+    """What :func:`evaluation_prompts` gave, for the key of an evaluation."""
+    return content_hash("prompts", prompts["prompt"].to_list())
 
 
 def score_table(

@@ -10,8 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash, settings_diff
 from textalign_dagster.settings import (
@@ -22,6 +20,7 @@ from textalign_dagster.settings import (
     parse_override,
     read_yaml,
     validate,
+    write_yaml,
 )
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -87,9 +86,7 @@ class Library:
         for section in ("task", "method"):
             if isinstance(content.get(section), str):
                 content[section] = {"name": content[section]}
-        for section in ("prompts", "evaluation"):
-            _absolute(content, section, "path", path)
-        _absolute(content, "policy", "model", path, only_existing=True)
+        _absolute_paths(content, path.parent)
         parent = content.pop("extends", None)
         if parent is None:
             return content
@@ -195,7 +192,14 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     for override in overrides:
         changes = merge(changes, nested(*parse_override(override)))
+    _absolute_paths(changes, Path.cwd())  # a path given in a shell means what it means there
     return changes
+
+
+def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
+    for section in ("prompts", "evaluation"):
+        _absolute(content, section, "path", folder)
+    _absolute(content, "policy", "model", folder, only_existing=True)
 
 
 def variants_folder() -> Path:
@@ -209,22 +213,20 @@ def home() -> Path:
 
 
 def _absolute(
-    content: dict[str, Any], section: str, field: str, path: Path, only_existing: bool = False
+    content: dict[str, Any], section: str, field: str, folder: Path, only_existing: bool = False
 ) -> None:
-    """Reads a path in an experiment file relative to that file, wherever it is extended from."""
+    """Reads a path in an experiment file relative to its folder, wherever it is extended from."""
     fields = content.get(section)
     if not isinstance(fields, dict) or not isinstance(fields.get(field), str):
         return
-    target = path.parent / fields[field]
+    target = folder / fields[field]
     if not only_existing or target.exists() or fields[field].startswith((".", "/")):
         content[section] = {**fields, field: str(target.resolve())}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "# Written by `textalign run --set`; edit or delete it freely.\n" + yaml.safe_dump(
-        content, sort_keys=False
-    )
+    text = f"# Written by `textalign run --set`; edit or delete it freely.\n{write_yaml(content)}"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

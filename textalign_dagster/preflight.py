@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from resources.policies import base_policy
 from textalign_dagster.evaluation import evaluation_prompts
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.library import Library
-from textalign_dagster.prompts import draw_prompts, read_prompt_file
+from textalign_dagster.prompts import draw_prompts
+from textalign_dagster.sources import training_prompts
 
 
 def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -33,8 +33,7 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
 
 
 def _prompts(experiment: Experiment) -> str:
-    path = experiment.prompts.path
-    prompts = read_prompt_file(Path(path)) if path else experiment.task.prompts("train")
+    prompts = training_prompts(experiment)
     if experiment.prompts.draw == "weighted":
         return f"prompts: {prompts.height}, drawn by weight"
     # The last iteration asks for most: disjoint windows may run out.

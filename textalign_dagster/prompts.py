@@ -61,12 +61,12 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
         SettingsError: missing, unreadable, not UTF-8, of unknown type, without the column, empty,
             with blank or duplicate prompts; the message names the lines.
     """
-    readers: dict[str, Callable[[Path], pl.DataFrame]] = {".jsonl": _read_jsonl, ".csv": pl.read_csv, ".parquet": pl.read_parquet}
+    readers: dict[str, Callable[[Path], pl.DataFrame]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": pl.read_parquet}
     if path.suffix not in readers:
         raise SettingsError(f"{path}: prompt files end in {', '.join(readers)}")
+    if path.is_dir():
+        raise SettingsError(f"{path}: is a folder; give one file")
     try:
-        if path.suffix != ".parquet":
-            path.read_text(encoding="utf-8")
         frame = readers[path.suffix](path)
     except FileNotFoundError:
         raise SettingsError(f"{path}: no such prompt file") from None
@@ -75,15 +75,18 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
     except pl.exceptions.NoDataError:
         raise SettingsError(f"{path}: the file is empty") from None
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise SettingsError(f"{path}: cannot be read as {path.suffix}: {error}") from None
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else _problem(error)
+        raise SettingsError(f"{path}: cannot be read as {path.suffix}: {problem}") from None
     if frame.is_empty():
         raise SettingsError(f"{path}: the file holds no prompt")
     if "prompt" not in frame.columns:
         raise SettingsError(
             f"{path}: no column `prompt`; found {', '.join(frame.columns)}: rename one of them"
         )
-    if frame.schema["prompt"] != pl.String:
-        raise SettingsError(f"{path}: column `prompt` holds {frame.schema['prompt']}, not text")
+    for column in ("prompt", "reference"):
+        kind = frame.schema.get(column, pl.String())
+        if kind != pl.String and not (kind == pl.Null and column == "reference"):
+            raise SettingsError(f"{path}: column `{column}` holds {kind}, not text")
     blank = _rows(frame, pl.col("prompt").is_null() | (pl.col("prompt").str.strip_chars() == ""))
     if blank:
         raise SettingsError(f"{path}: blank prompt in {blank}; fill in or remove")
@@ -103,9 +106,17 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
     )
 
 
+def _read_csv(path: Path) -> pl.DataFrame:
+    path.read_text(encoding="utf-8")  # polars' own message does not name the byte
+    return pl.read_csv(path, infer_schema=False)
+
+
 def _read_jsonl(path: Path) -> pl.DataFrame:
+    """``prompt`` and, where a line has one, ``reference``; whatever else the lines hold is left out."""
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    fields: dict[str, None] = {}
+    # Not splitlines: it would split at U+2028 too, which JSON allows inside a text.
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -114,8 +125,20 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
             raise SettingsError(f"{path}:{number}: not JSON: {error.msg}") from None
         if not isinstance(row, dict):
             raise SettingsError(f'{path}:{number}: expected an object such as {{"prompt": "…"}}')
+        for field in ("prompt", "reference"):
+            if not isinstance(row.get(field), str | None):
+                raise SettingsError(f"{path}:{number}: `{field}` holds {row[field]!r}, not text")
         rows.append(row)
-    return pl.DataFrame(rows, infer_schema_length=None)
+        fields |= dict.fromkeys(row)
+    kept = [field for field in ("prompt", "reference") if field in fields]
+    if not kept:  # named in the error, whatever they hold
+        return pl.DataFrame({field: [None] * len(rows) for field in fields})
+    return pl.DataFrame(rows, schema=dict.fromkeys(kept, pl.String))
+
+
+def _problem(error: Exception) -> str:
+    """The first line of a polars error; the rest is about its own arguments."""
+    return str(error).strip().splitlines()[0]
 
 
 def _rows(frame: pl.DataFrame, condition: pl.Expr, show: int = 5) -> str:

@@ -87,8 +87,8 @@ class Runner:
                         self._cell(Cell(name, k))
 
     def _cell(self, cell: Cell) -> None:
-        from textalign_dagster.automation import iteration_job
         from assets.evaluation import evaluation
+        from textalign_dagster.automation import iteration_job
         from textalign_dagster.definitions import defs
 
         freshness = Freshness(self.store, cell.experiment, self.library.load(cell.experiment))
@@ -108,7 +108,14 @@ class Runner:
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The failed stage's own words."""
+    """The failed stage's own words, or those of the checks that stopped it."""
+    refused = [
+        f"{found.asset_key.to_user_string()}: check {found.check_name} failed: {found.description}"
+        for found in result.get_asset_check_evaluations()
+        if not found.passed and found.severity == dg.AssetCheckSeverity.ERROR
+    ]
+    if refused:
+        return "; ".join(refused) + " (limits: `checks` in the experiment)"
     for event in result.get_step_failure_events():
         data = event.step_failure_data
         error = data.error
@@ -152,8 +159,9 @@ def _alive(process: str) -> bool:
 def _started(pid: int) -> str:
     """When a process started, as its system counts; empty where it is gone or cannot be told."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except FileNotFoundError:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else numbers[18]  # a zombie is gone, only not yet reaped
+    except (FileNotFoundError, ProcessLookupError):
         if Path("/proc").exists():
             return ""
         try:  # no /proc (macOS): the number must do

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import pydantic
 import yaml
@@ -20,7 +21,7 @@ class SettingsError(Exception):
 class Settings(BaseModel):
     """A frozen section of settings: unknown fields and wrong types are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):
@@ -48,6 +49,11 @@ _Loader.add_implicit_resolver(
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag.endswith(":merge"):
+            continue
+        if not isinstance(key_node, yaml.ScalarNode):
+            problem = "a field's name is a word, not a list or a mapping (quote text with braces)"
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(
@@ -57,7 +63,40 @@ def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     return dict(loader.construct_mapping(node, deep=True))
 
 
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value)  # PyYAML's own reads 0777 as octal
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes every text that YAML 1.1 or :class:`_Loader` would not read as text."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *_Loader.yaml_implicit_resolvers.get(first, []),
+    ]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    # PyYAML loses rare line breaks (U+0085) in any but double quotes; there, all are escaped.
+    style = None if value.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def write_yaml(value: Any, **style: Any) -> str:
+    """The value as YAML that :func:`parse_yaml` reads back as it was."""
+    text = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **style)
+    return cast(str, text)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -83,7 +122,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, where: str) -> Any:
     """One YAML value; ``where`` names its origin in errors."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
@@ -95,10 +134,18 @@ def parse_yaml(text: str, where: str) -> Any:
 def parse_override(text: str) -> tuple[list[str], Any]:
     """``section.field=value`` as (path, value); the value is read as YAML: numbers, lists, booleans."""
     name, equals, value = text.partition("=")
-    path = name.strip().split(".")
+    path = [part.strip() for part in name.split(".")]
     if not equals or not all(path):
         raise SettingsError(f"--set {text}: write it as section.field=value")
-    return path, parse_yaml(value, f"--set {text}")
+    try:
+        return path, parse_yaml(value, "")
+    except SettingsError as error:
+        problem = str(error).partition("broken YAML: ")[2]
+        quoted = json.dumps(value, ensure_ascii=False)
+        raise SettingsError(
+            f"--set {text}: the value is broken YAML ({problem}); if it is text, quote it: "
+            f"--set '{name}={quoted}'"
+        ) from None
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,9 +186,9 @@ def validate(model: type[BaseModel], content: Mapping[str, Any], where: str) -> 
         raise SettingsError("\n".join(dict.fromkeys(lines))) from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """`` (did you mean 'x'?)`` when some known name is close, else an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -164,11 +211,16 @@ def _explain(model: type[BaseModel], content: Any, problem: Any, where: str) -> 
     kind = problem["type"]
     if kind == "extra_forbidden":
         known = list(owner.model_fields) if owner else []
-        hint = nearest(str(path[-1]), known)
+        hint = nearest(str(path[-1]), known, cutoff=0.8) or _elsewhere(model, field)
+        hint = hint or nearest(str(path[-1]), known)
         return f"{where}: {field}: unknown field{hint}; known here: {', '.join(known)}"
     if kind == "missing":
         return f"{where}: {field}: missing; add it"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
+    if kind == "union_tag_not_found":
+        members = _models(owner.model_fields[str(path[-1])].annotation) if owner else []
+        names = [str(name) for m in members for name in get_args(m.model_fields["name"].annotation)]
+        return f"{where}: {field}.name: missing; one of: {', '.join(names)}"
+    if kind == "union_tag_invalid":
         allowed = str(problem.get("ctx", {}).get("expected_tags", "")).replace("'", "")
         given = str(problem.get("ctx", {}).get("tag", ""))
         hint = nearest(given, allowed.split(", "))
@@ -178,9 +230,39 @@ def _explain(model: type[BaseModel], content: Any, problem: Any, where: str) -> 
         hint = nearest(str(problem["input"]), re.split(r", | or ", allowed))
         return f"{where}: {field}: {problem['input']!r} is not allowed{hint}; one of: {allowed}"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = PLAIN_WORDS.get(kind, message)
     if kind == "value_error":
         return f"{where}: {field}: {message}" if field else f"{where}: {message}"
     return f"{where}: {field}: {problem['input']!r} given, but it should be {message}"
+
+
+PLAIN_WORDS = {
+    "model_type": "a section of fields",
+    "model_attributes_type": "a section of fields",
+    "dict_type": "a section of fields",
+    "tuple_type": "a list, as in [1, 2]",
+    "string_type": "text (in quotes, if it looks like something else)",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "float_type": "a number",
+}
+"""For pydantic's kinds of error that speak of Python types."""
+
+
+def _elsewhere(model: type[BaseModel], field: str) -> str:
+    """The hint for a field that exists in another section: its full name."""
+    full = {known.rpartition(".")[2]: known for known in reversed(_fields(model)) if known != field}
+    close = difflib.get_close_matches(field.rpartition(".")[2], list(full), n=1, cutoff=0.8)
+    return f" (did you mean {full[close[0]]!r}?)" if close else ""
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for name, field in model.model_fields.items():
+        found.append(f"{prefix}{name}")
+        for section in _models(field.annotation):
+            found += _fields(section, f"{prefix}{name}.")
+    return found
 
 
 def _section(model: type[BaseModel], path: list[Any]) -> type[BaseModel] | None:
@@ -230,9 +312,6 @@ def describe(settings: BaseModel, indent: int = 0) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line of YAML; texts with line breaks in quotes."""
-    style = '"' if isinstance(value, str) and "\n" in value else None
-    text: str = yaml.safe_dump(
-        value, default_flow_style=True, default_style=style, width=10_000, allow_unicode=True
-    )
+    """A value on one line of YAML."""
+    text = write_yaml(value, default_flow_style=True, width=float("inf"))
     return text.strip().removesuffix("...").strip()

@@ -38,7 +38,9 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     conditioning = {"template": method.template, "ask_for": method.exemplar}
     unconditioned = {"template": None, "ask_for": None}
     if stage == "prompt_draws":
-        chosen = {"task": plain["task"], "prompts": plain["prompts"], "seed": experiment.seed}
+        # Where a file of prompts lies does not matter; what it holds is an input.
+        prompts = _without(plain["prompts"], "path")
+        chosen = {"task": plain["task"], "prompts": prompts, "seed": experiment.seed}
     elif stage == "generations":
         chosen = {
             "sampling": _without(plain["sampling"], "batch_size"),
@@ -68,7 +70,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         chosen = {
             "task": plain["task"],
             "scorer": experiment.task.scorer,
-            "evaluation": _without(plain["evaluation"], "probe"),
+            "evaluation": _without(plain["evaluation"], "probe", "path"),
             "sampling": {
                 field: plain["sampling"][field]
                 for field in ("engine", "max_new_tokens", "min_new_tokens", "ignore_eos")

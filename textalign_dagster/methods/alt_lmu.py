@@ -1,4 +1,4 @@
-"""ALT_LMU: conditioning on unconstrained textual feedback (Saüc i Castillo et al. 2024)."""
+"""ALT_LMU: conditioning on unconstrained textual feedback (Abadal Lloret et al. 2024)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,67 @@
+"""What the columns of the tables mean, as the UI's Columns section shows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+MEANINGS = {
+    "aspect": "What was judged, e.g. style.",
+    "call_keys": "Rows of the ledger of judge calls.",
+    "code_revision": "The code that trained.",
+    "condition": "The feedback asked for, or trained under; NULL: none.",
+    "config": "JSON: the training settings.",
+    "draw_id": "One drawn prompt; a prompt drawn twice has two.",
+    "draw_index": "0, 1, … when a prompt is drawn more than once in an iteration.",
+    "drawn": "Whether the row is trained on.",
+    "engine": "What sampled.",
+    "engine_version": "Its version.",
+    "environment_hash": "Hash of the installed packages.",
+    "final_loss": "Mean loss of the last tenth of the steps.",
+    "finish_reason": "stop: ended by itself; length: cut off.",
+    "gpu_seconds": "Seconds times GPUs; NULL: not measured.",
+    "hi": "Upper end of the 95 % interval.",
+    "kind": "reward, category, text, judgment, rating or ranking.",
+    "label": "The bucket or category; NULL: none.",
+    "lo": "Lower end of the 95 % interval.",
+    "logprob": "Sum of the sampled tokens' log-probabilities under the policy, in nats.",
+    "metric": "What was measured.",
+    "n": "Prompts; they are what the interval resamples.",
+    "n_tokens": "Sampled tokens, an end token included.",
+    "origin": "The iteration that sampled it.",
+    "parent": "The policy that training started from.",
+    "parser_version": "What read the judge's reply.",
+    "policy_hash": "The policy: hash of its weights, config and tokenizer.",
+    "pool_hash": "The pool: hash of its inputs and settings.",
+    "prompt": "The prompt, without the condition.",
+    "prompt_id": "Hash of the prompt's text.",
+    "reason": "Why drawn or not; why feedback is not ok.",
+    "reference": "A human answer, where the source has one.",
+    "role": "main: as the policy is meant to be used; probe: asked for something else.",
+    "rows": "Rows trained on.",
+    "sample_id": "One sample; joins generations, feedback and datapool.",
+    "sample_index": "0, 1, … within a drawn prompt.",
+    "scorer": "Who judged.",
+    "scorer_version": "Its version.",
+    "seconds": "Wall time.",
+    "seed": "Derived from experiment, iteration and row.",
+    "source": "Where the prompt comes from.",
+    "source_revision": "Its version.",
+    "status": "ok, unparseable, failed or skipped; only ok rows carry a value.",
+    "steps": "Updates of the weights.",
+    "text": "What the policy, or the judge, wrote.",
+    "usd": "Money spent; NULL: not known.",
+    "value": "The number; in feedback, higher is better.",
+    "weight": "Of the row in the draw (prompts) or in the objective (datapool).",
+}
+
+
+def columns_of(schema: pl.Schema, **meanings: str) -> dict[str, Any]:
+    """Static asset metadata that fills the UI's Columns section; ``meanings`` that differ here."""
+    columns = [
+        dg.TableColumn(name, str(kind), description=meanings.get(name, MEANINGS[name]))
+        for name, kind in schema.items()
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns=columns)}
