@@ -102,7 +102,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 "shortfalls": markdown_table(shortfalls),
                 "reasons": markdown_table(pool["reason"].value_counts(sort=True)),
                 "examples": sample_blocks(
-                    trained.select("label", "condition", "reason", "prompt", "text").head(8).to_dicts()
+                    trained.select("label", "condition", "reason", "prompt", "text").head(5).to_dicts()
                 ),
             },
         )

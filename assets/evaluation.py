@@ -149,7 +149,8 @@ def evaluate(stage: Stage, sampler: SamplerResource, iteration: int) -> Artifact
         )
         draft.write("scores", scores, SCORES)
         numbers = measures(measured.drop("sample_id").iter_rows(named=True))
-        kept = samples.join(measured.select("sample_id", numbers), on="sample_id")
+        numbered = measured.select("sample_id", numbers)
+        kept = samples.join(numbered, on="sample_id", maintain_order="left")
         draft.write("evaluation_samples", kept.drop("nll", "nll_tokens"), EVALUATION_SAMPLES)
         draft.record(work_seconds=time.monotonic() - started)
 
@@ -174,7 +175,7 @@ def _curve(stage: Stage, scores: pl.DataFrame) -> dg.MarkdownMetadataValue:
     return dg.MetadataValue.md(as_markdown(curves(rows, stage.experiment, name, panels=1)))
 
 
-def _examples(stage: Stage, samples: pl.DataFrame, show: int = 4) -> list[dict[str, Any]]:
+def _examples(stage: Stage, samples: pl.DataFrame, show: int = 3) -> list[dict[str, Any]]:
     """Some samples of every condition, with what the first measure counts in them."""
     counted = stage.experiment.task.measures[0].numerator
     shown = samples.group_by("role", "condition", maintain_order=True).head(show)

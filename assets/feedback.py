@@ -36,10 +36,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()
-            if kind is None:
-                judged = _nothing_asked(samples)
-            else:
-                judged = task.feedback(samples, kind)
+            judged = _nothing_asked(samples) if kind is None else task.feedback(samples, kind)
             name, version = task.scorer
             rows = judged.with_columns(
                 kind=pl.lit(kind or "none"),
@@ -81,7 +78,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         )
 
 
-def _examples(ok: pl.DataFrame, show: int = 8) -> list[dict[str, Any]]:
+def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
     """Samples with what was said of them, from the worst to the best."""
     ordered = ok.sort("value", "sample_id")
     chosen = sorted({round(i * (ok.height - 1) / max(show - 1, 1)) for i in range(show)})

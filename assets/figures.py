@@ -6,6 +6,7 @@ fenced blocks instead.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,12 +15,17 @@ import dagster as dg
 import polars as pl
 
 
-def figure(value: float, digits: int = 4) -> float:
-    """The value with so many significant digits; counts stay whole."""
+def figure(value: float, digits: int = 4) -> float | str:
+    """The value with so many significant digits; counts stay whole.
+
+    Infinity and NaN become text: they are no JSON, and the UI could not load the page.
+    """
+    if not math.isfinite(value):
+        return str(value)
     return float(f"{value:.{digits}g}") if abs(value) < 10**digits else float(round(value))
 
 
-def markdown_table(frame: pl.DataFrame, width: int = 80) -> dg.MarkdownMetadataValue:
+def markdown_table(frame: pl.DataFrame, width: int = 60) -> dg.MarkdownMetadataValue:
     """Some rows as a Markdown table; texts on one line, long ones cut."""
 
     def cell(value: Any) -> str:

@@ -114,6 +114,6 @@ def generations(
                 "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
                 "nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1),
                 "tokens": int(rows["n_tokens"].sum()),
-                "examples": sample_blocks(rows.select("condition", "prompt", "text").head(8).to_dicts()),
+                "examples": sample_blocks(rows.select("condition", "prompt", "text").head(5).to_dicts()),
             },
         )

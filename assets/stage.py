@@ -16,6 +16,7 @@ from resources.freshness import Freshness
 from resources.policies import base_policy
 from resources.sampler import SamplerError
 from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
+from textalign_dagster.abandoned import mark
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.library import Library
 from textalign_dagster.partitions import GRID, Cell
@@ -55,6 +56,7 @@ class Stage:
         Retrying cannot help with any of them, so Dagster does not.
         """
         cell = Cell.of(context.partition_key)
+        mark(context)
         try:
             library = Library.default()
             experiment = library.load(cell.experiment)

@@ -1,26 +1,17 @@
 """What runs the next iteration: one function feeds both the schedule and the sensor."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import dagster as dg
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 
-from resources.configured import store_url
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
-from textalign_dagster.library import Library
+from textalign_dagster.abandoned import active_runs, release_abandoned
+from textalign_dagster.library import Library, store_url
 from textalign_dagster.partitions import EXPERIMENTS, Cell
 from textalign_dagster.settings import SettingsError
-
-EXPERIMENT_TAG = "dagster/partition/experiment"
-ACTIVE = [
-    dg.DagsterRunStatus.QUEUED,
-    dg.DagsterRunStatus.NOT_STARTED,
-    dg.DagsterRunStatus.STARTING,
-    dg.DagsterRunStatus.STARTED,
-    dg.DagsterRunStatus.CANCELING,
-]
 
 iteration_job = dg.define_asset_job(
     "iteration",
@@ -58,38 +49,51 @@ def next_cell(store: ArtifactStore, experiment: str) -> Next:
 
 
 def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -> Next:
-    """:func:`next_cell`, unless the experiment is running or its last run of that cell failed."""
-    if instance.get_runs(
-        dg.RunsFilter(tags={EXPERIMENT_TAG: experiment}, statuses=ACTIVE), limit=1
-    ):
+    """:func:`next_cell`, unless the experiment is running or its last run of that cell went wrong."""
+    release_abandoned(instance, experiment)
+    if active_runs(instance, experiment):
         return Next(None, f"{experiment} is running")
     following = next_cell(store, experiment)
-    if following.cell is not None:
-        last = instance.get_runs(
-            dg.RunsFilter(tags={PARTITION_NAME_TAG: str(following.cell.key)}), limit=1
-        )
-        if last and last[0].status == dg.DagsterRunStatus.FAILURE:
-            return Next(
-                None,
-                f"{experiment} halts: run {last[0].run_id[:8]} of iteration {following.cell.iteration} failed; "
-                "mend the cause and re-execute it",
-            )
-    return following
+    if following.cell is None:
+        return following
+    last = instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: str(following.cell.key)}), limit=1)
+    went_wrong = {dg.DagsterRunStatus.FAILURE: "failed", dg.DagsterRunStatus.CANCELED: "was cancelled"}
+    how = went_wrong.get(last[0].status) if last else None
+    if how is None:
+        return following
+    return Next(
+        None,
+        f"{experiment} halts: run {last[0].run_id[:8]} of iteration {following.cell.iteration} {how}; "
+        "mend the cause, then re-execute it or materialize the iteration again",
+    )
+
+
+def requests(
+    instance: dg.DagsterInstance, experiments: Sequence[str], *, begin: bool
+) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """A run for every experiment that is ready for one, or the reasons why none is.
+
+    Args:
+        begin: whether iteration 1 is launched too.
+    """
+    store, waiting, launched = ArtifactStore(store_url()), [], False
+    for experiment in experiments:
+        following = ready(instance, store, experiment)
+        if following.cell is None:
+            waiting.append(following.reason)
+        elif following.cell.iteration == 1 and not begin:
+            waiting.append(f"{experiment} waits for somebody to run iteration 1")
+        else:
+            launched = True
+            yield dg.RunRequest(partition_key=following.cell.key)
+    if not launched:
+        yield dg.SkipReason("; ".join(waiting) or "there is no experiment")
 
 
 @dg.schedule(job=iteration_job, cron_schedule="0 2 * * *")
 def next_iteration(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """Every night at two: the next iteration of every experiment that is idle."""
-    store, waiting, launched = ArtifactStore(store_url()), [], False
-    for experiment in EXPERIMENTS:
-        following = ready(context.instance, store, experiment)
-        if following.cell is None:
-            waiting.append(following.reason)
-        else:
-            launched = True
-            yield dg.RunRequest(partition_key=following.cell.key)
-    if not launched:
-        yield dg.SkipReason("; ".join(waiting))
+    yield from requests(context.instance, EXPERIMENTS, begin=True)
 
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=30)
@@ -99,15 +103,4 @@ def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.
     It looks at the state, not at events, so none can be missed. The first iteration is a person's
     decision; so is what to do about a failed one.
     """
-    store, waiting, launched = ArtifactStore(store_url()), [], False
-    for experiment in EXPERIMENTS:
-        following = ready(context.instance, store, experiment)
-        if following.cell is None:
-            waiting.append(following.reason)
-        elif following.cell.iteration == 1:
-            waiting.append(f"{experiment} waits for somebody to run iteration 1")
-        else:
-            launched = True
-            yield dg.RunRequest(partition_key=following.cell.key)
-    if not launched:
-        yield dg.SkipReason("; ".join(waiting))
+    yield from requests(context.instance, EXPERIMENTS, begin=False)

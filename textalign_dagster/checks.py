@@ -83,14 +83,15 @@ def schema(frame: pl.DataFrame, expected: pl.Schema, key: list[str]) -> dg.Asset
             problems.append(f"column {name} holds {frame.schema[name]}, not {kind}")
     problems += [f"unknown column {name}" for name in frame.columns if name not in expected]
     if not problems:
-        nulls = frame.select(pl.any_horizontal(pl.col(key[0]).is_null())).sum().item()
+        for name in key:
+            nulls = 0 if name == "condition" else frame[name].null_count()  # NULL: unconditioned
+            if nulls:
+                problems.append(f"{nulls} rows without {name}")
         twice = int(frame.select(pl.struct(key).is_duplicated().sum()).item())
-        if nulls:
-            problems.append(f"{nulls} rows without {key[0]}")
         if twice:
             problems.append(f"{twice} rows share their key ({', '.join(key)})")
     if not problems and "status" in frame.columns:
-        unknown = frame.filter(~pl.col("status").is_in(STATUSES)).height
+        unknown = frame.filter(~pl.col("status").is_in(STATUSES).fill_null(False)).height
         valued = frame.filter((pl.col("status") != "ok") & pl.col("value").is_not_null()).height
         if unknown:
             problems.append(f"{unknown} rows of unknown status")

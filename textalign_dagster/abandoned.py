@@ -1,0 +1,80 @@
+"""Runs that are under way, and those whose process is gone without having said so."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import dagster as dg
+
+EXPERIMENT_TAG = "dagster/partition/experiment"
+PROCESS_TAG = "textalign/process"
+ONE_PROCESS = ("in_process", "execute_in_process_executor")
+ACTIVE = [
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+
+
+def active_runs(instance: dg.DagsterInstance, experiment: str) -> Sequence[dg.DagsterRun]:
+    """Runs of an experiment that are queued or under way."""
+    return instance.get_runs(dg.RunsFilter(tags={EXPERIMENT_TAG: experiment}, statuses=ACTIVE))
+
+
+def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
+    """Marks runs as failed whose process on this machine is gone (kill -9, power cut).
+
+    The run queue would wait for them for ever. Dagster's daemon sees a process of its own die, but
+    not those of the command line, nor any from before it was started itself.
+    """
+    for run in active_runs(instance, experiment):
+        process = run.tags.get(PROCESS_TAG)
+        if process is not None and not _alive(process, run.run_id):
+            instance.report_run_failed(run, "the process that ran it is gone")
+
+
+def process_tag(run_id: str) -> dict[str, str]:
+    """Says which process runs a run: run@host:pid:start.
+
+    The start tells the process from a later one with its number; the run, because a re-execution
+    inherits the tags of the run it repeats.
+    """
+    pid = os.getpid()
+    return {PROCESS_TAG: f"{run_id}@{socket.gethostname()}:{pid}:{_started(pid)}"}
+
+
+def mark(context: dg.AssetExecutionContext) -> None:
+    """Tags the run with this process, if all its steps run in it."""
+    if context.job_def.executor_def.name not in ONE_PROCESS:
+        return
+    tag = process_tag(context.run_id)
+    if context.run.tags.get(PROCESS_TAG) != tag[PROCESS_TAG]:
+        context.instance.add_run_tags(context.run_id, tag)
+
+
+def _alive(process: str, run_id: str) -> bool:
+    marked, _, where = process.partition("@")
+    host, pid, started = where.rsplit(":", 2)
+    return marked != run_id or host != socket.gethostname() or _started(int(pid)) == started
+
+
+def _started(pid: int) -> str:
+    """When a process started, as its system counts; empty where it is gone or cannot be told."""
+    try:
+        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state in "ZX" else numbers[18]  # a zombie is gone, only not yet reaped
+    except (FileNotFoundError, ProcessLookupError):
+        if Path("/proc").exists():
+            return ""
+        try:  # no /proc (macOS): the number must do
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return ""
+        except PermissionError:
+            pass
+        return "running"
