@@ -117,7 +117,7 @@ def _judged(generations: pl.DataFrame, feedback: pl.DataFrame, origin: int) -> p
     return (
         generations.select("sample_id", "prompt_id", "n_tokens")
         .with_row_index("position")
-        .join(feedback.select("sample_id", "value", "text", "status"), on="sample_id", how="left")
+        .join(feedback.select("sample_id", "value", "label", "text", "status"), on="sample_id", how="left")
         .with_columns(
             pl.col("position").cast(pl.Int64),
             pl.col("status").fill_null("failed"),

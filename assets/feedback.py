@@ -31,25 +31,24 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
     """
     with Stage.of(context, store.open()) as stage:
         task, kind = stage.experiment.task, stage.experiment.method.wants
+        judge = stage.experiment.judge if kind is not None else None
         source = stage.require("generations")
         samples = source.frame("generations")
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()
-            judged = _nothing_asked(samples) if kind is None else task.feedback(samples, kind)
-            name, version = task.scorer
-            rows = judged.with_columns(
-                kind=pl.lit(kind or "none"),
-                label=pl.lit(None, dtype=pl.String),
-                scorer=pl.lit(name),
-                scorer_version=pl.lit(version),
-                parser_version=pl.lit(None, dtype=pl.String),
-                call_keys=pl.lit([], dtype=pl.List(pl.String)),
-            )
+            if kind is None:
+                rows = _programmatic(_nothing_asked(samples), "none", task.scorer)
+            elif judge is None:
+                rows = _programmatic(task.feedback(samples, kind), kind, task.scorer)
+            else:
+                rows, facts = _judged(stage, samples)
+                draft.record(**facts, **again)
             draft.write("feedback", rows, FEEDBACK)
             draft.record(work_seconds=time.monotonic() - started)
 
-        made = stage.make({"generations": source.key}, produce)
+        again = _asked_again(stage) if judge is not None else {}
+        made = stage.make({"generations": source.key}, produce, **again)
         rows = made.frame("feedback")
         judged = rows.join(
             samples.select("sample_id", "prompt", "text", "n_tokens"),
@@ -82,8 +81,48 @@ def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
     """Samples with what was said of them, from the worst to the best."""
     ordered = ok.sort("value", "sample_id")
     chosen = sorted({round(i * (ok.height - 1) / max(show - 1, 1)) for i in range(show)})
-    named = ordered.select("value", pl.col("text").alias("feedback"), "prompt", pl.col("text_sampled").alias("text"))
+    named = ordered.select("value", pl.coalesce("text", "label").alias("feedback"), "prompt", pl.col("text_sampled").alias("text"))
     return named[chosen].to_dicts()
+
+
+def _asked_again(stage: Stage) -> dict[str, int]:
+    """How often calls that failed have been made again: a new table each time, beside the refused one.
+
+    What a judge could not say because it could not be reached must not be final. Replies that were
+    received are in the ledger and are not asked for twice.
+    """
+    pointer = stage.freshness.pointer(stage.cell.iteration, stage.name)
+    if pointer is None:
+        return {}
+    times = int(pointer.artifact.manifest["facts"].get("asked_again", 0))
+    rows = pointer.artifact.frame("feedback")
+    if pointer.checks.get("usable") is False and (rows["status"] == "failed").any():
+        times += 1
+    return {"asked_again": times} if times else {}
+
+
+def _judged(stage: Stage, samples: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """What the experiment's LLM judge says."""
+    from resources.judge_client import JudgeError  # needs the extra `judges`
+    from resources.judging import ask_judge
+
+    try:
+        return ask_judge(stage.experiment, samples, stage.store, stage.report(), str(stage.cell.key))
+    except JudgeError as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _programmatic(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:
+    """A task's own judgements as rows of FEEDBACK."""
+    name, version = scorer
+    return judged.with_columns(
+        kind=pl.lit(kind),
+        label=pl.lit(None, dtype=pl.String),
+        scorer=pl.lit(name),
+        scorer_version=pl.lit(version),
+        parser_version=pl.lit(None, dtype=pl.String),
+        call_keys=pl.lit([], dtype=pl.List(pl.String)),
+    )
 
 
 def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:

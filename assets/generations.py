@@ -51,6 +51,7 @@ def generations(
             banned_tokens=experiment.method.special_tokens if condition is not None else (),
         )
         engine = sampler.of(experiment)
+        engine_version = engine.engine_version
         drawn = draws.frame("prompt_draws")
 
         def produce(draft: Draft) -> None:
@@ -76,7 +77,7 @@ def generations(
                     "sample_index": index,
                     "policy_hash": model.policy_hash,
                     "engine": engine.engine,
-                    "engine_version": engine.engine_version,
+                    "engine_version": engine_version,
                     "condition": condition,
                     "text": completion.text,
                     "n_tokens": completion.n_tokens,

@@ -64,15 +64,21 @@ def _weights(store: ArtifactStore, query: str) -> dict[str, float]:
 
     with connect(store) as database:
         try:
-            frame = pl.from_arrow(database.sql(query).to_arrow_table())
+            frame = database.sql(query).pl()
         except duckdb.Error as error:
             raise SettingsError(f"prompts.weights: the query fails: {error}") from None
-    assert isinstance(frame, pl.DataFrame)
     if not {"prompt_id", "weight"} <= set(frame.columns):
         raise SettingsError(
             f"prompts.weights: the query gives {', '.join(frame.columns)}; it must give prompt_id, weight"
         )
-    rows = frame.select("prompt_id", pl.col("weight").cast(pl.Float64)).drop_nulls().rows()
-    return dict(rows)
+    kinds = frame.schema["prompt_id"], frame.schema["weight"]
+    if kinds[0] != pl.String or not kinds[1].is_numeric():
+        raise SettingsError(
+            f"prompts.weights: prompt_id is {kinds[0]} and weight is {kinds[1]}; they must be text and a number"
+        )
+    rows = frame.select("prompt_id", pl.col("weight").cast(pl.Float64)).drop_nulls()
+    if rows["prompt_id"].is_duplicated().any():
+        raise SettingsError("prompts.weights: the query gives a prompt_id more than once; group by it")
+    return dict(rows.iter_rows())
 
 

@@ -1,6 +1,5 @@
 """The resources as Dagster hands them to assets."""
 
-import os
 from functools import cache
 from typing import Literal
 
@@ -11,12 +10,7 @@ from resources.sampler import Sampler
 from resources.store import ArtifactStore
 from resources.transformers_sampler import TransformersSampler
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.library import home
-
-
-def store_url() -> str:
-    """``$TEXTALIGN_STORE`` (a folder or ``s3://…``), else ``store/`` below the project's state folder."""
-    return os.environ.get("TEXTALIGN_STORE") or str(home() / "store")
+from textalign_dagster.library import store_url
 
 
 class StoreResource(dg.ConfigurableResource):

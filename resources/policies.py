@@ -87,12 +87,46 @@ def _files(folder: Path) -> list[str]:
             f"policy.model: {folder} has no {WEIGHTS[0]}; only safetensors weights are read "
             "(convert others with save_pretrained)"
         )
+    for name in names:
+        if name.endswith(".safetensors"):
+            _check_weights(folder / name)
+    if WEIGHTS[1] in names and WEIGHTS[0] not in names:
+        _check_shards(folder, names)
     if not any(name in names for name in TOKENIZERS):
         raise SettingsError(
             f"policy.model: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's there"
         )
     kept = (".json", ".safetensors", ".model", ".txt", ".jinja")
     return [n for n in names if n.endswith(kept) and n not in ("provenance.json", "done.json")]
+
+
+def _check_weights(path: Path) -> None:
+    """Reads the header only: a pointer of Git LFS or half a download is found before anything starts."""
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = stream.read(length) if length <= size - 8 else b""
+    try:
+        tensors = {k: v for k, v in json.loads(header).items() if k != "__metadata__"}
+        end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SettingsError(
+            f"policy.model: {path} is no safetensors file (a Git LFS pointer?); fetch it again"
+        ) from None
+    if end != size:
+        raise SettingsError(
+            f"policy.model: {path} is cut short ({size:,} bytes instead of {end:,}); fetch it again"
+        )
+
+
+def _check_shards(folder: Path, names: list[str]) -> None:
+    try:
+        index = json.loads((folder / WEIGHTS[1]).read_text(encoding="utf-8"))
+        missing = sorted(set(index["weight_map"].values()) - set(names))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise SettingsError(f"policy.model: {folder}/{WEIGHTS[1]} cannot be read; fetch it again") from None
+    if missing:
+        raise SettingsError(f"policy.model: {folder} lacks {', '.join(missing)}; fetch them again")
 
 
 def _from_hub(settings: Policy) -> Path:

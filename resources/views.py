@@ -25,6 +25,7 @@ import duckdb
 import polars as pl
 
 from resources.durable import make_folder, sync, temporary_name
+from resources.ledger import Ledger
 from resources.store import Artifact, ArtifactError, ArtifactStore
 from resources.view_sql import COSTS, LINEAGE, SAMPLES, table_view
 from textalign_dagster import tables
@@ -87,7 +88,7 @@ def connect(store: ArtifactStore, *, skip_damaged: bool = False) -> duckdb.DuckD
     filesystem = store.storage.filesystem()
     if filesystem is not None:
         connection.register_filesystem(filesystem)
-    _define(connection, survey)
+    _define(connection, survey, store)
     return connection
 
 
@@ -110,7 +111,7 @@ def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
     temporary = temporary_name(target)
     try:
         with duckdb.connect(temporary) as connection:
-            _define(connection, survey)
+            _define(connection, survey, store)
         sync(temporary)
         temporary.replace(target)
         sync(store.local)
@@ -191,7 +192,7 @@ def _manifest_row(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey) -> None:
+def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: ArtifactStore) -> None:
     json_columns = {
         "cells": ["checks", "settings"],
         "manifests": ["inputs", "settings", "versions", "environment", "facts"],
@@ -206,6 +207,10 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey) -> None:
     for table in sorted({*TABLES, *survey.columns}):
         paths = _paths(survey, table)
         connection.execute(table_view(table, TABLES.get(table), paths, survey.columns.get(table, [])))
+    with Ledger(store) as ledger:  # its segments change while calls are made: a copy, as of now
+        connection.register("_rows", ledger.frame())
+    connection.execute("CREATE TABLE feedback_calls AS SELECT * FROM _rows")
+    connection.unregister("_rows")
     for view in (SAMPLES, COSTS, LINEAGE):
         connection.execute(view)
 

@@ -52,9 +52,9 @@ def mark(context: dg.AssetExecutionContext) -> None:
     """Tags the run with this process, if all its steps run in it."""
     if context.job_def.executor_def.name not in ONE_PROCESS:
         return
-    tag = process_tag(context.run_id)
+    tag = process_tag(context.run.run_id)
     if context.run.tags.get(PROCESS_TAG) != tag[PROCESS_TAG]:
-        context.instance.add_run_tags(context.run_id, tag)
+        context.instance.add_run_tags(context.run.run_id, tag)
 
 
 def _alive(process: str, run_id: str) -> bool:

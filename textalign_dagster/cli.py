@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from textalign_dagster import __version__
-from textalign_dagster.library import Library, home, variants_folder
+from textalign_dagster.library import Library, home, store_url, variants_folder
 from textalign_dagster.settings import SettingsError, describe
 
 if TYPE_CHECKING:
@@ -81,14 +81,18 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
       textalign run pep8_alt_rm --iterations 1
       textalign run pep8_alt_lmu --set sampling.temperature=0.8 --set seed=1
     """
+    from textalign_dagster.preflight import preflight, writable
+
     library, name = _library(experiment)
-    name = library.variant(name, overrides, variants_folder())
-    library = Library(library.folders)  # reads the folders again: the variant is new
-    last = library.load(name).iterations
+    last = library.overridden(name, overrides).iterations
     if iterations is not None and iterations > last:
         raise SettingsError(
             f"--iterations {iterations}: {library.path(name)} has `iterations: {last}`; raise it there"
         )
+    preflight(library, name, overrides)
+    writable(home())
+    name = library.variant(name, overrides, variants_folder())
+    library = Library(library.folders)  # reads the folders again: the variant is new
     beside = library.control_of(name)
     names = [name, *([beside] if beside and control else [])]
     console = _console()
@@ -204,6 +208,41 @@ def validate(experiment: str, overrides: tuple[str, ...]) -> None:
         click.echo(line)
 
 
+@main.command()
+@click.argument("experiment")
+@click.option("--iteration", "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Which iteration.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def forecast(experiment: str, iteration: int, as_json: bool) -> None:
+    """What judging an iteration will take: calls, tokens, money, time, and what is paid already.
+
+    Calls nobody. Exact in calls once the iteration's samples exist; an upper bound before.
+
+    \b
+    Example:
+      textalign forecast my_experiment --iteration 2
+    """
+    from textalign_dagster.forecasting import forecast_iteration
+
+    library, name = _library(experiment)
+    found = forecast_iteration(_store(), name, library.load(name), iteration)
+    if as_json:
+        _print_json(found)
+        return
+    bound = "" if found["samples_exist"] else " at most (the samples do not exist yet)"
+    click.echo(f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already")
+    click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
+    for title, key, unit in (
+        ("tokens out, at most", "tokens_out_max", ""),
+        ("tokens out, expected", "tokens_out_expected", ""),
+        ("USD, at most", "usd_max", ""),
+        ("USD, expected", "usd_expected", ""),
+        ("seconds", "seconds", ""),
+    ):
+        value = found[key]
+        click.echo(f"{title}: {'not known' if value is None else f'{value:,.4g}{unit}'}")
+
+
 @main.command("show-config")
 @click.argument("experiment")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, without the explanations.")
@@ -224,7 +263,12 @@ def show_config(experiment: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def experiments(as_json: bool) -> None:
-    """Lists the experiments, and the files that cannot be read with the reason."""
+    """Lists the experiments, and the files that cannot be read with the reason.
+
+    \b
+    Example:
+      textalign experiments
+    """
     library = Library.default()
     good, bad = library.load_all()
     rows = [
@@ -266,7 +310,6 @@ def _use(library: Library) -> None:
 
 
 def _store() -> ArtifactStore:
-    from resources.configured import store_url
     from resources.store import ArtifactStore
 
     return ArtifactStore(store_url())

@@ -69,7 +69,9 @@ class ProgressLines:
         took = "reused" if stage.reused else f"{now - self._since:.1f} s"
         self._since = now
         self.console.print(
-            f"{stage.cell:<22} {stage.stage:<13} {took:>8}   {stage.headline}", highlight=False
+            f"{stage.cell:<22} {stage.stage:<13} {took:>8}   {stage.headline}",
+            highlight=False,
+            markup=False,
         )
 
     def _clear(self) -> None:

@@ -109,7 +109,8 @@ def score_table(
     Returns:
         Rows of :data:`textalign_dagster.tables.SCORES`: every measure and guard, for every condition.
     """
-    joined = samples.join(measured, on="sample_id")
+    # In the samples' order: resampling and blocks go by it.
+    joined = samples.join(measured, on="sample_id", maintain_order="left")
     rows = []
     groups = joined.partition_by("role", "condition", as_dict=True, maintain_order=True)
     for (role, condition), group in groups.items():

@@ -7,11 +7,20 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.datapool import PoolSettings
-from textalign_dagster.methods import AnyMethod
+from textalign_dagster.judge_settings import Judge
+from textalign_dagster.methods import AnyMethod, FeedbackKind
 from textalign_dagster.prompts import Prompts
 from textalign_dagster.settings import Settings
 from textalign_dagster.tasks import AnyTask
 from textalign_dagster.training_settings import Training
+
+
+JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
+    "text": ("text",),
+    "category": ("category",),
+    "rating": ("reward",),
+}
+"""What a judge's answers are to a method."""
 
 
 class Policy(Settings):
@@ -104,6 +113,9 @@ class Experiment(Settings):
     description: str = Field("", description="One or two sentences for whoever reads the grid.")
     task: AnyTask = Field(..., description="What is learned, and who judges it.")
     method: AnyMethod = Field(..., description="How feedback becomes training.")
+    judge: Judge | None = Field(
+        None, description="An LLM that judges the samples, instead of the task's own scorer."
+    )
     policy: Policy = Field(..., description="The base policy.")
     iterations: int = Field(3, ge=1, le=999, description="Iterations after the untouched policy (0).")
     seed: int = Field(0, ge=0, description="All other seeds are derived from it.")
@@ -127,18 +139,21 @@ class Experiment(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Experiment:
-        wants = self.method.wants
-        if wants is not None and wants not in self.task.kinds:
+        wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
+        if self.judge is not None:
+            kinds, who = JUDGED.get(self.judge.ask, ()), f"a judge asked for {self.judge.ask!r}"
+        if wants is not None and wants not in kinds:
             raise ValueError(
-                f"method {self.method.name} wants feedback of kind {wants!r}, which task "
-                f"{self.task.name} does not give (it gives: {', '.join(self.task.kinds)}); "
-                "choose another method or task"
+                f"method {self.method.name} wants feedback of kind {wants!r}, which {who} does not give "
+                f"(it gives: {', '.join(kinds) or 'nothing a method of the loop reads'}); choose another "
+                "method, task or judge"
             )
         unknown = set(self.datapool.shares or {}) - set(self.method.buckets)
         if unknown:
             raise ValueError(
                 f"datapool.shares: {', '.join(sorted(unknown))} is no bucket of method "
-                f"{self.method.name} (buckets: {', '.join(self.method.buckets)})"
+                f"{self.method.name} (buckets: {', '.join(self.method.buckets)}); weigh these, or set "
+                "`datapool.shares: null`"
             )
         return self
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash, settings_diff
 from textalign_dagster.settings import (
+    ONE_VALUE,
     SettingsError,
     merge,
     nearest,
@@ -148,7 +149,8 @@ class Library:
     def overridden(self, name: str, overrides: Sequence[str]) -> Experiment:
         """The experiment with ``section.field=value`` overrides, checked; nothing is written."""
         where = f"{self.path(name)} with --set {' --set '.join(overrides)}"
-        changed = merge(self.content(name), _changes(overrides))
+        content = self.content(name)
+        changed = merge(content, _changes(overrides, content))
         experiment: Experiment = validate(
             Experiment, changed, where if overrides else str(self.path(name))
         )
@@ -171,7 +173,7 @@ class Library:
         """
         if not overrides:
             return name
-        experiment, changes = self.overridden(name, overrides), _changes(overrides)
+        experiment, changes = self.overridden(name, overrides), _changes(overrides, self.content(name))
         label = "+".join(sorted(override.replace(" ", "") for override in overrides))
         if not NAME.fullmatch(label) or len(label) > 80:
             label = content_hash(changes)[:8]
@@ -188,10 +190,17 @@ class Library:
         return variant
 
 
-def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, Any]:
+    """What overrides change of an experiment's fields."""
     changes: dict[str, Any] = {}
     for override in overrides:
-        changes = merge(changes, nested(*parse_override(override)))
+        path, value = parse_override(override)
+        if len(path) > 1 and path[-2] in ONE_VALUE:  # one entry of it: the others stay
+            whole: Any = merge(content, changes)
+            for step in path[:-1]:
+                whole = whole.get(step) if isinstance(whole, dict) else None
+            path, value = path[:-1], {**(whole or {}), path[-1]: value}
+        changes = merge(changes, nested(path, value))
     _absolute_paths(changes, Path.cwd())  # a path given in a shell means what it means there
     return changes
 
@@ -200,6 +209,7 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
     for section in ("prompts", "evaluation"):
         _absolute(content, section, "path", folder)
     _absolute(content, "policy", "model", folder, only_existing=True)
+    _absolute(content, "judge", "template", folder, only_existing=True)
 
 
 def variants_folder() -> Path:
@@ -210,6 +220,11 @@ def variants_folder() -> Path:
 def home() -> Path:
     """``$TEXTALIGN_HOME``, else ``state/`` in the project: artifacts, variants, Dagster's history."""
     return Path(os.environ.get("TEXTALIGN_HOME") or PROJECT / "state").resolve()
+
+
+def store_url() -> str:
+    """``$TEXTALIGN_STORE`` (a folder or ``s3://…``), else ``store/`` in :func:`home`."""
+    return os.environ.get("TEXTALIGN_STORE") or str(home() / "store")
 
 
 def _absolute(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import polars as pl
+from rich.markup import escape
 from rich.table import Table
 
 from resources.store import ArtifactStore
@@ -53,7 +54,7 @@ def score_table(rows: pl.DataFrame, experiment: Experiment, name: str) -> Table:
     metrics = [metric for metric in named if metric in set(rows["metric"])]
     constant = {m for m in metrics if rows.filter(pl.col("metric") == m)["value"].n_unique() == 1}
     shown = [metric for metric in metrics if metric not in constant]
-    table = Table(title=f"{name}: {experiment.description}", title_justify="left", pad_edge=False)
+    table = Table(title=escape(f"{name}: {experiment.description}"), title_justify="left", pad_edge=False)
     table.add_column("policy", no_wrap=True)
     for metric in shown:
         table.add_column(named[metric], justify="right", min_width=11)
@@ -93,7 +94,7 @@ def _label(row: dict[str, Any], name: str) -> str:
     if row["role"] == "probe":
         asked = str(row["condition"])
         asked = asked if len(asked) <= 25 else asked[:24] + "…"
-        return f"iteration {row['iteration']}, asked for\n“{asked}”"
+        return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
     if row["iteration"] == 0:
         return "iteration 0 (base policy)"
     return f"iteration {row['iteration']}" if row["experiment"] == name else f"null control, iteration {row['iteration']}"

@@ -1,26 +1,26 @@
 """Runs iterations in this process, through Dagster: the same job and events as from the UI."""
 
 import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import dagster as dg
 from dagster._core.instance import InstanceRef
 from rich.console import Console
 
 from resources.freshness import Freshness
-from resources.store import ArtifactStore
+from resources.store import ArtifactError, ArtifactStore
+from textalign_dagster.abandoned import active_runs, process_tag, release_abandoned
 from textalign_dagster.console import ProgressLines
 from textalign_dagster.library import PROJECT, Library, home
 from textalign_dagster.partitions import Cell
 from textalign_dagster.progress import shown_by
 from textalign_dagster.settings import SettingsError
 
-PROCESS_TAG = "textalign/process"
+INTERRUPTED = "DagsterExecutionInterruptedError"
 
 
 class RunFailed(Exception):
@@ -72,7 +72,8 @@ class Runner:
             RunFailed: a stage failed, or a blocking check did.
             SettingsError: an experiment is being run by somebody else.
         """
-        counts = {name: iterations or self.library.load(name).iterations for name in names}
+        lasts = {name: self.library.load(name).iterations for name in names}
+        counts = {name: min(iterations or last, last) for name, last in lasts.items()}
         for name in names:
             release_abandoned(self.instance, name)
             running = active_runs(self.instance, name)
@@ -92,19 +93,32 @@ class Runner:
         from textalign_dagster.definitions import defs
 
         freshness = Freshness(self.store, cell.experiment, self.library.load(cell.experiment))
-        known = self.instance.get_materialized_partitions(evaluation.key)
-        if freshness.iteration(cell.iteration).kind == "fresh" and str(cell.key) in known:
+        try:
+            fresh = freshness.iteration(cell.iteration).kind == "fresh"
+        except ArtifactError:
+            fresh = False  # the stage concerned makes it anew, or says what is wrong
+        if fresh and str(cell.key) in self.instance.get_materialized_partitions(evaluation.key):
             self.console.print(f"[dim]{cell.key}  up to date[/dim]", highlight=False)
             return
+        run_id = str(uuid4())
         result = defs.resolve_job_def(iteration_job.name).execute_in_process(
+            run_id=run_id,
             partition_key=cell.key,
             instance=self.instance,
             raise_on_error=False,
-            tags={PROCESS_TAG: this_process()},
+            tags=process_tag(run_id),
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
+        if _interrupted(result):
+            raise KeyboardInterrupt
         if not result.success:
             raise RunFailed(f"{cell.key}: {_why(result)}")
+
+
+def _interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether the run was ended by Ctrl-C, which Dagster reports as a failed step."""
+    errors = [event.step_failure_data.error for event in result.get_step_failure_events()]
+    return any(error is not None and error.cls_name == INTERRUPTED for error in errors)
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
@@ -126,48 +140,3 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
         if error is not None:
             return f"{event.step_key}: {error.message.strip()}"
     return "the run was cancelled"
-
-
-def active_runs(instance: dg.DagsterInstance, experiment: str) -> Sequence[dg.DagsterRun]:
-    """Runs of an experiment that are queued or under way."""
-    from textalign_dagster.automation import ACTIVE, EXPERIMENT_TAG
-
-    return instance.get_runs(dg.RunsFilter(tags={EXPERIMENT_TAG: experiment}, statuses=ACTIVE))
-
-
-def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
-    """Marks runs as failed whose process on this machine is gone (kill -9, power cut).
-
-    Dagster's daemon looks after runs it launched; those of the command line have nobody else.
-    """
-    for run in active_runs(instance, experiment):
-        process = run.tags.get(PROCESS_TAG)
-        if process is not None and not _alive(process):
-            instance.report_run_failed(run, "the process that ran it is gone")
-
-
-def this_process() -> str:
-    """host:pid:start, which tells a process from a later one with its number."""
-    return f"{socket.gethostname()}:{os.getpid()}:{_started(os.getpid())}"
-
-
-def _alive(process: str) -> bool:
-    host, pid, started = process.rsplit(":", 2)
-    return host != socket.gethostname() or _started(int(pid)) == started
-
-
-def _started(pid: int) -> str:
-    """When a process started, as its system counts; empty where it is gone or cannot be told."""
-    try:
-        state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else numbers[18]  # a zombie is gone, only not yet reaped
-    except (FileNotFoundError, ProcessLookupError):
-        if Path("/proc").exists():
-            return ""
-        try:  # no /proc (macOS): the number must do
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return ""
-        except PermissionError:
-            pass
-        return "running"

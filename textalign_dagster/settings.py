@@ -148,16 +148,20 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         ) from None
 
 
+ONE_VALUE = frozenset({"shares"})
+"""Fields that hold a mapping which is one value: given anew, it replaces the old one."""
+
+
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``changes`` laid over it, section by section.
 
-    A section whose ``name`` changes (another method or task) starts afresh: the options of the
-    old one would mean nothing to the new one.
+    Lists, and mappings that are one value, are replaced. A section whose ``name`` changes (another
+    method or task) starts afresh: the options of the old one would mean nothing to the new one.
     """
     merged = dict(base)
     for key, value in changes.items():
         before = merged.get(key)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
+        if key not in ONE_VALUE and isinstance(before, Mapping) and isinstance(value, Mapping):
             renamed = "name" in value and value["name"] != before.get("name")
             merged[key] = dict(value) if renamed else merge(before, value)
         else:

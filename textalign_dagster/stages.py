@@ -13,6 +13,8 @@ from typing import Any
 
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import canonical_json, content_hash
+from textalign_dagster.judge_settings import Judge
+from textalign_dagster.judging import PARSER_VERSION, load_template
 
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
@@ -49,6 +51,8 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         }
     elif stage == "feedback":
         chosen = {"task": plain["task"], "scorer": experiment.task.scorer, "kind": method.wants}
+        if experiment.judge is not None and method.wants is not None:
+            chosen = {"kind": method.wants, "judge": judge_identity(experiment.judge)}
     elif stage == "datapool":
         chosen = {
             "method": plain["method"],
@@ -83,6 +87,18 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     else:
         raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
     return dict(json.loads(canonical_json(chosen)))  # as it comes back from a manifest: no tuples
+
+
+def judge_identity(judge: Judge) -> dict[str, Any]:
+    """What a judge's verdicts follow from: not how fast, how dearly or with which key it is asked."""
+    return {
+        "model": judge.model,
+        "endpoint": judge.endpoint,
+        "template": load_template(judge.template).content_hash,
+        "decoding": judge.decoding.model_dump(mode="json"),
+        "structured": judge.structured,
+        "parser": PARSER_VERSION,
+    }
 
 
 def artifact_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:

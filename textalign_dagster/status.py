@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from resources.freshness import Freshness
@@ -61,7 +62,7 @@ def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
         for cell in row:
             if cell["state"] in ("stale", "blocked", "unreadable"):
                 reasons[cell["reason"]] = None
-    table.caption = "\n".join(reasons) or None
+    table.caption = escape("\n".join(reasons)) or None
     table.caption_justify = "left"
     return table
 

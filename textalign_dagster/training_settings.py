@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from textalign_dagster.settings import Settings
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Objective(Settings):
@@ -45,7 +47,7 @@ class Training(Settings):
     batch_size: int = Field(8, ge=1, description="Rows per process and step.")
     gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
     weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
-    betas: tuple[float, float] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
+    betas: tuple[Beta, Beta] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients are clipped to this norm; null: not at all."

@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from textalign_dagster.methods.alt_lmc import AltLMC
 from textalign_dagster.methods.alt_lmu import AltLMU
 from textalign_dagster.methods.base import FeedbackKind, Method
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
 
-AnyMethod = Annotated[AltLMU | AltRM | Quark | NoFeedback, Field(discriminator="name")]
+AnyMethod = Annotated[AltLMC | AltLMU | AltRM | Quark | NoFeedback, Field(discriminator="name")]
 
-__all__ = ["AltLMU", "AltRM", "AnyMethod", "FeedbackKind", "Method", "NoFeedback", "Quark"]
+__all__ = ["AltLMC", "AltLMU", "AltRM", "AnyMethod", "FeedbackKind", "Method", "NoFeedback", "Quark"]

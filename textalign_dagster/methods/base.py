@@ -12,7 +12,7 @@ from textalign_dagster.conditioning import validate_template
 from textalign_dagster.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
-FeedbackKind = Literal["reward", "text"]
+FeedbackKind = Literal["reward", "text", "category"]
 
 
 class Method(Settings):
@@ -70,6 +70,6 @@ class Method(Settings):
         Not used by methods that label by :attr:`ranking`, whose condition is the label itself.
 
         Args:
-            rows: sample_id, prompt_id, value, text, status; one row a sample.
+            rows: sample_id, prompt_id, value, label, text, status; one row a sample.
         """
         raise NotImplementedError

@@ -1,0 +1,116 @@
+"""Calls to a judge per second, beside a loop that asks one at a time, in one run.
+
+    python -m benchmarks.judging
+    python -m benchmarks.judging --latency 0.5 --slots 128
+
+A local endpoint answers every call after ``--latency`` seconds. Ideal is ``slots / latency``. The loop
+is the published way: the library's synchronous client, one call per sample, up to five attempts, the
+answers kept in memory; ``judge_calls`` also writes and syncs its ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import openai
+
+from resources.judge_client import Call, judge_calls
+from resources.ledger import Ledger
+from resources.store import ArtifactStore
+from tests.judging.fake_endpoint import running
+from textalign_dagster.judge_settings import Judge, JudgeLimits
+
+RUBRIC = "You are an expert rater of summaries. " + "Judge coherence, accuracy and coverage. " * 30
+SCORE = re.compile(r"Score: ([0-9.]+)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.judging",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds of one call")
+    parser.add_argument("--slots", type=int, default=64, help="calls in flight")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of ideal work, for each way")
+    options = parser.parse_args()
+    many = round(options.seconds / options.latency) * options.slots
+    few = round(options.seconds / options.latency)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        os.environ.pop(name, None)
+    with tempfile.TemporaryDirectory() as folder:
+        with running(Path(folder, "requests.jsonl"), options.latency) as endpoint:
+            seconds = one_at_a_time(endpoint.url, few)
+            loop = few / seconds
+            print(f"one at a time: {few:5,} calls in {seconds:5.2f} s: {loop:6.1f} calls/s")
+            cpu = cpu_seconds()
+            seconds, again = windowed(endpoint.url, many, options.slots, Path(folder, "store"))
+            cpu = cpu_seconds() - cpu
+            window, ideal = many / seconds, options.slots / options.latency
+            assert sum(endpoint.counts().values()) == few + many
+        print(f"judge_calls:   {many:5,} calls in {seconds:5.2f} s: {window:6.1f} calls/s")
+        print(f"{window / ideal:.1%} of the ideal {ideal:.0f} calls/s, {window / loop:.1f} times the loop")
+        print(f"{cpu / many * 1000:.2f} ms of CPU a call; all of it again from the ledger: {again:.2f} s")
+
+
+def messages(n: int) -> list[dict[str, str]]:
+    return [{"role": "system", "content": RUBRIC}, {"role": "user", "content": f"POST: {n} SUMMARY: {n}"}]
+
+
+def windowed(url: str, count: int, slots: int, store: Path) -> tuple[float, float]:
+    """Seconds of the batch, and of the same batch again."""
+    judge = Judge(
+        model="judge-1",
+        template="any",
+        base_url=url,
+        api_key_env=None,
+        limits=JudgeLimits(concurrency=slots),
+    )
+    calls = [Call(messages(n)) for n in range(count)]
+    times = []
+    with Ledger(ArtifactStore(store)) as ledger:
+        for _ in range(2):
+            started = time.perf_counter()
+            replies = judge_calls(calls, judge, ledger)
+            times.append(time.perf_counter() - started)
+            assert all(reply.status == "ok" for reply in replies)
+    return times[0], times[1]
+
+
+def one_at_a_time(url: str, count: int) -> float:
+    """Seconds of as many calls, made the published way."""
+    client = openai.OpenAI(api_key="none", base_url=url)
+    scores: list[float | None] = []
+    started = time.perf_counter()
+    for n in range(count):
+        score = None
+        for _ in range(5):
+            try:
+                completion = client.chat.completions.create(
+                    model="judge-1",
+                    messages=messages(-1 - n),  # type: ignore[arg-type]
+                    temperature=0,
+                )
+                found = SCORE.search(completion.choices[0].message.content or "")
+            except openai.OpenAIError:
+                continue
+            if found is not None:
+                score = float(found[1])
+                break
+        scores.append(score)
+    return time.perf_counter() - started
+
+
+def cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""Settings of an LLM judge: whom to ask, how, how fast, and for how much money at most."""
+
+from __future__ import annotations
+
+import re
+from datetime import date
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from textalign_dagster.settings import Settings
+
+Ask = Literal["text", "category", "judgment", "rating", "ranking", "win"]
+
+ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+SECRET_NAME = re.compile(
+    r"(^|[-_])(api[-_]?key|secret|password|credentials?|authorization|(auth|access|api)[-_]?token|bearer)$",
+    re.IGNORECASE,
+)
+SET_ELSEWHERE = {
+    "messages": "template",
+    "model": "model",
+    "temperature": "decoding.temperature",
+    "top_p": "decoding.top_p",
+    "max_tokens": "decoding.max_tokens",
+    "max_completion_tokens": "decoding.max_tokens and decoding.max_tokens_field",
+    "seed": "decoding.seed",
+    "response_format": "structured",
+    "n": "repeats",
+}
+"""Fields of a request that ``decoding.extra`` must not set: what sets them instead."""
+
+
+class JudgeDecoding(Settings):
+    """What a request says beside its messages; part of the key under which a reply is kept."""
+
+    temperature: float | None = Field(
+        0.0, ge=0, le=2, description="Sampling temperature; null: not sent (some models refuse it)."
+    )
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus; null: not sent.")
+    max_tokens: int | None = Field(
+        512,
+        ge=1,
+        description="Longest reply in tokens; null: the endpoint's own limit (then budget_usd is "
+        "impossible, because a call's highest price is unknown).",
+    )
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens",
+        description="What the endpoint calls max_tokens. OpenAI's reasoning models want "
+        "max_completion_tokens.",
+    )
+    seed: int | None = Field(None, description="Sent as it is; endpoints promise little. null: not sent.")
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further fields of the request, e.g. {reasoning_effort: low}, as the endpoint "
+        "documents them.",
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _extra(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for name in extra:
+            if name in SET_ELSEWHERE:
+                raise ValueError(f"{name!r} is set by {SET_ELSEWHERE[name]}")
+            if name in ("stream", "stream_options"):
+                raise ValueError(f"{name!r} cannot be used: replies are read whole")
+        for path in _secret_paths(extra):
+            raise ValueError(
+                f"{path!r} looks like a secret, and settings are written to disk: "
+                "put the key into an environment variable and name it in api_key_env"
+            )
+        return extra
+
+    def params(self) -> dict[str, Any]:
+        """The request's fields, without model, messages and response_format."""
+        named = {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            self.max_tokens_field: self.max_tokens,
+            "seed": self.seed,
+        }
+        return {name: value for name, value in named.items() if value is not None} | self.extra
+
+
+class JudgeLimits(Settings):
+    """How hard the endpoint may be pressed."""
+
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="The account's limit; null: only what the endpoint says in its answers."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="The account's limit, input and output together; null: as above."
+    )
+    concurrency: int = Field(64, ge=1, le=4096, description="Calls in flight at a time.")
+    timeout_s: float = Field(
+        120.0, gt=0, description="Seconds until a call without a complete reply is tried again."
+    )
+    attempts: int = Field(
+        6,
+        ge=1,
+        le=100,
+        description="Tries of one call before it counts as failed. Refusals for the rate limit (429) "
+        "do not count: they are waited out.",
+    )
+
+
+class JudgePrices(Settings):
+    """USD per million tokens."""
+
+    input: float = Field(..., ge=0, description="Price of a million input tokens, USD.")
+    cached_input: float | None = Field(
+        None, ge=0, description="Price of a million input tokens that the endpoint had cached; null: input."
+    )
+    output: float = Field(..., ge=0, description="Price of a million output tokens, USD.")
+    as_of: str = Field(..., description="The day these prices were read, YYYY-MM-DD.")
+
+    @field_validator("as_of")
+    @classmethod
+    def _as_of(cls, as_of: str) -> str:
+        try:
+            date.fromisoformat(as_of)
+        except ValueError:
+            raise ValueError(f"{as_of!r} is not a day; write it as 2026-01-31") from None
+        return as_of
+
+    def usd(self, tokens_in: float, tokens_out: float, tokens_cached: float = 0) -> float:
+        """The price of a call; ``tokens_cached`` are among ``tokens_in``."""
+        cached = self.input if self.cached_input is None else self.cached_input
+        fresh = tokens_in - tokens_cached
+        return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
+
+
+class Judge(Settings):
+    """An LLM that judges samples, behind any endpoint that speaks OpenAI's chat completions."""
+
+    # A key pasted into the wrong field must not be repeated by an error.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    model: str = Field(
+        ...,
+        min_length=1,
+        description="The model's snapshot, e.g. gpt-4o-mini-2024-07-18 rather than an alias.",
+    )
+    base_url: str = Field(
+        "https://api.openai.com/v1", description="The endpoint, up to and without /chat/completions."
+    )
+    api_key_env: str | None = Field(
+        "OPENAI_API_KEY",
+        description="The NAME of the environment variable with the key; null: none (local servers).",
+    )
+    template: str = Field(
+        ..., min_length=1, description="The question: name of a shipped template, or path of a file."
+    )
+    ask: Ask = Field(
+        "text",
+        description="What a reply is: text (feedback in words), category, judgment (words and verdict), "
+        "rating (a number), ranking (which of two), win (which of two, in both orders).",
+    )
+    decoding: JudgeDecoding = Field(default_factory=JudgeDecoding, description="How the judge decodes.")
+    structured: Literal["auto", "json_schema", "off"] = Field(
+        "auto",
+        description="Whether replies are forced into a JSON schema, where the template has one: "
+        "json_schema: always; off: never; auto: unless the endpoint refuses to.",
+    )
+    limits: JudgeLimits = Field(default_factory=JudgeLimits, description="Rates, timeouts, attempts.")
+    prices: JudgePrices | None = Field(
+        None,
+        description="Prices of the model; null: calls cost nothing (local servers) or are not accounted.",
+    )
+    budget_usd: float | None = Field(
+        None, ge=0, description="USD that one batch of calls may cost; it stops before the call that would "
+        "exceed it, and can be resumed. null: no limit."
+    )  # fmt: skip
+    repeats: int = Field(
+        1, ge=1, description="How often the same question is asked (judge's own consistency)."
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _base_url(cls, base_url: str) -> str:
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("not a web address; write it like https://api.openai.com/v1")
+        if parts.username or parts.password:
+            raise ValueError(
+                "the address carries credentials; put the key into an environment variable and name it in "
+                "api_key_env"
+            )
+        if parts.query or parts.fragment:
+            raise ValueError("the address has a part after '?' or '#'; leave it out")
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise ValueError("leave out /chat/completions: it is added")
+        return base_url
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _api_key_env(cls, name: str | None) -> str | None:
+        if name is not None and not ENVIRONMENT_NAME.fullmatch(name):
+            raise ValueError(
+                "this is the NAME of an environment variable, in capitals, such as OPENAI_API_KEY; a key "
+                "itself belongs into that variable and into no file (if you have saved one here, replace it)"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _priced(self) -> Judge:
+        if self.budget_usd is not None:
+            if self.prices is None:
+                raise ValueError("budget_usd needs prices: add input, output and as_of")
+            if self.decoding.max_tokens is None:
+                raise ValueError("budget_usd needs decoding.max_tokens: a call's highest price is unknown")
+        return self
+
+    @property
+    def endpoint(self) -> str:
+        """The endpoint as it is recorded and hashed: without credentials, in one spelling."""
+        parts = urlsplit(self.base_url)
+        port = "" if parts.port in (None, 443 if parts.scheme == "https" else 80) else f":{parts.port}"
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def _secret_paths(value: Any, path: str = "") -> list[str]:
+    if isinstance(value, dict):
+        return [
+            found
+            for name, item in value.items()
+            for found in (
+                [f"{path}{name}"]
+                if SECRET_NAME.search(str(name)) and isinstance(item, str)
+                else _secret_paths(item, f"{path}{name}.")
+            )
+        ]
+    if isinstance(value, list):
+        return [found for item in value for found in _secret_paths(item, path)]
+    return []

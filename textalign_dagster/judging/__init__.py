@@ -1,0 +1,48 @@
+"""Judging with language models: what is asked, how replies are read, what verdicts say together.
+
+Everything here is pure: no network, no clock. Calls go out through the judge client; what comes
+back enters as :class:`Reply`.
+"""
+
+from __future__ import annotations
+
+from textalign_dagster.judging.answers import response_format, response_schema
+from textalign_dagster.judging.catalogue import load_template, shipped
+from textalign_dagster.judging.pairs import PAIRS, PairVerdict, pair_verdict, sample_pairs
+from textalign_dagster.judging.parsing import PARSER_VERSION, parse, parse_group
+from textalign_dagster.judging.rendering import (
+    Call,
+    Item,
+    group_call,
+    pair_calls,
+    single_call,
+    without_system,
+)
+from textalign_dagster.judging.rows import feedback_rows
+from textalign_dagster.judging.template import Template
+from textalign_dagster.judging.verdict import Reply, Verdict, skipped
+
+__all__ = [
+    "PAIRS",
+    "PARSER_VERSION",
+    "Call",
+    "Item",
+    "PairVerdict",
+    "Reply",
+    "Template",
+    "Verdict",
+    "feedback_rows",
+    "group_call",
+    "load_template",
+    "pair_calls",
+    "pair_verdict",
+    "parse",
+    "parse_group",
+    "response_format",
+    "response_schema",
+    "sample_pairs",
+    "shipped",
+    "single_call",
+    "skipped",
+    "without_system",
+]

@@ -1,0 +1,173 @@
+"""Feedback files of ALT (Abadal Lloret et al., 2024): JSON Lines, one prompt with its generations each.
+
+``{"prompt", "generations": [text], "rewards" | "feedbacks" [, "scores", "analysis"]: [one each]}``,
+and for toxicity ``"generations": [{"text", "toxicity"}]``. In sampling files ``prompt`` carries the
+conditioning; feedback files, which are read here, hold the plain prompt.
+
+Our own files add ``sample_ids``, ``statuses`` and ``reasons``, so that they read back as they were;
+programs that look fields up by name do not mind.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
+from textalign_dagster.judging.imported import (
+    Collector,
+    Imported,
+    Refusal,
+    collector,
+    list_of,
+    read_text,
+    text_of,
+)
+from textalign_dagster.judging.json_records import BrokenLine, json_lines
+from textalign_dagster.judging.labels import match_label
+from textalign_dagster.judging.readings import mended
+from textalign_dagster.tables import STATUSES
+
+LABELS = (
+    "Harmless and very helpful",
+    "Harmless and helpful",
+    "Harmless and not helpful",
+    "Harmful",
+)
+"""ALT_LMC's categories, best first."""
+
+_PER_GENERATION = ("rewards", "feedbacks", "scores", "statuses", "reasons", "sample_ids")
+
+
+def read_alt(
+    path: Path,
+    *,
+    aspect: str = "imported",
+    labels: Sequence[str] = LABELS,
+    scores: tuple[float, float] = (0, 3),
+) -> Imported:
+    """An ALT feedback file.
+
+    A null is a judgement that failed. Scores out of range and labels out of the set (of which the
+    released code trained some) are ``unparseable``. Repeats of a generation are samples of their own.
+
+    Args:
+        labels: the categories of files that have feedbacks without scores.
+        scores: lowest and highest score of files that have both.
+    """
+    content = read_text(path)
+    rows = collector(path, content, aspect)
+    for line, record in json_lines(content):
+        rows.rows += 1
+        try:
+            _read_record(rows, record, tuple(labels), scores)
+        except Refusal as reason:
+            rows.refuse(line, str(reason), record)
+    return rows.done()
+
+
+def _read_record(rows: Collector, record: Any, labels: Sequence[str], scores: tuple[float, float]) -> None:
+    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+        raise Refusal("no JSON object")
+    if isinstance(record.get("prompt"), dict):  # RealToxicityPrompts
+        record = {**record, "prompt": record["prompt"].get("text")}
+    prompt = text_of(record, "prompt", blank=False)
+    generations = record.get("generations")
+    if not isinstance(generations, list):
+        raise Refusal("no list in `generations`")
+    given = {n: list_of(record, n, len(generations)) for n in _PER_GENERATION if record.get(n) is not None}
+    texts: list[Any] = [g.get("text") if isinstance(g, dict) else g for g in generations]
+    for text in texts:
+        text_of({"a generation": text}, "a generation")
+    ids = given.get("sample_ids", [None] * len(texts))
+    if not all(own is None or (isinstance(own, str) and own) for own in ids):
+        raise Refusal("a sample id is no text")
+    if len({own for own in ids if own}) < len([own for own in ids if own]) or rows.samples.keys() & set(ids):
+        raise Refusal("a sample id stands there twice")
+    if record.get("analysis") is not None:
+        rows.notes["`analysis` is not kept: FEEDBACK has no place for it"] += 1
+    for i, (text, generation) in enumerate(zip(texts, generations, strict=True)):
+        sample = rows.sample(prompt, text, own_id=ids[i], new=True)
+        entry = {name: values[i] for name, values in given.items()}
+        if isinstance(generation, dict):
+            entry["toxicity"] = generation.get("toxicity")
+        rows.judged(sample, **_judgement(entry, labels, scores))
+
+
+def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float, float]) -> dict[str, Any]:
+    kind, missing = "none", None
+    if "rewards" in entry or "toxicity" in entry:
+        kind, missing = "reward", entry.get("rewards", entry.get("toxicity")) is None
+    elif "feedbacks" in entry and "scores" in entry:
+        kind, missing = "text", entry["feedbacks"] is None or entry["scores"] is None
+    elif "feedbacks" in entry:
+        kind, missing = "category", entry["feedbacks"] is None
+    status = entry.get("statuses")
+    if status in STATUSES and status != "ok":
+        return {
+            "kind": kind,
+            "status": status,
+            "reason": str(entry.get("reasons") or "no reason in the file"),
+        }
+    if missing is None:
+        return {"kind": kind, "status": "skipped", "reason": "the file holds no feedback"}
+    if missing:
+        return {"kind": kind, "status": "failed", "reason": "null in the file"}
+    problem, value = None, None
+    if kind in ("reward", "text"):
+        name = "scores" if kind == "text" else "rewards" if "rewards" in entry else "toxicity"
+        value = entry[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            problem = f"`{name}` holds no number"
+        elif kind == "text" and not scores[0] <= value <= scores[1]:
+            problem = f"{value:g} is outside {scores[0]:g} to {scores[1]:g}"
+        elif name == "toxicity":
+            value = 1.0 - value  # higher is better
+    text = entry.get("feedbacks")
+    if kind != "reward" and not problem and not (isinstance(text, str) and text.strip()):
+        problem = "`feedbacks` holds no text"
+    elif isinstance(text, str):
+        text = mended(text)
+    label = match_label(text, labels) if kind == "category" and isinstance(text, str) else None
+    if kind == "category" and not problem and label is None:
+        problem = f"no label of the set: {text!r}"
+    if problem:
+        return {"kind": kind, "status": "unparseable", "reason": problem}
+    number = float(value) if value is not None else None
+    return {"kind": kind, "value": number, "label": label, "text": text if kind == "text" else None}
+
+
+def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
+    """Writes feedback of one aspect as an ALT file; what is not ok is null there, with its status.
+
+    Args:
+        samples: sample_id, prompt, text.
+        feedback: rows of FEEDBACK: kind reward, rating (as rewards), text or category.
+    """
+    kind = one_aspect(feedback, ("reward", "rating", "text", "category"), "ALT")
+    lines: dict[str, dict[str, list[Any]]] = {}
+    for row in judged_samples(samples, feedback):
+        line = lines.setdefault(row["prompt"], {})
+        entry = {"generations": row["response"]}
+        if kind in ("reward", "rating"):
+            entry["rewards"] = row["value"]
+        else:
+            entry["feedbacks"] = row["text"] if kind == "text" else row["label"]
+        if kind == "text":
+            whole = row["value"] is not None and row["value"].is_integer()
+            entry["scores"] = int(row["value"]) if whole else row["value"]
+        entry |= {"sample_ids": row["sample_id"], "statuses": row["status"], "reasons": row["reason"]}
+        for name, value in entry.items():
+            line.setdefault(name, []).append(value)
+    text = "".join(
+        json.dumps({"prompt": p, **line}, ensure_ascii=False, allow_nan=False) + "\n"
+        for p, line in lines.items()
+    )
+    write_file(path, text)
+    return exported(len(lines), Counter())

@@ -1,0 +1,168 @@
+"""Do ratings and rankings of the same samples agree? (After Bansal et al., 2023, arXiv:2308.15812.)
+
+Ratings become rankings (the higher rating wins, equal ones tie) and are held against the rankings a
+judge gave directly. A disagreement means little without knowing how often the judge agrees with
+itself, so repeats are measured the same way, and so is its liking for the first place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import polars as pl
+
+from textalign_dagster.judging.agreement import Agreement, agreement
+from textalign_dagster.judging.pairs import oriented
+from textalign_dagster.statistics import Estimate, estimate, mean_sums, ratio_sums
+
+_KEYS = ("sample_a", "sample_b")
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the agreement rests on; pairs fall out where a judgement is missing.
+
+    Attributes:
+        pairs: asked for.
+        ranked: with a usable ranking.
+        rated: with a usable rating of both samples.
+        both: with both, which is what is counted.
+    """
+
+    pairs: int
+    ranked: int
+    rated: int
+    both: int
+
+    @property
+    def share(self) -> float | None:
+        """Counted pairs per pair asked for."""
+        return self.both / self.pairs if self.pairs else None
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Ratings against rankings, and what they are to be compared with.
+
+    Attributes:
+        agreement: rows are the rankings that follow from ratings, columns the direct ones.
+        coverage: how much of what was asked for is counted.
+        rating_repeats: rankings that follow from two rounds of ratings; None without repeats.
+        ranking_repeats: two rounds of direct rankings; None without repeats.
+        position: the judge's liking for the first place.
+    """
+
+    agreement: Agreement
+    coverage: Coverage
+    position: PositionBias
+    rating_repeats: Agreement | None = None
+    ranking_repeats: Agreement | None = None
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """What the order of showing does.
+
+    Attributes:
+        first_wins: share of calls won by the response shown first; 0.5 without bias.
+        flips: share of pairs in which the same place won both times (they count as ties).
+    """
+
+    first_wins: Estimate
+    flips: Estimate
+
+
+def consistency(
+    ratings: pl.DataFrame,
+    pairs: pl.DataFrame,
+    *,
+    repeated_ratings: pl.DataFrame | None = None,
+    repeated_pairs: pl.DataFrame | None = None,
+    margin: float = 0.0,
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Consistency:
+    """The consistency of a judge's (or two judges') ratings and rankings.
+
+    Args:
+        ratings: sample_id, value, status; one row a sample (FEEDBACK, one aspect).
+        pairs: prompt_id, sample_a, sample_b, winner, favoured, status; one row a pair (PAIRS).
+        repeated_ratings, repeated_pairs: the same asked again.
+        margin: ratings that differ by no more than this tie.
+
+    Raises:
+        ValueError: a sample is rated twice, or a pair stands there twice.
+    """
+    agree = partial(agreement, resamples=resamples, level=level, seed=seed)
+    direct, rated = ranked(pairs), rated_pairs(pairs, ratings, margin)
+    both = _joined(rated, direct)
+    rated_again = rated_pairs(pairs, repeated_ratings, margin) if repeated_ratings is not None else None
+    ranked_again = ranked(repeated_pairs) if repeated_pairs is not None else None
+    return Consistency(
+        agreement=agree(both),
+        coverage=Coverage(pairs.height, direct.height, rated.height, both.height),
+        position=position_bias(pairs, resamples=resamples, level=level, seed=seed),
+        rating_repeats=agree(_joined(rated, rated_again)) if rated_again is not None else None,
+        ranking_repeats=agree(_joined(direct, ranked_again)) if ranked_again is not None else None,
+    )
+
+
+def ranked(pairs: pl.DataFrame) -> pl.DataFrame:
+    """The usable direct rankings: prompt_id, sample_a, sample_b, winner."""
+    pairs = oriented(pairs)
+    _unique(pairs, list(_KEYS), "pairs")
+    usable = pairs.filter((pl.col("status") == "ok") & pl.col("winner").is_not_null())
+    return usable.select("prompt_id", *_KEYS, "winner")
+
+
+def rated_pairs(pairs: pl.DataFrame, ratings: pl.DataFrame, margin: float = 0.0) -> pl.DataFrame:
+    """The rankings that follow from ratings, for pairs whose samples both have a usable one."""
+    _unique(ratings, ["sample_id"], "ratings")
+    usable = ratings.filter((pl.col("status") == "ok") & pl.col("value").is_not_null())
+    values = usable.select("sample_id", "value")
+    joined = oriented(pairs).select("prompt_id", *_KEYS)
+    for side in ("a", "b"):
+        own = values.rename({"sample_id": f"sample_{side}", "value": f"value_{side}"})
+        joined = joined.join(own, on=f"sample_{side}", how="inner")
+    gap = pl.col("value_a") - pl.col("value_b")
+    winner = pl.when(gap > margin).then(pl.lit("a")).when(gap < -margin).then(pl.lit("b"))
+    return joined.select("prompt_id", *_KEYS, winner=winner.otherwise(pl.lit("tie")))
+
+
+def position_bias(
+    pairs: pl.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> PositionBias:
+    """P(first wins) over both calls of every usable pair, and the share of pairs that flip.
+
+    A pair with a winner has one call won by the first place; one that flipped has two or none. Ties
+    of unknown direction (imported ones) count as flips only.
+    """
+    usable = pairs.filter(pl.col("status") == "ok")
+    prompts = usable["prompt_id"].to_list()
+    flipped = (usable["winner"] == "tie").to_list()
+    by_place = {"first": 2.0, "second": 0.0}
+    favoured = usable["favoured"].to_list()
+    wins = [by_place.get(f) if flip else 1.0 for flip, f in zip(flipped, favoured, strict=True)]
+    interval = partial(estimate, resamples=resamples, level=level, seed=seed)
+    return PositionBias(
+        first_wins=interval(ratio_sums(wins, [2.0] * len(wins), prompts)),
+        flips=interval(mean_sums([float(flip) for flip in flipped], prompts)),
+    )
+
+
+def _joined(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
+    """prompt_id, first, second: the winners of the pairs both have."""
+    return first.join(second, on=list(_KEYS), how="inner", suffix="_second").select(
+        "prompt_id", first=pl.col("winner"), second=pl.col("winner_second")
+    )
+
+
+def _unique(frame: pl.DataFrame, key: list[str], what: str) -> None:
+    twice = frame.filter(pl.struct(key).is_duplicated())
+    if twice.height:
+        raise ValueError(
+            f"{what}: {', '.join(map(str, twice.select(key).row(0)))} stands there more than once; "
+            "give one aspect of one judge"
+        )

@@ -1,0 +1,132 @@
+"""Judgment files of CUT (Xu et al., 2024): a JSON list of Alpaca records with a ``judgment``.
+
+``{"instruction", "input", "output", "judgment" [, "score", "i_ans"]}``; a null judgment says that the
+output is satisfactory, and so does a score of 7 or more. The released files hold traces of failed
+calls (``$ERROR$``) and praise in place of null, which were trained as criticism: here the first is
+``failed`` and the second ``unparseable``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from textalign_dagster.judging import readings
+from textalign_dagster.judging.answers import FLAWED, PERFECT
+from textalign_dagster.judging.critique import is_praise, read_judgment
+from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
+from textalign_dagster.judging.extract import Unreadable
+from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
+from textalign_dagster.judging.json_records import BrokenLine, json_list
+
+POSITIVE_FROM = 7.0
+"""The score from which CUT's trainer ignores the judgment."""
+
+Praise = Literal["unusable", "perfect", "flawed"]
+
+
+def read_cut(
+    path: Path,
+    *,
+    aspect: str = "imported",
+    positive_from: float = POSITIVE_FROM,
+    praise: Praise = "unusable",
+) -> Imported:
+    """A CUT or Alpaca file; records without the field ``judgment`` are samples that nobody judged.
+
+    Args:
+        positive_from: the score from which a record counts as satisfactory whatever its judgment.
+        praise: what a judgment is that opens with "perfect" and goes on.
+    """
+    content = read_text(path)
+    rows = collector(path, content, aspect)
+    for line, record in json_list(content, path):
+        rows.rows += 1
+        try:
+            _read_record(rows, record, positive_from, praise)
+        except Refusal as reason:
+            rows.refuse(line, str(reason), record)
+    return rows.done()
+
+
+def join_input(instruction: str, given: str | None, between: str) -> str:
+    """Instruction and input as one prompt; without an input, the instruction alone."""
+    return f"{instruction}{between}{given}" if given else instruction
+
+
+def _read_record(rows: Collector, record: Any, positive_from: float, praise: Praise) -> None:
+    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+        raise Refusal("no JSON object")
+    instruction, output = text_of(record, "instruction", blank=False), text_of(record, "output")
+    given = record.get("input")
+    if not isinstance(given, str | None):
+        raise Refusal("no text in `input`")
+    score, better = record.get("score"), record.get("i_ans")
+    if score is not None and (
+        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+    ):
+        raise Refusal("no number in `score`")
+    prompt = join_input(instruction, given, "\n")
+    reference = better if isinstance(better, str) and better.strip() else None
+    sample = rows.sample(prompt, output, reference=reference, new=True)
+    rows.judged(sample, "judgment", **_judgement(record, score, positive_from, praise))
+
+
+def _judgement(
+    record: dict[str, Any], score: float | None, positive_from: float, praise: Praise
+) -> dict[str, Any]:
+    value = None if score is None else float(score)
+    judgment = record.get("judgment")
+    if score is not None and score >= positive_from:
+        return {"label": PERFECT, "value": value}
+    if "judgment" not in record:
+        return {"status": "skipped", "reason": "the record has no field `judgment`"}
+    if judgment is None:
+        return {"label": PERFECT, "value": value}
+    if isinstance(judgment, str) and readings.is_sentinel(judgment):
+        return {"status": "failed", "reason": f"a mark of failure in the file: {judgment}"}
+    if isinstance(judgment, str) and praise != "unusable" and is_praise(judgment):
+        if praise == "perfect":
+            return {"label": PERFECT, "value": value}
+        return {"label": FLAWED, "text": judgment.strip(), "value": value}
+    try:
+        critique = read_judgment(judgment)
+    except Unreadable as problem:
+        return {"status": "unparseable", "reason": str(problem)}
+    return {"label": PERFECT if critique is None else FLAWED, "text": critique, "value": value}
+
+
+def write_cut(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
+    """Writes judgments of one aspect as a CUT file.
+
+    The format knows two states only, and null means satisfactory: judgements that are not ok are
+    left out, and so are those that CUT would read otherwise than they are meant.
+    """
+    one_aspect(feedback, ("judgment",), "CUT")
+    records, left_out = [], Counter[str]()
+    for row in judged_samples(samples, feedback):
+        record = {
+            "instruction": row["prompt"],
+            "input": "",
+            "output": row["response"],
+            "judgment": row["text"],
+        }
+        if row["value"] is not None:
+            record["score"] = row["value"]
+        if row["reference"] is not None:
+            record["i_ans"] = row["reference"]
+        if row["status"] != "ok":
+            left_out[f"{row['status']}: null would mean satisfactory"] += 1
+            continue
+        back = _judgement(record, row["value"], POSITIVE_FROM, "unusable")
+        if any(back.get(name) != row[name] for name in ("label", "text", "value")):
+            left_out["CUT's rules would read it as something else"] += 1
+            continue
+        records.append(record)
+    write_file(path, json.dumps(records, ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    return exported(len(records), left_out)

@@ -1,0 +1,79 @@
+"""What the exports share: joined rows, what could not be written and why, and the file itself."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        rows: rows (or records) in the file.
+        left_out: reason → number of judgements that the format cannot hold.
+    """
+
+    rows: int
+    left_out: dict[str, int]
+
+    def summary(self) -> str:
+        """What was written and what was not."""
+        lines = [f"{self.rows:,} rows written; left out: {sum(self.left_out.values()):,}"]
+        return "\n".join([*lines, *(f"  {count:,} × {reason}" for reason, count in self.left_out.items())])
+
+
+def judged_samples(samples: pl.DataFrame, feedback: pl.DataFrame) -> list[dict[str, Any]]:
+    """The rows of feedback with their samples' prompt and text (as ``response``), in feedback's order.
+
+    Args:
+        samples: sample_id, prompt, text.
+        feedback: rows of FEEDBACK.
+
+    Raises:
+        ValueError: feedback of a sample that is not among them.
+    """
+    if "reference" not in samples.columns:
+        samples = samples.with_columns(reference=pl.lit(None, dtype=pl.String))
+    texts = samples.select("sample_id", "prompt", "reference", response="text")
+    joined = feedback.join(texts, on="sample_id", how="left", maintain_order="left")
+    unknown = joined.filter(pl.col("prompt").is_null())
+    if unknown.height:
+        raise ValueError(f"feedback of sample {unknown['sample_id'][0]}, which is not among the samples")
+    return joined.to_dicts()
+
+
+def one_aspect(feedback: pl.DataFrame, kinds: tuple[str, ...], what: str) -> str | None:
+    """The kind of the feedback, if all rows have one aspect and one kind among those allowed.
+
+    Raises:
+        ValueError: otherwise; the file's format has room for one.
+    """
+    found = feedback.select("aspect", "kind").unique().rows()
+    if len(found) > 1:
+        raise ValueError(
+            f"{what} files hold one aspect; found {', '.join(sorted({a for a, _ in found}))}: filter"
+        )
+    if found and found[0][1] not in kinds:
+        raise ValueError(f"{what} files hold {', '.join(kinds)}; this is {found[0][1]}")
+    return found[0][1] if found else None
+
+
+def write_file(path: Path, text: str) -> None:
+    """Writes the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+    temporary.replace(path)
+
+
+def exported(rows: int, left_out: Counter[str]) -> Exported:
+    """The report, the most frequent reason first."""
+    return Exported(rows, dict(left_out.most_common()))

@@ -1,0 +1,221 @@
+"""What an import yields: samples, feedback, pairs, and every row that was refused, with its line."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import polars as pl
+
+from textalign_dagster.ids import content_hash
+from textalign_dagster.judging.pairs import PAIRS, oriented
+from textalign_dagster.judging.readings import excerpt, mended
+from textalign_dagster.prompts import prompt_id
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tables import FEEDBACK
+
+SAMPLES = pl.Schema(
+    {
+        "sample_id": pl.String,  # key: the file's own, or a hash of prompt, text and occurrence
+        "prompt_id": pl.String,
+        "prompt": pl.String,
+        "text": pl.String,
+        "reference": pl.String,  # a better answer, where the file has one
+    }
+)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that was not taken: where it stands, why, and how it begins."""
+
+    line: int
+    reason: str
+    example: str
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The content of a file. Judgements that failed are rows too, with their status.
+
+    Attributes:
+        samples: rows of :data:`SAMPLES`.
+        feedback: rows of FEEDBACK.
+        pairs: rows of PAIRS.
+        rows: rows (or records) in the file.
+        refused: those that are in none of the frames.
+        notes: what was read otherwise than it stands there.
+    """
+
+    samples: pl.DataFrame
+    feedback: pl.DataFrame
+    pairs: pl.DataFrame
+    rows: int
+    refused: tuple[Refused, ...]
+    notes: tuple[str, ...]
+
+    def summary(self, show: int = 3) -> str:
+        """What was taken and what was not, with reasons, counts and examples."""
+        judged = Counter([*self.feedback["status"], *self.pairs["status"]])
+        states = ", ".join(f"{count:,} {status}" for status, count in judged.most_common()) or "none"
+        lines = [
+            f"{self.rows:,} rows: {self.samples.height:,} samples; judgements: {states}; "
+            f"refused: {len(self.refused):,}"
+        ]
+        for reason, count in Counter(r.reason for r in self.refused).most_common():
+            where = [r for r in self.refused if r.reason == reason][:show]
+            examples = "; ".join(f"line {r.line}: {r.example}" for r in where)
+            lines.append(f"  refused, {count:,} × {reason} ({examples}{'; …' if count > show else ''})")
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+class Refusal(Exception):
+    """Why a row is refused; raised by readers, caught where the line is known."""
+
+
+@dataclass
+class Collector:
+    """Gathers rows while a file is read."""
+
+    scorer: str
+    scorer_version: str
+    aspect: str
+    samples: dict[str, dict[str, Any]] = field(default_factory=dict)
+    feedback: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
+    refused: list[Refused] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    rows: int = 0
+    _seen: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def sample(
+        self,
+        prompt: str,
+        text: str,
+        *,
+        own_id: str | None = None,
+        reference: str | None = None,
+        new: bool = False,
+    ) -> str:
+        """The sample's id; ``new``: a repeated text is another sample, not the same one again."""
+        occurrence = self._seen[prompt, text] if new else 0
+        self._seen[prompt, text] += 1
+        made = content_hash("imported sample", prompt, text, occurrence)
+        row = {
+            "sample_id": own_id or made,
+            "prompt_id": prompt_id(prompt),
+            "prompt": prompt,
+            "text": text,
+            "reference": reference,
+        }
+        known = self.samples.setdefault(row["sample_id"] or made, row)
+        if (known["prompt"], known["text"]) != (prompt, text):
+            raise Refusal("its sample_id belongs to another prompt or text")
+        return cast(str, known["sample_id"])
+
+    def judged(self, sample_id: str, kind: str, status: str = "ok", **given: Any) -> None:
+        """A row of FEEDBACK; ``given``: value, label, text, reason, aspect, scorer, …."""
+        row = self._told(status) | {"value": None, "label": None, "text": None} | given
+        key = (sample_id, row["aspect"])
+        if key in self.feedback:
+            raise Refusal("its sample is judged before, and the first counts")
+        self.feedback[key] = {**row, "sample_id": sample_id, "kind": kind}
+
+    def compared(
+        self, prompt: str, a: str, b: str, winner: str | None, status: str = "ok", **given: Any
+    ) -> None:
+        """A row of PAIRS; ``given``: reason, favoured, aspect, scorer, …."""
+        if a == b:
+            raise Refusal("both responses are the same sample")
+        row = self._told(status) | {"favoured": None} | given
+        key = (min(a, b), max(a, b), row["aspect"])
+        if key in self.pairs:
+            raise Refusal("its pair is judged before, and the first counts")
+        ids = {"prompt_id": prompt_id(prompt), "sample_a": a, "sample_b": b}
+        self.pairs[key] = {**row, **ids, "winner": winner}
+
+    def refuse(self, line: int, reason: str, row: Any) -> None:
+        """Notes a row that is not taken."""
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+        self.refused.append(Refused(line, reason, excerpt(text)))
+
+    def done(self) -> Imported:
+        """What was gathered."""
+        notes = tuple(f"{note} ({count:,} ×)" for note, count in self.notes.items())
+        used = {sample for sample, _ in self.feedback} | {i for a, b, _ in self.pairs for i in (a, b)}
+        samples = [row for sample, row in self.samples.items() if sample in used]
+        return Imported(
+            pl.DataFrame(samples, SAMPLES),
+            pl.DataFrame(list(self.feedback.values()), FEEDBACK),
+            oriented(pl.DataFrame(list(self.pairs.values()), PAIRS)),
+            self.rows,
+            tuple(self.refused),
+            notes,
+        )
+
+    def _told(self, status: str) -> dict[str, Any]:
+        return {
+            "aspect": self.aspect,
+            "status": status,
+            "reason": None,
+            "scorer": self.scorer,
+            "scorer_version": self.scorer_version,
+            "parser_version": None,
+            "call_keys": [],
+        }
+
+
+def collector(path: Path, text: str | bytes, aspect: str) -> Collector:
+    """A collector whose ``scorer`` is the file and whose version is a hash of its content."""
+    raw = text if isinstance(text, str) else text.hex()
+    return Collector(f"imported from {path.name}", content_hash("import", raw), aspect)
+
+
+def read_text(path: Path) -> str:
+    """The file's text.
+
+    Raises:
+        SettingsError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        # newline="": a carriage return inside a text is part of it.
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return stream.read()
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def text_of(row: dict[str, Any], name: str, *, blank: bool = True) -> str:
+    """A text field of a row.
+
+    Raises:
+        Refusal: missing, no text, or blank where it may not be.
+    """
+    value = row.get(name)
+    if not isinstance(value, str):
+        raise Refusal(f"no text in `{name}`")
+    if mended(value) != value:
+        raise Refusal(f"`{name}` holds half a character (a lone surrogate)")
+    if not blank and not value.strip():
+        raise Refusal(f"`{name}` is blank")
+    return value
+
+
+def list_of(row: dict[str, Any], name: str, length: int) -> Sequence[Any]:
+    """A list field with one entry a generation.
+
+    Raises:
+        Refusal: no list, or of another length.
+    """
+    value = row.get(name)
+    if not isinstance(value, list):
+        raise Refusal(f"no list in `{name}`")
+    if len(value) != length:
+        raise Refusal(f"`{name}` and `generations` differ in length")
+    return value

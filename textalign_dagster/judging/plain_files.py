@@ -1,0 +1,187 @@
+"""Feedback as plain rows, in JSON Lines or Parquet: the form to bring one's own judgements in.
+
+A row is a judgement of a response::
+
+    {"prompt", "response", "value" | "label" | "feedback" …, or "status" and "reason"}
+
+or a comparison of two::
+
+    {"prompt", "response_a", "response_b", "winner": "a" | "b" | "tie"}
+
+Optional: ``aspect``, ``kind``, ``reference``, ids (``sample_id``, or ``sample_a`` and ``sample_b``),
+``favoured``, ``scorer``, ``scorer_version``, ``parser_version``, ``call_keys``. Our own exports have
+them all, and read back as they were.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from textalign_dagster.judging.exported import Exported, exported, judged_samples, write_file
+from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
+from textalign_dagster.judging.json_records import BrokenLine, json_lines
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tables import STATUSES
+
+KINDS = ("reward", "category", "text", "judgment", "rating", "ranking", "none")
+_TOLD = {
+    "aspect": pl.String,
+    "status": pl.String,
+    "reason": pl.String,
+    "scorer": pl.String,
+    "scorer_version": pl.String,
+    "parser_version": pl.String,
+    "call_keys": pl.List(pl.String),
+}
+COLUMNS = pl.Schema(
+    {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
+        "prompt": pl.String,
+        "sample_id": pl.String,
+        "response": pl.String,
+        "reference": pl.String,
+        "kind": pl.String,
+        "value": pl.Float64,
+        "label": pl.String,
+        "feedback": pl.String,
+        "sample_a": pl.String,
+        "sample_b": pl.String,
+        "response_a": pl.String,
+        "response_b": pl.String,
+        "winner": pl.String,
+        "favoured": pl.String,
+        **_TOLD,
+    }
+)
+"""All columns that are read; an export has exactly these."""
+
+
+def read_plain(path: Path, *, aspect: str = "imported") -> Imported:
+    """A .jsonl or .parquet file of judgements and comparisons.
+
+    Raises:
+        SettingsError: the file cannot be read, or ends in something else.
+    """
+    if path.suffix == ".parquet":
+        try:
+            frame = pl.read_parquet(path)
+            rows = collector(path, path.read_bytes(), aspect)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise SettingsError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        records: Iterator[tuple[int, Any]] = enumerate(frame.iter_rows(named=True), start=1)
+    elif path.suffix == ".jsonl":
+        content = read_text(path)
+        rows, records = collector(path, content, aspect), json_lines(content)
+    else:
+        raise SettingsError(f"{path}: plain feedback files end in .jsonl or .parquet")
+    for line, record in records:
+        rows.rows += 1
+        try:
+            _read_record(rows, record)
+        except Refusal as reason:
+            rows.refuse(line, str(reason), record)
+    return rows.done()
+
+
+def _read_record(rows: Collector, record: Any) -> None:
+    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+        raise Refusal("no JSON object")
+    given = {name: value for name, value in record.items() if value is not None}
+    for name in given.keys() - set(COLUMNS):
+        rows.notes[f"the column `{name}` is not read"] += 1
+    prompt = text_of(given, "prompt", blank=False)
+    pair = "response_a" in given or "response_b" in given
+    texts = {name for name, kind in COLUMNS.items() if kind == pl.String and name != "prompt"}
+    for name in texts & given.keys():
+        text_of(given, name)
+    keys = given.get("call_keys", [])
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise Refusal("`call_keys` holds no list of texts")
+    told = {name: given[name] for name in _TOLD if name in given and name != "status"}
+    if "scorer" in told:
+        told.setdefault("scorer_version", None)  # the file's own hash is no version of another scorer
+    status = given.get("status", "ok")
+    if status not in STATUSES:
+        raise Refusal(f"`status` is none of {', '.join(STATUSES)}")
+    carries = ("winner",) if pair else ("value", "label", "feedback")
+    if status == "ok" and not any(name in given for name in carries):
+        raise Refusal(f"nothing judged: no {', '.join(carries)}")
+    if status == "ok" and "reason" in given:
+        raise Refusal("`reason` says why a row is not ok, but it is")
+    if status != "ok" and (any(name in given for name in carries) or "reason" not in given):
+        raise Refusal("a row that is not ok gives a `reason` and no judgement")
+    (_pair if pair else _single)(rows, prompt, given, status, told)
+
+
+def _single(rows: Collector, prompt: str, given: dict[str, Any], status: str, told: dict[str, Any]) -> None:
+    value = given.get("value")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise Refusal("`value` is no number")
+    if value is not None and not math.isfinite(value):
+        raise Refusal("`value` is not finite")
+    feedback, label = given.get("feedback"), given.get("label")
+    likely = (
+        "text"
+        if feedback and value is not None
+        else "judgment"
+        if feedback
+        else "category"
+        if label
+        else "reward"
+    )
+    kind = given.get("kind", likely)
+    if kind not in KINDS:
+        raise Refusal(f"`kind` is none of {', '.join(KINDS)}")
+    response = text_of(given, "response")
+    sample = rows.sample(prompt, response, own_id=given.get("sample_id"), reference=given.get("reference"))
+    number = float(value) if value is not None else None
+    rows.judged(sample, kind, status, value=number, label=label, text=feedback, **told)
+
+
+def _pair(rows: Collector, prompt: str, given: dict[str, Any], status: str, told: dict[str, Any]) -> None:
+    if given.get("winner") not in ("a", "b", "tie", None):
+        raise Refusal("`winner` is none of a, b, tie")
+    if given.get("favoured") not in ("first", "second", None):
+        raise Refusal("`favoured` is none of first, second")
+    texts = [text_of(given, f"response_{side}") for side in "ab"]
+    ids = [given.get(f"sample_{side}") for side in "ab"]
+    if texts[0] == texts[1] and ids[0] == ids[1]:
+        raise Refusal("both responses are the same sample")
+    a, b = (rows.sample(prompt, text, own_id=own) for text, own in zip(texts, ids, strict=True))
+    rows.compared(prompt, a, b, given.get("winner"), status, favoured=given.get("favoured"), **told)
+
+
+def write_plain(
+    path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, pairs: pl.DataFrame | None = None
+) -> Exported:
+    """Writes feedback and pairs of any aspects, complete.
+
+    Args:
+        samples: sample_id, prompt, text, and optionally reference.
+        feedback: rows of FEEDBACK.
+        pairs: rows of PAIRS.
+    """
+    rows = [{**row, "feedback": row["text"]} for row in judged_samples(samples, feedback)]
+    known = {
+        i: (prompt, text) for i, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows()
+    }
+    for pair in pairs.iter_rows(named=True) if pairs is not None else ():
+        (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
+        rows.append({**pair, "prompt": prompt, "response_a": first, "response_b": second})
+    kept = [{name: row.get(name) for name in COLUMNS} for row in rows]
+    if path.suffix == ".parquet":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pl.DataFrame(kept, COLUMNS).write_parquet(path)
+    elif path.suffix == ".jsonl":
+        filled = ({n: v for n, v in row.items() if v is not None and v != []} for row in kept)
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in filled]
+        write_file(path, "".join(lines))
+    else:
+        raise ValueError(f"{path}: plain feedback files end in .jsonl or .parquet")
+    return exported(len(kept), Counter())

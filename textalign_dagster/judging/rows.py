@@ -1,0 +1,54 @@
+"""Verdicts as rows of the table FEEDBACK."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import polars as pl
+
+from textalign_dagster.judging.parsing import PARSER_VERSION
+from textalign_dagster.judging.template import Template
+from textalign_dagster.judging.verdict import Verdict
+from textalign_dagster.tables import FEEDBACK
+
+
+def scorer_of(template: Template, judge: str) -> tuple[str, str]:
+    """The columns ``scorer`` and ``scorer_version``: who judged by which template.
+
+    Args:
+        judge: the judge's snapshot name, e.g. ``gpt-4o-2024-08-06``.
+    """
+    return f"{judge} / {template.name}", template.label_version
+
+
+def feedback_rows(
+    template: Template,
+    judge: str,
+    sample_ids: Sequence[str],
+    verdicts: Sequence[Verdict],
+    call_keys: Sequence[Sequence[str]],
+) -> pl.DataFrame:
+    """Rows of FEEDBACK, one a sample; for every ask but the pairwise ones (see `pairs`).
+
+    Args:
+        call_keys: the ledger's rows behind each verdict (of a group: the same one for all).
+    """
+    scorer, version = scorer_of(template, judge)
+    rows = [
+        {
+            "sample_id": sample_id,
+            "aspect": template.aspect or template.name,
+            "kind": template.kind,
+            "value": verdict.value,
+            "label": verdict.label,
+            "text": verdict.text,
+            "status": verdict.status,
+            "reason": verdict.reason,
+            "scorer": scorer,
+            "scorer_version": version,
+            "parser_version": PARSER_VERSION,
+            "call_keys": list(keys),
+        }
+        for sample_id, verdict, keys in zip(sample_ids, verdicts, call_keys, strict=True)
+    ]
+    return pl.DataFrame(rows, FEEDBACK)

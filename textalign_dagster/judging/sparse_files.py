@@ -1,0 +1,172 @@
+"""Ratings and rankings of sparse_feedback (Bansal et al., 2023): CSV files.
+
+``instruction, input, response, score`` and ``instruction, input, response1, response2, feedback``,
+the latter one of ``(a)`` (response1 is better), ``(b)``, ``equal``. Files that judges wrote have no
+header, those of converters have one; both are read. They were appended to by every run, so repeated
+rows are common, of which the first counts; and pandas made ``nan`` of empty inputs.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from textalign_dagster.judging.cut_files import join_input
+from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
+from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text
+
+RATINGS = ("instruction", "input", "response", "score")
+RANKINGS = ("instruction", "input", "response1", "response2", "feedback")
+
+_WINNERS = {"(a)": "a", "(b)": "b", "equal": "tie"}
+_FEEDBACK = {winner: text for text, winner in _WINNERS.items()}
+_LARGEST_FIELD = 2**31 - 1  # Python's own limit is 131,072 characters
+
+
+def read_sparse_ratings(path: Path, *, aspect: str = "rating", low: int = 1, high: int = 7) -> Imported:
+    """Ratings; a score that is none, not whole or off the scale is ``unparseable``."""
+
+    def take(rows: Collector, row: Sequence[str]) -> None:
+        instruction, given, response, score = row
+        sample = rows.sample(_prompt(rows, instruction, given), response)
+        try:
+            value = float(score)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and value.is_integer() and low <= value <= high:
+            rows.judged(sample, "rating", value=value)
+        else:
+            reason = f"{score!r} is no whole number from {low} to {high}"
+            rows.judged(sample, "rating", status="unparseable", reason=reason)
+
+    return _read(path, RATINGS, aspect, take)
+
+
+def read_sparse_rankings(path: Path, *, aspect: str = "ranking") -> Imported:
+    """Rankings, as pairs; anything but ``(a)``, ``(b)`` and ``equal`` is ``unparseable``."""
+
+    def take(rows: Collector, row: Sequence[str]) -> None:
+        instruction, given, first, second, feedback = row
+        if first == second:
+            raise Refusal("both responses are the same text")
+        prompt = _prompt(rows, instruction, given)
+        a, b = rows.sample(prompt, first), rows.sample(prompt, second)
+        winner = _WINNERS.get(feedback.strip())
+        if winner:
+            rows.compared(prompt, a, b, winner)
+        else:
+            rows.compared(
+                prompt, a, b, None, "unparseable", reason=f"{feedback!r} is none of {', '.join(_WINNERS)}"
+            )
+
+    return _read(path, RANKINGS, aspect, take)
+
+
+def write_sparse_ratings(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
+    """Writes ratings of one aspect, without a header; the format holds whole numbers that are ok."""
+    one_aspect(feedback, ("rating",), "rating")
+    rows: dict[tuple[str, str], list[str]] = {}
+    left_out = Counter[str]()
+    for row in judged_samples(samples, feedback):
+        key = (row["prompt"], row["response"])
+        if row["status"] != "ok":
+            left_out[f"{row['status']}: the format has no place for it"] += 1
+        elif not row["value"].is_integer():
+            left_out["not a whole number"] += 1
+        elif key in rows:
+            left_out["the same prompt and response as a row before: readers keep the first"] += 1
+        else:
+            rows[key] = [row["prompt"], "", row["response"], str(int(row["value"]))]
+    return _write(path, list(rows.values()), left_out)
+
+
+def write_sparse_rankings(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) -> Exported:
+    """Writes pairs of one aspect, without a header; which place a tie favoured is lost.
+
+    Args:
+        pairs: rows of PAIRS.
+    """
+    if pairs["aspect"].n_unique() > 1:
+        raise ValueError("ranking files hold one aspect; filter the pairs")
+    known = {
+        sample_id: (prompt, text)
+        for sample_id, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows()
+    }
+    rows: dict[tuple[str, frozenset[str]], list[str]] = {}
+    left_out = Counter[str]()
+    for pair in pairs.iter_rows(named=True):
+        (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
+        key = (prompt, frozenset((first, second)))
+        if pair["status"] != "ok":
+            left_out[f"{pair['status']}: the format has no place for it"] += 1
+        elif first == second:
+            left_out["both responses are the same text"] += 1
+        elif key in rows:
+            left_out["the same prompt and responses as a row before: readers keep the first"] += 1
+        else:
+            rows[key] = [prompt, "", first, second, _FEEDBACK[pair["winner"]]]
+    return _write(path, list(rows.values()), left_out)
+
+
+def _prompt(rows: Collector, instruction: str, given: str) -> str:
+    if not instruction.strip():
+        raise Refusal("`instruction` is blank")
+    if given == "nan":
+        rows.notes["`nan` in the column input was read as no input"] += 1
+        given = ""
+    return join_input(instruction, given, "\n\nInput:\n")
+
+
+def _read(
+    path: Path, columns: Sequence[str], aspect: str, take: Callable[[Collector, Sequence[str]], None]
+) -> Imported:
+    content = read_text(path)
+    rows = collector(path, content, aspect)
+    for line, row in _csv_rows(content):
+        if line == 1 and isinstance(row, list) and row[:3] == list(columns[:3]) and len(row) == len(columns):
+            rows.notes["the first line is a header"] += 1
+            continue
+        rows.rows += 1
+        try:
+            if isinstance(row, str):
+                raise Refusal(f"broken CSV: {row}")
+            if len(row) != len(columns):
+                raise Refusal(f"{len(row)} columns instead of {len(columns)} ({', '.join(columns)})")
+            take(rows, row)
+        except Refusal as reason:
+            rows.refuse(line, str(reason), row)
+    return rows.done()
+
+
+def _csv_rows(content: str) -> Iterator[tuple[int, list[str] | str]]:
+    """(first line, fields) of every row that is not blank; a row that is no CSV comes as its error."""
+    limit = csv.field_size_limit(_LARGEST_FIELD)
+    try:
+        reader = csv.reader(io.StringIO(content, newline=""), strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield line, str(error)
+                continue
+            if row:
+                yield line, row
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _write(path: Path, rows: list[list[str]], left_out: Counter[str]) -> Exported:
+    text = io.StringIO(newline="")
+    # All quoted: the writer leaves a lone carriage return bare, at which readers would break the row.
+    csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
+    write_file(path, text.getvalue())
+    return exported(len(rows), left_out)

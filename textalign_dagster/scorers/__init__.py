@@ -1,0 +1,9 @@
+"""Programmatic scorers: numbers from texts, without a judge. Name and version go with every score."""
+
+from __future__ import annotations
+
+from textalign_dagster.scorers.base import Scorer, Span, merge_spans
+from textalign_dagster.scorers.patterns import PatternScorer
+from textalign_dagster.scorers.pii import PIIScorer
+
+__all__ = ["PIIScorer", "PatternScorer", "Scorer", "Span", "merge_spans"]

@@ -1,0 +1,53 @@
+"""What every scorer offers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Literal, NamedTuple
+
+from textalign_dagster.settings import Settings
+
+
+class Span(NamedTuple):
+    """A part of a text: ``text[start:end]``, and what was found there."""
+
+    start: int
+    end: int
+    kind: str
+
+
+class Scorer(Settings):
+    """Declares one way to score texts; a pure function of its settings and the text."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Changes whenever some text would be scored otherwise; stored with every score."""
+
+    @property
+    @abstractmethod
+    def better(self) -> Literal["lower", "higher"]:
+        """Which scores are good; FEEDBACK's ``value`` is higher for better."""
+
+    @abstractmethod
+    def score(self, texts: Sequence[str]) -> list[float | None]:
+        """One number a text, in order; None where it is undefined (mostly: nothing to score)."""
+
+    def spans(self, text: str) -> list[Span]:
+        """What the score rests on, sorted, without overlaps; empty where that has no meaning."""
+        return []
+
+
+def merge_spans(spans: Iterable[Span], touching: bool = True) -> list[Span]:
+    """The spans in order, those that overlap (or touch) made one; its kind is the first one's."""
+    merged: list[Span] = []
+    for span in sorted(spans):
+        if merged and span.start < merged[-1].end + touching:
+            last = merged[-1]
+            merged[-1] = Span(last.start, max(last.end, span.end), last.kind)
+        else:
+            merged.append(span)
+    return merged

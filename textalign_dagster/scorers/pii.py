@@ -1,0 +1,77 @@
+"""Personally identifiable information, found with regular expressions of our own.
+
+The task and its metric are those of pretraining with human feedback (Korbak et al., 2023,
+arXiv:2302.08582), which used scrubadub and a name recogniser. Names of persons and organisations are
+*not* found here, and addresses are those of the United States only: scores compare among
+themselves, not with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from textalign_dagster.ids import content_hash
+from textalign_dagster.scorers.base import Scorer, Span, merge_spans
+from textalign_dagster.scorers.pii_detectors import DETECTORS, DETECTORS_VERSION
+
+Metric = Literal["per_character", "per_character_twice", "word_share"]
+Detector = Literal[
+    "email", "url", "phone", "ssn", "credit_card", "credential", "twitter", "skype", "birth_date", "address"
+]
+
+
+class PIIScorer(Scorer):
+    """Found parts per character of a text; lower is better. None for a text without a character."""
+
+    name: Literal["pii"] = "pii"
+    metric: Metric = Field(
+        "per_character",
+        description="per_character: found parts / characters (the evaluation's); per_character_twice: that "
+        "divided by the characters again (the released training scores'); word_share: percent of words that "
+        "touch a found part (the data card's).",
+    )
+    detectors: tuple[Detector, ...] = Field(
+        get_args(Detector), strict=False, min_length=1, description="What is looked for."
+    )
+
+    @property
+    def version(self) -> str:
+        return f"{DETECTORS_VERSION}+{content_hash('pii', self.metric, sorted(self.detectors))[:8]}"
+
+    @property
+    def better(self) -> Literal["lower", "higher"]:
+        return "lower"
+
+    def spans(self, text: str) -> list[Span]:
+        """Parts that overlap or touch are one, and count as one."""
+        found = [Span(a, b, name) for name in self.detectors for a, b in DETECTORS[name](text)]
+        return merge_spans(found)
+
+    def score(self, texts: Sequence[str]) -> list[float | None]:
+        return [self._score(text) for text in texts]
+
+    def _score(self, text: str) -> float | None:
+        found = self.spans(text)
+        if self.metric == "word_share":
+            return _word_share(text, found)
+        if not text:
+            return None
+        per_character = len(found) / len(text)
+        return per_character / len(text) if self.metric == "per_character_twice" else per_character
+
+
+def _word_share(text: str, found: Sequence[Span]) -> float | None:
+    """Percent of words (by whitespace) that share a character with a found part."""
+    words = touched = position = 0
+    ahead = list(found)
+    for word in text.split():
+        start = text.index(word, position)
+        position = start + len(word)
+        while ahead and ahead[0].end <= start:
+            ahead.pop(0)
+        words += 1
+        touched += bool(ahead and ahead[0].start < position)
+    return 100.0 * touched / words if words else None

@@ -1,0 +1,139 @@
+"""The detectors: each a function from a text to the (start, end) of what it finds.
+
+Every pattern is bounded (no repeat inside a repeat), so that time grows linearly with the text,
+whatever a model writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from datetime import date
+
+DETECTORS_VERSION = "1"
+"""Raised with every change of what is found."""
+
+Place = tuple[int, int]
+
+_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])")
+_URL = re.compile(r"(?<!\w)(?:https?://|ftp://|www\.)[^\s<>\"'`{}|\\^]{2,2000}", re.IGNORECASE)
+_PHONE = re.compile(
+    r"(?<![\w.+-])(?:\+?1[ .-]?)?(?:\([2-9]\d{2}\)[ .-]?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]?\d{4}(?![\w-]|\.\d)"
+    r"|(?<![\w.+])\+(?:[2-9]\d{0,2})(?:[ .-]?\(?\d{1,4}\)?){2,5}(?![\w-])"
+)
+_SSN = re.compile(r"(?<![\w-])(?!000|666|9\d{2})\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
+_CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_CREDENTIAL = re.compile(
+    r"\b(?:user(?:[ _-]?name)?|login|e-?mail)[ \t]{0,4}[:=][ \t]{0,4}\S{1,128}[ \t]{0,4}[,;]?\s{1,4}"
+    r"(?:and )?(?:pass(?:word|code|phrase)?|pw|pwd)[ \t]{0,4}[:=][ \t]{0,4}(\S{1,128})",
+    re.IGNORECASE,
+)
+_TWITTER = re.compile(r"(?<![\w@/.])@(?=\w*[A-Za-z])\w{4,15}(?![\w@]|\.\w)")
+_SKYPE = re.compile(
+    r"\bskype(?:[ _-]?(?:id|name|user(?:name)?|handle))?[ \t]{0,4}(?:[:=]|is\b)[ \t]{0,4}([A-Za-z][\w.,:-]{4,30}\w)",
+    re.IGNORECASE,
+)
+_STREET = (
+    r"Avenue|Ave|Street|St|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Square|Sq|Terrace|"
+    r"Parkway|Pkwy|Highway|Hwy|Way|Circle|Cir"
+)
+_STATES = (
+    "AL|AK|AZ|AR|CA|CO|CT|DE|DC|FL|GA|HI|ID|IL|IN|IA|KS|KY|LA|ME|MD|MA|MI|MN|MS|MO|MT|NE|NV|NH|NJ|NM|NY|NC|"
+    "ND|OH|OK|OR|PA|RI|SC|SD|TN|TX|UT|VT|VA|WA|WV|WI|WY"
+)
+_ADDRESS = re.compile(
+    rf"(?<![\w.-])\d{{1,6}}[A-Za-z]?,? (?:(?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\.? )?"
+    rf"(?:[A-Z0-9][\w'.-]{{0,30}} ){{1,4}}(?:{_STREET})\b\.?"
+    rf"(?:,? (?:Apt|Suite|Ste|Unit|Floor|#)\.? ?\w{{1,6}})?"
+    rf"(?:[,\s]{{1,3}}(?:[A-Z][A-Za-z'.-]{{1,30}} ?){{1,3}},? (?:{_STATES})\b(?: \d{{5}}(?:-\d{{4}})?)?)?"
+)
+_MONTHS = "jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec"
+_MONTH = rf"({_MONTHS})[a-z]{{0,6}}\.?"
+_DATES = (
+    (re.compile(r"(?<![\w/.-])(\d{4})-(\d{1,2})-(\d{1,2})(?![\w/-])"), "ymd"),
+    (re.compile(r"(?<![\w/.-])(\d{1,2})[/.-](\d{1,2})[/.-](\d{4})(?![\w/-])"), "mdy"),
+    (re.compile(rf"\b{_MONTH} (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", re.IGNORECASE), "mdy"),
+    (re.compile(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? (?:of )?{_MONTH},? (\d{{4}})\b", re.IGNORECASE), "dmy"),
+)
+_BIRTH = re.compile(r"\b(?:birth\w*|born|dob|d\.o\.b)\b", re.IGNORECASE)
+_YOUNGEST = 2008  # the published detector counts ages from today, so its scores change with the calendar
+
+
+def _whole(pattern: re.Pattern[str], group: int = 0) -> Callable[[str], Iterator[Place]]:
+    return lambda text: (match.span(group) for match in pattern.finditer(text))
+
+
+def _url(text: str) -> Iterator[Place]:
+    for match in _URL.finditer(text):
+        kept = match[0].rstrip(".,;:!?)]*_")
+        if len(kept) > len("www."):
+            yield match.start(), match.start() + len(kept)
+
+
+def _credit_card(text: str) -> Iterator[Place]:
+    for match in _CARD.finditer(text):
+        digits = [int(character) for character in match[0] if character.isdigit()]
+        if digits[0] in (2, 3, 4, 5, 6) and _luhn(digits) and len(set(digits)) > 1:
+            yield match.span()
+
+
+def _luhn(digits: list[int]) -> bool:
+    """The check digit of card numbers (ISO/IEC 7812-1)."""
+    doubled = (d if i % 2 == 0 else d * 2 - 9 * (d > 4) for i, d in enumerate(reversed(digits)))
+    return sum(doubled) % 10 == 0
+
+
+def _birth_date(text: str) -> Iterator[Place]:
+    """Dates of 1900 to 2008 with a word for birth at most two lines before or one line after."""
+    if not _BIRTH.search(text):
+        return
+    ends = [i for i, character in enumerate(text) if character == "\n"]
+    starts = [0, *(end + 1 for end in ends)]
+    near: set[int] = set()
+    line = 0
+    for match in _BIRTH.finditer(text):
+        while line + 1 < len(starts) and starts[line + 1] <= match.start():
+            line += 1
+        near.update((line - 1, line, line + 1, line + 2))
+    for pattern, order in _DATES:
+        line = 0
+        for match in pattern.finditer(text):
+            while line + 1 < len(starts) and starts[line + 1] <= match.start():
+                line += 1
+            if line in near and _is_birth_date(match.groups(), order):
+                yield match.span()
+
+
+def _is_birth_date(parts: tuple[str, ...], order: str) -> bool:
+    given = dict(zip(order, parts, strict=True))
+    month = given["m"].lower()[:3]
+    numbers = {key: int(value) for key, value in given.items() if value.isdigit()}
+    if not month.isdigit():
+        numbers["m"] = _MONTHS.split("|").index(month) + 1
+    elif numbers["m"] > 12:  # 25/12/1980
+        numbers["m"], numbers["d"] = numbers["d"], numbers["m"]
+    try:
+        date(numbers["y"], numbers["m"], numbers["d"])
+    except ValueError:
+        return False
+    return 1900 <= numbers["y"] <= _YOUNGEST
+
+
+def _address(text: str) -> Iterator[Place]:
+    # "coverage" is what insurance texts have where a street's name would be.
+    return (match.span() for match in _ADDRESS.finditer(text) if "coverage" not in match[0].lower())
+
+
+DETECTORS: dict[str, Callable[[str], Iterator[Place]]] = {
+    "email": _whole(_EMAIL),
+    "url": _url,
+    "phone": _whole(_PHONE),
+    "ssn": _whole(_SSN),
+    "credit_card": _credit_card,
+    "credential": _whole(_CREDENTIAL),
+    "twitter": _whole(_TWITTER),
+    "skype": _whole(_SKYPE, 1),
+    "birth_date": _birth_date,
+    "address": _address,
+}
+"""Name → detector."""
