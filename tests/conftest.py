@@ -1,0 +1,27 @@
+"""What the tests share: a home of their own, and the toy experiments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.toy import environment, write_toys
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home; nothing of the surroundings shows in this process."""
+    for name in [name for name in os.environ if name.startswith(("TEXTALIGN_", "DAGSTER_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def toys(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the toy experiments, which this process knows beside the shipped ones."""
+    folder = write_toys(tmp_path / "experiments")
+    monkeypatch.setenv("TEXTALIGN_EXPERIMENTS", environment(home, folder)["TEXTALIGN_EXPERIMENTS"])
+    return folder

@@ -1,0 +1,76 @@
+"""``textalign`` that kills itself (SIGKILL) at a chosen moment: ``killed_at.py MOMENT run …``.
+
+The moments are patched in here, from outside: nothing in the product knows of them.
+"""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from resources.launcher import LocalLauncher
+from resources.store import ArtifactStore
+from resources.transformers_sampler import TransformersSampler
+from textalign_dagster.cli import main
+
+
+def die(*_: Any) -> None:
+    """As the kernel's out-of-memory killer does it: no cleaning up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def while_generating() -> None:
+    generate = TransformersSampler.generate
+    TransformersSampler.generate = (  # type: ignore[method-assign]
+        lambda self, model, requests, decoding, progress=None: generate(self, model, requests, decoding, die)
+    )
+
+
+def while_training() -> None:
+    launch = LocalLauncher.launch
+    LocalLauncher.launch = (  # type: ignore[method-assign]
+        lambda self, *args, **named: launch(self, *args, **{**named, "on_progress": die})
+    )
+
+
+def interrupted_while_generating() -> None:
+    generate = TransformersSampler.generate
+
+    def interrupt(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C
+
+    TransformersSampler.generate = (  # type: ignore[method-assign]
+        lambda self, model, requests, decoding, progress=None: generate(self, model, requests, decoding, interrupt)
+    )
+
+
+def before_the_manifest(stage: str) -> None:
+    """All files of the attempt are written; the manifest, which alone makes it exist, is not."""
+    publish = ArtifactStore._publish
+    ArtifactStore._publish = (  # type: ignore[method-assign]
+        lambda self, manifest: die() if manifest["stage"] == stage else publish(self, manifest)
+    )
+
+
+def before_the_pointer(stage: str) -> None:
+    """The artifact exists; its cell does not point at it yet, and Dagster knows nothing of it."""
+    assign = ArtifactStore.assign
+    ArtifactStore.assign = (  # type: ignore[method-assign]
+        lambda self, e, k, name, artifact, **named: (
+            die() if name == stage else assign(self, e, k, name, artifact, **named)
+        )
+    )
+
+
+MOMENTS = {
+    "Ctrl-C while generating": interrupted_while_generating,
+    "generating": while_generating,
+    "training": while_training,
+    "before the datapool's manifest": lambda: before_the_manifest("datapool"),
+    "before the checkpoint's pointer": lambda: before_the_pointer("checkpoint"),
+}
+
+if __name__ == "__main__":
+    moment = sys.argv.pop(1)
+    MOMENTS[moment]()
+    main()

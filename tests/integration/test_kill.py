@@ -1,0 +1,131 @@
+"""kill -9 at any moment: nothing half-made shows, nobody is left, and the same command goes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.integration.conftest import Place, Ran, new_place
+from tests.toy import PROJECT
+from textalign_dagster.stages import STAGES
+
+KILLER = str(Path(__file__).with_name("killed_at.py"))
+
+# moment → the stages that are there afterwards. One after the other, in one place: each run goes on
+# from where the one before was killed.
+MOMENTS = {
+    "Ctrl-C while generating": STAGES[:1],
+    "generating": STAGES[:1],
+    "before the datapool's manifest": STAGES[:3],
+    "training": STAGES[:4],
+    "before the checkpoint's pointer": STAGES[:4],
+}
+
+
+def started_by(mark: str) -> list[str]:
+    """The processes that carry a mark in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # gone meanwhile, or somebody else's
+            continue
+    return found
+
+
+def wait_until_all_are_gone(mark: str, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while left := started_by(mark):
+        assert time.monotonic() < deadline, f"still alive: {left}"
+        time.sleep(0.05)
+
+
+def made(place: Place) -> list[str]:
+    """The stages of iteration 1 that anybody can see."""
+    found = place.store.cells()
+    assert set(found["iteration"]) <= {1}
+    return [stage for stage in STAGES if stage in set(found["stage"])]
+
+
+def runs(place: Place) -> list[str]:
+    """The states of Dagster's runs, oldest first."""
+    code = (
+        "from textalign_dagster.running import dagster_instance\n"
+        "with dagster_instance() as instance:\n"
+        "    print(*[run.status.value for run in reversed(instance.get_runs())])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=place.env, cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, list[str]]]:
+    """A place where the run was killed at every moment in turn, and what was to be seen after each."""
+    place = new_place(tmp_path_factory.mktemp("killed") / "place")
+    seen = {}
+    for moment in MOMENTS:
+        mark = f"TEXTALIGN_TEST={uuid.uuid4().hex}"
+        name, _, value = mark.partition("=")
+        done = subprocess.run(
+            [sys.executable, KILLER, moment, "run", "toy", "--iterations", "1", "--no-control"],
+            env={**place.env, name: value},
+            cwd=PROJECT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        if moment.startswith("Ctrl-C"):
+            assert done.returncode == 130, f"{moment}: {done.stdout}{done.stderr}"
+            assert done.stderr == "stopped; finished stages are kept, the same command goes on from there\n"
+        else:
+            assert done.returncode == -9, f"{moment}: {done.stdout}{done.stderr}"
+        # The trainer, the sampler's worker and whatever they started end by themselves.
+        wait_until_all_are_gone(mark)
+        seen[moment] = made(place)
+        assert place.textalign("status", "toy").returncode == 0
+        place.textalign("sql", "select count(*) from samples")
+    return place, seen
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_only_what_was_published_is_seen(killed: tuple[Place, dict[str, list[str]]], moment: str) -> None:
+    assert killed[1][moment] == list(MOMENTS[moment])
+
+
+def test_the_same_command_goes_on_to_the_same_tables(killed: tuple[Place, dict[str, list[str]]], ran: Ran) -> None:
+    place, _ = killed
+    trained = place.home / "store" / "artifacts" / "checkpoint"
+    assert len(list(trained.glob("*/manifest.json"))) == 1  # published, though no cell points at it
+
+    output = place.textalign("run", "toy", "--iterations", "1", "--no-control").stdout
+    for stage in MOMENTS["training"]:
+        assert f"{stage:<13}   reused" in output
+    assert "checkpoint      reused" in output  # what was paid for is not paid for again
+
+    for stage in STAGES:
+        mine, theirs = place.artifact("toy", 1, stage), ran.artifact("toy", 1, stage)
+        assert mine.key == theirs.key
+        assert set(mine.tables) == set(theirs.tables)
+        for table in mine.tables:
+            if table != "checkpoints":  # it tells the seconds it took
+                assert mine.tables[table]["sha256"] == theirs.tables[table]["sha256"], f"{stage}: {table}"
+        mine.verify()
+    mine, theirs = (p.frame("toy", 1, "checkpoint", "checkpoints").drop("seconds") for p in (place, ran))
+    assert mine.equals(theirs)  # the policy's hash among them
+
+    # Nothing is left of the attempts that were killed.
+    attempts = [p for p in (place.home / "store" / "artifacts").glob("*/*/*") if p.name != "manifest.json"]
+    published = {place.artifact("toy", k, s).attempt for k, s in ((0, "evaluation"), *((1, s) for s in STAGES))}
+    assert {p.name for p in attempts if p.is_dir()} == published
+
+    # Dagster's own record: each killed run was marked as failed by the next one.
+    assert runs(place) == ["FAILURE"] * len(MOMENTS) + ["SUCCESS"]

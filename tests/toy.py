@@ -1,0 +1,93 @@
+"""Experiments so small that the whole loop takes seconds, and ``textalign`` in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from textalign_dagster.settings import merge, nested, parse_override, write_yaml
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+OVERRIDES = (
+    "iterations=2",
+    "prompts.per_iteration=4",
+    "sampling.samples_per_prompt=3",
+    "sampling.max_new_tokens=8",
+    "sampling.batch_size=32",
+    "datapool.samples=8",
+    "datapool.max_tokens=9",
+    "training.batch_size=2",
+    "evaluation.prompts=6",
+    "evaluation.samples_per_prompt=1",
+    "evaluation.resamples=100",
+    "checks.min_diversity=0",
+    "checks.max_duplicates=1",
+    "checks.max_empty=1",
+)
+"""What makes a shipped experiment tiny; the numbers mean nothing then."""
+
+
+def toys() -> dict[str, dict[str, Any]]:
+    """Name → content of the toy experiments: ALT_LMU and its null control."""
+    toy: dict[str, Any] = {"extends": "pep8_alt_lmu", "description": "As small as it gets.", "control": "toy_null"}
+    for override in OVERRIDES:
+        toy = merge(toy, nested(*parse_override(override)))
+    null = {"extends": "toy", "method": "no_feedback", "control": None, "datapool": {"shares": None}}
+    return {"toy": toy, "toy_null": null}
+
+
+def write_toys(folder: Path) -> Path:
+    """The toy experiments as files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in toys().items():
+        (folder / f"{name}.yaml").write_text(write_yaml(content), encoding="utf-8")
+    return folder
+
+
+def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
+    """The variables of a ``textalign`` that keeps everything below ``home``."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TEXTALIGN_", "DAGSTER_"))}
+    folders = [str(folder) for folder in (experiments, PROJECT / "experiments") if folder]
+    return kept | {
+        "TEXTALIGN_HOME": str(home),
+        "TEXTALIGN_EXPERIMENTS": os.pathsep.join(folders),
+        "PYTHONPATH": str(PROJECT),
+        "OMP_NUM_THREADS": "1",
+        "COLUMNS": "140",
+    }
+
+
+def textalign(
+    *arguments: str,
+    env: Mapping[str, str],
+    ok: bool = True,
+    text: str | None = None,
+    cwd: Path = PROJECT,
+    program: tuple[str, ...] = ("-m", "textalign_dagster.cli"),
+) -> subprocess.CompletedProcess[str]:
+    """``textalign …`` as people run it.
+
+    ``ok``: it must succeed; otherwise it must fail with one message and without a traceback.
+    """
+    done = subprocess.run(
+        [sys.executable, *program, *arguments],
+        env=dict(env),
+        cwd=cwd,
+        input=text or "",
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    told = f"{arguments}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr + done.stdout, told
+    if ok:
+        assert done.returncode == 0, told
+    else:
+        assert done.returncode > 0, told
+        assert done.stderr.count("rror: ") >= 1, told
+    return done
