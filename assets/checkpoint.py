@@ -72,7 +72,9 @@ def checkpoint(
                 extras={"cell": str(stage.cell.key)},
                 env=accelerate_env(acceleration),
                 on_progress=lambda p: report(p["done"], p["total"], f"loss {p['loss']:.3f}"),
-                log=home() / "logs" / f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}.log",
+                log=home()
+                / "logs"
+                / f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}.log",
                 done=out / "done.json",
             )
             done: dict[str, Any] = launched.done or {}
@@ -81,7 +83,9 @@ def checkpoint(
                 "parent": parent.policy_hash,
                 "reference": reference.policy_hash if reference else None,
                 "pool_hash": rows["pool_hash"][0],
-                "config": json.dumps(job.model_dump(mode="json", exclude={"rows", "policy", "reference", "out"})),
+                "config": json.dumps(
+                    job.model_dump(mode="json", exclude={"rows", "policy", "reference", "out"})
+                ),
                 "code_revision": code_revision(),
                 "environment_hash": environment_hash(),
                 "seed": seed,

@@ -109,7 +109,9 @@ def evaluate(stage: Stage, sampler: SamplerResource, iteration: int) -> Artifact
                 Request(render(experiment.method.template, ask.condition, prompt), tuple(seeds))
                 for prompt, seeds in prompts.select("prompt", "seeds").iter_rows()
             ]
-            completions = engine.generate(model.path, requests, decoding, partial(_share, report, index, len(asked)))
+            completions = engine.generate(
+                model.path, requests, decoding, partial(_share, report, index, len(asked))
+            )
             rows += [
                 {
                     "policy_hash": model.policy_hash,

@@ -81,7 +81,12 @@ def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
     """Samples with what was said of them, from the worst to the best."""
     ordered = ok.sort("value", "sample_id")
     chosen = sorted({round(i * (ok.height - 1) / max(show - 1, 1)) for i in range(show)})
-    named = ordered.select("value", pl.coalesce("text", "label").alias("feedback"), "prompt", pl.col("text_sampled").alias("text"))
+    named = ordered.select(
+        "value",
+        pl.coalesce("text", "label").alias("feedback"),
+        "prompt",
+        pl.col("text_sampled").alias("text"),
+    )
     return named[chosen].to_dicts()
 
 

@@ -85,9 +85,7 @@ def generations(
                     "logprob": completion.logprob,
                     "seed": seed,
                 }
-                for draw, own, several in zip(
-                    drawn.iter_rows(named=True), seeds, completions, strict=True
-                )
+                for draw, own, several in zip(drawn.iter_rows(named=True), seeds, completions, strict=True)
                 for index, (seed, completion) in enumerate(zip(own, several, strict=True))
             ]
             frame = pl.DataFrame(rows, schema=GENERATIONS)

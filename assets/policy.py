@@ -19,9 +19,7 @@ policy = dg.AssetSpec(
 )
 
 
-def hand_over(
-    context: dg.AssetExecutionContext, at: Cell, policy_hash: str, path: Path
-) -> None:
+def hand_over(context: dg.AssetExecutionContext, at: Cell, policy_hash: str, path: Path) -> None:
     """Reports the policy that cell ``at`` samples from.
 
     Dagster refuses the arrow from checkpoint to policy (a cycle), so it is told in events. The

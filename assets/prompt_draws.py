@@ -18,7 +18,9 @@ from textalign_dagster.sources import source_hash, training_prompts
 from textalign_dagster.tables import PROMPT_DRAWS
 
 
-@dg.asset(**LOOP, kinds={"parquet"}, check_specs=checks.specs("prompt_draws"), metadata=columns_of(PROMPT_DRAWS))
+@dg.asset(
+    **LOOP, kinds={"parquet"}, check_specs=checks.specs("prompt_draws"), metadata=columns_of(PROMPT_DRAWS)
+)
 def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
     """One row per prompt drawn for the iteration; a prompt drawn twice has two rows.
 
@@ -80,5 +82,3 @@ def _weights(store: ArtifactStore, query: str) -> dict[str, float]:
     if rows["prompt_id"].is_duplicated().any():
         raise SettingsError("prompts.weights: the query gives a prompt_id more than once; group by it")
     return dict(rows.iter_rows())
-
-

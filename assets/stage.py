@@ -171,7 +171,7 @@ class Stage:
                 "reused": artifact.reused,
                 "artifact": artifact.key,
                 "query": dg.MetadataValue.md(
-                    f"```sh\ntextalign sql \"\nfrom {TABLE.get(self.name, self.name)}\n{where}\"\n```"
+                    f'```sh\ntextalign sql "\nfrom {TABLE.get(self.name, self.name)}\n{where}"\n```'
                 ),
             },
         )

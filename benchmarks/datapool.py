@@ -69,9 +69,7 @@ def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
     # Kilobytes on Linux, bytes on macOS.
     unit = 2**20 if sys.platform == "darwin" else 2**10
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(
-        f"{step:<44} {seconds[step]:8.2f} s   cpu {cpu:8.2f} s   peak {peak:7.0f} MiB", flush=True
-    )
+    print(f"{step:<44} {seconds[step]:8.2f} s   cpu {cpu:8.2f} s   peak {peak:7.0f} MiB", flush=True)
 
 
 def published(rows: pl.DataFrame, settings: PoolSettings, seed: int) -> int:
@@ -81,9 +79,7 @@ def published(rows: pl.DataFrame, settings: PoolSettings, seed: int) -> int:
     columns = rows.select("prompt_id", "sample_id", "value", "n_tokens")
     for prompt, sample, value, tokens in columns.iter_rows():
         pool[prompt].append((sample, value, tokens))
-    choose: Callable[..., list[str]] = (
-        _published_buckets if settings.samples is None else _published_samples
-    )
+    choose: Callable[..., list[str]] = _published_buckets if settings.samples is None else _published_samples
     drawn = 0
     for own in pool.values():
         own.sort(key=lambda item: item[1], reverse=True)
@@ -109,9 +105,7 @@ def _published_buckets(
 ) -> list[str]:
     taken: list[str] = []
     for label in LABELS:
-        bucket = [
-            item for item, own_label in zip(own, quantiles, strict=True) if own_label == label
-        ]
+        bucket = [item for item, own_label in zip(own, quantiles, strict=True) if own_label == label]
         taken += _take(bucket, settings.samples_per_bucket or 0, rng)
     return taken
 
@@ -125,9 +119,7 @@ def _published_samples(
     wanted = settings.samples or 0
     taken: list[str] = []
     for label in LABELS:
-        bucket = [
-            item for item, own_label in zip(own, quantiles, strict=True) if own_label == label
-        ]
+        bucket = [item for item, own_label in zip(own, quantiles, strict=True) if own_label == label]
         taken += _take(bucket, wanted // len(LABELS), rng)
     rest = [sample for sample, _, _ in own if sample not in taken]
     return taken + rest[: wanted - len(taken)]
@@ -151,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.rows is not None:
         iterations = max(1, round(given.rows / (given.prompts * given.samples)))
     limit = {"samples_per_bucket": 2} if given.draw == "per-bucket" else {"samples": 8}
-    settings = PoolSettings.model_validate(
-        {"drop_factor": given.drop_factor, "max_tokens": LIMIT} | limit
-    )
+    settings = PoolSettings.model_validate({"drop_factor": given.drop_factor, "max_tokens": LIMIT} | limit)
     seconds: dict[str, float] = {}
     with timed("make rows (not part of the pool)", seconds):
         rows = make_rows(given.prompts, given.samples, iterations, given.seed)

@@ -1,11 +1,11 @@
 """How much of the embedded run is not sampling, scoring, training or evaluating.
 
-    python benchmarks/orchestration.py [EXPERIMENT] [--iterations K]
+    python -m benchmarks.orchestration [EXPERIMENT] [--iterations K]
 
 Runs the experiment from scratch in a temporary home and prints the seconds by stage. *Work* is what
 stages say they spent on it; *starting* is what else passes between the start and the end of
-`accelerate launch`: its own start, importing libraries, loading and saving the model; the rest of the wall time is orchestration: Dagster, the store, checks, metadata,
-the command line itself.
+`accelerate launch`: its own start, importing libraries, loading and saving the model; the rest of the
+wall time is orchestration: Dagster, the store, checks, metadata, the command line itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from resources.store import ArtifactStore
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("experiment", nargs="?", default="pep8_alt_lmu")
     parser.add_argument("--iterations", type=int)
     arguments = parser.parse_args()
@@ -35,9 +37,9 @@ def main() -> None:
         store = ArtifactStore(f"{home}/store")
         work: dict[str, float] = {}
         starting = 0.0
-        for experiment, iteration, stage, reused in store.cells().select(
-            "experiment", "iteration", "stage", "reused"
-        ).iter_rows():
+        for experiment, iteration, stage, reused in (
+            store.cells().select("experiment", "iteration", "stage", "reused").iter_rows()
+        ):
             pointer = store.pointer(experiment, iteration, stage)
             if reused or pointer is None:
                 continue

@@ -35,9 +35,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", type=Path, help="transformers folder (default: random 1 M Llama)"
-    )
+    parser.add_argument("--model", type=Path, help="transformers folder (default: random 1 M Llama)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--samples", type=int, default=8, help="completions of each prompt")
@@ -133,9 +131,7 @@ def with_sampler(
     )
     owners = [i for i in range(len(prompts)) for _ in range(options.samples)]
     count = len(owners)
-    return measured(
-        lambda: sample(model, prompts, owners, range(count), rule), count * options.tokens
-    )
+    return measured(lambda: sample(model, prompts, owners, range(count), rule), count * options.tokens)
 
 
 def worker(options: argparse.Namespace) -> None:
@@ -146,9 +142,7 @@ def worker(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         sampler.generate(options.model, [Request("a", (0,))], Decoding(1.0, max_new_tokens=1))
         print(f"worker: first token after {time.perf_counter() - started:.1f} s of wall time")
-        requests = [
-            Request(f"def f{i}(x):", tuple(range(options.samples))) for i in range(options.prompts)
-        ]
+        requests = [Request(f"def f{i}(x):", tuple(range(options.samples))) for i in range(options.prompts)]
         decoding = Decoding(1.0, max_new_tokens=options.tokens, ignore_eos=True)
         started = time.perf_counter()
         rows = sampler.generate(options.model, requests, decoding)

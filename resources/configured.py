@@ -16,7 +16,9 @@ from textalign_dagster.library import store_url
 class StoreResource(dg.ConfigurableResource):
     """Where all tables and checkpoints are kept."""
 
-    url: str = Field("", description="A folder or an object store's URL; empty: $TEXTALIGN_STORE, else state/store.")
+    url: str = Field(
+        "", description="A folder or an object store's URL; empty: $TEXTALIGN_STORE, else state/store."
+    )
 
     def open(self) -> ArtifactStore:
         """The store, which costs nothing to open."""
@@ -43,9 +45,9 @@ _engines: list[TransformersSampler] = []
 
 
 @cache
-def _engine(dtype: Literal["float32", "bfloat16", "float16"], batch_size: int, trust_remote_code: bool) -> TransformersSampler:
-    engine = TransformersSampler(
-        dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code
-    )
+def _engine(
+    dtype: Literal["float32", "bfloat16", "float16"], batch_size: int, trust_remote_code: bool
+) -> TransformersSampler:
+    engine = TransformersSampler(dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code)
     _engines.append(engine)
     return engine

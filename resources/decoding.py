@@ -47,11 +47,11 @@ class Drawn:
     logprob: float
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one attention layer in a buffer (rows, heads, capacity, head size)."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.capacity = capacity
         self.length = 0
 
@@ -192,9 +192,7 @@ def sample(
 
 
 @torch.inference_mode()
-def score(
-    model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]
-) -> list[float]:
+def score(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[float]:
     """log p(text | prompt) in nats for each pair of token ids (none empty), in one batch.
 
     Padding is on the right, where a causal model does not see it. Raises `NotFiniteError`.

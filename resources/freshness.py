@@ -111,4 +111,3 @@ class Freshness:
         at = int(origin) if origin else iteration
         pointer = self.pointer(at, stage)
         return (pointer.artifact.key if pointer else None), self.state(at, stage)
-

@@ -47,16 +47,19 @@ def ask_judge(
     template = load_template(judge.template)
     tally = Tally()
     with Ledger(store) as ledger:
-        replies = judge_calls(
-            judge_questions(template, samples, purpose), judge, ledger, report, tally=tally
-        )
+        replies = judge_calls(judge_questions(template, samples, purpose), judge, ledger, report, tally=tally)
     verdicts = [
         parse(template, Reply(reply.text, reply.refusal, reply.finish_reason, reply.error))
         for reply in replies
     ]
     keys = [[reply.call_key] for reply in replies]
     rows = feedback_rows(template, judge.model, samples["sample_id"].to_list(), verdicts, keys)
-    facts = {"calls": tally.requests, "usd": tally.usd, "calls_lost": tally.lost, "calls_cached": tally.cached}
+    facts = {
+        "calls": tally.requests,
+        "usd": tally.usd,
+        "calls_lost": tally.lost,
+        "calls_cached": tally.cached,
+    }
     return rows, facts
 
 
@@ -77,4 +80,3 @@ def forecast_of(experiment: Experiment, samples: pl.DataFrame, store: ArtifactSt
     judge = judge_of(experiment)
     with Ledger(store) as ledger:
         return forecast(judge_questions(load_template(judge.template), samples, ""), judge, ledger)
-

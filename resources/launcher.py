@@ -196,9 +196,7 @@ def _failure(
         reason = f"the command was ended by signal {code - 128}"
         hint = " (out of memory?)" if code == 128 + 9 else ""
         return dg.Failure(f"{reason}{hint}; see {where}", metadata=metadata)
-    return dg.Failure(
-        f"the command exited with {code} and did not say why; see {where}", metadata=metadata
-    )
+    return dg.Failure(f"the command exited with {code} and did not say why; see {where}", metadata=metadata)
 
 
 def _tail(log: Path) -> str:

@@ -57,8 +57,7 @@ def policy_hash(folder: Path) -> str:
 
 def _local(folder: Path) -> BasePolicy:
     stamps = tuple(
-        (name, (folder / name).stat().st_mtime_ns, (folder / name).stat().st_size)
-        for name in _files(folder)
+        (name, (folder / name).stat().st_mtime_ns, (folder / name).stat().st_size) for name in _files(folder)
     )
     return BasePolicy(folder, _hashed(folder, stamps))
 

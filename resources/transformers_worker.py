@@ -123,9 +123,7 @@ class LoadedModel:
         if self.device != "cpu":
             torch.cuda.empty_cache()
         try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=self.trust_remote_code
-            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=self.trust_remote_code)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=getattr(torch, self.dtype),
@@ -244,8 +242,7 @@ def generate(
         max_new_tokens=wanted["max_new_tokens"],
         min_new_tokens=wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
         end_ids=ends,
-        banned_ids=tokenisation.banned_ids(tokenizer, wanted["banned_tokens"])
-        + tuple(sorted(wordless)),
+        banned_ids=tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]) + tuple(sorted(wordless)),
     )
 
     # A request with more seeds than a batch has rows is split, and its prompt read again.

@@ -61,7 +61,9 @@ def test_help_does_not_load_anything_heavy(home: Path) -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     for arguments in (["--help"], ["run", "--help"], ["--version"]):
-        subprocess.run([sys.executable, "-c", code, *arguments], env=environment(home), check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment(home), check=True, capture_output=True
+        )
 
 
 def test_looking_does_not_load_torch_or_dagster(toys: Path) -> None:
@@ -108,7 +110,9 @@ def test_an_experiment_given_as_a_path_knows_its_neighbours_and_the_shipped_ones
 
 
 def test_validate_with_overrides_writes_nothing(toys: Path, home: Path) -> None:
-    result = call("validate", "toy", "--set", "seed=3", "--set", "method=quark", "--set", "datapool.shares=null")
+    result = call(
+        "validate", "toy", "--set", "seed=3", "--set", "method=quark", "--set", "datapool.shares=null"
+    )
     assert result.exit_code == 0, result.output
     assert "method quark, 2 iterations, seed 3" in result.output
     assert "null control: toy_null" in result.output
@@ -149,7 +153,11 @@ def test_sql_of_empty_tables(toys: Path) -> None:
 
 
 def test_sql_cannot_write_to_the_tables(toys: Path) -> None:
-    for query in ("drop view datapool", "delete from datapool", "insert into datapool select * from datapool"):
+    for query in (
+        "drop view datapool",
+        "delete from datapool",
+        "insert into datapool select * from datapool",
+    ):
         call("sql", query)
     assert call("sql", "from datapool").exit_code == 0
 

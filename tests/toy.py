@@ -34,7 +34,11 @@ OVERRIDES = (
 
 def toys() -> dict[str, dict[str, Any]]:
     """Name → content of the toy experiments: ALT_LMU and its null control."""
-    toy: dict[str, Any] = {"extends": "pep8_alt_lmu", "description": "As small as it gets.", "control": "toy_null"}
+    toy: dict[str, Any] = {
+        "extends": "pep8_alt_lmu",
+        "description": "As small as it gets.",
+        "control": "toy_null",
+    }
     for override in OVERRIDES:
         toy = merge(toy, nested(*parse_override(override)))
     null = {"extends": "toy", "method": "no_feedback", "control": None, "datapool": {"shares": None}}

@@ -88,9 +88,7 @@ def ratio_sums(numerators: Column, denominators: Column, clusters: Column) -> Cl
     return ClusterSums(names, sums(a), sums(b), sums(np.ones_like(a)))
 
 
-def mean_sums(
-    values: Column, clusters: Column, per: Literal["sample", "prompt"] = "sample"
-) -> ClusterSums:
+def mean_sums(values: Column, clusters: Column, per: Literal["sample", "prompt"] = "sample") -> ClusterSums:
     """Per-prompt sums whose ratio is a mean over samples, or over prompts of their own means."""
     sums = ratio_sums(values, np.ones(len(values)), clusters)
     if per == "sample":

@@ -126,15 +126,14 @@ def not_duplicated(generations: pl.DataFrame, limit: float) -> dg.AssetCheckResu
     )
 
 
-def conditioned_once(
-    template: str, conditions: pl.Series, prompts: pl.Series
-) -> dg.AssetCheckResult:
+def conditioned_once(template: str, conditions: pl.Series, prompts: pl.Series) -> dg.AssetCheckResult:
     """Prompts hold no condition yet when theirs is put before them."""
     pairs = pl.DataFrame({"condition": conditions, "prompt": prompts}).unique()
     bad = [
         prompt
         for condition, prompt in pairs.iter_rows()
-        if condition is not None and not rendered_once(render(template, condition, prompt), template, condition, prompt)
+        if condition is not None
+        and not rendered_once(render(template, condition, prompt), template, condition, prompt)
     ]
     return _verdict(
         "conditioned_once",
@@ -161,9 +160,7 @@ def usable(feedback: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
     )
 
 
-def length_correlation(
-    values: pl.Series, lengths: pl.Series, limit: float
-) -> dg.AssetCheckResult:
+def length_correlation(values: pl.Series, lengths: pl.Series, limit: float) -> dg.AssetCheckResult:
     """Pearson's correlation of value and length in tokens or characters."""
     r = pearson(values.to_numpy(), lengths.to_numpy()) if len(values) else None
     if r is None:
@@ -210,8 +207,7 @@ def diversity(now: float | None, at_start: float | None, limit: float) -> dg.Ass
     return _verdict(
         "diversity",
         ratio >= limit,
-        f"distinct-3 is {ratio:.0%} of iteration 0's ({now:.3f} against {at_start:.3f}; "
-        f"limit {limit:.0%})",
+        f"distinct-3 is {ratio:.0%} of iteration 0's ({now:.3f} against {at_start:.3f}; limit {limit:.0%})",
         ratio=ratio,
     )
 

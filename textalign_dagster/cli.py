@@ -66,7 +66,9 @@ def main() -> None:
 @main.command()
 @click.argument("experiment")
 @click.option("--iterations", "-k", type=click.IntRange(min=1), help="Run iterations 1 … K (default: all).")
-@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable."
+)
 @click.option("--control/--no-control", default=True, help="Run the null control too (default: yes).")
 @readable
 def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool) -> None:
@@ -104,7 +106,9 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
         try:
             Runner(instance, _store(), library, console).run(names, iterations)
         except RunFailed as error:
-            raise Refused(f"{error}\nFinished stages are kept; the same command goes on from there.") from None
+            raise Refused(
+                f"{error}\nFinished stages are kept; the same command goes on from there."
+            ) from None
         except KeyboardInterrupt:
             click.echo("stopped; finished stages are kept, the same command goes on from there", err=True)
             sys.exit(130)
@@ -210,7 +214,9 @@ def validate(experiment: str, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @click.argument("experiment")
-@click.option("--iteration", "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Which iteration.")
+@click.option(
+    "--iteration", "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Which iteration."
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def forecast(experiment: str, iteration: int, as_json: bool) -> None:
@@ -230,7 +236,9 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
         _print_json(found)
         return
     bound = "" if found["samples_exist"] else " at most (the samples do not exist yet)"
-    click.echo(f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already")
+    click.echo(
+        f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already"
+    )
     click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
     for title, key, unit in (
         ("tokens out, at most", "tokens_out_max", ""),

@@ -145,9 +145,9 @@ def build_pool(
     else:
         quota = np.array(settings.quotas(labels), dtype=np.int64)
         wanted = (settings.samples or int(quota.sum())) * present.size
-        over_long = (
-            rows["n_tokens"].cast(pl.Int64) >= settings.length_limit(sampling_limit)
-        ).fill_null(False)
+        over_long = (rows["n_tokens"].cast(pl.Int64) >= settings.length_limit(sampling_limit)).fill_null(
+            False
+        )
         keys = shuffle_keys(bits[index], derive_seed(seed, "draw", current))
         reason[index] = draw_reasons(
             group[index], code[index], over_long.to_numpy()[index], keys, quota, settings
@@ -156,9 +156,7 @@ def build_pool(
     drawn = reason < len(DRAWN_REASONS)
     frame = rows.with_columns(
         label.alias("label"),
-        (rows["condition"] if conditions is None else _conditions(label, conditions)).alias(
-            "condition"
-        ),
+        (rows["condition"] if conditions is None else _conditions(label, conditions)).alias("condition"),
         pl.Series("drawn", drawn),
         pl.Series(list(REASONS), dtype=pl.String).gather(reason).alias("reason"),
         pl.lit(pool_hash).alias("pool_hash"),
@@ -254,9 +252,7 @@ def _labeller(
         fixed = np.where(usable, given.to_numpy(), NO_LABEL)
         return lambda _: fixed
     rule, value, ranked_in = quantiles, reward_array(rows), _groups(rows, quantiles.per)
-    return lambda alive: quantile_codes(
-        ranked_in, np.where(alive, value, np.nan), len(labels), rule
-    )
+    return lambda alive: quantile_codes(ranked_in, np.where(alive, value, np.nan), len(labels), rule)
 
 
 def _reasons_before_draw(rows: pl.DataFrame, dropped: Mask, unused_label: Mask) -> Ints:
@@ -280,9 +276,7 @@ def _check_rows(rows: pl.DataFrame, current: int, extra: Sequence[str]) -> None:
         raise ValueError(f"rows of the pool lack the columns {missing}")
     for column in ("prompt_id", "origin", "status", "weight", "position"):
         if column in rows.columns and rows[column].has_nulls():
-            raise ValueError(
-                f"column {column}: NULL in {rows[column].null_count()} rows of the pool"
-            )
+            raise ValueError(f"column {column}: NULL in {rows[column].null_count()} rows of the pool")
     unknown = set(rows["status"].unique()) - set(STATUSES)
     if unknown:
         raise ValueError(f"column status: {sorted(unknown)} are none of {list(STATUSES)}")

@@ -47,9 +47,7 @@ def distinct_n_per_prompt(
     by_prompt = _by_prompt(texts, clusters)
     values = [distinct_n(own, n) for own in by_prompt.values()]
     found = mean(values, list(by_prompt), resamples=resamples, level=level, seed=seed)
-    counted = sum(
-        len(own) for own, v in zip(by_prompt.values(), values, strict=True) if v is not None
-    )
+    counted = sum(len(own) for own, v in zip(by_prompt.values(), values, strict=True) if v is not None)
     return Estimate(found.value, found.lo, found.hi, found.n, counted)
 
 

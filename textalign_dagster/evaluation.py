@@ -76,10 +76,7 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
             "prompt_id": ids,
             "prompt": chosen,
             "seeds": [
-                [
-                    derive_seed(experiment.seed, "evaluation", i, k)
-                    for k in range(settings.samples_per_prompt)
-                ]
+                [derive_seed(experiment.seed, "evaluation", i, k) for k in range(settings.samples_per_prompt)]
                 for i in ids
             ],
         }

@@ -14,7 +14,6 @@ from textalign_dagster.settings import Settings
 from textalign_dagster.tasks import AnyTask
 from textalign_dagster.training_settings import Training
 
-
 JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "text": ("text",),
     "category": ("category",),
@@ -35,9 +34,7 @@ class Policy(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of the weights while sampling and training."
     )
-    trust_remote_code: bool = Field(
-        False, description="Run Python code that the model folder brings along."
-    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
 
 
 class Sampling(Settings):
@@ -81,9 +78,7 @@ class Evaluation(Settings):
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"
     )
-    resamples: int = Field(
-        1000, ge=100, description="Bootstrap resamples over prompts behind the intervals."
-    )
+    resamples: int = Field(1000, ge=100, description="Bootstrap resamples over prompts behind the intervals.")
 
 
 class Checks(Settings):
@@ -97,7 +92,10 @@ class Checks(Settings):
         0.2, ge=0, le=1, description="Share of generations that repeat another one's text; blocking."
     )
     max_shortfall: float = Field(
-        0.5, ge=0, le=1, description="Share of the wanted rows of the worst-filled bucket that is missing; a warning."
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the wanted rows of the worst-filled bucket that is missing; a warning.",
     )
     max_length_correlation: float = Field(
         0.5, ge=0, le=1, description="Absolute correlation of feedback value and length; a warning."

@@ -151,9 +151,7 @@ class Library:
         where = f"{self.path(name)} with --set {' --set '.join(overrides)}"
         content = self.content(name)
         changed = merge(content, _changes(overrides, content))
-        experiment: Experiment = validate(
-            Experiment, changed, where if overrides else str(self.path(name))
-        )
+        experiment: Experiment = validate(Experiment, changed, where if overrides else str(self.path(name)))
         return experiment
 
     def variant(self, name: str, overrides: Sequence[str], folder: Path) -> str:

@@ -51,9 +51,7 @@ def announce(event: Step | Finished) -> None:
         _sink(event)
 
 
-def reporter(
-    cell: str, stage: str, log: Callable[[str], None], every: float = 5.0
-) -> Callable[..., None]:
+def reporter(cell: str, stage: str, log: Callable[[str], None], every: float = 5.0) -> Callable[..., None]:
     """A callback ``(done, total, note="")`` for a stage's work.
 
     Where nobody shows progress, it is logged every ``every`` seconds, with the time left.

@@ -61,7 +61,11 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
         SettingsError: missing, unreadable, not UTF-8, of unknown type, without the column, empty,
             with blank or duplicate prompts; the message names the lines.
     """
-    readers: dict[str, Callable[[Path], pl.DataFrame]] = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": pl.read_parquet}
+    readers: dict[str, Callable[[Path], pl.DataFrame]] = {
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": pl.read_parquet,
+    }
     if path.suffix not in readers:
         raise SettingsError(f"{path}: prompt files end in {', '.join(readers)}")
     if path.is_dir():
@@ -207,9 +211,7 @@ def draw_prompts(
             draw_id=pl.Series(
                 [content_hash("draw", seed, iteration, p, i) for p, i in keys], dtype=pl.String
             ),
-            seed=pl.Series(
-                [derive_seed(seed, "draw", iteration, p, i) for p, i in keys], dtype=pl.Int64
-            ),
+            seed=pl.Series([derive_seed(seed, "draw", iteration, p, i) for p, i in keys], dtype=pl.Int64),
         ),
         PROMPT_DRAWS,
         "prompt_draws",

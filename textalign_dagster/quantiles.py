@@ -50,9 +50,7 @@ class QuantileSettings(BaseModel):
     )
 
 
-def quantile_codes(
-    group: Ints, value: npt.NDArray[np.float64], k: int, settings: QuantileSettings
-) -> Ints:
+def quantile_codes(group: Ints, value: npt.NDArray[np.float64], k: int, settings: QuantileSettings) -> Ints:
     """Quantile of every row, 0 (best) to ``k - 1`` (worst), or ``NO_LABEL``; shape (rows,).
 
     Args:
@@ -123,18 +121,14 @@ def quantile_labels(
 def check_labels(labels: Sequence[str]) -> None:
     """Raise ValueError unless there is a label and all differ."""
     if isinstance(labels, str) or not labels or len(set(labels)) != len(labels):
-        raise ValueError(
-            f"labels: expected one or more different labels, best first; got {labels!r}"
-        )
+        raise ValueError(f"labels: expected one or more different labels, best first; got {labels!r}")
 
 
 def reward_array(rows: pl.DataFrame) -> npt.NDArray[np.float64]:
     """Column ``value`` with NaN for NULL, shape (rows,); ValueError where it holds NaN."""
     value = rows["value"].cast(pl.Float64)
     if value.is_nan().any():
-        raise ValueError(
-            "column value: holds NaN; a reward that could not be computed must be NULL"
-        )
+        raise ValueError("column value: holds NaN; a reward that could not be computed must be NULL")
     return value.fill_null(float("nan")).to_numpy()
 
 

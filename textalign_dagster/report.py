@@ -71,9 +71,13 @@ def score_table(rows: pl.DataFrame, experiment: Experiment, name: str) -> Table:
             & (pl.col("iteration") == row["iteration"])
             & pl.col("condition").eq_missing(row["condition"])
         )
-        cells = {m: _cell(v, lo, hi) for m, v, lo, hi in values.select("metric", "value", "lo", "hi").iter_rows()}
+        cells = {
+            m: _cell(v, lo, hi) for m, v, lo, hi in values.select("metric", "value", "lo", "hi").iter_rows()
+        }
         table.add_row(_label(row, name), *(cells.get(metric, "") for metric in shown))
-    fixed = [f"{named[m]} is {rows.filter(pl.col('metric') == m)['value'][0]:g} throughout." for m in constant]
+    fixed = [
+        f"{named[m]} is {rows.filter(pl.col('metric') == m)['value'][0]:g} throughout." for m in constant
+    ]
     table.caption = " ".join([GUARD_NOTE, *fixed])
     table.caption_justify = "left"
     return table
@@ -97,7 +101,11 @@ def _label(row: dict[str, Any], name: str) -> str:
         return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
     if row["iteration"] == 0:
         return "iteration 0 (base policy)"
-    return f"iteration {row['iteration']}" if row["experiment"] == name else f"null control, iteration {row['iteration']}"
+    return (
+        f"iteration {row['iteration']}"
+        if row["experiment"] == name
+        else f"null control, iteration {row['iteration']}"
+    )
 
 
 def _cell(value: float, lo: float | None, hi: float | None) -> str:

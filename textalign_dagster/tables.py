@@ -134,10 +134,7 @@ EVALUATION_SAMPLES = pl.Schema(
 
 def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:
     """The column ``measures`` from one mapping (name → number, or None: not measured) a row."""
-    lists = [
-        [{"name": n, "value": None if v is None else float(v)} for n, v in row.items()]
-        for row in rows
-    ]
+    lists = [[{"name": n, "value": None if v is None else float(v)} for n, v in row.items()] for row in rows]
     return pl.Series("measures", lists, dtype=MEASURES)
 
 

@@ -58,15 +58,11 @@ def plan_batches(
     return plan
 
 
-def _spread(
-    rows: list[int], batch_size: int, accumulation: int, world_size: int
-) -> list[list[list[int]]]:
+def _spread(rows: list[int], batch_size: int, accumulation: int, world_size: int) -> list[list[list[int]]]:
     """A step's rows, sorted by length, over its micro-batches and ranks."""
     together = batch_size * world_size
     micro_batches = [rows[i * together : (i + 1) * together] for i in range(accumulation)]
-    return [
-        [part[rank::world_size] or [FILLER] for rank in range(world_size)] for part in micro_batches
-    ]
+    return [[part[rank::world_size] or [FILLER] for rank in range(world_size)] for part in micro_batches]
 
 
 class RankBatches:

@@ -53,13 +53,9 @@ def read_rows(path: Path, template: str | None) -> pl.DataFrame:
     if frame.is_empty():
         raise JobError(f"{path}: no rows to train on; the datapool drew none")
     for name in ("sample_id", "prompt", "text", "finish_reason", "weight"):
-        _refuse(
-            frame, pl.col(name).is_null(), path, name, "is NULL; leave such rows out of the draw"
-        )
+        _refuse(frame, pl.col(name).is_null(), path, name, "is NULL; leave such rows out of the draw")
     weight = pl.col("weight").cast(pl.Float64)
-    _refuse(
-        frame, ~weight.is_finite() | (weight < 0), path, "weight", "is negative or not a number"
-    )
+    _refuse(frame, ~weight.is_finite() | (weight < 0), path, "weight", "is negative or not a number")
     _refuse(
         frame,
         ~pl.col("finish_reason").is_in(["stop", "length"]),
@@ -121,21 +117,13 @@ def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
     texts = tokenizer(rows["text"].to_list(), add_special_tokens=False, split_special_tokens=True)[
         "input_ids"
     ]
-    wants_reference = (
-        settings.objective.kl_coef > 0 and not settings.objective.kl_reference_sees_condition
-    )
-    prompts = _Prompts(
-        tokenizer, job.template, rows["prompt"].to_list(), rows["condition"].to_list()
-    )
+    wants_reference = settings.objective.kl_coef > 0 and not settings.objective.kl_reference_sees_condition
+    prompts = _Prompts(tokenizer, job.template, rows["prompt"].to_list(), rows["condition"].to_list())
     unconditioned = (
-        _Prompts(tokenizer, None, rows["prompt"].to_list(), [None] * rows.height)
-        if wants_reference
-        else None
+        _Prompts(tokenizer, None, rows["prompt"].to_list(), [None] * rows.height) if wants_reference else None
     )
     examples = []
-    columns = zip(
-        rows["sample_id"], rows["text"], rows["finish_reason"], rows["weight"], texts, strict=True
-    )
+    columns = zip(rows["sample_id"], rows["text"], rows["finish_reason"], rows["weight"], texts, strict=True)
     for i, (sample, text, finish_reason, weight, ids) in enumerate(columns):
         if ends(text, len(ids), finish_reason, settings.eos_rule, job.max_new_tokens):
             if tokenizer.eos_token_id is None:
@@ -176,18 +164,14 @@ class _Prompts:
         conditions: list[str | None],
     ):
         around = [
-            ("", "") if c is None or template is None else around_prompt(template, c)
-            for c in conditions
+            ("", "") if c is None or template is None else around_prompt(template, c) for c in conditions
         ]
-        rendered = [
-            start + prompt + end for (start, end), prompt in zip(around, prompts, strict=True)
-        ]
+        rendered = [start + prompt + end for (start, end), prompt in zip(around, prompts, strict=True)]
         # Slow tokenizers have no offsets; every tokenizer saved as tokenizer.json has.
         encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         self._ids, self._offsets = encoded["input_ids"], encoded["offset_mapping"]
         self._spans = [
-            (len(start), len(start) + len(prompt))
-            for (start, _), prompt in zip(around, prompts, strict=True)
+            (len(start), len(start) + len(prompt)) for (start, _), prompt in zip(around, prompts, strict=True)
         ]
         self._start = _start_tokens(tokenizer)
 
@@ -201,9 +185,7 @@ class _Prompts:
         if excess <= 0:
             return [*start, *ids]
         first, last = self._spans[i]
-        inside = [
-            t for t, (a, b) in enumerate(self._offsets[i]) if a >= first and b <= last and b > a
-        ]
+        inside = [t for t, (a, b) in enumerate(self._offsets[i]) if a >= first and b <= last and b > a]
         if excess > len(inside) or len(start) + len(ids) - excess < 1:
             return None
         dropped = set(inside[:excess])

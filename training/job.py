@@ -38,26 +38,18 @@ class Job(Settings):
     )
     policy: str = Field(..., description="Transformers folder the training starts from.")
     reference: str | None = Field(None, description="Transformers folder of the KL reference.")
-    out: str = Field(
-        ..., description="Folder to write: weights, config, tokenizer and, last, done.json."
-    )
+    out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
     template: str | None = Field(
         None, description="With {condition} and {prompt}; None: no row has a condition."
     )
-    special_tokens: list[str] = Field(
-        [], description="Tokens to add to the policy where it lacks them."
-    )
+    special_tokens: list[str] = Field([], description="Tokens to add to the policy where it lacks them.")
     seed: int = Field(0, ge=0)
     world_size: int = Field(1, ge=1, description="Processes that the launcher was asked for.")
-    threads: int | None = Field(
-        None, ge=1, description="torch threads of a process; None: torch's choice."
-    )
+    threads: int | None = Field(None, ge=1, description="torch threads of a process; None: torch's choice.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the weights while training and saved."
     )
-    max_new_tokens: int | None = Field(
-        None, ge=1, description="Of the sampling; eos_rule legacy needs it."
-    )
+    max_new_tokens: int | None = Field(None, ge=1, description="Of the sampling; eos_rule legacy needs it.")
     training: Training
 
     def write(self, path: Path) -> Path:
@@ -102,9 +94,7 @@ def check(job: Job, where: str) -> None:
             "one (or set kl_coef to 0)"
         )
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
-        raise JobError(
-            f"{where}: max_new_tokens: missing; eos_rule legacy compares with it"
-        )
+        raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
     if job.template is not None:
         try:
             validate_template(job.template)

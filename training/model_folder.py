@@ -43,13 +43,9 @@ def _first_line(error: Exception) -> str:
 def save(trainer: ObjectiveTrainer, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """The model as a transformers folder; no optimizer state, no pickle."""
     model = trainer.accelerator.unwrap_model(trainer.model)
-    broken = next(
-        (name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None
-    )
+    broken = next((name for name, p in model.named_parameters() if not torch.isfinite(p).all()), None)
     if broken is not None:
-        raise NonFiniteError(
-            f"after the last step {broken} is not finite; lower training.learning_rate"
-        )
+        raise NonFiniteError(f"after the last step {broken} is not finite; lower training.learning_rate")
     # Sharded weights are gathered by all ranks together.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     model.config.use_cache = True  # Trainer turns it off for training; samplers need it
@@ -59,8 +55,6 @@ def save(trainer: ObjectiveTrainer, tokenizer: PreTrainedTokenizerBase, out: Pat
     if trainer.args.process_index == 0:
         model.save_pretrained(out, state_dict=state)
         tokenizer.save_pretrained(out)
-        for weights in out.glob(
-            "*.safetensors"
-        ):  # written for the owner only; be as open as the rest
+        for weights in out.glob("*.safetensors"):  # written for the owner only; be as open as the rest
             weights.chmod((out / "config.json").stat().st_mode)
     trainer.accelerator.wait_for_everyone()

@@ -101,9 +101,7 @@ def masked_nll(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
 def token_weight(outputs: Outputs, weights: Tensor | None) -> Tensor:
     """The weight of every labelled token, [N]: that of its sample."""
     nll_like = outputs.log_probs[:, 0]
-    return (
-        torch.ones_like(nll_like) if weights is None else weights.to(nll_like.dtype)[outputs.rows]
-    )
+    return torch.ones_like(nll_like) if weights is None else weights.to(nll_like.dtype)[outputs.rows]
 
 
 def conditional_mle(

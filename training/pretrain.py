@@ -79,15 +79,19 @@ class Settings:
 
 def setup(argv: list[str] | None = None) -> tuple[Settings, Path, bool]:
     """Settings, output folder and whether it may be replaced, from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m training.pretrain", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m training.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("task", choices=["pep8"])
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     for name, default in asdict(Settings()).items():
         if name != "task":
-            parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default,
-                                help=f"default {default}")
+            parser.add_argument(
+                f"--{name.replace('_', '-')}", type=type(default), default=default, help=f"default {default}"
+            )
     options = vars(parser.parse_args(argv))
     out, overwrite = options.pop("out"), options.pop("overwrite")
     if out.exists() and not overwrite:
@@ -122,9 +126,10 @@ def main(argv: list[str] | None = None) -> None:
         "steps": steps,
         "tokens": steps * settings.batch * settings.context,
         "held_out_perplexity": perplexity,
-        "versions": {"python": platform.python_version(), **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "transformers", "tokenizers")}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        },
         "git_revision": git_revision(),
         "wall_seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(time.process_time() - started_cpu, 1),
@@ -138,22 +143,42 @@ def train_tokenizer(texts: list[str], settings: Settings) -> PreTrainedTokenizer
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=settings.vocabulary, special_tokens=[EOS, PAD], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=settings.vocabulary,
+            special_tokens=[EOS, PAD],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=EOS, pad_token=PAD, padding_side="left",
+        tokenizer_object=bpe,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
         # "Cleaning up" would remove the very blanks that are being judged.
-        clean_up_tokenization_spaces=False, add_prefix_space=False)
+        clean_up_tokenization_spaces=False,
+        add_prefix_space=False,
+    )
 
 
 def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden,
-        intermediate_size=settings.feed_forward, num_hidden_layers=settings.layers,
-        num_attention_heads=settings.heads, num_key_value_heads=settings.heads,
-        max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden,
+            intermediate_size=settings.feed_forward,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def chunks(pairs: list[tuple[str, str | None]], settings: Settings, epoch: int) -> list[str]:
@@ -177,8 +202,9 @@ def chunks(pairs: list[tuple[str, str | None]], settings: Settings, epoch: int) 
     return texts
 
 
-def batches(pairs: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerFast,
-            settings: Settings) -> Iterator[torch.Tensor]:
+def batches(
+    pairs: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> Iterator[torch.Tensor]:
     """Endless batches of token ids (batch, context); `IGNORED` pads what is shorter."""
     epoch = 0
     while True:
@@ -186,7 +212,7 @@ def batches(pairs: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerF
         if len(rows) < settings.batch:
             raise ValueError(f"{len(rows)} chunks are too few for a batch of {settings.batch}")
         for start in range(0, len(rows) - settings.batch + 1, settings.batch):
-            yield rows[start:start + settings.batch]
+            yield rows[start : start + settings.batch]
         epoch += 1
 
 
@@ -195,7 +221,7 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -
     rows = torch.full((len(texts), context), IGNORED)
     for row, ids in zip(rows, tokenizer(texts)["input_ids"], strict=True):
         ids = ids[:context]
-        row[:len(ids)] = torch.tensor(ids)
+        row[: len(ids)] = torch.tensor(ids)
     return rows
 
 
@@ -209,11 +235,13 @@ def token_losses(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
 def fit(model: LlamaForCausalLM, data: Iterator[torch.Tensor], settings: Settings) -> int:
     """Train in place for `settings.tokens` tokens; returns the number of optimiser steps."""
     steps = math.ceil(settings.tokens / (settings.batch * settings.context))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.95),
-                                  weight_decay=settings.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=True
+    )
     decay = max(1, round(steps * settings.decay_share))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / settings.warmup, (steps - step) / decay))
+        optimizer, lambda step: min(1.0, (step + 1) / settings.warmup, (steps - step) / decay)
+    )
     model.train()
     progress = tqdm(total=steps, desc="pretrain", unit="step", file=sys.stderr, mininterval=5)
     for step in range(steps):
@@ -231,8 +259,9 @@ def fit(model: LlamaForCausalLM, data: Iterator[torch.Tensor], settings: Setting
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
-             settings: Settings) -> dict[str, float]:
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, settings: Settings
+) -> dict[str, float]:
     """Perplexity per token on chunks of held-out files, in the clean and the sloppy style."""
     model.eval()
     held_out = corpus.functions(held_out=True).functions
@@ -248,9 +277,11 @@ def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast,
 
 def git_revision() -> str | None:
     """The checkout's commit, with "+changes" where files differ from it; None outside git."""
+
     def git(*arguments: str) -> str | None:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, text=True,
-                              capture_output=True, check=False)
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, text=True, capture_output=True, check=False
+        )
         return done.stdout.strip() if done.returncode == 0 else None
 
     if shutil.which("git") is None or (revision := git("rev-parse", "HEAD")) is None:
@@ -258,8 +289,9 @@ def git_revision() -> str | None:
     return revision + ("+changes" if git("status", "--porcelain") else "")
 
 
-def publish(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any],
-            out: Path) -> None:
+def publish(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any], out: Path
+) -> None:
     """Write everything beside `out`, then rename: a reader sees the old folder or the new one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:

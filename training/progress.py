@@ -43,9 +43,7 @@ class _Pipes:
 class _Lines:
     def progress(self, values: Mapping[str, Any]) -> None:
         words = [f"step {values['done']}/{values['total']}"]
-        words += [
-            f"{name} {value:.4g}" for name, value in values.items() if name not in ("done", "total")
-        ]
+        words += [f"{name} {value:.4g}" for name, value in values.items() if name not in ("done", "total")]
         print("  ".join(words), file=sys.stderr, flush=True)
 
     def say(self, sentence: str) -> None:

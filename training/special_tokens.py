@@ -34,9 +34,7 @@ def add_special_tokens(
         ValueError: ``eos`` without an end token.
     """
     if init == "eos" and tokenizer.eos_token_id is None:
-        raise ValueError(
-            "special_token_init is 'eos', but the tokenizer has no eos_token; use 'mean_std'"
-        )
+        raise ValueError("special_token_init is 'eos', but the tokenizer has no eos_token; use 'mean_std'")
     old = len(tokenizer)
     known = set(tokenizer.get_vocab())
     new = [token for token in dict.fromkeys(tokens) if token not in known]
@@ -79,15 +77,11 @@ def _vocabulary_matrices(model: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _start(
-    matrix: Tensor, ids: list[int], old: int, copied: int | None, generator: torch.Generator
-) -> None:
+def _start(matrix: Tensor, ids: list[int], old: int, copied: int | None, generator: torch.Generator) -> None:
     if copied is not None:
         matrix[ids] = matrix[copied].clone()
         return
     rows = matrix[:old].double()
     mean, deviation = rows.mean(0), rows.std(0)
-    draw = torch.randn((len(ids), *mean.shape), generator=generator, dtype=torch.float64).to(
-        matrix.device
-    )
+    draw = torch.randn((len(ids), *mean.shape), generator=generator, dtype=torch.float64).to(matrix.device)
     matrix[ids] = (mean + deviation * draw).to(matrix.dtype)

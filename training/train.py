@@ -192,8 +192,7 @@ def thinned(losses: list[float], points: int = 64) -> list[float]:
     """At most ``points`` means over equal stretches: the loss curve for a plot."""
     stretch = -(-len(losses) // points)
     return [
-        sum(part) / len(part)
-        for part in (losses[i : i + stretch] for i in range(0, len(losses), stretch))
+        sum(part) / len(part) for part in (losses[i : i + stretch] for i in range(0, len(losses), stretch))
     ]
 
 

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from textalign_dagster.training_settings import Objective, Training
 from training import objectives
 from training.batches import Collator, Examples, RankBatches
-from textalign_dagster.training_settings import Objective, Training
 from training.job import NonFiniteError
 from training.progress import Reporter
 
@@ -48,9 +48,7 @@ def lr_factor(
     return final + (1 - final) * shape
 
 
-def training_arguments(
-    settings: Training, *, out: str, seed: int, cpu: bool
-) -> TrainingArguments:
+def training_arguments(settings: Training, *, out: str, seed: int, cpu: bool) -> TrainingArguments:
     """The part of the job that is Trainer's own.
 
     One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included.
@@ -111,9 +109,7 @@ class ObjectiveTrainer(Trainer):
             vocabulary: entries from here on are dropped before the KL (added tokens, padding).
             reference: frozen, on any device; needed if the objective has a KL term.
         """
-        super().__init__(
-            model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator
-        )
+        super().__init__(model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator)
         # For transformers before 5.19, which asks this instead of loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -175,9 +171,7 @@ class ObjectiveTrainer(Trainer):
         # Distributed data parallel averages the ranks' gradients; their sum is what is meant.
         return share * self.accelerator.num_processes
 
-    def _objective(
-        self, model: Any, inputs: dict[str, Any], settings: Objective
-    ) -> objectives.Objective:
+    def _objective(self, model: Any, inputs: dict[str, Any], settings: Objective) -> objectives.Objective:
         outputs = _labelled(model, inputs, "")
         reference = None
         if settings.kl_coef > 0:
@@ -208,9 +202,7 @@ class ObjectiveTrainer(Trainer):
 
     def total_tokens(self) -> int:
         """Tokens read, over all ranks and epochs, padding not counted."""
-        return int(
-            self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum")
-        )
+        return int(self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum"))
 
 
 def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Outputs:

@@ -40,7 +40,9 @@ def interrupted_while_generating() -> None:
         os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C
 
     TransformersSampler.generate = (  # type: ignore[method-assign]
-        lambda self, model, requests, decoding, progress=None: generate(self, model, requests, decoding, interrupt)
+        lambda self, model, requests, decoding, progress=None: generate(
+            self, model, requests, decoding, interrupt
+        )
     )
 
 

@@ -217,7 +217,9 @@ def test_a_full_disk_is_named_and_nothing_is_published(place: Place, ran: Ran, s
     from tests.toy import textalign
 
     # All but the checkpoint is there: its weights are what does not fit.
-    shutil.copytree(ran.home / "store", small_disk / "store", ignore=shutil.ignore_patterns("checkpoint*", "002"))
+    shutil.copytree(
+        ran.home / "store", small_disk / "store", ignore=shutil.ignore_patterns("checkpoint*", "002")
+    )
     env = {**place.env, "TEXTALIGN_STORE": str(small_disk / "store")}
     told = textalign("run", "toy", "-k", "1", "--no-control", env=env, ok=False).stderr
     assert "no space left on" in told.lower(), told

@@ -84,11 +84,7 @@ def test_the_commands_run(environment: dict[str, str]) -> None:
 def test_the_queries_of_the_docs_run(environment: dict[str, str]) -> None:
     store = ArtifactStore(f"{environment['TEXTALIGN_HOME']}/store")
     queries = [
-        query
-        for page in DOCS
-        for block in blocks(page, "sql")
-        for query in block.split(";")
-        if query.strip()
+        query for page in DOCS for block in blocks(page, "sql") for query in block.split(";") if query.strip()
     ]
     assert queries
     with connect(store) as database:

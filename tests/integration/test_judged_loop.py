@@ -134,7 +134,9 @@ def test_an_outage_stops_the_iteration_and_the_rest_is_asked_later(tmp_path: Pat
         rows = database.execute(
             "select status, kind, text, value, scorer, len(call_keys) from feedback"
         ).fetchall()
-        paid = database.execute("select count(*), sum(usd) from feedback_calls where status = 'ok'").fetchall()
+        paid = database.execute(
+            "select count(*), sum(usd) from feedback_calls where status = 'ok'"
+        ).fetchall()
     assert len(rows) == 12
     assert {row[0] for row in rows} == {"ok"}
     assert all(text == f"has {3 - int(value)} flaws" and keys == 1 for _, _, text, value, _, keys in rows)

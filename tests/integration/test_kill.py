@@ -101,7 +101,9 @@ def test_only_what_was_published_is_seen(killed: tuple[Place, dict[str, list[str
     assert killed[1][moment] == list(MOMENTS[moment])
 
 
-def test_the_same_command_goes_on_to_the_same_tables(killed: tuple[Place, dict[str, list[str]]], ran: Ran) -> None:
+def test_the_same_command_goes_on_to_the_same_tables(
+    killed: tuple[Place, dict[str, list[str]]], ran: Ran
+) -> None:
     place, _ = killed
     trained = place.home / "store" / "artifacts" / "checkpoint"
     assert len(list(trained.glob("*/manifest.json"))) == 1  # published, though no cell points at it
@@ -124,7 +126,9 @@ def test_the_same_command_goes_on_to_the_same_tables(killed: tuple[Place, dict[s
 
     # Nothing is left of the attempts that were killed.
     attempts = [p for p in (place.home / "store" / "artifacts").glob("*/*/*") if p.name != "manifest.json"]
-    published = {place.artifact("toy", k, s).attempt for k, s in ((0, "evaluation"), *((1, s) for s in STAGES))}
+    published = {
+        place.artifact("toy", k, s).attempt for k, s in ((0, "evaluation"), *((1, s) for s in STAGES))
+    }
     assert {p.name for p in attempts if p.is_dir()} == published
 
     # Dagster's own record: each killed run was marked as failed by the next one.

@@ -244,7 +244,10 @@ def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) 
     for bad, says in (
         ("selekt 1", "prompts.weights: the query fails: "),
         ("select 1 as x", "prompts.weights: the query gives x; it must give prompt_id, weight"),
-        ("select prompt_id, 'a' as weight from feedback join generations using (sample_id)", "weight is String"),
+        (
+            "select prompt_id, 'a' as weight from feedback join generations using (sample_id)",
+            "weight is String",
+        ),
         ("select prompt_id, 1 as weight from generations", "gives a prompt_id more than once; group by it"),
         ("select 'a' as prompt_id, 1 as weight", "1 prompts wanted in iteration 1, but weighted can draw 0"),
     ):

@@ -46,9 +46,7 @@ def rule(temperature: float = 1.0, **changes: object) -> Rule:
 def generate(model: torch.nn.Module, prompt: Sequence[int], **options: object) -> list[int]:
     """transformers' greedy ids for one prompt, alone and so without padding."""
     ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options
-    )
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
     return out[0, len(prompt) :].tolist()
 
 
@@ -60,9 +58,7 @@ def test_greedy_ids_are_those_of_generate(model: torch.nn.Module, decoder: torch
         assert [one.ids for one in drawn] == expected
 
 
-def test_greedy_stops_where_generate_stops(
-    model: torch.nn.Module, decoder: torch.nn.Module
-) -> None:
+def test_greedy_stops_where_generate_stops(model: torch.nn.Module, decoder: torch.nn.Module) -> None:
     # A token that some rows reach early serves as the end.
     free = [generate(model, prompt, max_new_tokens=24) for prompt in PROMPTS]
     end = free[0][3]

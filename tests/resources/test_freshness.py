@@ -66,7 +66,9 @@ class Grid:
         if stage == "feedback":
             return {"generations": self.made(k, "generations").key}
         if stage == "datapool":
-            return {f"{s}@{i}": self.made(i, s).key for i in range(1, k + 1) for s in ("generations", "feedback")}
+            return {
+                f"{s}@{i}": self.made(i, s).key for i in range(1, k + 1) for s in ("generations", "feedback")
+            }
         if stage == "checkpoint":
             return {"datapool": self.made(k, "datapool").key, "policy": self.policy(k)}
         prompts = evaluation_source(evaluation_prompts(self.experiment))
@@ -121,7 +123,16 @@ def test_what_was_made_is_fresh_what_was_not_is_missing(grid: Grid) -> None:
         ({"sampling": {"temperature": 0.5}}, STAGES[1:], STAGES[1:]),
         ({"prompts": {"per_iteration": 2}}, STAGES, STAGES),
         ({"evaluation": {"resamples": 200}}, STAGES[5:], STAGES[5:]),
-        ({"description": "x", "iterations": 9, "checks": {"max_empty": 0.9}, "sampling": {"batch_size": 1}}, (), ()),
+        (
+            {
+                "description": "x",
+                "iterations": 9,
+                "checks": {"max_empty": 0.9},
+                "sampling": {"batch_size": 1},
+            },
+            (),
+            (),
+        ),
     ],
 )
 def test_other_settings_make_stale_what_follows(
@@ -134,7 +145,9 @@ def test_other_settings_make_stale_what_follows(
 
 def test_the_reason_names_the_change_where_it_happened(grid: Grid) -> None:
     grid.change(training={"learning_rate": 0.5})
-    reason = "checkpoint of e, iteration 1, was made with other settings (training.learning_rate: 2e-05 -> 0.5)"
+    reason = (
+        "checkpoint of e, iteration 1, was made with other settings (training.learning_rate: 2e-05 -> 0.5)"
+    )
     assert grid.freshness.state(2, "evaluation").reason == reason
     assert grid.freshness.iteration(2).reason == reason
 
@@ -192,7 +205,9 @@ def test_another_base_policy_makes_all_samples_stale(grid: Grid, monkeypatch: py
 def test_a_failed_check_blocks_what_follows(grid: Grid) -> None:
     grid.make(1, "feedback", usable=False, schema=True)
     assert grid.states(1) == states(*STAGES[2:], kind="blocked")
-    assert grid.freshness.state(1, "checkpoint").reason == "feedback of e, iteration 1, failed its check usable"
+    assert (
+        grid.freshness.state(1, "checkpoint").reason == "feedback of e, iteration 1, failed its check usable"
+    )
     assert grid.states(2)["generations"] == "blocked"
     grid.make(1, "feedback", usable=True)
     assert grid.states(1) == grid.states(2) == states()

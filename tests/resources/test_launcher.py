@@ -98,9 +98,7 @@ def test_progress_arrives_while_the_child_runs(tmp_path: Path) -> None:
 
 
 def test_the_childs_own_words_are_the_failure(tmp_path: Path) -> None:
-    command = script(
-        tmp_path, "with open_dagster_pipes():\n    raise RuntimeError('CUDA out of {memory}')"
-    )
+    command = script(tmp_path, "with open_dagster_pipes():\n    raise RuntimeError('CUDA out of {memory}')")
     with pytest.raises(dg.Failure) as failure:
         launch(command, log=tmp_path / "log" / "train.log")
     assert failure.value.description == "RuntimeError: CUDA out of {memory}"
@@ -256,9 +254,6 @@ def test_accelerate_command_leaves_nothing_to_guess() -> None:
         assert option in one
     several = accelerate_command(Acceleration(processes=2, cpu=True))
     assert "--cpu" not in several and "--multi_gpu" in several  # --cpu would start one process only
-    assert (
-        accelerate_env(Acceleration(processes=2, cpu=True, threads=2))["ACCELERATE_USE_CPU"]
-        == "true"
-    )
+    assert accelerate_env(Acceleration(processes=2, cpu=True, threads=2))["ACCELERATE_USE_CPU"] == "true"
     assert accelerate_env(Acceleration(threads=2))["OMP_NUM_THREADS"] == "2"
     assert json.dumps(accelerate_env(Acceleration()))

@@ -52,15 +52,11 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders["llama"], tmp_path / "broken"))
 
 
-def test_two_processes_give_the_same_completions(
-    folders: dict[str, Path], sampler: Sampler
-) -> None:
+def test_two_processes_give_the_same_completions(folders: dict[str, Path], sampler: Sampler) -> None:
     decoding = Decoding(temperature=1.0, top_p=0.95, max_new_tokens=12)
     here = {kind: sampler.generate(folder, REQUESTS, decoding) for kind, folder in folders.items()}
     with TransformersSampler(threads=1, batch_size=4) as other:
-        there = {
-            kind: other.generate(folders[kind], REQUESTS, decoding) for kind in ("gpt2", "llama")
-        }
+        there = {kind: other.generate(folders[kind], REQUESTS, decoding) for kind in ("gpt2", "llama")}
     assert here == there  # also swapped in another order
     assert here["llama"] != here["gpt2"]
     assert [len(row) for row in here["llama"]] == [3, 1, 5]
@@ -86,9 +82,7 @@ def test_greedy_is_generate_and_text_follows_the_prompt(
 
 def test_end_lengths_and_bans(folders: dict[str, Path], sampler: Sampler) -> None:
     request = [Request("def", tuple(range(60)))]
-    free = sampler.generate(
-        folders["llama"], request, Decoding(temperature=5.0, max_new_tokens=40)
-    )[0]
+    free = sampler.generate(folders["llama"], request, Decoding(temperature=5.0, max_new_tokens=40))[0]
     assert {one.finish_reason for one in free} == {"stop", "length"}
     for one in free:
         assert one.n_tokens == 40 if one.finish_reason == "length" else one.n_tokens <= 40
@@ -255,9 +249,7 @@ def test_what_libraries_print_stays_out_of_the_channel() -> None:
         "send({'result': calls.get()}); calls.get()"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, encoding="utf-8", **pipes
-    ) as worker:
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, encoding="utf-8", **pipes) as worker:
         assert worker.stdin and worker.stdout and worker.stderr
         worker.stdin.write('{"op": "ü"}\n')
         worker.stdin.flush()

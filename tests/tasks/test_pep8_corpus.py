@@ -85,7 +85,8 @@ def test_prompts_are_disjoint_from_each_other_and_from_training_text():
 def library(tmp_path: Path) -> Path:
     """A standard library of one held-out module with 900 functions, and one for training."""
     (tmp_path / "secrets.py").write_text(
-        "\n\n".join(f"def function_{number}(x):\n    return x\n" for number in range(900)))
+        "\n\n".join(f"def function_{number}(x):\n    return x\n" for number in range(900))
+    )
     (tmp_path / "argparse.py").write_text("class A:\n    def function_7(x):\n        return 1\n")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "secrets.py").write_text("def excluded():\n    return 1\n")

@@ -53,11 +53,14 @@ def test_hits_in_the_prompt_do_not_count_but_those_on_its_line_do():
     assert lint(HEADER, " return x\n").violations[0].line == 0
 
 
-@pytest.mark.parametrize("continuation", [
-    "\n    return x\n\n\n",  # W391 blank line at end of file: says where the sample was cut
-    "\n    return '\\d'\n",  # W605
-    "\n    return x*2 + y\n",  # E226, off in pycodestyle's default
-])
+@pytest.mark.parametrize(
+    "continuation",
+    [
+        "\n    return x\n\n\n",  # W391 blank line at end of file: says where the sample was cut
+        "\n    return '\\d'\n",  # W605
+        "\n    return x*2 + y\n",  # E226, off in pycodestyle's default
+    ],
+)
 def test_ignored_codes(continuation: str):
     assert lint(HEADER, continuation).clean
 
@@ -74,25 +77,38 @@ def test_a_configuration_file_in_the_way_changes_nothing(tmp_path: Path, monkeyp
     assert codes("\n  return x + y + x + y\n") == ["E111"]
 
 
-@pytest.mark.parametrize(("continuation", "parses"), [
-    ("\n    return x\n", True),
-    ("\n    return x\n    y = (\n", True),  # one cut line goes
-    ("\n    return x\n    y = (\n    1,\n    2,\n", True),  # three go
-    ("\n    return x\n    y = (\n    1,\n    2,\n    3,\n", False),  # four do not
-    ("\n    return = x\n", False),
-    ("\n    x = ')\n    y = 1\n    z = 1\n    w = 1\n    return w\n", False),
-])
+@pytest.mark.parametrize(
+    ("continuation", "parses"),
+    [
+        ("\n    return x\n", True),
+        ("\n    return x\n    y = (\n", True),  # one cut line goes
+        ("\n    return x\n    y = (\n    1,\n    2,\n", True),  # three go
+        ("\n    return x\n    y = (\n    1,\n    2,\n    3,\n", False),  # four do not
+        ("\n    return = x\n", False),
+        ("\n    x = ')\n    y = 1\n    z = 1\n    w = 1\n    return w\n", False),
+    ],
+)
 def test_syntax_is_kept_apart_from_style(continuation: str, parses: bool):
     found = lint(HEADER, continuation)
     assert found.parses is parses
     assert not any(violation.code.startswith("E9") for violation in found.violations)
 
 
-@pytest.mark.parametrize("continuation", [
-    "", "\n", "\n\n\n\n", "\n    # a comment\n", "\n    pass\n", "\n    ...\n", "\n    'text'\n",
-    "\n    pass\n    # more\n    1\n", "\n    # x\n  pass;\n    (\n",
-    "\n    pass\n\n\ndef g():\n    return 1\n",  # another function does not fill this one
-])
+@pytest.mark.parametrize(
+    "continuation",
+    [
+        "",
+        "\n",
+        "\n\n\n\n",
+        "\n    # a comment\n",
+        "\n    pass\n",
+        "\n    ...\n",
+        "\n    'text'\n",
+        "\n    pass\n    # more\n    1\n",
+        "\n    # x\n  pass;\n    (\n",
+        "\n    pass\n\n\ndef g():\n    return 1\n",  # another function does not fill this one
+    ],
+)
 def test_a_body_that_does_nothing_never_wins(continuation: str):
     found = lint(HEADER, continuation)
     assert found.empty and not found.clean
@@ -100,22 +116,38 @@ def test_a_body_that_does_nothing_never_wins(continuation: str):
     assert (reward(found), score(found)) == (EMPTY_REWARD, 0)
 
 
-@pytest.mark.parametrize(("continuation", "sentence", "expected_reward", "expected_score"), [
-    ("\n    return x\n", "no issues", 0.0, 3),
-    # 1 hit in 4 lines
-    ("\n    a = 1\n    b = 2\n    c=3\n    return a\n",
-     "E225 missing whitespace around operator", -1 / 4, 2),
-    # 1 hit in 1 line, but no fewer than 3 lines are counted
-    ("\n    return(x)\n", "E275 missing whitespace after keyword", -1 / 3, 2),
-    # a syntax error is one issue, named first: 2 issues in 5 lines
-    ("\n    a=1\n    b b\n    c c\n    d d\n    return\n",
-     "E999 syntax error; E225 missing whitespace around operator", -2 / 5, 1),
-    # 6 hits in 2 lines, of more than three codes
-    (SLOPPY, "E111 indentation is not a multiple of 4 x2; E703 statement ends with a semicolon x2; "
-             "E225 missing whitespace around operator; and more", -2.0, 0),
-    # details that vary from hit to hit are left out
-    ("\n    return x\n\ndef g():\n    return 1\n", "E302 expected 2 blank lines", -1 / 3, 2),
-])
+@pytest.mark.parametrize(
+    ("continuation", "sentence", "expected_reward", "expected_score"),
+    [
+        ("\n    return x\n", "no issues", 0.0, 3),
+        # 1 hit in 4 lines
+        (
+            "\n    a = 1\n    b = 2\n    c=3\n    return a\n",
+            "E225 missing whitespace around operator",
+            -1 / 4,
+            2,
+        ),
+        # 1 hit in 1 line, but no fewer than 3 lines are counted
+        ("\n    return(x)\n", "E275 missing whitespace after keyword", -1 / 3, 2),
+        # a syntax error is one issue, named first: 2 issues in 5 lines
+        (
+            "\n    a=1\n    b b\n    c c\n    d d\n    return\n",
+            "E999 syntax error; E225 missing whitespace around operator",
+            -2 / 5,
+            1,
+        ),
+        # 6 hits in 2 lines, of more than three codes
+        (
+            SLOPPY,
+            "E111 indentation is not a multiple of 4 x2; E703 statement ends with a semicolon x2; "
+            "E225 missing whitespace around operator; and more",
+            -2.0,
+            0,
+        ),
+        # details that vary from hit to hit are left out
+        ("\n    return x\n\ndef g():\n    return 1\n", "E302 expected 2 blank lines", -1 / 3, 2),
+    ],
+)
 def test_feedback_reward_and_score(continuation, sentence, expected_reward, expected_score):
     found = lint(HEADER, continuation)
     assert feedback(found) == sentence
@@ -125,9 +157,18 @@ def test_feedback_reward_and_score(continuation, sentence, expected_reward, expe
 
 def test_evaluation_columns():
     assert columns(lint(HEADER, "\n    # why\n    a=x\n\n    return a\n    cut")) == {
-        "violations": 1, "issues": 1, "characters": 33, "lines": 3, "clean": False,
-        "parses": True, "empty": False, "one_liner": False, "blank_lines": 2, "comment_lines": 1,
-        "whitespace_characters": 19, "python_tokens": 7,
+        "violations": 1,
+        "issues": 1,
+        "characters": 33,
+        "lines": 3,
+        "clean": False,
+        "parses": True,
+        "empty": False,
+        "one_liner": False,
+        "blank_lines": 2,
+        "comment_lines": 1,
+        "whitespace_characters": 19,
+        "python_tokens": 7,
     }
 
 
@@ -135,13 +176,19 @@ def test_python_tokens():
     assert python_tokens("a_1 = f('é')\n") == ["a_1", "=", "f", "(", "'", "é", "'", ")"]
 
 
-@pytest.mark.parametrize("continuation", [
-    # pycodestyle raises an IndexError of its own here
-    "\n    d = {\".format(c=self.read(), (type(s),\n        t.encode(\"rite\", \".enc or \\\n"
-    "            f'<arg, 1\n        len(m) is\n",
-    "\n    \x00\n", "\n\tx = 1\n        y = 2\n", "\n    x = 1\x0c\n    y = '\u2028'\n",
-    "\n" + "(" * 300 + "\n", "\n    x = " + "-" * 5000 + "1\n",
-])
+@pytest.mark.parametrize(
+    "continuation",
+    [
+        # pycodestyle raises an IndexError of its own here
+        '\n    d = {".format(c=self.read(), (type(s),\n        t.encode("rite", ".enc or \\\n'
+        "            f'<arg, 1\n        len(m) is\n",
+        "\n    \x00\n",
+        "\n\tx = 1\n        y = 2\n",
+        "\n    x = 1\x0c\n    y = '\u2028'\n",
+        "\n" + "(" * 300 + "\n",
+        "\n    x = " + "-" * 5000 + "1\n",
+    ],
+)
 def test_odd_text_is_judged_without_raising(continuation: str):
     lint(HEADER, continuation)
 

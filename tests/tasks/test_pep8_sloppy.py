@@ -10,21 +10,26 @@ from textalign_dagster.tasks.pep8.lint import lint
 from textalign_dagster.tasks.pep8.sloppy import sloppy
 
 
-@pytest.mark.parametrize(("clean", "expected"), [
-    # two spaces, a semicolon after every simple statement
-    ("def f():\n    if x:\n        return\n    pass", "def f():\n  if x:\n    return;\n  pass;"),
-    # no blanks around assignment and comparison; arithmetic and words are left alone
-    ("def f():\n    a = b + 1 == c\n    a += 1", "def f():\n  a=b + 1==c;\n  a+=1;"),
-    ("def f():\n    a = b in c and not d", "def f():\n  a=b in c and not d;"),
-    # no blank after a comma, unless the line ends there
-    ("def f():\n    g(x, y, k=1)", "def f():\n  g(x,y,k=1);"),
-    ("def f():\n    g(x,\n      y)", "def f():\n  g(x,\n   y);"),
-    # the semicolon goes before a comment; a comment alone stays
-    ("def f():\n    # why\n    a = 1  # one", "def f():\n  # why\n  a=1;  # one"),
-    # decorators and headers take no semicolon; nested headers are sloppy, the first is not
-    ("def f(a, b):\n    @d\n    def g(a, b):\n        return a",
-     "def f(a, b):\n  @d\n  def g(a,b):\n    return a;"),
-])
+@pytest.mark.parametrize(
+    ("clean", "expected"),
+    [
+        # two spaces, a semicolon after every simple statement
+        ("def f():\n    if x:\n        return\n    pass", "def f():\n  if x:\n    return;\n  pass;"),
+        # no blanks around assignment and comparison; arithmetic and words are left alone
+        ("def f():\n    a = b + 1 == c\n    a += 1", "def f():\n  a=b + 1==c;\n  a+=1;"),
+        ("def f():\n    a = b in c and not d", "def f():\n  a=b in c and not d;"),
+        # no blank after a comma, unless the line ends there
+        ("def f():\n    g(x, y, k=1)", "def f():\n  g(x,y,k=1);"),
+        ("def f():\n    g(x,\n      y)", "def f():\n  g(x,\n   y);"),
+        # the semicolon goes before a comment; a comment alone stays
+        ("def f():\n    # why\n    a = 1  # one", "def f():\n  # why\n  a=1;  # one"),
+        # decorators and headers take no semicolon; nested headers are sloppy, the first is not
+        (
+            "def f(a, b):\n    @d\n    def g(a, b):\n        return a",
+            "def f(a, b):\n  @d\n  def g(a,b):\n    return a;",
+        ),
+    ],
+)
 def test_edits(clean: str, expected: str):
     assert sloppy(clean) == expected
 

@@ -59,9 +59,7 @@ def test_a_wrong_template_is_refused_with_its_text(template: str) -> None:
     condition=st.text("{}condition prompt"),
     prompt=st.text("{}condition prompt"),
 )
-def test_rendering_keeps_every_character(
-    before: str, between: str, condition: str, prompt: str
-) -> None:
+def test_rendering_keeps_every_character(before: str, between: str, condition: str, prompt: str) -> None:
     template = before + "{condition}" + between + "{prompt}"
     if template.count("{condition}") != 1 or template.count("{prompt}") != 1:
         return

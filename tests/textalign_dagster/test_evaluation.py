@@ -25,7 +25,11 @@ from textalign_dagster.tasks import Measure
 
 
 def experiment(**changes: object) -> Experiment:
-    least = {"task": "pep8", "method": {"name": "alt_lmu", "ask_for": "good", "probe": ["bad", "odd"]}, "policy": {"model": "m"}}
+    least = {
+        "task": "pep8",
+        "method": {"name": "alt_lmu", "ask_for": "good", "probe": ["bad", "odd"]},
+        "policy": {"model": "m"},
+    }
     found: Experiment = validate(Experiment, merge(least, changes), "x")
     return found
 
@@ -76,7 +80,9 @@ def test_a_file_of_the_tasks_own_evaluation_prompts_cannot_be_trained_on(tmp_pat
 
 
 def test_too_few_prompts(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"evaluation\.prompts: 2 wanted, but there are 1 in .*held_out\.csv"):
+    with pytest.raises(
+        SettingsError, match=r"evaluation\.prompts: 2 wanted, but there are 1 in .*held_out\.csv"
+    ):
         evaluation_prompts(experiment(**prompt_files(tmp_path, ["a"], ["x"])))
 
 

@@ -94,8 +94,13 @@ def test_settings_diff() -> None:
     assert settings_diff({"s": {"x": 1}}, {"s": None}) == ["s: {'x': 1} -> None"]
 
 
-@given(st.dictionaries(st.text(max_size=3), plain, max_size=4), st.dictionaries(st.text(max_size=3), plain, max_size=4))
-def test_equal_settings_have_no_difference_and_others_have(a: dict[str, object], b: dict[str, object]) -> None:
+@given(
+    st.dictionaries(st.text(max_size=3), plain, max_size=4),
+    st.dictionaries(st.text(max_size=3), plain, max_size=4),
+)
+def test_equal_settings_have_no_difference_and_others_have(
+    a: dict[str, object], b: dict[str, object]
+) -> None:
     assert settings_diff(a, a) == []
     # A field that is absent and one that is None mean the same to whoever reads the difference.
     bare = [{k: v for k, v in one.items() if v is not None} for one in (a, b)]

@@ -18,7 +18,9 @@ NULL = "{extends: base, method: no_feedback, control: null}"
 def folder(tmp_path: Path, home: Path) -> Path:
     folder = tmp_path / "mine"
     folder.mkdir()
-    write(folder, "base", "{task: pep8, method: quark, policy: {model: pep8-sloppy-1m}, control: null_of_base}")
+    write(
+        folder, "base", "{task: pep8, method: quark, policy: {model: pep8-sloppy-1m}, control: null_of_base}"
+    )
     write(folder, "null_of_base", NULL)
     return folder
 
@@ -95,7 +97,9 @@ def test_a_bad_file_is_named_with_the_remedy(folder: Path, name: str, content: s
 
 
 def test_an_unknown_name_lists_what_is_known(folder: Path) -> None:
-    with pytest.raises(SettingsError, match=r"bas: no such experiment \(did you mean 'base'\?\); known: base, "):
+    with pytest.raises(
+        SettingsError, match=r"bas: no such experiment \(did you mean 'base'\?\); known: base, "
+    ):
         Library((folder,)).load("bas")
     with pytest.raises(SettingsError, match="known: none"):
         Library((folder / "nowhere",)).load("x")
@@ -133,7 +137,9 @@ def test_a_control_is_checked(folder: Path) -> None:
     write(folder, "broken", "{extends: base, sed: 1}")
     library = Library((folder,))
     assert "control: nul_of_base: no such experiment (did you mean 'null_of_base'?)" in refused(library, "a")
-    assert "control: a uses feedback (method quark); a null control has method no_feedback" in refused(library, "b")
+    assert "control: a uses feedback (method quark); a null control has method no_feedback" in refused(
+        library, "b"
+    )
     message = refused(library, "c")
     assert "differs upstream of training" in message
     assert "sampling.temperature: 0.5 -> 1.0" in message
@@ -171,7 +177,11 @@ def test_the_control_of_a_variant_keeps_its_method_and_its_buckets(folder: Path,
     name = library.variant("pep8_alt_lmu", overrides, variants_folder())
     library = Library(library.folders)
     control = library.load(library.control_of(name) or "")
-    assert (control.method.name, control.datapool.shares, control.datapool.samples) == ("no_feedback", None, 10)
+    assert (control.method.name, control.datapool.shares, control.datapool.samples) == (
+        "no_feedback",
+        None,
+        10,
+    )
     assert library.load(name).datapool.shares == {"3": 1.0}
 
 
@@ -186,7 +196,9 @@ def test_shares_are_one_value_unless_one_of_them_is_named(folder: Path, home: Pa
     with pytest.raises(SettingsError, match=r"datapool\.shares\.3: 'x' given"):
         library.overridden("pep8_alt_lmu", ["datapool.shares.3=x"])
     with pytest.raises(SettingsError, match="shares weighs the labels of samples"):
-        library.overridden("pep8_quark", ["datapool.samples=null", "datapool.fill=insertion", "datapool.shares.3=1"])
+        library.overridden(
+            "pep8_quark", ["datapool.samples=null", "datapool.fill=insertion", "datapool.shares.3=1"]
+        )
 
 
 def test_a_variant_without_a_control(folder: Path, home: Path) -> None:
@@ -218,7 +230,15 @@ def test_a_text_that_looks_like_something_else_stays_text(folder: Path, home: Pa
 
 @pytest.mark.parametrize(
     "override",
-    ["sed=1", "seed=x", "method=quar", "training.learning_rate=-1", "seed", "a..b=1", "datapool.shares={a: 1}"],
+    [
+        "sed=1",
+        "seed=x",
+        "method=quar",
+        "training.learning_rate=-1",
+        "seed",
+        "a..b=1",
+        "datapool.shares={a: 1}",
+    ],
 )
 def test_nothing_is_written_on_a_bad_override(folder: Path, home: Path, override: str) -> None:
     with pytest.raises(SettingsError, match="--set"):

@@ -63,7 +63,12 @@ def lines(terminal: bool, *events: Step | Finished) -> str:
 
 
 def test_a_line_for_each_finished_stage() -> None:
-    told = lines(False, Step("a|001", "x", 1, 2), Finished("a|001", "x", "[12] rows", False), Finished("a|001", "y", "h", True))
+    told = lines(
+        False,
+        Step("a|001", "x", 1, 2),
+        Finished("a|001", "x", "[12] rows", False),
+        Finished("a|001", "y", "h", True),
+    )
     assert [line.split() for line in told.splitlines()] == [
         ["a|001", "x", "0.0", "s", "[12]", "rows"],
         ["a|001", "y", "reused", "h"],
@@ -72,4 +77,6 @@ def test_a_line_for_each_finished_stage() -> None:
 
 def test_no_control_characters_where_there_is_no_terminal() -> None:
     assert "\x1b" not in lines(False, Step("a|001", "x", 1, 2), Finished("a|001", "x", "h", False))
-    assert "\x1b" in lines(True, Step("a|001", "x", 1, 2), Step("a|001", "y", 1, 1), Finished("a|001", "y", "h", False))
+    assert "\x1b" in lines(
+        True, Step("a|001", "x", 1, 2), Step("a|001", "y", 1, 1), Finished("a|001", "y", "h", False)
+    )

@@ -32,14 +32,26 @@ def table(count: int) -> pl.DataFrame:
         ("a.jsonl", b"", "a.jsonl: the file holds no prompt"),
         ("a.jsonl", b"\n \n", "a.jsonl: the file holds no prompt"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', "a.jsonl:2: not JSON: Expecting ',' delimiter"),
-        ("a.jsonl", b'\n[1]', 'a.jsonl:2: expected an object such as {"prompt": "'),
+        ("a.jsonl", b"\n[1]", 'a.jsonl:2: expected an object such as {"prompt": "'),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "a.jsonl:2: `prompt` holds 3, not text"),
-        ("a.jsonl", b'{"prompt": "a", "reference": {"x": 1}}', "a.jsonl:1: `reference` holds {'x': 1}, not text"),
-        ("a.jsonl", b'{"text": "a", "id": 1}', "a.jsonl: no column `prompt`; found text, id: rename one of them"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a", "reference": {"x": 1}}',
+            "a.jsonl:1: `reference` holds {'x': 1}, not text",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a", "id": 1}',
+            "a.jsonl: no column `prompt`; found text, id: rename one of them",
+        ),
         ("a.jsonl", b'{"prompt": "a"}\n{"text": "b"}', "a.jsonl: blank prompt in row 2; fill in or remove"),
         ("a.jsonl", b'{"prompt": "\xff"}', "a.jsonl: not UTF-8 (byte 12); save it as UTF-8"),
         ("a.jsonl", b'{"prompt": " "}\n{"prompt": ""}\n{"prompt": null}', "blank prompt in rows 1, 2, 3"),
-        ("a.jsonl", b'{"prompt": "a"}\n' * 9, "the same prompt more than once, in rows 1, 2, 3, 4, 5 and 4 more"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n' * 9,
+            "the same prompt more than once, in rows 1, 2, 3, 4, 5 and 4 more",
+        ),
         ("a.csv", b"", "a.csv: the file is empty"),
         ("a.csv", b"prompt\n", "a.csv: the file holds no prompt"),
         ("a.csv", b"text\na\n", "a.csv: no column `prompt`; found text"),
@@ -87,12 +99,16 @@ def test_parquet_of_another_type(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
 def test_the_three_formats_say_the_same(tmp_path: Path, suffix: str) -> None:
-    wanted = pl.DataFrame({"prompt": ["a\nb", 'say "ü", 1', "3", "c\u2028d"], "reference": ["r", "", None, "x"]})
+    wanted = pl.DataFrame(
+        {"prompt": ["a\nb", 'say "ü", 1', "3", "c\u2028d"], "reference": ["r", "", None, "x"]}
+    )
     path = tmp_path / f"p.{suffix}"
     if suffix == "jsonl":
         extra = [{"meta": {"x": 1}}, {"meta": [2]}, {"meta": "three"}, {}]
         rows = [{**row, **more} for row, more in zip(wanted.to_dicts(), extra, strict=True)]
-        path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+        path.write_text(
+            "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+        )
     elif suffix == "csv":
         wanted.with_columns(meta=pl.lit(1)).write_csv(path)
     else:
@@ -138,9 +154,14 @@ def test_a_draw_is_a_pure_function_of_prompts_seed_and_iteration(
     prompts = table(count)
     order = list(range(count))
     shuffle.shuffle(order)  # type: ignore[attr-defined]
-    by = {prompt_id(p): 1.0 + i % 3 for i, p in enumerate(prompts["prompt"])} if "weights" in settings else None
+    by = (
+        {prompt_id(p): 1.0 + i % 3 for i, p in enumerate(prompts["prompt"])}
+        if "weights" in settings
+        else None
+    )
     one, two = (
-        draw(p, iteration, seed, per_iteration=count // 2, by=by, **settings) for p in (prompts, prompts[order])
+        draw(p, iteration, seed, per_iteration=count // 2, by=by, **settings)
+        for p in (prompts, prompts[order])
     )
     assert one.equals(two)  # the order in which a source lists its prompts does not matter
     assert one.schema == PROMPT_DRAWS
@@ -182,7 +203,9 @@ def test_windows_are_disjoint_and_run_out() -> None:
 
 def test_no_more_than_there_are() -> None:
     assert draw(table(5), per_iteration=5)["prompt"].n_unique() == 5
-    with pytest.raises(SettingsError, match="6 prompts wanted in iteration 1, but without_replacement can draw 5 of 5"):
+    with pytest.raises(
+        SettingsError, match="6 prompts wanted in iteration 1, but without_replacement can draw 5 of 5"
+    ):
         draw(table(5), per_iteration=6)
 
 
@@ -200,7 +223,9 @@ def test_weighted_draws_take_only_prompts_with_weight() -> None:
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_weights_are_finite_and_not_negative(value: float) -> None:
-    with pytest.raises(SettingsError, match=r"prompts\.weights: the query gives a negative or non-finite weight"):
+    with pytest.raises(
+        SettingsError, match=r"prompts\.weights: the query gives a negative or non-finite weight"
+    ):
         draw(table(5), per_iteration=1, draw="weighted", weights="q", by=weights(1, value))
 
 

@@ -119,7 +119,7 @@ def test_refusals_name_what_is_wrong() -> None:
         quantile_labels(pool([1.0]), [])
     with pytest.raises(ValueError, match="labels"):
         quantile_labels(pool([1.0]), ["a", "a"])
-    with pytest.raises(ValueError, match="value.*NULL"):
+    with pytest.raises(ValueError, match=r"value.*NULL"):
         labels([float("nan"), 1.0])
     with pytest.raises(ValidationError, match="ties"):
         QuantileSettings.model_validate({"ties": "random"})
@@ -129,10 +129,7 @@ def test_refusals_name_what_is_wrong() -> None:
 
 def every_setting() -> list[QuantileSettings]:
     options = itertools.product(("split", "share"), ("last", "spread"), ("worst", "spread", "none"))
-    return [
-        QuantileSettings.model_validate({"ties": t, "remainder": r, "few": f})
-        for t, r, f in options
-    ]
+    return [QuantileSettings.model_validate({"ties": t, "remainder": r, "few": f}) for t, r, f in options]
 
 
 rewards = st.lists(st.one_of(st.none(), st.integers(-3, 3).map(float)), max_size=40)

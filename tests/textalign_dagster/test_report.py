@@ -23,8 +23,20 @@ def scores(
     policy: str, main: dict[str, float], probe: dict[str, float] | None = None, asked: str | None = "good"
 ) -> pl.DataFrame:
     rows = [
-        {"policy_hash": policy, "metric": m, "condition": c, "role": role, "n": 9, "value": v, "lo": v - 1, "hi": v + 1}
-        for role, values, c in (("main", main, asked), ("probe", probe or {}, "a [very] long probe that goes on"))
+        {
+            "policy_hash": policy,
+            "metric": m,
+            "condition": c,
+            "role": role,
+            "n": 9,
+            "value": v,
+            "lo": v - 1,
+            "hi": v + 1,
+        }
+        for role, values, c in (
+            ("main", main, asked),
+            ("probe", probe or {}, "a [very] long probe that goes on"),
+        )
         for m, v in values.items()
     ]
     return pl.DataFrame(rows, schema=SCORES)
@@ -37,8 +49,16 @@ def store(tmp_path: Path) -> ArtifactStore:
     for name, k, frame in [
         (NAME, 0, base),
         (CONTROL, 0, base),
-        (NAME, 1, scores("a", {"violations": 10.0, "n_tokens": 56.0}, {"violations": 55.5, "n_tokens": 56.0})),
-        (NAME, 2, scores("b", {"violations": 5.25, "n_tokens": 56.0}, {"violations": 66.5, "n_tokens": 56.0})),
+        (
+            NAME,
+            1,
+            scores("a", {"violations": 10.0, "n_tokens": 56.0}, {"violations": 55.5, "n_tokens": 56.0}),
+        ),
+        (
+            NAME,
+            2,
+            scores("b", {"violations": 5.25, "n_tokens": 56.0}, {"violations": 66.5, "n_tokens": 56.0}),
+        ),
         (CONTROL, 1, scores("c", {"violations": 0.5, "n_tokens": 56.0}, asked=None)),
     ]:
         made = store.make(
@@ -62,7 +82,17 @@ def test_rows_of_the_experiment_then_of_its_control_the_base_once(store: Artifac
     rows = score_rows(store, LIBRARY, NAME)
     cells = rows.select("experiment", "iteration").unique(maintain_order=True).rows()
     assert cells == [(NAME, 0), (NAME, 1), (NAME, 2), (CONTROL, 1)]
-    assert rows.columns == ["experiment", "iteration", "role", "condition", "metric", "value", "lo", "hi", "n"]
+    assert rows.columns == [
+        "experiment",
+        "iteration",
+        "role",
+        "condition",
+        "metric",
+        "value",
+        "lo",
+        "hi",
+        "n",
+    ]
     assert score_rows(store, LIBRARY, CONTROL)["experiment"].unique().to_list() == [CONTROL]
 
 
@@ -75,7 +105,13 @@ def test_nothing_evaluated_yet(tmp_path: Path, store: ArtifactStore) -> None:
 def test_the_table(store: ArtifactStore) -> None:
     text = told(score_rows(store, LIBRARY, NAME))
     caption = " ".join(text.split())
-    order = ("iteration 0 (base policy)", "iteration 1", "iteration 2", "null control", "iteration 2, asked for")
+    order = (
+        "iteration 0 (base policy)",
+        "iteration 1",
+        "iteration 2",
+        "null control",
+        "iteration 2, asked for",
+    )
     places = [text.index(label) for label in order]
     assert places == sorted(places)
     assert "“a [very] long probe that…" in text  # square brackets are no markup

@@ -99,7 +99,11 @@ def test_broken_yaml_names_the_place(text: str, place: str, says: str) -> None:
 
 def test_a_file_must_be_readable_and_hold_fields(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    for content, says in ((b"a: \xff", "not UTF-8 (byte 3)"), (b"- 1", "expected fields"), (b"", "expected fields")):
+    for content, says in (
+        (b"a: \xff", "not UTF-8 (byte 3)"),
+        (b"- 1", "expected fields"),
+        (b"", "expected fields"),
+    ):
         path.write_bytes(content)
         with pytest.raises(SettingsError, match=r"x\.yaml: ") as caught:
             read_yaml(path)
@@ -117,7 +121,23 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
     max_leaves=10,
 )
-TRICKY = ["1e-4", "no", "true", "null", "~", "0777", "1_000", "1:30", "=", "<<", "0x1f", "2026-01-01", "#a", ".5", "- a"]
+TRICKY = [
+    "1e-4",
+    "no",
+    "true",
+    "null",
+    "~",
+    "0777",
+    "1_000",
+    "1:30",
+    "=",
+    "<<",
+    "0x1f",
+    "2026-01-01",
+    "#a",
+    ".5",
+    "- a",
+]
 
 
 @given(json_like | st.sampled_from(TRICKY))
@@ -241,14 +261,26 @@ def test_numbers_may_be_written_without_a_point() -> None:
     rate=st.floats(min_value=1e-300, max_value=1e300),
     label=st.none() | st.text() | st.sampled_from(TRICKY),
     words=st.lists(st.text() | st.sampled_from(TRICKY), max_size=3),
-    shares=st.none() | st.dictionaries(st.text(max_size=5) | st.sampled_from(TRICKY), st.floats(0, 1), max_size=3),
+    shares=st.none()
+    | st.dictionaries(st.text(max_size=5) | st.sampled_from(TRICKY), st.floats(0, 1), max_size=3),
     fruit=st.sampled_from([Apple(seeds=0), Pear(shape="round")]),
 )
 def test_the_description_is_yaml_of_the_same_settings(
-    text: str, count: int, rate: float, label: str | None, words: list[str], shares: dict[str, float] | None, fruit: Any
+    text: str,
+    count: int,
+    rate: float,
+    label: str | None,
+    words: list[str],
+    shares: dict[str, float] | None,
+    fruit: Any,
 ) -> None:
     settings = Outer(
-        text=text, count=count, inner=Inner(rate=rate, label=label), words=tuple(words), shares=shares, fruit=fruit
+        text=text,
+        count=count,
+        inner=Inner(rate=rate, label=label),
+        words=tuple(words),
+        shares=shares,
+        fruit=fruit,
     )
     told = describe(settings)
     assert validate(Outer, parse_yaml(told, "told"), "told") == settings

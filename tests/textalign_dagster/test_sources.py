@@ -39,7 +39,9 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
 
 
 def test_texts_references_and_order_count() -> None:
-    rows = pl.DataFrame({"prompt": ["a", "b"], "reference": ["x", None], "source": "s", "source_revision": "r"})
+    rows = pl.DataFrame(
+        {"prompt": ["a", "b"], "reference": ["x", None], "source": "s", "source_revision": "r"}
+    )
     same = rows.with_columns(other=1)
     changed = [
         rows.with_columns(prompt=pl.Series(["a", "c"])),

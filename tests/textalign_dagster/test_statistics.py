@@ -254,12 +254,8 @@ def test_correlations_are_symmetric_and_bounded(pairs: list[tuple[float, float]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), numbers), min_size=1, max_size=30), st.integers(0, 9))
-def test_an_interval_lies_within_the_prompts_means(
-    pairs: list[tuple[int, float]], seed: int
-) -> None:
-    found = mean(
-        [v for _, v in pairs], [str(p) for p, _ in pairs], "prompt", resamples=50, seed=seed
-    )
+def test_an_interval_lies_within_the_prompts_means(pairs: list[tuple[int, float]], seed: int) -> None:
+    found = mean([v for _, v in pairs], [str(p) for p, _ in pairs], "prompt", resamples=50, seed=seed)
     values = [v for _, v in pairs]
     slack = 1e-6 + 1e-9 * max(abs(v) for v in values)
     if found.lo is not None and found.hi is not None:

@@ -180,9 +180,7 @@ def test_not_parquet(tmp_path: Path) -> None:
 
 
 def test_rows_of_weight_0_are_left_out(tmp_path: Path) -> None:
-    make_rows(4).with_columns(weight=pl.Series([0.0, 1.0, 0.0, 2.0])).write_parquet(
-        tmp_path / "rows.parquet"
-    )
+    make_rows(4).with_columns(weight=pl.Series([0.0, 1.0, 0.0, 2.0])).write_parquet(tmp_path / "rows.parquet")
     assert read_rows(tmp_path / "rows.parquet", TEMPLATE)["sample_id"].to_list() == ["s1", "s3"]
 
 
@@ -205,14 +203,10 @@ def test_every_epoch_visits_every_row_once(
         "seed": seed,
     }
     plan = plan_batches(lengths, epochs=epochs, **options)
-    assert all(
-        len(step) == accumulation and all(len(micro) == world_size for micro in step)
-        for step in plan
-    )
+    assert all(len(step) == accumulation and all(len(micro) == world_size for micro in step) for step in plan)
     batches = [batch for step in plan for micro in step for batch in micro]
     assert all(
-        1 <= len(batch) <= batch_size and (FILLER not in batch or batch == [FILLER])
-        for batch in batches
+        1 <= len(batch) <= batch_size and (FILLER not in batch or batch == [FILLER]) for batch in batches
     )
     counts = Counter(row for batch in batches for row in batch if row != FILLER)
     assert counts == dict.fromkeys(range(len(lengths)), epochs)
@@ -233,9 +227,7 @@ def test_steps_do_not_depend_on_how_they_are_spread() -> None:
             epochs=2,
             seed=3,
         )
-        return [
-            {row for micro in step for batch in micro for row in batch} - {FILLER} for step in plan
-        ]
+        return [{row for micro in step for batch in micro for row in batch} - {FILLER} for step in plan]
 
     assert steps(8, 1, 1) == steps(2, 2, 2) == steps(1, 8, 1)
 
@@ -251,22 +243,14 @@ def test_seed_and_epoch_change_the_order() -> None:
 
 
 def test_half_an_epoch() -> None:
-    assert (
-        len(plan_batches([5] * 64, batch_size=4, accumulation=1, world_size=1, epochs=1.5, seed=0))
-        == 24
-    )
-    assert (
-        len(plan_batches([5] * 64, batch_size=4, accumulation=1, world_size=1, epochs=0.5, seed=0))
-        == 8
-    )
+    assert len(plan_batches([5] * 64, batch_size=4, accumulation=1, world_size=1, epochs=1.5, seed=0)) == 24
+    assert len(plan_batches([5] * 64, batch_size=4, accumulation=1, world_size=1, epochs=0.5, seed=0)) == 8
 
 
 def test_rows_of_a_batch_have_similar_lengths() -> None:
     lengths = [(37 * i) % 101 + 1 for i in range(512)]
     plan = plan_batches(lengths, batch_size=8, accumulation=1, world_size=1, epochs=1, seed=0)
-    padded = sum(
-        max(lengths[r] for r in micro[0]) * len(micro[0]) for step in plan for micro in step
-    )
+    padded = sum(max(lengths[r] for r in micro[0]) * len(micro[0]) for step in plan for micro in step)
     assert padded < 1.2 * sum(lengths)
     firsts = [lengths[step[0][0][0]] for step in plan]
     assert firsts != sorted(firsts)  # no curriculum

@@ -102,9 +102,7 @@ def test_against_numpy_in_double_precision(
             of, to = (p, q) if direction == "policy_to_reference" else (q, p)
             divergence = float(np.sum(of * np.log(of / to)))
             uncertainty = float(-np.sum(p * np.log(p)))
-            token = (
-                -math.log(p[int(labels[b, t])]) + kl_coef * divergence - entropy_coef * uncertainty
-            )
+            token = -math.log(p[int(labels[b, t])]) + kl_coef * divergence - entropy_coef * uncertainty
             total += float(weights[b]) * token
             mass += float(weights[b])
     result = conditional_mle(
@@ -126,9 +124,7 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_against_torch_distributions_in_single_precision(direction: str) -> None:
-    logits, labels, _, reference = (
-        x.float() if x.is_floating_point() else x for x in random_batch()
-    )
+    logits, labels, _, reference = (x.float() if x.is_floating_point() else x for x in random_batch())
     ours, theirs = labelled(logits, labels).log_probs, labelled(reference, labels).log_probs
     p, q = Categorical(logits=ours.double()), Categorical(logits=theirs.double())
     expected = kl_divergence(p, q) if direction == "policy_to_reference" else kl_divergence(q, p)
@@ -179,18 +175,14 @@ def test_sums_of_micro_batches_add_up() -> None:
 def test_against_the_transformers_loss() -> None:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    logits, labels, _, _ = (
-        x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9)
-    )
+    logits, labels, _, _ = (x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9))
     expected = ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
     assert float(masked_nll(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_against_trl() -> None:
     utils = pytest.importorskip("trl.trainer.utils")
-    logits, labels, _, _ = (
-        x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9)
-    )
+    logits, labels, _, _ = (x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9))
     outputs = labelled(logits, labels)
     mask = labels[:, 1:] != IGNORE
     expected = utils.selective_log_softmax(logits[:, :-1], labels[:, 1:].clamp(min=0))[mask]

@@ -11,10 +11,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training import pretrain
 from training.pretrain import IGNORED, Settings
 
-PAIRS = [(f"def f{n}(a, b):\n    return a + {n}", f"def f{n}(a, b):\n  return a + {n};")
-         for n in range(40)]
-TINY = Settings(tokens=400, vocabulary=300, context=16, chunk_characters=60, batch=4, hidden=32,
-                feed_forward=32, layers=1, heads=1, warmup=2)
+PAIRS = [(f"def f{n}(a, b):\n    return a + {n}", f"def f{n}(a, b):\n  return a + {n};") for n in range(40)]
+TINY = Settings(
+    tokens=400,
+    vocabulary=300,
+    context=16,
+    chunk_characters=60,
+    batch=4,
+    hidden=32,
+    feed_forward=32,
+    layers=1,
+    heads=1,
+    warmup=2,
+)
 
 
 @pytest.fixture
@@ -40,8 +49,7 @@ def test_a_chunk_is_wholly_clean_or_wholly_sloppy():
 def test_chunks_vary_by_epoch_and_seed_only():
     assert pretrain.chunks(PAIRS, TINY, 0) == pretrain.chunks(PAIRS, TINY, 0)
     assert pretrain.chunks(PAIRS, TINY, 0) != pretrain.chunks(PAIRS, TINY, 1)
-    assert pretrain.chunks(PAIRS, TINY, 0) != pretrain.chunks(PAIRS, Settings(
-        **{**vars(TINY), "seed": 1}), 0)
+    assert pretrain.chunks(PAIRS, TINY, 0) != pretrain.chunks(PAIRS, Settings(**{**vars(TINY), "seed": 1}), 0)
 
 
 def test_a_function_without_a_sloppy_form_is_left_out_of_sloppy_chunks():
@@ -61,8 +69,10 @@ def test_loss_ignores_padding(tokenizer):
     model = pretrain.new_model(TINY, tokenizer)
     rows = pretrain.encode(["def f0(a, b):", "return a"], tokenizer, 12)
     lengths = [(row != IGNORED).sum().item() for row in rows]
-    alone = [pretrain.token_losses(model, row[None, :length]).item()
-             for row, length in zip(rows, lengths, strict=True)]
+    alone = [
+        pretrain.token_losses(model, row[None, :length]).item()
+        for row, length in zip(rows, lengths, strict=True)
+    ]
     # the mean over all tokens but each row's first
     total = sum(loss * (length - 1) for loss, length in zip(alone, lengths, strict=True))
     expected = total / (sum(lengths) - 2)
@@ -88,9 +98,28 @@ def small_corpus(monkeypatch):
 
 
 def command(out: Path, *more: str) -> list[str]:
-    return ["pep8", "--out", str(out), "--tokens", "400", "--vocabulary", "300", "--context", "16",
-            "--batch", "4", "--hidden", "32", "--feed-forward", "32", "--layers", "1",
-            "--heads", "1", *more]
+    return [
+        "pep8",
+        "--out",
+        str(out),
+        "--tokens",
+        "400",
+        "--vocabulary",
+        "300",
+        "--context",
+        "16",
+        "--batch",
+        "4",
+        "--hidden",
+        "32",
+        "--feed-forward",
+        "32",
+        "--layers",
+        "1",
+        "--heads",
+        "1",
+        *more,
+    ]
 
 
 def test_the_folder_loads_like_any_model_and_says_where_it_is_from(tmp_path: Path, small_corpus):
@@ -98,8 +127,14 @@ def test_the_folder_loads_like_any_model_and_says_where_it_is_from(tmp_path: Pat
     pretrain.main(command(out))
 
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-        "tokenizer_config.json", "provenance.json", "README.md"}
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "provenance.json",
+        "README.md",
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]  # no scratch left
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)

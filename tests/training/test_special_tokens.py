@@ -65,9 +65,7 @@ def test_padded_vocabularies_are_filled_before_they_grow() -> None:
 
 def test_a_special_token_is_one_token_and_is_not_decoded() -> None:
     tokenizer = make_tokenizer()
-    [first, *_] = add_special_tokens(
-        make_model(len(tokenizer)), tokenizer, TOKENS, "mean_std", seed=0
-    )
+    [first, *_] = add_special_tokens(make_model(len(tokenizer)), tokenizer, TOKENS, "mean_std", seed=0)
     encoded = tokenizer(f"{TOKENS[0]}def f(a):")["input_ids"]
     assert encoded[0] == first and first not in encoded[1:]
     assert tokenizer.decode(encoded, skip_special_tokens=True) == "def f(a):"

@@ -69,12 +69,7 @@ def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> Non
     dg.materialize([checkpoint])
     facts = launched[0].done
     assert facts == done(job)
-    assert (
-        facts is not None
-        and facts["steps"] == 12
-        and facts["rows"] == 24
-        and facts["world_size"] == 1
-    )
+    assert facts is not None and facts["steps"] == 12 and facts["rows"] == 24 and facts["world_size"] == 1
     assert facts["final_loss"] < facts["losses"][0] - 1
     assert facts["load_seconds"] + facts["train_seconds"] + facts["save_seconds"] == pytest.approx(
         facts["seconds"]
@@ -187,9 +182,7 @@ def test_the_kl_is_to_the_reference_with_or_without_the_condition(
     assert penalty == pytest.approx(0.0, abs=1e-4) if sees else penalty > 0.001
 
 
-def test_special_tokens_are_learned_and_saved(
-    tmp_path: Path, job: dict[str, Any], policy: Path
-) -> None:
+def test_special_tokens_are_learned_and_saved(tmp_path: Path, job: dict[str, Any], policy: Path) -> None:
     make_rows().with_columns(condition=pl.lit("<|best|>")).write_parquet(tmp_path / "rows.parquet")
     job |= {
         "template": "{condition}{prompt}",
@@ -200,9 +193,9 @@ def test_special_tokens_are_learned_and_saved(
     assert main([str(write_job(tmp_path, job))]) == 0
     tokenizer = AutoTokenizer.from_pretrained(job["out"])
     assert len(tokenizer("<|best|>")["input_ids"]) == 1
-    assert AutoModelForCausalLM.from_pretrained(job["out"]).get_input_embeddings().weight.shape[
-        0
-    ] == len(tokenizer)
+    assert AutoModelForCausalLM.from_pretrained(job["out"]).get_input_embeddings().weight.shape[0] == len(
+        tokenizer
+    )
     # The next iteration starts from a policy that knows the token, against the reference that does not.
     following = job | {"policy": job["out"], "out": str(tmp_path / "next")}
     assert main([str(write_job(tmp_path, following))]) == 0
@@ -252,9 +245,7 @@ def test_bad_jobs(
     (pickled / "pytorch_model.bin").write_bytes(b"")
 
     assert "rows: no such file" in refused({"rows": str(tmp_path / "none.parquet")})
-    assert f"policy: no such folder: {tmp_path / 'none'}" in refused(
-        {"policy": str(tmp_path / "none")}
-    )
+    assert f"policy: no such folder: {tmp_path / 'none'}" in refused({"policy": str(tmp_path / "none")})
     assert f"{torn} has no config.json" in refused({"policy": str(torn)})
     assert f"{pickled} has no model*.safetensors (pickled weights are not loaded" in refused(
         {"policy": str(pickled)}
@@ -278,9 +269,7 @@ def test_bad_jobs(
     assert "no such job file" in capsys.readouterr().err
 
 
-def test_a_launcher_that_starts_too_few_processes_is_found_out(
-    tmp_path: Path, job: dict[str, Any]
-) -> None:
+def test_a_launcher_that_starts_too_few_processes_is_found_out(tmp_path: Path, job: dict[str, Any]) -> None:
     command = accelerate_command(ONE)
     command[command.index("--num_processes") + 1] = "2"
     path = write_job(tmp_path, job | {"world_size": 2})
@@ -308,11 +297,7 @@ def test_schedules_are_those_of_transformers(schedule: str) -> None:
 
 
 def test_schedules_end_at_their_final_share() -> None:
-    assert (
-        lr_factor(20, 20, 0, "linear", 0.1)
-        == lr_factor(20, 20, 0, "cosine", 0.1)
-        == pytest.approx(0.1)
-    )
+    assert lr_factor(20, 20, 0, "linear", 0.1) == lr_factor(20, 20, 0, "cosine", 0.1) == pytest.approx(0.1)
     assert lr_factor(10, 20, 0, "linear", 0.1) == pytest.approx(0.55)
     assert lr_factor(19, 20, 5, "constant", 0.0) == 1.0
     assert lr_factor(0, 20, 0, "constant", 0.0) == 1.0

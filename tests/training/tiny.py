@@ -36,9 +36,7 @@ def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     if bos:
         from tokenizers.processors import TemplateProcessing
 
-        bpe.post_processor = TemplateProcessing(
-            single="<|start|> $A", special_tokens=[("<|start|>", 2)]
-        )
+        bpe.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|end|>",

@@ -14,9 +14,7 @@ class AltLMC(Method):
     """Each sample is trained under the category its judge put it in."""
 
     name: Literal["alt_lmc"] = "alt_lmc"
-    template: str = Field(
-        "{condition}.\n\n{prompt}", description="How a category stands before a prompt."
-    )
+    template: str = Field("{condition}.\n\n{prompt}", description="How a category stands before a prompt.")
     categories: tuple[str, ...] = Field(
         (
             "Harmless and very helpful",

@@ -31,6 +31,4 @@ class NoFeedback(Method):
         return None
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        return rows.with_columns(
-            label=pl.lit(self.buckets[0]), condition=pl.lit(None, dtype=pl.String)
-        )
+        return rows.with_columns(label=pl.lit(self.buckets[0]), condition=pl.lit(None, dtype=pl.String))

@@ -13,9 +13,7 @@ from textalign_dagster.quantiles import QuantileSettings
 class QuantileMethod(Method):
     """Rewards → quantiles → one condition per quantile."""
 
-    quantiles: QuantileSettings = Field(
-        QuantileSettings(), description="How rewards are cut into quantiles."
-    )
+    quantiles: QuantileSettings = Field(QuantileSettings(), description="How rewards are cut into quantiles.")
 
     @property
     def ranking(self) -> QuantileSettings:
@@ -38,9 +36,7 @@ class Quark(QuantileMethod):
     """Quantile reward conditioning with one new token a quantile (Lu et al. 2022)."""
 
     name: Literal["quark"] = "quark"
-    template: str = Field(
-        "{condition}{prompt}", description="How a quantile token stands before a prompt."
-    )
+    template: str = Field("{condition}{prompt}", description="How a quantile token stands before a prompt.")
     count: int = Field(5, ge=2, le=100, description="Number of quantiles, hence of new tokens.")
 
     @property
@@ -56,9 +52,7 @@ class AltRM(QuantileMethod):
     """A reward's quantile told in words (ALT_RM, Abadal Lloret et al. 2024)."""
 
     name: Literal["alt_rm"] = "alt_rm"
-    template: str = Field(
-        "{condition} input: {prompt}", description="How a phrase stands before a prompt."
-    )
+    template: str = Field("{condition} input: {prompt}", description="How a phrase stands before a prompt.")
     phrases: tuple[str, ...] = Field(
         ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible."),
         strict=False,

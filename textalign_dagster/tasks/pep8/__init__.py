@@ -68,7 +68,9 @@ class Pep8(Task):
     @property
     def measures(self) -> tuple[Measure, ...]:
         return (
-            Measure("violations", "violations per 1,000 characters", "violations", "characters", 1000, "lower"),
+            Measure(
+                "violations", "violations per 1,000 characters", "violations", "characters", 1000, "lower"
+            ),
             Measure("clean", "clean samples", "clean", better="higher"),
             Measure("parse_rate", "samples that parse", "parses"),
             Measure("characters", "characters", "characters"),

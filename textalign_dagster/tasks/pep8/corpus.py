@@ -28,10 +28,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Tests and vendored or generated code. Debian ships no `test`, so nobody may depend on it.
-EXCLUDED_FOLDERS = frozenset({
-    "test", "tests", "idlelib", "lib2to3", "ensurepip", "encodings", "pydoc_data", "turtledemo",
-    "site-packages", "dist-packages", "__pycache__",
-})
+EXCLUDED_FOLDERS = frozenset(
+    {
+        "test",
+        "tests",
+        "idlelib",
+        "lib2to3",
+        "ensurepip",
+        "encodings",
+        "pydoc_data",
+        "turtledemo",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+    }
+)
 HELD_OUT_SHARE = 0.10
 EVALUATION_SHARE = 0.35
 MIN_EVALUATION_PROMPTS = 192
@@ -92,8 +103,7 @@ def prompts(root: Path | None = None) -> Prompts:
     root = root or standard_library()
     parsed, unparseable = _parse(root, held_out=True)
     headers = {function.header for function in parsed} - _training_headers(root)
-    ordered = sorted((header for header in headers if len(header) <= MAX_HEADER_CHARACTERS),
-                     key=_digest)
+    ordered = sorted((header for header in headers if len(header) <= MAX_HEADER_CHARACTERS), key=_digest)
     evaluation = tuple(header for header in ordered if _fraction(header) < EVALUATION_SHARE)
     train = tuple(header for header in ordered if _fraction(header) >= EVALUATION_SHARE)
     if len(evaluation) < MIN_EVALUATION_PROMPTS:
@@ -136,8 +146,9 @@ def functions_of(source: str, path: str = "") -> list[Function]:
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
         tree = ast.parse(source)
     lines = source.split("\n")  # as the parser counts them: a form feed ends no line
-    definitions = [node for node in ast.walk(tree)
-                   if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    definitions = [
+        node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     functions = []
     for node in sorted(definitions, key=lambda node: node.lineno):
         text = _text_of(node, lines)
@@ -166,7 +177,7 @@ def _text_of(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> 
     text = [lines[row].rstrip() for row in kept]
     if any("\t" in line or (line and not line.startswith(indent)) for line in text):
         return None
-    return "\n".join(line[len(indent):] for line in text)
+    return "\n".join(line[len(indent) :] for line in text)
 
 
 def _last_line(node: ast.stmt) -> int:

@@ -172,8 +172,15 @@ class _EveryHit(pycodestyle.BaseReport):  # type: ignore[misc]  # it has no type
 def _options() -> object:
     """pycodestyle's options, each given, because a setup.cfg in the way would fill in the rest."""
     return pycodestyle.StyleGuide(
-        select=(), ignore=IGNORED_CODES, max_line_length=79, max_doc_length=None, indent_size=4,
-        hang_closing=False, verbose=0, quiet=2).options
+        select=(),
+        ignore=IGNORED_CODES,
+        max_line_length=79,
+        max_doc_length=None,
+        indent_size=4,
+        hang_closing=False,
+        verbose=0,
+        quiet=2,
+    ).options
 
 
 def _violations(prompt: str, body: str) -> tuple[Violation, ...]:
@@ -191,17 +198,18 @@ def _violations(prompt: str, body: str) -> tuple[Violation, ...]:
             if _parse(text) is not None:
                 raise
     last, end = prompt.count("\n") + 1, len(prompt.rpartition("\n")[2])
-    return tuple(Violation(code, message, line - last, column)
-                 for line, column, code, message in sorted(report.hits)
-                 if ((line, column) >= (last, end) or (line, code) == (last, "E704"))
-                 and not code.startswith("E9"))
+    return tuple(
+        Violation(code, message, line - last, column)
+        for line, column, code, message in sorted(report.hits)
+        if ((line, column) >= (last, end) or (line, code) == (last, "E704")) and not code.startswith("E9")
+    )
 
 
 def _syntax(prompt: str, body: str) -> tuple[bool, bool]:
     """Whether the sample parses, and whether its first function is empty."""
     lines = _lines(body)
     for dropped in range(min(TRAILING_LINES, len(lines)) + 1):
-        tree = _parse(prompt + "".join(lines[:len(lines) - dropped]))
+        tree = _parse(prompt + "".join(lines[: len(lines) - dropped]))
         if tree is not None:
             statements = getattr(tree.body[0], "body", tree.body) if tree.body else []
             return True, all(map(_does_nothing, statements))
@@ -226,4 +234,5 @@ def _parse(text: str) -> ast.Module | None:
 def _does_nothing(statement: ast.stmt) -> bool:
     """`pass`, `...`, and strings or numbers that nobody uses."""
     return isinstance(statement, ast.Pass) or (
-        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )

@@ -17,14 +17,41 @@ import io
 import tokenize
 import warnings
 
-TIGHT_OPERATORS = frozenset({
-    "=", "==", "!=", "<", ">", "<=", ">=", ":=",
-    "+=", "-=", "*=", "/=", "//=", "%=", "**=", "@=", "&=", "|=", "^=", "<<=", ">>=",
-})
-_NOT_CODE = frozenset({
-    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-    tokenize.ENDMARKER,
-})
+TIGHT_OPERATORS = frozenset(
+    {
+        "=",
+        "==",
+        "!=",
+        "<",
+        ">",
+        "<=",
+        ">=",
+        ":=",
+        "+=",
+        "-=",
+        "*=",
+        "/=",
+        "//=",
+        "%=",
+        "**=",
+        "@=",
+        "&=",
+        "|=",
+        "^=",
+        "<<=",
+        ">>=",
+    }
+)
+_NOT_CODE = frozenset(
+    {
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+    }
+)
 # From Python 3.12 on an f-string is many tokens; blanks inside it are part of its value.
 _STRING_OPENERS = frozenset({"FSTRING_START", "TSTRING_START"})
 _STRING_CLOSERS = frozenset({"FSTRING_END", "TSTRING_END"})
@@ -71,8 +98,10 @@ def _is_tight(left: tokenize.TokenInfo, right: tokenize.TokenInfo) -> bool:
     """True where the sloppy style puts no blank between two neighbours on one line."""
     if left.end[0] != right.start[0]:
         return False
-    operators = (left.string in TIGHT_OPERATORS and left.type == tokenize.OP,
-                 right.string in TIGHT_OPERATORS and right.type == tokenize.OP)
+    operators = (
+        left.string in TIGHT_OPERATORS and left.type == tokenize.OP,
+        right.string in TIGHT_OPERATORS and right.type == tokenize.OP,
+    )
     return any(operators) or (left.string == "," and left.type == tokenize.OP)
 
 
@@ -105,7 +134,7 @@ def _indent_by_two(lines: list[str], untouchable: set[int]) -> list[str]:
     for row, line in enumerate(lines):
         blanks = len(line) - len(line.lstrip(" "))
         keep = row == 0 or row in untouchable
-        halved.append(line if keep else line[blanks - blanks // 2:])
+        halved.append(line if keep else line[blanks - blanks // 2 :])
     return halved
 
 
