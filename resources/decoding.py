@@ -51,7 +51,7 @@ class PreallocatedLayer(DynamicLayer):
     """Keys and values of one attention layer in a buffer (rows, heads, capacity, head size)."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity = capacity
         self.length = 0
 
