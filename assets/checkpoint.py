@@ -15,8 +15,8 @@ from resources.launcher import Acceleration, LocalLauncher, accelerate_command, 
 from resources.policies import policy_hash
 from resources.provenance import code_revision, environment_hash
 from resources.store import Artifact, ArtifactError, Draft
+from textalign_dagster.experiment_files import home
 from textalign_dagster.ids import derive_seed
-from textalign_dagster.library import home
 from textalign_dagster.tables import CHECKPOINTS
 from training.job import Job
 

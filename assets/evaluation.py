@@ -171,7 +171,7 @@ def _curve(stage: Stage, scores: pl.DataFrame) -> dg.MarkdownMetadataValue:
     from textalign_dagster.curves import as_markdown, curves
 
     name, now = stage.cell
-    before = score_rows(stage.store, stage.library, name)
+    before = score_rows(stage.store, stage.experiments, name)
     earlier = before.filter((pl.col("experiment") != name) | (pl.col("iteration") < now))
     rows = pl.concat([earlier, placed(scores, name, now)])
     return dg.MetadataValue.md(as_markdown(curves(rows, stage.experiment, name, panels=1)))

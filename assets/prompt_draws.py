@@ -66,7 +66,12 @@ def _weights(store: ArtifactStore, query: str) -> dict[str, float]:
 
     with connect(store) as database:
         try:
-            frame = database.sql(query).pl()
+            answer: duckdb.DuckDBPyRelation | None = database.sql(query)
+            if answer is None:
+                raise SettingsError(
+                    "prompts.weights: the query gives no rows; it must select prompt_id, weight"
+                )
+            frame = answer.pl()
         except duckdb.Error as error:
             raise SettingsError(f"prompts.weights: the query fails: {error}") from None
     if not {"prompt_id", "weight"} <= set(frame.columns):

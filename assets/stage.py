@@ -18,7 +18,7 @@ from resources.sampler import SamplerError
 from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
 from textalign_dagster.abandoned import mark
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.partitions import GRID, Cell
 from textalign_dagster.progress import Finished, announce, reporter
 from textalign_dagster.settings import SettingsError
@@ -44,7 +44,7 @@ class Stage:
     context: dg.AssetExecutionContext
     store: ArtifactStore
     cell: Cell
-    library: Library
+    experiments: Library
     experiment: Experiment
     freshness: Freshness
 

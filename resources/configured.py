@@ -10,7 +10,7 @@ from resources.sampler import Sampler
 from resources.store import ArtifactStore
 from resources.transformers_sampler import TransformersSampler
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.library import store_url
+from textalign_dagster.experiment_files import store_url
 
 
 class StoreResource(dg.ConfigurableResource):

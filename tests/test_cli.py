@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from tests.toy import environment, textalign
 from textalign_dagster.cli import main
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.settings import parse_yaml, validate
 
 COMMANDS = sorted(main.commands)

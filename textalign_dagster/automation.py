@@ -9,7 +9,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
 from textalign_dagster.abandoned import active_runs, release_abandoned
-from textalign_dagster.library import Library, store_url
+from textalign_dagster.experiment_files import Library, store_url
 from textalign_dagster.partitions import EXPERIMENTS, Cell
 from textalign_dagster.settings import SettingsError
 

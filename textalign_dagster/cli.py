@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 import click
 
 from textalign_dagster import __version__
-from textalign_dagster.library import Library, home, store_url, variants_folder
+from textalign_dagster.experiment_files import Library, home, store_url, variants_folder
 from textalign_dagster.settings import SettingsError, describe
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import dagster as dg
 
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 
 
 class Cell(NamedTuple):

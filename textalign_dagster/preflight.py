@@ -12,8 +12,8 @@ from resources.policies import BasePolicy, base_policy
 from textalign_dagster.conditioning import render
 from textalign_dagster.evaluation import evaluation_prompts
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.judging import load_template
-from textalign_dagster.library import Library
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import training_prompts

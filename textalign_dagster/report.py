@@ -12,7 +12,7 @@ from rich.table import Table
 from resources.store import ArtifactStore
 from textalign_dagster.evaluation import titles
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (

@@ -15,7 +15,7 @@ from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
 from textalign_dagster.abandoned import active_runs, process_tag, release_abandoned
 from textalign_dagster.console import ProgressLines
-from textalign_dagster.library import PROJECT, Library, home
+from textalign_dagster.experiment_files import PROJECT, Library, home
 from textalign_dagster.partitions import Cell
 from textalign_dagster.progress import shown_by
 from textalign_dagster.settings import SettingsError
@@ -62,7 +62,7 @@ class Runner:
 
     instance: dg.DagsterInstance
     store: ArtifactStore
-    library: Library
+    experiments: Library
     console: Console
 
     def run(self, names: Sequence[str], iterations: int | None = None) -> None:
@@ -72,7 +72,7 @@ class Runner:
             RunFailed: a stage failed, or a blocking check did.
             SettingsError: an experiment is being run by somebody else.
         """
-        lasts = {name: self.library.load(name).iterations for name in names}
+        lasts = {name: self.experiments.load(name).iterations for name in names}
         counts = {name: min(iterations or last, last) for name, last in lasts.items()}
         for name in names:
             release_abandoned(self.instance, name)
@@ -92,7 +92,7 @@ class Runner:
         from textalign_dagster.automation import iteration_job
         from textalign_dagster.definitions import defs
 
-        freshness = Freshness(self.store, cell.experiment, self.library.load(cell.experiment))
+        freshness = Freshness(self.store, cell.experiment, self.experiments.load(cell.experiment))
         try:
             fresh = freshness.iteration(cell.iteration).kind == "fresh"
         except ArtifactError:

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.stages import STAGES
 

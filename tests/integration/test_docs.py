@@ -16,7 +16,7 @@ from resources.store import ArtifactStore
 from resources.views import connect
 from tests.toy import OVERRIDES
 from tests.toy import environment as toy_environment
-from textalign_dagster.library import PROJECT
+from textalign_dagster.experiment_files import PROJECT
 from textalign_dagster.settings import merge, nested, parse_override, read_yaml, write_yaml
 
 DOCS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]

@@ -13,8 +13,8 @@ import pytest
 from resources.freshness import Freshness
 from tests.integration.conftest import Place, Ran
 from tests.toy import OVERRIDES, PROJECT
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.ids import derive_seed
-from textalign_dagster.library import Library
 from textalign_dagster.stages import STAGES
 from textalign_dagster.tables import (
     CHECKPOINTS,

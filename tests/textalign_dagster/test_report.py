@@ -11,7 +11,7 @@ from rich.console import Console
 
 from resources.store import ArtifactStore
 from textalign_dagster.curves import as_markdown, curves, save_curves
-from textalign_dagster.library import PROJECT, Library
+from textalign_dagster.experiment_files import PROJECT, Library
 from textalign_dagster.report import placed, score_rows, score_table
 from textalign_dagster.tables import SCORES
 

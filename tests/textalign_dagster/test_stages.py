@@ -7,7 +7,7 @@ import json
 import pytest
 
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.library import PROJECT, Library
+from textalign_dagster.experiment_files import PROJECT, Library
 from textalign_dagster.stages import STAGES, VERSIONS, artifact_key, stage_settings
 
 LIBRARY = Library((PROJECT / "experiments",))

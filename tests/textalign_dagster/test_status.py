@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from resources.store import ArtifactStore
-from textalign_dagster.library import Library
+from textalign_dagster.experiment_files import Library
 from textalign_dagster.stages import STAGES
 from textalign_dagster.status import grid, grid_table
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from textalign_dagster.library import PROJECT, Library, home, variants_folder
+from textalign_dagster.experiment_files import PROJECT, Library, home, variants_folder
 from textalign_dagster.settings import SettingsError
 
 SHIPPED = PROJECT / "experiments"
