@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
-from functools import wraps
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from textalign_dagster import __version__
-from textalign_dagster.experiment_files import Library, home, store_url, variants_folder
+from textalign_dagster.command import Refused, library_of, open_console, open_store, print_json, readable
+from textalign_dagster.experiment_files import Library, home, variants_folder
+from textalign_dagster.feedback_cli import COMMANDS
 from textalign_dagster.settings import SettingsError, describe
 
 if TYPE_CHECKING:
     import polars as pl
     from rich.console import Console
 
-    from resources.store import ArtifactStore
 
 # Heavy modules (dagster, polars, duckdb) are imported by the commands that use them: --help is quick.
-
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class Refused(click.ClickException):
-    """An error a person can act on: one message, exit code 1."""
-
-    def show(self, file: Any = None) -> None:
-        click.echo(f"error: {self.message}", err=True)
-
-
-def readable(command: Callable[P, R]) -> Callable[P, R]:
-    """Turns the project's own errors into one message on stderr and exit code 1."""
-
-    @wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except SettingsError as error:
-            raise Refused(str(error)) from None
-        except Exception as error:
-            from resources.store import ArtifactError
-
-            if isinstance(error, ArtifactError):
-                raise Refused(str(error)) from None
-            raise
-
-    return wrapped
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -85,7 +52,7 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     """
     from textalign_dagster.preflight import preflight, writable
 
-    library, name = _library(experiment)
+    library, name = library_of(experiment)
     last = library.overridden(name, overrides).iterations
     if iterations is not None and iterations > last:
         raise SettingsError(
@@ -97,14 +64,14 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     library = Library(library.folders)  # reads the folders again: the variant is new
     beside = library.control_of(name)
     names = [name, *([beside] if beside and control else [])]
-    console = _console()
+    console = open_console()
     _use(library)
     # Imported now: the grid is that of the experiments known at import, and the variant is new.
     from textalign_dagster.running import RunFailed, Runner, dagster_instance
 
     with dagster_instance() as instance:
         try:
-            Runner(instance, _store(), library, console).run(names, iterations)
+            Runner(instance, open_store(), library, console).run(names, iterations)
         except RunFailed as error:
             raise Refused(
                 f"{error}\nFinished stages are kept; the same command goes on from there."
@@ -126,13 +93,13 @@ def show(experiment: str, as_json: bool) -> None:
     Example:
       textalign show pep8_alt_lmu
     """
-    library, name = _library(experiment)
+    library, name = library_of(experiment)
     if as_json:
         from textalign_dagster.report import score_rows
 
-        _print_json(score_rows(_store(), library, name).to_dicts())
+        print_json(score_rows(open_store(), library, name).to_dicts())
     else:
-        _show(library, name, _console())
+        _show(library, name, open_console())
 
 
 @main.command()
@@ -149,12 +116,12 @@ def status(experiment: str | None, as_json: bool) -> None:
     """
     from textalign_dagster.status import grid, grid_table
 
-    library, name = _library(experiment) if experiment else (Library.default(), None)
-    cells = grid(_store(), library, [name] if name else list(library.load_all()[0]))
+    library, name = library_of(experiment) if experiment else (Library.default(), None)
+    cells = grid(open_store(), library, [name] if name else list(library.load_all()[0]))
     if as_json:
-        _print_json(cells)
+        print_json(cells)
     else:
-        _console().print(grid_table(cells))
+        open_console().print(grid_table(cells))
 
 
 @main.command()
@@ -175,9 +142,9 @@ def sql(query: str | None, as_json: bool) -> None:
     from textalign_dagster.sql_prompt import answer, prompt
 
     if query is None:
-        prompt(_store())
+        prompt(open_store())
     else:
-        answer(_store(), query, as_json)
+        answer(open_store(), query, as_json)
 
 
 @main.command()
@@ -191,7 +158,7 @@ def catalog() -> None:
     """
     from resources.views import write_catalog
 
-    click.echo(str(write_catalog(_store())))
+    click.echo(str(write_catalog(open_store())))
 
 
 @main.command()
@@ -207,48 +174,9 @@ def validate(experiment: str, overrides: tuple[str, ...]) -> None:
     """
     from textalign_dagster.preflight import preflight
 
-    library, name = _library(experiment)
+    library, name = library_of(experiment)
     for line in preflight(library, name, overrides):
         click.echo(line)
-
-
-@main.command()
-@click.argument("experiment")
-@click.option(
-    "--iteration", "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Which iteration."
-)
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@readable
-def forecast(experiment: str, iteration: int, as_json: bool) -> None:
-    """What judging an iteration will take: calls, tokens, money, time, and what is paid already.
-
-    Calls nobody. Exact in calls once the iteration's samples exist; an upper bound before.
-
-    \b
-    Example:
-      textalign forecast my_experiment --iteration 2
-    """
-    from textalign_dagster.forecasting import forecast_iteration
-
-    library, name = _library(experiment)
-    found = forecast_iteration(_store(), name, library.load(name), iteration)
-    if as_json:
-        _print_json(found)
-        return
-    bound = "" if found["samples_exist"] else " at most (the samples do not exist yet)"
-    click.echo(
-        f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already"
-    )
-    click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
-    for title, key, unit in (
-        ("tokens out, at most", "tokens_out_max", ""),
-        ("tokens out, expected", "tokens_out_expected", ""),
-        ("USD, at most", "usd_max", ""),
-        ("USD, expected", "usd_expected", ""),
-        ("seconds", "seconds", ""),
-    ):
-        value = found[key]
-        click.echo(f"{title}: {'not known' if value is None else f'{value:,.4g}{unit}'}")
 
 
 @main.command("show-config")
@@ -262,7 +190,7 @@ def show_config(experiment: str, as_json: bool) -> None:
     Example:
       textalign show-config pep8_alt_lmu
     """
-    library, name = _library(experiment)
+    library, name = library_of(experiment)
     loaded = library.load(name)
     click.echo(loaded.model_dump_json(indent=2) if as_json else describe(loaded))
 
@@ -284,7 +212,7 @@ def experiments(as_json: bool) -> None:
         for name, found in good.items()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
         for row in rows:
             click.echo(f"{row['name']:<24} {row['description']}")
@@ -292,20 +220,6 @@ def experiments(as_json: bool) -> None:
         click.echo(f"error: {message}", err=True)
     if bad:
         sys.exit(1)
-
-
-def _library(experiment: str) -> tuple[Library, str]:
-    """The experiments known, and which of them is meant by a name or a path."""
-    path = Path(experiment)
-    if path.suffix in (".yaml", ".yml") or "/" in experiment:
-        if path.suffix != ".yaml":
-            raise SettingsError(f"{path}: an experiment file ends in .yaml")
-        if not path.is_file():
-            raise SettingsError(f"{path}: no such file")
-        return Library.default(path.resolve().parent), path.stem
-    library = Library.default()
-    library.path(experiment)  # says what is known
-    return library, experiment
 
 
 def _use(library: Library) -> None:
@@ -317,24 +231,11 @@ def _use(library: Library) -> None:
     )
 
 
-def _store() -> ArtifactStore:
-    from resources.store import ArtifactStore
-
-    return ArtifactStore(store_url())
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 def _show(library: Library, name: str, console: Console) -> None:
     from textalign_dagster.curves import curves, save_curves
     from textalign_dagster.report import score_rows, score_table
 
-    rows: pl.DataFrame = score_rows(_store(), library, name)
+    rows: pl.DataFrame = score_rows(open_store(), library, name)
     if rows.is_empty():
         raise SettingsError(f"{name} has not been evaluated yet: textalign run {name}")
     experiment = library.load(name)
@@ -344,9 +245,8 @@ def _show(library: Library, name: str, console: Console) -> None:
     console.print(f"curves: {path}", highlight=False, soft_wrap=True)
 
 
-def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, default=str))
-
+for command in COMMANDS:
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

@@ -16,8 +16,8 @@ from textalign_dagster.experiment_files import Library
 from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (
-    "Below each value its 95 % interval, from resampling prompts; which does not cover the luck of a training seed. The null "
-    "control trains on its own samples without any feedback: what falls there too is no gain from feedback."
+    "Below each value its 95 % interval, from resampling prompts; the luck of a training seed is not in it. "
+    "The null control trains on its own samples without any feedback: what falls there too is no gain from feedback."
 )
 
 

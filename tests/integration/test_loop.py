@@ -149,6 +149,21 @@ def test_scores_have_intervals_and_the_base_stands_beside_them(ran: Ran) -> None
     assert (ran.home / "plots" / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_feedback_goes_out_and_comes_back(ran: Ran, tmp_path: Path) -> None:
+    out, back = tmp_path / "feedback.jsonl", tmp_path / "feedback.parquet"
+    ran.textalign("export", "toy", str(out), "--iteration", "1", "--format", "alt")
+    told = ran.textalign("import", str(out), str(back), "--format", "alt").stdout
+    ours = ran.frame("toy", 1, "generations").join(
+        ran.frame("toy", 1, "feedback"), on="sample_id", suffix="_said"
+    )
+    assert f"{ours.height} ok; refused: 0" in told
+    found = pl.read_parquet(back)
+    key = ["prompt", "response", "feedback", "value"]
+    wanted = ours.select("prompt", response="text", feedback="text_said", value="value")
+    assert found.select(key).sort(key).equals(wanted.select(key).sort(key))
+    ran.textalign("export", "toy", str(out), "--iteration", "9", ok=False)
+
+
 def test_the_null_control_shares_what_it_controls(ran: Ran) -> None:
     for stage in ("prompt_draws", "generations"):
         assert ran.artifact("toy", 1, stage).key == ran.artifact("toy_null", 1, stage).key
