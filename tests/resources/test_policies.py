@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from resources.policies import base_policy, policy_hash
+from tests.toy import environment, textalign
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.settings import SettingsError, validate
 
@@ -106,3 +107,19 @@ def test_a_hub_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(SettingsError, match=r"policy\.model: owner/model cannot be had from the hub"):
         base_policy(experiment("owner/model"))
+
+
+def test_a_hub_model_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_path: Path) -> None:
+    """The hub's own folder layout, without the hub: refs name a commit, snapshots hold its files."""
+    cache = tmp_path / "hub" / "models--someone--sloppy"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = cache / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(base_policy(experiment(SHIPPED)).path, snapshot)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit, encoding="utf-8")
+    env = environment(home, toys) | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    told = textalign("validate", "toy", "--set", "policy.model=someone/sloppy", env=env).stdout
+    assert f"base policy: {snapshot}" in told
+    missing = textalign("validate", "toy", "--set", "policy.model=someone/else", env=env, ok=False).stderr
+    assert "someone/else" in missing and "hub" in missing
