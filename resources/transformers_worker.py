@@ -188,7 +188,7 @@ def answer(
     import torch
 
     from resources.decoding import NotFiniteError
-    from resources.tokenisation import BannedTokenError
+    from textalign_dagster.tokenisation import BannedTokenError
 
     total, last = call["total"], 0.0
 
@@ -225,8 +225,8 @@ def generate(
     loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
 ) -> list[list[dict[str, Any]]]:
     """For each request, a dictionary of `sampler.Completion` for each seed."""
-    from resources import tokenisation
     from resources.decoding import Rule, batches, sample
+    from textalign_dagster import tokenisation
 
     tokenizer, wanted = loaded.tokenizer, call["decoding"]
     prompts = tokenisation.encode_prompts(tokenizer, [prompt for prompt, _ in call["requests"]])
@@ -283,8 +283,8 @@ def logprobs(
     loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
 ) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
-    from resources import tokenisation
     from resources.decoding import batches, score
+    from textalign_dagster import tokenisation
 
     pairs = call["pairs"]
     prompts = tokenisation.encode_prompts(loaded.tokenizer, [prompt for prompt, _ in pairs])

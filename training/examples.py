@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import polars as pl
 
 from textalign_dagster.conditioning import around_prompt
+from textalign_dagster.tokenisation import encode_texts, leading_ids
 from training.job import Job, JobError
 
 if TYPE_CHECKING:
@@ -114,9 +115,7 @@ def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
         JobError: condition and text alone are longer than ``max_length``, naming the sample.
     """
     settings = job.training
-    texts = tokenizer(rows["text"].to_list(), add_special_tokens=False, split_special_tokens=True)[
-        "input_ids"
-    ]
+    texts = encode_texts(tokenizer, rows["text"].to_list())
     wants_reference = settings.objective.kl_coef > 0 and not settings.objective.kl_reference_sees_condition
     prompts = _Prompts(tokenizer, job.template, rows["prompt"].to_list(), rows["condition"].to_list())
     unconditioned = (
@@ -173,7 +172,7 @@ class _Prompts:
         self._spans = [
             (len(start), len(start) + len(prompt)) for (start, _), prompt in zip(around, prompts, strict=True)
         ]
-        self._start = _start_tokens(tokenizer)
+        self._start = leading_ids(tokenizer)
 
     def cut(self, i: int, room: int) -> list[int] | None:
         """The tokens of prompt i, at most ``room``; None if even its condition does not fit.
@@ -181,6 +180,8 @@ class _Prompts:
         At least one token remains: the first token of the text must have something to follow.
         """
         ids, start = self._ids[i], self._start
+        if ids[: len(start)] == start:
+            start = []  # a chat template writes the beginning itself: not twice
         excess = len(start) + len(ids) - room
         if excess <= 0:
             return [*start, *ids]
@@ -190,9 +191,3 @@ class _Prompts:
             return None
         dropped = set(inside[:excess])
         return [*start, *(token for t, token in enumerate(ids) if t not in dropped)]
-
-
-def _start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before every text (a bos token, or nothing)."""
-    start = list(tokenizer("")["input_ids"])
-    return start[:-1] if start and len(start) > 1 and start[-1] == tokenizer.eos_token_id else start

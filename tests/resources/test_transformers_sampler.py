@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_models
 
-from resources import tokenisation
 from resources.sampler import Completion, Decoding, Request, Sampler, SamplerError
 from resources.transformers_sampler import TransformersSampler
+from textalign_dagster import tokenisation
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUESTS = [

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.tiny import make_rows, make_tokenizer
+from textalign_dagster.tokenisation import encode_prompts
 from training.batches import FILLER, IGNORE, Collator, Examples, RankBatches, plan_batches
 from training.examples import Example, encode, ends, read_rows
 from training.job import Job, JobError
@@ -105,6 +106,16 @@ def test_special_tokens_written_out_in_a_text_are_text() -> None:
     [example] = encode(row(text="<|end|> and on", finish_reason="length"), TOKENIZER, make_job())
     assert TOKENIZER.eos_token_id not in example.text
     assert TOKENIZER.decode(example.text) == "<|end|> and on"
+
+
+@pytest.mark.parametrize("prompt", ["def f(a):", "{bos}def f(a):"])
+def test_training_reads_the_prompt_as_sampling_does(prompt: str) -> None:
+    # A chat template writes the beginning of the sequence itself; it must not stand there twice.
+    tokenizer = make_tokenizer(bos=True)
+    text = prompt.replace("{bos}", tokenizer.bos_token)
+    [example] = encode(row(prompt=text, condition=None), tokenizer, make_job())
+    assert [example.prompt] == encode_prompts(tokenizer, [text])
+    assert example.prompt.count(tokenizer.bos_token_id) == 1
 
 
 @pytest.mark.parametrize("bos", [False, True])
