@@ -13,6 +13,7 @@ from typing import Any
 
 from resources.durable import ArtifactError
 from resources.provenance import code_revision, environment, environment_hash
+from textalign_dagster.settings import SECRET_NAME
 
 FORMAT = 1
 REQUIRED = (
@@ -27,11 +28,6 @@ REQUIRED = (
     "created_at",
 )
 
-SECRET_NAME = re.compile(
-    r"(^|_)(api_?key|secret|secret_?key|access_?key|private_?key|password|passwd"
-    r"|credentials?|auth_?token|access_?token|api_?token|bearer)$",
-    re.IGNORECASE,
-)
 SECRET_URL = re.compile(r"://[^/@\s]*:[^/@\s]+@")
 
 

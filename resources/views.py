@@ -3,7 +3,7 @@
 Every table of `TABLES` is a view over all cells that have it, with ``experiment`` (VARCHAR) and
 ``iteration`` (INTEGER) first. A file that several cells point at shows once for each of them. The
 data is read from Parquet when queried; nothing is copied and nothing can be written through these
-views. Beside the tables:
+views. Only ``feedback_calls``, the ledger, is a copy as of now. Beside the tables:
 
 - ``cells``: which artifact is which cell's output, with settings and checks; ``manifests``: how
   each artifact came to be; ``files``: which files the views read;
@@ -95,7 +95,7 @@ def connect(store: ArtifactStore, *, skip_damaged: bool = False) -> duckdb.DuckD
 def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
     """Write ``{root}/catalog.duckdb``: the same views, for the ``duckdb`` program and notebooks.
 
-    It holds no data, and cells that are made later show when it is written again. Open it
+    It holds no data but the ledger's, and cells that are made later show when it is written again. Open it
     read-only. Whoever has the old one open keeps it.
 
     Raises:

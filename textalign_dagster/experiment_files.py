@@ -26,7 +26,6 @@ from textalign_dagster.settings import (
 
 PROJECT = Path(__file__).resolve().parent.parent
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
-SHARED_BY_CONTROL = ("task", "policy", "seed", "prompts", "sampling", "evaluation")
 
 
 @dataclass(frozen=True)

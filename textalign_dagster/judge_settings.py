@@ -9,15 +9,11 @@ from urllib.parse import urlsplit
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from textalign_dagster.settings import Settings
+from textalign_dagster.settings import SECRET_NAME, Settings
 
 Ask = Literal["text", "category", "judgment", "rating", "ranking", "win"]
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
-SECRET_NAME = re.compile(
-    r"(^|[-_])(api[-_]?key|secret|password|credentials?|authorization|(auth|access|api)[-_]?token|bearer)$",
-    re.IGNORECASE,
-)
 SET_ELSEWHERE = {
     "messages": "template",
     "model": "model",

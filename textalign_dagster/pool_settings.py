@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from textalign_dagster.settings import Settings
 
 
-class PoolSettings(BaseModel):
+class PoolSettings(Settings):
     """The datapool of one iteration. The defaults are those of the published configurations.
 
     Exactly one of three draws is made from every group (a prompt, or the whole pool):
@@ -20,8 +22,6 @@ class PoolSettings(BaseModel):
       the others (ALT_LMU and ALT_LMC: 8 over 4 labels);
     * neither: everything that has a label.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     drop_factor: float = Field(
         default=1.0,

@@ -14,18 +14,17 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from textalign_dagster.row_order import Ints, canonical_order, group_codes, ranks_within
+from textalign_dagster.settings import Settings
 
 NO_LABEL = -1
 """Code of a row without a label."""
 
 
-class QuantileSettings(BaseModel):
+class QuantileSettings(Settings):
     """How rewards become quantile labels. The defaults are the published per-prompt rule."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     per: Literal["prompt", "pool"] = Field(
         default="prompt",

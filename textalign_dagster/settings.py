@@ -13,6 +13,13 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+SECRET_NAME = re.compile(
+    r"(^|[-_])(api[-_]?key|secret([-_]?key)?|access[-_]?key|private[-_]?key|password|passwd|credentials?"
+    r"|authorization|(auth|access|api)[-_]?token|bearer)$",
+    re.IGNORECASE,
+)
+"""Names of fields that hold secrets: settings are written into files, so none may be among them."""
+
 
 class SettingsError(Exception):
     """Bad input in an experiment file, an override or a prompt file; the message says what to change."""
