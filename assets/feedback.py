@@ -13,6 +13,7 @@ from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
 from resources.store import Draft
 from textalign_dagster import checks
+from textalign_dagster.abandoned import BATCHES_TAG
 from textalign_dagster.tables import FEEDBACK
 
 
@@ -108,11 +109,16 @@ def _asked_again(stage: Stage) -> dict[str, int]:
 
 def _judged(stage: Stage, samples: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
     """What the experiment's LLM judge says."""
-    from resources.judge_client import JudgeError  # needs the extra `judges`
+    from resources.judge_batch import BatchPendingError  # needs the extra `judges`
+    from resources.judge_client import JudgeError
     from resources.judging import ask_judge
 
     try:
         return ask_judge(stage.experiment, samples, stage.store, stage.report(), str(stage.cell.key))
+    except BatchPendingError as pending:
+        run = stage.context.run.run_id
+        stage.context.instance.add_run_tags(run, {BATCHES_TAG: " ".join(pending.jobs)})
+        raise dg.Failure(str(pending), allow_retries=False) from None
     except JudgeError as error:
         raise dg.Failure(str(error), allow_retries=False) from error
 
@@ -122,7 +128,6 @@ def _programmatic(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> p
     name, version = scorer
     return judged.with_columns(
         kind=pl.lit(kind),
-        label=pl.lit(None, dtype=pl.String),
         scorer=pl.lit(name),
         scorer_version=pl.lit(version),
         parser_version=pl.lit(None, dtype=pl.String),
@@ -135,6 +140,7 @@ def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
         "sample_id",
         aspect=pl.lit("none"),
         value=pl.lit(None, dtype=pl.Float64),
+        label=pl.lit(None, dtype=pl.String),
         text=pl.lit(None, dtype=pl.String),
         status=pl.lit("skipped"),
         reason=pl.lit("the method asks for no feedback"),

@@ -60,3 +60,13 @@ class ApiKey:
                 follow_redirects=False,  # a redirected POST becomes a GET
             ),
         )
+
+    def blocking_client(self, judge: Judge) -> openai.OpenAI:
+        """For the few requests about a batch, which are harmless to repeat."""
+        return openai.OpenAI(
+            api_key=self._value or "none",
+            base_url=judge.base_url,
+            default_headers=self.headers(judge),
+            max_retries=4,
+            timeout=judge.limits.timeout_s,
+        )

@@ -67,6 +67,7 @@ def judge_calls(
         tally: filled in meanwhile.
 
     Raises:
+        BatchPendingError: the calls went to the Batch API, and nobody waits for it here.
         JudgeStoppedError: the endpoint refuses every call, or is down, or the key is missing.
         BudgetExceededError: before the call that could exceed the budget.
         ArtifactError: the ledger cannot be read or saved.
@@ -84,7 +85,20 @@ def judge_calls(
     if progress is not None:
         progress(tally.done, tally.total, tally.note(0))
     missing = [request for key, request in unique.items() if key not in replies]
-    if missing:
+    if missing and judge.batch is not None:
+        from resources.judge_batch import batch_replies
+
+        replies |= batch_replies(
+            missing,
+            judge,
+            ledger,
+            ledger.storage,
+            scope=batch_id,
+            spent=float(rows.filter(pl.col("batch_id") == batch_id)["usd"].sum()),
+            tally=tally,
+            progress=progress or _silent,
+        )
+    elif missing:
         if budget is None:
             budget = _resumed(judge, unique, rows.filter(pl.col("batch_id") == batch_id))
         past = estimate(ledger, judge, missing[0].params)

@@ -30,6 +30,7 @@ import polars as pl
 
 from resources.durable import ArtifactError, make_folder, readable_errors, sync, temporary_name
 from resources.ledger_writer import SEGMENTS, Writer, new_writer
+from resources.storage import Storage
 from resources.store import ArtifactStore
 from textalign_dagster.ids import content_hash
 from textalign_dagster.ledger_table import FEEDBACK_CALLS
@@ -110,6 +111,11 @@ class Ledger:
         self._opening = threading.Lock()
         self._writer: Writer | None = None
         self.damages: list[str] = []
+
+    @property
+    def storage(self) -> Storage:
+        """Where the ledger lies."""
+        return self._storage
 
     def add(self, record: CallRecord) -> None:
         """Append a row; ``flush`` returns when it is on the disk.

@@ -15,7 +15,7 @@ from resources.store import ArtifactStore
 from tests.integration.toy_location import defs
 from tests.integration.toys import TOY
 from textalign_dagster import automation
-from textalign_dagster.abandoned import EXPERIMENT_TAG, PROCESS_TAG, process_tag
+from textalign_dagster.abandoned import BATCHES_TAG, EXPERIMENT_TAG, PROCESS_TAG, process_tag
 from textalign_dagster.automation import next_cell, ready
 from textalign_dagster.partitions import Cell
 
@@ -148,6 +148,43 @@ def test_halts_on_a_failed_stage_and_goes_on_once_it_is_mended(after_one: Loop) 
 def test_halts_on_a_cancelled_run(after_one: Loop) -> None:
     run = after_one.record(2, dg.DagsterRunStatus.CANCELED)
     assert f"halts: run {run[:8]} of iteration 2 was cancelled" in skipped(after_one.sensor())
+
+
+def test_an_iteration_that_waits_for_the_batch_api(
+    after_one: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai", reason="needs the extra `judges`")
+    from resources.judge_batch import BatchPendingError
+    from resources.judge_client import Call, judge_calls
+    from resources.ledger import Ledger
+    from tests.judging.batch_endpoint import KEY, BatchEndpoint
+    from textalign_dagster.judge_settings import Judge
+
+    def sensor() -> list[dg.RunRequest | dg.SkipReason]:
+        with dg.build_sensor_context(instance=after_one.instance) as context:
+            return list(automation.collect_batches(context))
+
+    assert skipped(sensor()) == "no batch is under way"
+    monkeypatch.setenv("BATCH_KEY", KEY)
+    endpoint = BatchEndpoint(lambda question: "3", ends=False).start()
+    settings = {"model": "m", "base_url": endpoint.url, "api_key_env": "BATCH_KEY", "template": "rating"}
+    judge = Judge.model_validate(settings | {"ask": "rating", "batch": {}})
+    call = Call([{"role": "user", "content": "how good?"}], purpose=f"{NAME}|002")
+    with Ledger(after_one.store) as ledger, pytest.raises(BatchPendingError) as pending:
+        judge_calls([call], judge, ledger)
+    run = after_one.record(
+        2, dg.DagsterRunStatus.FAILURE, **{BATCHES_TAG: " ".join(pending.value.jobs)}
+    )
+    assert skipped(sensor()) == "1 batches with 1 calls are under way"
+    assert "waits for the Batch API" in skipped(after_one.sensor())
+    endpoint.end()
+    (request,) = sensor()
+    assert isinstance(request, dg.RunRequest)
+    assert (str(request.partition_key), request.run_key) == (f"{NAME}|002", run)
+    after_one.record(2, dg.DagsterRunStatus.STARTED)
+    assert requested(sensor()) == []
+    endpoint.shutdown()
+    endpoint.server_close()
 
 
 def test_a_failed_iteration_that_is_not_next_does_not_halt(after_one: Loop) -> None:

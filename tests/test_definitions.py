@@ -88,7 +88,7 @@ def test_jobs_schedules_and_sensors() -> None:
     assert {schedule.name: schedule.cron_schedule for schedule in repository.schedule_defs} == {
         "next_iteration": "0 2 * * *"
     }
-    assert [sensor.name for sensor in repository.sensor_defs] == ["advance"]
+    assert [sensor.name for sensor in repository.sensor_defs] == ["advance", "collect_batches"]
     # Nothing runs before somebody switches it on.
     assert {i.default_status.value for i in (*repository.schedule_defs, *repository.sensor_defs)} == {
         "STOPPED"

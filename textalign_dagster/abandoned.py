@@ -11,6 +11,8 @@ import dagster as dg
 
 EXPERIMENT_TAG = "dagster/partition/experiment"
 PROCESS_TAG = "textalign/process"
+BATCHES_TAG = "textalign/waits_for_batches"
+"""On a run whose judge's calls went to a Batch API: the jobs whose replies it needs, by name."""
 ONE_PROCESS = ("in_process", "execute_in_process_executor")
 ACTIVE = [
     dg.DagsterRunStatus.QUEUED,

@@ -8,7 +8,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
-from textalign_dagster.abandoned import active_runs, release_abandoned
+from textalign_dagster.abandoned import BATCHES_TAG, active_runs, release_abandoned
 from textalign_dagster.experiment_files import Library, store_url
 from textalign_dagster.partitions import EXPERIMENTS, Cell
 from textalign_dagster.settings import SettingsError
@@ -19,6 +19,10 @@ iteration_job = dg.define_asset_job(
     description="One iteration of one experiment, all stages. Several iterations: select several "
     "partitions; the run queue takes them in order, one at a time per experiment.",
 )
+
+
+BATCHES = "ledger/batches"
+"""Where jobs of the Batch API lie in the store (resources/judge_batch.py, which needs openai)."""
 
 
 class Next(NamedTuple):
@@ -56,7 +60,9 @@ def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -
     following = next_cell(store, experiment)
     if following.cell is None:
         return following
-    last = instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: str(following.cell.key)}), limit=1)
+    last = _last_runs(instance, following.cell)
+    if last and BATCHES_TAG in last[0].tags:
+        return Next(None, f"{experiment} waits for the Batch API; the sensor collect_batches goes on with it")
     went_wrong = {dg.DagsterRunStatus.FAILURE: "failed", dg.DagsterRunStatus.CANCELED: "was cancelled"}
     how = went_wrong.get(last[0].status) if last else None
     if how is None:
@@ -66,6 +72,10 @@ def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -
         f"{experiment} halts: run {last[0].run_id[:8]} of iteration {following.cell.iteration} {how}; "
         "mend the cause, then re-execute it or materialize the iteration again",
     )
+
+
+def _last_runs(instance: dg.DagsterInstance, cell: Cell) -> Sequence[dg.DagsterRun]:
+    return instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: str(cell.key)}), limit=1)
 
 
 def requests(
@@ -104,3 +114,35 @@ def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.
     decision; so is what to do about a failed one.
     """
     yield from requests(context.instance, EXPERIMENTS, begin=False)
+
+
+@dg.sensor(job=iteration_job, minimum_interval_seconds=60)
+def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+    """Fetches replies from the Batch API, and goes on with the iterations that waited for them.
+
+    A batch lives in the store and at the endpoint, so neither a restart nor a day without this
+    sensor loses anything.
+    """
+    store = ArtifactStore(store_url())
+    if not store.storage.entries(BATCHES):
+        yield dg.SkipReason("no batch is under way")
+        return
+    from resources.judge_batch import collect_all  # needs the extra `judges`
+    from resources.ledger import Ledger
+
+    with Ledger(store) as ledger:
+        jobs, problems = collect_all(store.storage, ledger)
+    pending = {job.name: len(job.asked) for job in jobs if job.state != "collected"}
+    launched = False
+    for experiment in EXPERIMENTS:
+        cell = next_cell(store, experiment).cell
+        if cell is None or active_runs(context.instance, experiment):
+            continue
+        last = _last_runs(context.instance, cell)
+        waits_for = last[0].tags.get(BATCHES_TAG, "").split() if last else []
+        if waits_for and not pending.keys() & set(waits_for):
+            launched = True
+            yield dg.RunRequest(run_key=last[0].run_id, partition_key=cell.key)
+    if not launched:
+        told = f"{len(pending)} batches with {sum(pending.values()):,} calls are under way"
+        yield dg.SkipReason("; ".join([told, *problems]))

@@ -222,6 +222,41 @@ def experiments(as_json: bool) -> None:
         sys.exit(1)
 
 
+@main.command()
+@click.argument("experiment", required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def doctor(experiment: str | None, as_json: bool) -> None:
+    """What this machine can do, what it lacks, and what to install; asks nobody for money.
+
+    With EXPERIMENT, only that one's judges are looked for. Exit code 1 if something will fail.
+
+    \b
+    Examples:
+      textalign doctor
+      textalign doctor pep8_alt_lmu --json
+    """
+    from textalign_dagster.doctor import as_rows, examine
+
+    if experiment:
+        library, name = library_of(experiment)
+        looked_at = {name: library.load(name)}
+    else:
+        looked_at = Library.default().load_all()[0]
+    findings = []
+    marks = {"ok": "ok     ", "missing": "missing", "problem": "PROBLEM"}
+    for finding in examine(looked_at):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{marks[finding.state]}  {finding.subject}: {finding.detail}")
+            if finding.remedy:
+                click.echo(f"         → {finding.remedy}")
+    if as_json:
+        print_json(as_rows(findings))
+    if any(finding.state == "problem" for finding in findings):
+        sys.exit(1)
+
+
 def _use(library: Library) -> None:
     """Lets the code location see the folder of an experiment that was given as a path."""
     import os

@@ -13,7 +13,7 @@ from assets.policy import policy
 from assets.prompt_draws import prompt_draws
 from resources.configured import SamplerResource, StoreResource
 from resources.launcher import LocalLauncher
-from textalign_dagster.automation import advance, iteration_job, next_iteration
+from textalign_dagster.automation import advance, collect_batches, iteration_job, next_iteration
 
 LOOP = [policy, prompt_draws, generations, feedback, datapool, checkpoint, evaluation]
 
@@ -21,7 +21,7 @@ defs = dg.Definitions(
     assets=LOOP,
     jobs=[iteration_job],
     schedules=[next_iteration],
-    sensors=[advance],
+    sensors=[advance, collect_batches],
     # The heavy work is in subprocesses; a process per step would only add its start.
     executor=dg.in_process_executor,
     resources={

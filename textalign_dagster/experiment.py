@@ -10,6 +10,7 @@ from textalign_dagster.datapool import PoolSettings
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.methods import AnyMethod, FeedbackKind
 from textalign_dagster.prompts import Prompts
+from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.tasks import AnyTask
 from textalign_dagster.training_settings import Training
@@ -18,6 +19,8 @@ JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "text": ("text",),
     "category": ("category",),
     "rating": ("reward",),
+    "ranking": ("reward",),
+    "win": ("reward",),
 }
 """What a judge's answers are to a method."""
 
@@ -75,6 +78,27 @@ class Evaluation(Settings):
     samples_per_prompt: int = Field(2, ge=1, description="Completions of each.")
     temperature: float = Field(0.8, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest completion, in tokens; null: sampling.max_new_tokens."
+    )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="What scores the samples; null: the experiment's scorer, or the task's own. A model "
+        "that is trained on its scorer may learn to please it: another one here shows that.",
+    )
+    judge: Judge | None = Field(
+        None, description="An LLM that judges the samples too; null: none does, whatever judges the feedback."
+    )
+    fluency_model: str | None = Field(
+        None,
+        description="The language model whose perplexity measures drift (a folder or a hub id, e.g. "
+        "gpt2-xl); null: the base policy.",
+    )
+    baselines: dict[str, str] = Field(
+        {},
+        description="Name → model (a folder or a hub id) evaluated beside the policy, once, in the same "
+        "way; `references` stands for the source's human answers.",
+    )
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"
     )
@@ -114,6 +138,11 @@ class Experiment(Settings):
     judge: Judge | None = Field(
         None, description="An LLM that judges the samples, instead of the task's own scorer."
     )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="What scores the samples (patterns, a reward model, imported feedback, …), instead of "
+        "the task's own scorer.",
+    )
     policy: Policy = Field(..., description="The base policy.")
     iterations: int = Field(3, ge=1, le=999, description="Iterations after the untouched policy (0).")
     seed: int = Field(0, ge=0, description="All other seeds are derived from it.")
@@ -129,7 +158,7 @@ class Experiment(Settings):
     evaluation: Evaluation = Field(Evaluation(), description="The measuring of a checkpoint.")
     checks: Checks = Field(Checks(), description="When to stop or warn.")
 
-    @field_validator("task", "method", mode="before")
+    @field_validator("task", "method", "scorer", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         """``method: quark`` is short for ``method: {name: quark}``."""
@@ -138,6 +167,10 @@ class Experiment(Settings):
     @model_validator(mode="after")
     def _possible(self) -> Experiment:
         wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
+        if self.judge is not None and self.scorer is not None:
+            raise ValueError("judge, scorer: one of them says what the samples are worth; remove the other")
+        if self.sample_scorer is not None:
+            kinds, who = self.sample_scorer.kinds, f"scorer {self.sample_scorer.name}"
         if self.judge is not None:
             kinds, who = JUDGED.get(self.judge.ask, ()), f"a judge asked for {self.judge.ask!r}"
         if wants is not None and wants not in kinds:
@@ -154,6 +187,11 @@ class Experiment(Settings):
                 "`datapool.shares: null`"
             )
         return self
+
+    @property
+    def sample_scorer(self) -> Scorer | None:
+        """What scores the samples, unless a judge does; None: the task itself."""
+        return self.scorer or self.task.default_scorer
 
     @property
     def upstream(self) -> dict[str, Any]:

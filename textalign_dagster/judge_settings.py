@@ -127,6 +127,19 @@ class JudgePrices(Settings):
         return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
 
 
+class JudgeBatch(Settings):
+    """Judging through the Batch API: cheaper, and answered within a day."""
+
+    window: Literal["24h"] = Field("24h", description="Within which the endpoint promises replies.")
+    price_factor: float = Field(
+        0.5, gt=0, le=1, description="Price of a batched call over that of a live one, as the endpoint says."
+    )
+    requests: int = Field(50_000, ge=1, description="Most calls in one batch; more make several batches.")
+    poll_s: float = Field(
+        60.0, gt=0, description="Seconds between two looks while `textalign run` waits; the sensor has its own."
+    )
+
+
 class Judge(Settings):
     """An LLM that judges samples, behind any endpoint that speaks OpenAI's chat completions."""
 
@@ -168,6 +181,11 @@ class Judge(Settings):
         None, ge=0, description="USD that one batch of calls may cost; it stops before the call that would "
         "exceed it, and can be resumed. null: no limit."
     )  # fmt: skip
+    batch: JudgeBatch | None = Field(
+        None,
+        description="Ask through the endpoint's Batch API: `batch: {}`; null: live calls. Replies count for "
+        "both alike.",
+    )
     repeats: int = Field(
         1, ge=1, description="How often the same question is asked (judge's own consistency)."
     )

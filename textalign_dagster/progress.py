@@ -45,6 +45,11 @@ def shown_by(sink: Sink) -> Iterator[None]:
         _sink = before
 
 
+def somebody_waits() -> bool:
+    """Whether a person watches this process: then a stage waits for replies that take a day, too."""
+    return _sink is not None
+
+
 def announce(event: Step | Finished) -> None:
     """Shows an event, if anybody looks."""
     if _sink is not None:

@@ -172,7 +172,7 @@ def test_keywords_are_literal_and_patterns_are_not() -> None:
 def test_pattern_versions_and_direction() -> None:
     one, two = PatternScorer(keywords=("a",)), PatternScorer(keywords=("b",))
     assert one.version != two.version and one.name == "patterns"
-    assert PatternScorer(name="politeness", keywords=("please",), good=True).better == "higher"
+    assert PatternScorer(keywords=("please",), good=True).better == "higher"
 
 
 @pytest.mark.parametrize(

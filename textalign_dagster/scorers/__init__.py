@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from textalign_dagster.scorers.base import Scorer, Span, merge_spans
 from textalign_dagster.scorers.patterns import PatternScorer
 from textalign_dagster.scorers.pii import PIIScorer
 
-__all__ = ["PIIScorer", "PatternScorer", "Scorer", "Span", "merge_spans"]
+AnyScorer = Annotated[PatternScorer | PIIScorer, Field(discriminator="name")]
+
+__all__ = ["AnyScorer", "PIIScorer", "PatternScorer", "Scorer", "Span", "merge_spans"]

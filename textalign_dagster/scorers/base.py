@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
+from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.settings import Settings
 
 
@@ -31,6 +32,11 @@ class Scorer(Settings):
     @abstractmethod
     def better(self) -> Literal["lower", "higher"]:
         """Which scores are good; FEEDBACK's ``value`` is higher for better."""
+
+    @property
+    def kinds(self) -> tuple[FeedbackKind, ...]:
+        """The kinds of feedback a method can have from it."""
+        return ("reward",)
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> list[float | None]:

@@ -18,7 +18,7 @@ PATTERNS_VERSION = "1"
 class PatternScorer(Scorer):
     """How much of what is looked for a text holds; None for a text without a character (or word)."""
 
-    name: str = Field("patterns", min_length=1, description="Stored with every score.")
+    name: Literal["patterns"] = "patterns"
     keywords: tuple[str, ...] = Field((), strict=False, description="Words or phrases, taken literally.")
     patterns: tuple[str, ...] = Field((), strict=False, description="Regular expressions (Python's).")
     ignore_case: bool = Field(True, description="Whether capitals make no difference.")

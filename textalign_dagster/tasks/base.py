@@ -9,15 +9,18 @@ from typing import Literal
 import polars as pl
 
 from textalign_dagster.methods import FeedbackKind
+from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.settings import Settings
 
 
 @dataclass(frozen=True)
 class Measure:
-    """One number reported for a policy: a mean over samples, or a ratio of two sums.
+    """One number reported for a policy: a mean over samples or over prompts, or a ratio of two sums.
 
     ``numerator`` and ``denominator`` are columns of :meth:`Task.measure`; the value is
-    ``scale * sum(numerator) / sum(denominator)``, or ``scale * mean(numerator)`` without one.
+    ``scale * sum(numerator) / sum(denominator)``, or ``scale * mean(numerator)`` without one. With
+    ``per_prompt`` "max" the mean goes over the prompts' greatest values ("any of 25 samples is
+    toxic", "the most toxic of 25"). Samples whose numerator is NULL do not count.
     """
 
     name: str
@@ -26,6 +29,7 @@ class Measure:
     denominator: str | None = None
     scale: float = 1.0
     better: Literal["lower", "higher", "steady"] = "steady"
+    per_prompt: Literal["mean", "max"] = "mean"
 
 
 class Task(Settings):
@@ -41,33 +45,40 @@ class Task(Settings):
         """
 
     @property
-    @abstractmethod
     def scorer(self) -> tuple[str, str]:
-        """Name and version of what judges the samples; both are stored with every feedback row."""
+        """Name and version of the task's own judgement (:meth:`feedback`, :meth:`measure`)."""
+        return self.name, "1"
 
     @property
-    @abstractmethod
-    def kinds(self) -> tuple[FeedbackKind, ...]:
-        """The kinds of feedback the task's scorer can give."""
+    def default_scorer(self) -> Scorer | None:
+        """What scores the samples where the experiment names no scorer; None: the task itself, if at all."""
+        return None
 
-    @abstractmethod
+    @property
+    def kinds(self) -> tuple[FeedbackKind, ...]:
+        """The kinds of feedback the task itself gives; none: the experiment names a scorer or a judge."""
+        return ()
+
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
         """Judges samples.
 
         Args:
-            samples: sample_id, prompt, text, finish_reason.
+            samples: sample_id, prompt, reference, text, finish_reason.
             kind: one of :attr:`kinds`.
 
         Returns:
-            sample_id, aspect, value, text, status, reason; one row a sample.
+            sample_id, aspect, value, label, text, status, reason; one row a sample.
         """
+        raise NotImplementedError(f"task {self.name} gives no feedback of its own")
 
     @abstractmethod
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         """Per-sample numbers of an evaluation.
 
         Args:
-            samples: sample_id, prompt, text, finish_reason.
+            samples: sample_id, prompt_id, prompt, reference, role, text, finish_reason, n_tokens, and what
+                the evaluation's scorer and judge said: score (Float64, in the scorer's own direction)
+                and label (String), NULL where there is none of them or it could not tell.
 
         Returns:
             sample_id and one Float64 column for each column that :attr:`measures` name.

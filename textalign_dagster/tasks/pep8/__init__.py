@@ -57,6 +57,7 @@ class Pep8(Task):
             lambda found: {"aspect": "style", "value": float(value(found)), "text": text(found)},
         ).with_columns(
             pl.col("text").cast(pl.String),
+            label=pl.lit(None, dtype=pl.String),
             status=pl.lit("ok"),  # a linter always answers; an empty body is judged as such
             reason=pl.lit(None, dtype=pl.String),
         )
