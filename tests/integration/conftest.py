@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
+import sys
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,3 +88,32 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     started = time.monotonic()
     done = place.textalign("run", "toy")
     return Ran(place.folder, done.stdout + done.stderr, time.monotonic() - started)
+
+
+@pytest.fixture(scope="module")
+def s3_endpoint() -> Iterator[str]:
+    """The URL of an S3 server (moto) in a process of its own."""
+    pytest.importorskip("moto.server", reason="needs moto[server]")
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert server.stdout is not None
+    lines = iter(server.stdout.readline, "")
+    found = next((m for line in lines if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+    assert found, "moto's server did not start"
+    drain = threading.Thread(target=lambda: [None for _ in lines], daemon=True)
+    drain.start()  # an unread pipe would stop the server
+    yield found.group()
+    server.terminate()
+    server.wait()
+    drain.join()
+    server.stdout.close()
+
+
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """What object stores' clients read, for that server."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "access-of-a-test",
+        "AWS_SECRET_ACCESS_KEY": "secret-of-a-test",
+        "AWS_REGION": "us-east-1",
+    }

@@ -28,32 +28,15 @@ FRAME = pl.DataFrame({"n": [3, 1, 2]}, schema=NUMBERS)
 BIG = 11 * 2**20  # bytes; enough for a multipart upload
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert server.stdout is not None
-    lines = iter(server.stdout.readline, "")
-    found = next((m for line in lines if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
-    assert found, "moto's server did not start"
-    drain = threading.Thread(target=lambda: [None for _ in lines], daemon=True)
-    drain.start()  # an unread pipe would stop the server
-    yield found.group()
-    server.terminate()
-    server.wait()
-    drain.join()
-    server.stdout.close()
-
-
 @pytest.fixture
 def url(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
+    s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
 ) -> str:
     bucket = re.sub("[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:60]
-    urlopen(Request(f"{endpoint}/{bucket}", method="PUT")).close()
+    urlopen(Request(f"{s3_endpoint}/{bucket}", method="PUT")).close()
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "access-of-a-test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-a-test")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
