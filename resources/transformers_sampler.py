@@ -9,27 +9,17 @@ gone, with its memory, when the sampler is closed, a call is interrupted, or thi
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from resources.sampler import Completion, Decoding, Progress, Request, SamplerError
+from resources.worker import Channel
 
 LOOP_VERSION = 1  # to be raised with any change after which a seed gives another sample
-CLOSE_SECONDS = 5.0  # for a worker to leave by itself
-STDERR_TAIL = 2000  # characters shown of a worker that died
 
 
 class TransformersSampler:
@@ -62,10 +52,15 @@ class TransformersSampler:
             "batch_size": batch_size,
             "trust_remote_code": trust_remote_code,
         }
-        self.threads = threads
         self.on_accelerator = False  # known once the worker has started
-        self._worker: Worker | None = None
-        self._one_call = threading.Lock()
+        self.channel = Channel(
+            "transformers_worker",
+            self.settings,
+            error=SamplerError,
+            what="sampling worker",
+            threads=threads,
+            offline=not trust_remote_code,  # models are local folders
+        )
 
     @property
     def engine_version(self) -> str:
@@ -123,9 +118,7 @@ class TransformersSampler:
 
     def close(self) -> None:
         """End the worker; a later call starts another."""
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.close()
+        self.channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -139,141 +132,11 @@ class TransformersSampler:
         self.close()
 
     def _call(self, call: dict[str, Any], progress: Progress | None) -> list[Any]:
-        with self._one_call:
-            try:
-                if self._worker is None:
-                    self._worker = Worker(self.settings, self.threads)
-                    self.on_accelerator = self._worker.receive()["ready"]["device"] != "cpu"
-                self._worker.send(call)
-                while True:
-                    message = self._worker.receive()
-                    if "progress" in message:
-                        if progress is not None:
-                            progress(*message["progress"])
-                    elif "error" in message:
-                        break
-                    else:
-                        return list(message["result"])
-            except BaseException:  # an interrupted call must not go on computing
-                worker, self._worker = self._worker, None
-                if worker is not None:
-                    worker.kill()
-                raise
-        raise SamplerError(message["error"])
-
-
-class Worker:
-    """A worker process in its own process group, and the two ends of its channel.
-
-    The thread that starts it also reads it until it ends: Linux' signal at the death of the parent
-    goes by the thread that started a process, which must therefore not end before.
-    """
-
-    def __init__(self, settings: dict[str, Any], threads: int | None) -> None:
-        self.settings, self.threads = settings, threads
-        self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
-        self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self.process: subprocess.Popen[str]
-        started: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
-        self.reader = threading.Thread(
-            target=self._read, args=(started,), name="sampling worker", daemon=True
-        )
-        self.reader.start()
-        failure = started.get()
-        if failure is not None:
-            raise SamplerError(f"the sampling worker cannot be started: {failure}") from failure
-
-    def _read(self, started: queue.SimpleQueue[OSError | None]) -> None:
-        package = Path(__file__).resolve().parent
-        threads = self.threads or os.environ.get("OMP_NUM_THREADS")
-        paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(paths),
-            # Threads that spin while they wait make each other several times slower on busy cores.
-            "GOMP_SPINCOUNT": "0",
-            "OMP_NUM_THREADS": str(threads or _processors()),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        if not self.settings["trust_remote_code"]:
-            environment["HF_HUB_OFFLINE"] = "1"  # models are local folders
-        settings = json.dumps({**self.settings, "parent": os.getpid()})
-        # -P: a folder named like this package in the working directory is not imported instead.
-        command = [sys.executable, "-P", "-m", f"{package.name}.transformers_worker", settings]
         try:
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self.stderr,
-                env=environment,
-                encoding="utf-8",
-                start_new_session=True,
-            )
-        except OSError as error:
-            started.put(error)
-            return
-        started.put(None)
-        assert self.process.stdout is not None
-        with contextlib.suppress(ValueError):  # a last line cut by the worker's death
-            for line in self.process.stdout:
-                self.messages.put(json.loads(line))
-        self.messages.put(None)
-        self.process.wait()
-
-    def send(self, call: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(call) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise self._death() from None
-
-    def receive(self) -> dict[str, Any]:
-        """The next message; raises `SamplerError` when the worker has ended instead."""
-        message = self.messages.get()
-        if message is None:
-            raise self._death()
-        return message
-
-    def close(self) -> None:
-        """Let the worker end by itself, or kill it after `CLOSE_SECONDS`."""
-        self._hang_up()
-        try:
-            self.process.wait(CLOSE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._release()
-
-    def kill(self) -> None:
-        """Kill the worker and whatever it started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self._hang_up()
-        self._release()
-
-    def _hang_up(self) -> None:
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-
-    def _release(self) -> None:
-        self.reader.join()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-        self.stderr.close()
-
-    def _death(self) -> SamplerError:
-        code = self.process.wait()
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-            how += " (often for lack of memory)" if -code == signal.SIGKILL else ""
-        else:
-            how = f"ended with exit code {code}"
-        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - STDERR_TAIL))
-        tail = self.stderr.read().decode(errors="replace").strip()
-        return SamplerError(f"the sampling worker {how}; its last output: {tail or '(none)'}")
+            return list(self.channel.call(call, progress))
+        finally:
+            ready = self.channel.ready
+            self.on_accelerator = ready is not None and ready["device"] != "cpu"
 
 
 def _folder(model: Path) -> Path:
@@ -289,10 +152,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         raise SamplerError(f"{name} is not installed; pip install {name}") from None
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        return os.cpu_count() or 1

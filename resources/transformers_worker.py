@@ -2,33 +2,25 @@
 
     python -m resources.transformers_worker '{"dtype": "float32", "device": "auto", ...}'
 
-`transformers_sampler.TransformersSampler` starts it. Each line in is a call, {"op": "generate" |
-"logprobs", ...}; each line out is {"ready": …}, {"progress": [done, total]}, {"result": …} or
-{"error": sentence}. What libraries print goes to stderr. The process ends when stdin ends.
+`transformers_sampler.TransformersSampler` starts it. A call is {"op": "generate" | "logprobs", ...};
+`worker_process` has the protocol.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import json
-import os
-import queue
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+from resources.worker_process import CallError, die_with_parent, protocol
 
 PROGRESS_SECONDS = 0.2
 LOGITS_BYTES = 256 * 2**20  # of one batch in logprobs()
-
-
-class CallError(Exception):
-    """A call cannot be done; the message is for the user."""
 
 
 def main() -> None:
@@ -52,47 +44,6 @@ def main() -> None:
             send({"result": answer(loaded, call, settings["batch_size"], send)})
         except CallError as error:
             send({"error": str(error)})
-
-
-def protocol() -> tuple[queue.SimpleQueue[dict[str, Any]], Callable[[dict[str, Any]], None]]:
-    """Calls as they arrive, and a function to send a message.
-
-    The channel moves to private file descriptors: whatever a library prints, or reads from stdin,
-    cannot touch it.
-    """
-    source = os.fdopen(os.dup(0), encoding="utf-8")
-    sink = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    calls: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
-    threading.Thread(target=listen, args=(source, calls), daemon=True).start()
-
-    def send(message: dict[str, Any]) -> None:
-        try:
-            sink.write(json.dumps(message) + "\n")
-            sink.flush()
-        except BrokenPipeError:
-            os._exit(0)
-
-    return calls, send
-
-
-def listen(source: TextIO, calls: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Queue the calls; when the parent closes its end or is gone, end at once, work or not."""
-    for line in source:
-        calls.put(json.loads(line))
-    os._exit(0)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process with its parent, also while no end of stdin can be read."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        os._exit(0)
 
 
 class LoadedModel:

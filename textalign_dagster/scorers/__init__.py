@@ -1,4 +1,4 @@
-"""Programmatic scorers: numbers from texts, without a judge. Name and version go with every score."""
+"""Scorers: numbers (or feedback) for samples, without an LLM judge. Name and version go with every score."""
 
 from __future__ import annotations
 
@@ -6,10 +6,29 @@ from typing import Annotated
 
 from pydantic import Field
 
-from textalign_dagster.scorers.base import Scorer, Span, merge_spans
+from textalign_dagster.scorers.base import Scorer, Span, TextScorer, merge_spans
+from textalign_dagster.scorers.imported import ImportedScorer
+from textalign_dagster.scorers.models import ClassifierScorer, ModelScorer, RewardModelScorer
 from textalign_dagster.scorers.patterns import PatternScorer
 from textalign_dagster.scorers.pii import PIIScorer
+from textalign_dagster.scorers.toxicity import ToxicityScorer
 
-AnyScorer = Annotated[PatternScorer | PIIScorer, Field(discriminator="name")]
+AnyScorer = Annotated[
+    PatternScorer | PIIScorer | ToxicityScorer | ClassifierScorer | RewardModelScorer | ImportedScorer,
+    Field(discriminator="name"),
+]
 
-__all__ = ["AnyScorer", "PIIScorer", "PatternScorer", "Scorer", "Span", "merge_spans"]
+__all__ = [
+    "AnyScorer",
+    "ClassifierScorer",
+    "ImportedScorer",
+    "ModelScorer",
+    "PIIScorer",
+    "PatternScorer",
+    "RewardModelScorer",
+    "Scorer",
+    "Span",
+    "TextScorer",
+    "ToxicityScorer",
+    "merge_spans",
+]

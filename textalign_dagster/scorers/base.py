@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.settings import Settings
@@ -19,14 +19,18 @@ class Span(NamedTuple):
 
 
 class Scorer(Settings):
-    """Declares one way to score texts; a pure function of its settings and the text."""
+    """Declares one way to score samples (prompt, reference, text); ``resources/scoring.py`` does it.
+
+    A scorer is one of three: a :class:`TextScorer`, a pure function of the text; a model, which runs
+    in a worker process; or a file of judgements that were collected elsewhere.
+    """
 
     name: str
 
     @property
     @abstractmethod
     def version(self) -> str:
-        """Changes whenever some text would be scored otherwise; stored with every score."""
+        """Changes whenever some sample would be scored otherwise; stored with every score."""
 
     @property
     @abstractmethod
@@ -34,9 +38,29 @@ class Scorer(Settings):
         """Which scores are good; FEEDBACK's ``value`` is higher for better."""
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """All that the scores follow from, as JSON, for the keys of what is made of them.
+
+        Never raises: a file that is not there yet has no content, and scoring says what is missing.
+        """
+        return {"name": self.name, "version": self.version}
+
+    def identity_at(self, iteration: int) -> dict[str, Any]:
+        """The :attr:`identity` in one iteration, for scorers that read a file an iteration."""
+        return self.identity
+
+    def value(self, score: float) -> float:
+        """The score as a value, which is higher for better."""
+        return score if self.better == "higher" else -score
+
+    @property
     def kinds(self) -> tuple[FeedbackKind, ...]:
         """The kinds of feedback a method can have from it."""
         return ("reward",)
+
+
+class TextScorer(Scorer):
+    """A pure function of its settings and the text, cheap enough to run anywhere."""
 
     @abstractmethod
     def score(self, texts: Sequence[str]) -> list[float | None]:

@@ -10,12 +10,12 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.ids import content_hash
-from textalign_dagster.scorers.base import Scorer, Span, merge_spans
+from textalign_dagster.scorers.base import Span, TextScorer, merge_spans
 
 PATTERNS_VERSION = "1"
 
 
-class PatternScorer(Scorer):
+class PatternScorer(TextScorer):
     """How much of what is looked for a text holds; None for a text without a character (or word)."""
 
     name: Literal["patterns"] = "patterns"

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 from pydantic import Field
 
 from textalign_dagster.ids import content_hash
-from textalign_dagster.scorers.base import Scorer, Span, merge_spans
+from textalign_dagster.scorers.base import Span, TextScorer, merge_spans
 from textalign_dagster.scorers.pii_detectors import DETECTORS, DETECTORS_VERSION
 
 Metric = Literal["per_character", "per_character_twice", "word_share"]
@@ -23,7 +23,7 @@ Detector = Literal[
 ]
 
 
-class PIIScorer(Scorer):
+class PIIScorer(TextScorer):
     """Found parts per character of a text; lower is better. None for a text without a character."""
 
     name: Literal["pii"] = "pii"

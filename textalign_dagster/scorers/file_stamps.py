@@ -1,0 +1,44 @@
+"""What files hold, as hashes that are computed once for each state of the files."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from textalign_dagster.ids import folder_hash
+
+KEPT = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
+"""Endings of the files of a model that decide what it says."""
+
+
+def model_hash(folder: Path) -> str | None:
+    """Hash of a model's weights, config and tokenizer; None where there is no such folder."""
+    try:
+        names = sorted(p.name for p in folder.iterdir() if p.name.endswith(KEPT) and p.is_file())
+    except OSError:
+        return None
+    return _hashed(folder, tuple(names), _stamps(folder, names))
+
+
+def file_hash(path: Path) -> str | None:
+    """Hash of a file's content, whatever it is called; None where there is no such file."""
+    if not path.is_file():
+        return None
+    return _content(path, _stamps(path.parent, [path.name]))
+
+
+def _stamps(folder: Path, names: list[str]) -> tuple[tuple[int, int], ...]:
+    states = [(folder / name).stat() for name in names]
+    return tuple((state.st_mtime_ns, state.st_size) for state in states)
+
+
+@lru_cache(maxsize=64)
+def _hashed(folder: Path, names: tuple[str, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    return folder_hash(folder, names)
+
+
+@lru_cache(maxsize=256)
+def _content(path: Path, stamps: tuple[tuple[int, int], ...]) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:24]

@@ -1,0 +1,211 @@
+"""Scorers that are models: a classifier, or a reward model. They run in a worker process (no torch here)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from textalign_dagster.ids import content_hash
+from textalign_dagster.scorers.base import Scorer
+from textalign_dagster.scorers.file_stamps import model_hash
+from textalign_dagster.settings import Settings
+
+MODELS_VERSION = "1"
+"""Raised with every change of what a model is shown, or of how its answer is read."""
+
+CHAT = "chat"
+"""As a template: the chat template of the model's own tokenizer."""
+
+PUBLISHED_TEMPLATE = "<|startoftext|>{prompt}\nTL;DR: {text}<|endoftext|>"
+PUBLISHED_CUE = "TL;DR:"
+
+_PLACES = re.compile(r"\{(prompt|text)\}")
+
+
+class ModelCheck(Settings):
+    """Pairs that the model must tell apart before any of its scores is trusted."""
+
+    path: str = Field(
+        ..., description="JSON Lines of prompt, chosen, rejected (relative to the experiment file)."
+    )
+    min_accuracy: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="Share of pairs whose chosen text must get the better score. A model that was loaded "
+        "wrongly is at 0.5, like one that was never trained.",
+    )
+
+
+class ModelScorer(Scorer):
+    """What all models have in common: which, what it is shown, and how it is run."""
+
+    model: str = Field(
+        ..., min_length=1, description="A transformers folder (relative to the experiment file) or a hub id."
+    )
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of a hub model; a commit is the only name that stays."
+    )
+    template: str | None = Field(
+        None,
+        description="What the model reads, with {prompt} and {text}, both stripped of blanks around them; "
+        "`chat`: its tokenizer's chat template; null: prompt and text as the policy saw them.",
+    )
+    cue: str | None = Field(
+        None,
+        description="Taken from the end of a prompt before the template is filled, because the template writes it.",
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Longest input in tokens; null: what the model can hold."
+    )
+    keep: Literal["end", "start"] = Field(
+        "end",
+        description="Which end of a prompt stays where prompt and text are too long; the text always does.",
+    )
+    allow_truncated_text: bool = Field(
+        False, description="Whether a text that is too long by itself loses its end, rather than fail."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Number format.")
+    device: str = Field("auto", description="auto (a GPU, if there is one), cpu, cuda, cuda:1, …")
+    batch_tokens: int = Field(
+        16384, ge=1, description="Tokens scored together, padding included; less needs less memory."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
+    check: ModelCheck | None = Field(None, description="What the model must pass before it is trusted.")
+
+    @field_validator("template")
+    @classmethod
+    def _template(cls, template: str | None) -> str | None:
+        if template is None or template == CHAT:
+            return template
+        places = _PLACES.findall(template)
+        if places.count("text") != 1 or places.count("prompt") > 1:
+            raise ValueError(
+                f"{template!r} needs {{text}} once, and {{prompt}} at most once, as in '{{prompt}}\\n{{text}}'"
+            )
+        if places[-1] != "text":
+            raise ValueError(f"{template!r} has the text before the prompt; put {{prompt}} first")
+        return template
+
+    @model_validator(mode="after")
+    def _cue_with_template(self) -> ModelScorer:
+        if self.cue is not None and self.shown_template is None:
+            raise ValueError("cue: only a template writes it again; give a template, or leave the cue out")
+        return self
+
+    @property
+    def shown_template(self) -> str | None:
+        """The template in force."""
+        return self.template
+
+    @property
+    def shown_cue(self) -> str | None:
+        """The cue in force."""
+        return self.cue
+
+    @property
+    def version(self) -> str:
+        return f"{MODELS_VERSION}+{content_hash(self.identity)[:8]}"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        kept = self.model_dump(mode="json", exclude={"device", "batch_tokens", "check", "model", "revision"})
+        return {**kept, **self._source("model", self.model, self.revision), "reader": MODELS_VERSION}
+
+    def _source(self, field: str, model: str, revision: str | None) -> dict[str, Any]:
+        """A model by content where it is a folder, else by its name on the hub."""
+        folder = Path(model)
+        if folder.is_absolute():
+            return {field: model_hash(folder)}
+        return {field: model, f"{field}_revision": revision}
+
+
+class ClassifierScorer(ModelScorer):
+    """The probability (or logit) of one label of a sequence classifier."""
+
+    name: Literal["classifier"] = "classifier"
+    label: str | int = Field(
+        ..., union_mode="left_to_right", description="The label that is scored, by name or index (from 0)."
+    )
+    activation: Literal["sigmoid", "softmax", "none"] = Field(
+        "softmax",
+        description="softmax: labels exclude each other; sigmoid: each stands for itself; none: the bare logit.",
+    )
+    reads: Literal["text", "prompt_and_text"] = Field("text", description="What the classifier is shown.")
+    good: bool = Field(..., description="Whether the label is good (helpful: true) or bad (toxic: false).")
+
+    @model_validator(mode="after")
+    def _template_reads(self) -> ClassifierScorer:
+        if self.reads == "text" and self.template is not None:
+            if self.template == CHAT or "{prompt}" in self.template:
+                raise ValueError("template: it shows the prompt; set `reads: prompt_and_text`")
+        elif self.template not in (None, CHAT) and "{prompt}" not in (self.template or ""):
+            raise ValueError("template: it has no {prompt}; add it, or set `reads: text`")
+        return self
+
+    @property
+    def better(self) -> Literal["lower", "higher"]:
+        return "higher" if self.good else "lower"
+
+    def value(self, score: float) -> float:
+        if self.good:
+            return score
+        return -score if self.activation == "none" else 1.0 - score
+
+
+class RewardModelScorer(ModelScorer):
+    """The scalar of a reward model; higher is better."""
+
+    name: Literal["reward_model"] = "reward_model"
+    head: Literal["sequence_classification", "gptj_last_token"] = Field(
+        "sequence_classification",
+        description="sequence_classification: a transformers model with one output (or `label`); "
+        "gptj_last_token: a language model with a bias-free linear head, read before the end token "
+        "(CarperAI's format).",
+    )
+    label: str | int | None = Field(
+        None,
+        union_mode="left_to_right",
+        description="The output that is the reward, by name or index, where there are several.",
+    )
+    weights: str | None = Field(
+        None,
+        description="gptj_last_token: the folder or hub id with the state dict of language model and head; "
+        "`model` gives config and tokenizer. null: `model` has it too.",
+    )
+    weights_revision: str | None = Field(None, description="As revision, of the weights.")
+
+    @model_validator(mode="after")
+    def _head(self) -> RewardModelScorer:
+        if self.head == "gptj_last_token" and self.label is not None:
+            raise ValueError("label: head gptj_last_token has one output; leave the label out")
+        if self.head == "sequence_classification" and (self.weights or self.weights_revision):
+            raise ValueError("weights: only head gptj_last_token keeps them apart; leave them out")
+        if self.template not in (None, CHAT) and "{prompt}" not in (self.template or ""):
+            raise ValueError("template: it has no {prompt}; a reward model judges an answer to a prompt")
+        return self
+
+    @property
+    def shown_template(self) -> str | None:
+        if self.template is None and self.head == "gptj_last_token":
+            return PUBLISHED_TEMPLATE
+        return self.template
+
+    @property
+    def shown_cue(self) -> str | None:
+        published = self.template is None and self.head == "gptj_last_token"
+        return PUBLISHED_CUE if published and self.cue is None else self.cue
+
+    @property
+    def better(self) -> Literal["lower", "higher"]:
+        return "higher"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        found = super().identity
+        if self.weights is None:
+            return found
+        return {**found, **self._source("weights", self.weights, self.weights_revision)}
