@@ -11,24 +11,22 @@ import json
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import dagster as dg
+from dagster_pipes import PipesDefaultMessageWriter
 
 from resources.processes import Supervised
 
-# Dagster's own reader warns of itself in each session.
-warnings.filterwarnings(
-    "ignore", message=r".*expected_writer_count", category=dg.PreviewWarning, module=r"dagster\."
-)
-
 OnProgress = Callable[[dict[str, Any]], None]
+POLL = 0.05  # seconds between two looks for messages
 TAIL = 2000  # bytes of a log that an error shows
 
 
@@ -41,6 +39,7 @@ class Acceleration:
     cpu: bool = False  # even where there is an accelerator
     threads: int | None = None  # of a process; None: torch's choice
     config_file: Path | None = None  # accelerate's own configuration (DeepSpeed, FSDP)
+    deepspeed: bool = False  # whether it is one of DeepSpeed
 
 
 def accelerate_command(settings: Acceleration) -> list[str]:
@@ -55,13 +54,9 @@ def accelerate_command(settings: Acceleration) -> list[str]:
         command += ["--config_file", str(settings.config_file)]
     command += ["--num_processes", str(settings.processes), "--num_machines", "1"]
     command += ["--mixed_precision", settings.mixed_precision, "--dynamo_backend", "no"]
-    if settings.processes > 1:
+    if settings.processes > 1 or settings.config_file is not None:
         # --cpu would silently start one process; port 0 is any free one.
-        command += (
-            ["--multi_gpu", "--main_process_port", "0"]
-            if settings.config_file is None
-            else ["--main_process_port", "0"]
-        )
+        command += ["--main_process_port", "0", *(["--multi_gpu"] if settings.config_file is None else [])]
     else:
         command += ["--quiet", *(["--cpu"] if settings.cpu else [])]
     return [*command, "-m"]
@@ -78,7 +73,9 @@ def accelerate_env(settings: Acceleration) -> dict[str, str]:
     }
     if settings.threads is not None:
         env["OMP_NUM_THREADS"] = str(settings.threads)
-    if settings.cpu:
+    if settings.cpu and settings.deepspeed:
+        env["DS_ACCELERATOR"] = "cpu"  # the other variable would silently train without DeepSpeed
+    elif settings.cpu:
         env["ACCELERATE_USE_CPU"] = "true"
     return env
 
@@ -230,28 +227,57 @@ class _Heard:
                 self.error = error
 
 
-class _LiveReader(dg.PipesTempFileMessageReader):
-    """Dagster's reader, which lets ``heard`` listen to every message before it is handled."""
+class _LiveReader(dg.PipesMessageReader):
+    """Reads the child's messages as they come, whole lines only.
+
+    Dagster's reader of files takes half a line for a line when it looks while one is being written,
+    and reads no more then: a busy machine would lose the child's last words.
+    """
 
     def __init__(self, heard: _Heard):
-        super().__init__()
         self._heard = heard
 
     @contextmanager
     def read_messages(self, handler: Any) -> Iterator[Any]:
-        with super().read_messages(cast(Any, _Listening(handler, self._heard))) as params:
-            yield params
+        over = threading.Event()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "messages"
+            path.touch()
+            thread = threading.Thread(target=self._read, args=(path, handler, over), daemon=True)
+            thread.start()
+            try:
+                yield {
+                    PipesDefaultMessageWriter.FILE_PATH_KEY: str(path),
+                    PipesDefaultMessageWriter.INCLUDE_STDIO_IN_MESSAGES_KEY: False,
+                }
+            finally:
+                over.set()
+                thread.join()
+
+    def _read(self, path: Path, handler: Any, over: threading.Event) -> None:
+        try:
+            with path.open("rb") as stream:
+                for line in whole_lines(stream, over):
+                    message = json.loads(line)
+                    self._heard.listen(message)
+                    handler.handle_message(message)
+        except Exception:  # noqa: BLE001 a thread has nobody to raise to
+            handler.report_pipes_framework_exception("reader of the child's messages", sys.exc_info())
+
+    def no_messages_debug_text(self) -> str:
+        return "Attempted to read messages from a file that the child was told of."
 
 
-class _Listening:
-    """A message handler that hands everything on to Dagster's."""
-
-    def __init__(self, handler: Any, heard: _Heard):
-        self._handler, self._heard = handler, heard
-
-    def handle_message(self, message: Mapping[str, Any]) -> None:
-        self._heard.listen(message)
-        self._handler.handle_message(message)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._handler, name)
+def whole_lines(stream: IO[bytes], over: threading.Event) -> Iterator[bytes]:
+    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
+    line = b""
+    while True:
+        last = over.is_set()  # looked at first: what was written before it is still read
+        line += stream.readline()
+        if line.endswith(b"\n"):
+            yield line
+            line = b""
+        elif last:
+            return
+        else:
+            over.wait(POLL)

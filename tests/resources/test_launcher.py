@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from resources.launcher import (
     LocalLauncher,
     accelerate_command,
     accelerate_env,
+    whole_lines,
 )
 
 PATIENCE = 30.0  # seconds
@@ -257,3 +259,18 @@ def test_accelerate_command_leaves_nothing_to_guess() -> None:
     assert accelerate_env(Acceleration(processes=2, cpu=True, threads=2))["ACCELERATE_USE_CPU"] == "true"
     assert accelerate_env(Acceleration(threads=2))["OMP_NUM_THREADS"] == "2"
     assert json.dumps(accelerate_env(Acceleration()))
+
+
+def test_a_line_is_read_when_its_end_is_there(tmp_path: Path) -> None:
+    path, over = tmp_path / "messages", threading.Event()
+    path.write_bytes(b'{"a": 1}\n{"b"')
+    with path.open("rb") as stream, path.open("ab", buffering=0) as writer:
+        lines = whole_lines(stream, over)
+        assert next(lines) == b'{"a": 1}\n'
+        later = threading.Timer(0.1, writer.write, [b": 2}\n"])
+        later.start()  # the reader has met half a line by then
+        assert next(lines) == b'{"b": 2}\n'
+        later.join()
+        writer.write(b'{"c": 3}\n{"torn')
+        over.set()
+        assert list(lines) == [b'{"c": 3}\n']
