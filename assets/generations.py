@@ -6,6 +6,7 @@ import dagster as dg
 import polars as pl
 
 from assets.columns import columns_of
+from assets.exemplars import exemplars_of
 from assets.figures import sample_blocks
 from assets.policy import policy
 from assets.prompt_draws import prompt_draws
@@ -32,15 +33,14 @@ def generations(
 ) -> dg.MaterializeResult:
     """One row per completion sampled from the policy.
 
-    From iteration 2 on the policy is asked for the method's exemplar feedback; iteration 1 is
-    unconditioned. Each sample has a seed of its own, derived and stored.
+    From iteration 2 on the policy is asked for the method's exemplar feedback (one for all prompts, or
+    one each); iteration 1 is unconditioned. Each sample has a seed of its own, derived and stored.
     """
     with Stage.of(context, store.open()) as stage:
         experiment, settings = stage.experiment, stage.experiment.sampling
         draws = stage.require("prompt_draws")
         model = stage.policy(stage.cell.iteration)
-        condition = experiment.method.exemplar if stage.cell.iteration > 1 else None
-        template = experiment.method.template
+        template, later = experiment.method.template, stage.cell.iteration > 1
         decoding = Decoding(
             temperature=settings.temperature,
             top_p=settings.top_p,
@@ -48,11 +48,18 @@ def generations(
             max_new_tokens=settings.max_new_tokens,
             min_new_tokens=settings.min_new_tokens,
             ignore_eos=settings.ignore_eos,
-            banned_tokens=experiment.method.special_tokens if condition is not None else (),
+            # Whatever is asked for: from then on the policy has the method's tokens.
+            banned_tokens=experiment.method.special_tokens if later else (),
         )
         engine = sampler.of(experiment)
         engine_version = engine.engine_version
         drawn = draws.frame("prompt_draws")
+        conditions: list[str | None] = [None] * drawn.height
+        pools: dict[str, str] = {}
+        if later:
+            conditions, pools = exemplars_of(
+                stage, drawn["prompt_id"].to_list(), pool=stage.cell.iteration - 1
+            )
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()
@@ -62,14 +69,18 @@ def generations(
             ]
             requests = [
                 Request(render(template, condition, prompt), own)
-                for prompt, own in zip(drawn["prompt"], seeds, strict=True)
+                for prompt, condition, own in zip(drawn["prompt"], conditions, seeds, strict=True)
             ]
             completions = engine.generate(model.path, requests, decoding, stage.report())
-            asked = [condition, template if condition is not None else None]
             rows = [
                 {
                     "sample_id": content_hash(
-                        "sample", draw["draw_id"], model.policy_hash, decoding_id, asked, seed
+                        "sample",
+                        draw["draw_id"],
+                        model.policy_hash,
+                        decoding_id,
+                        [condition, template if condition is not None else None],
+                        seed,
                     ),
                     "draw_id": draw["draw_id"],
                     "prompt_id": draw["prompt_id"],
@@ -85,7 +96,9 @@ def generations(
                     "logprob": completion.logprob,
                     "seed": seed,
                 }
-                for draw, own, several in zip(drawn.iter_rows(named=True), seeds, completions, strict=True)
+                for draw, condition, own, several in zip(
+                    drawn.iter_rows(named=True), conditions, seeds, completions, strict=True
+                )
                 for index, (seed, completion) in enumerate(zip(own, several, strict=True))
             ]
             frame = pl.DataFrame(rows, schema=GENERATIONS)
@@ -94,7 +107,7 @@ def generations(
             draft.record(work_seconds=seconds, tokens=int(frame["n_tokens"].sum()))
 
         decoding_id = content_hash("decoding", vars(decoding), engine.engine)
-        made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash}, produce)
+        made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash, **pools}, produce)
         rows = made.frame("generations")
         limits = experiment.checks
         return stage.publish(
@@ -108,7 +121,7 @@ def generations(
                 checks.conditioned_once(template, rows["condition"], rows["prompt"]),
             ],
             metadata={
-                "condition": condition or "none (iteration 1)",
+                "condition": _asked_for(conditions),
                 "mean tokens": float(rows["n_tokens"].mean()),  # type: ignore[arg-type]
                 "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
                 "nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1),
@@ -116,3 +129,11 @@ def generations(
                 "examples": sample_blocks(rows.select("condition", "prompt", "text").head(5).to_dicts()),
             },
         )
+
+
+def _asked_for(conditions: list[str | None]) -> str:
+    """The conditions in words."""
+    different = {condition for condition in conditions if condition is not None}
+    if len(different) > 1:
+        return f"{len(different):,} different ones, drawn from the datapool"
+    return next(iter(different), "none")

@@ -4,11 +4,15 @@ import sys
 import time
 from pathlib import Path
 
+import polars as pl
 import pytest
 
+from textalign_dagster.tasks.pep8 import Pep8
 from textalign_dagster.tasks.pep8.lint import (
+    CATEGORIES,
     EMPTY_REWARD,
     Violation,
+    category,
     columns,
     feedback,
     lint,
@@ -198,3 +202,36 @@ def test_fast():
     for _ in range(100):
         lint(HEADER, SLOPPY * 3)
     assert (time.process_time() - started) / 100 < 0.01  # about 1 ms; generous for loaded machines
+
+
+@pytest.mark.parametrize(
+    ("continuation", "points", "words"),
+    [
+        ("\n    return x\n", 3, "clean"),
+        ("\n    a = x\n    b = y\n    return a, b;\n", 2, "minor issues"),
+        ("\n  a = x\n  return a\n", 1, "some issues"),
+        (SLOPPY, 0, "sloppy"),
+        ("\n    pass\n", 0, "sloppy"),
+    ],
+)
+def test_a_category_is_the_score_in_words(continuation, points, words):
+    found = lint(HEADER, continuation)
+    assert (score(found), category(found)) == (points, words)
+    assert CATEGORIES[3 - points] == words
+
+
+def test_the_task_gives_rewards_sentences_and_categories():
+    samples = pl.DataFrame(
+        {
+            "sample_id": ["a", "b"],
+            "prompt": HEADER,
+            "text": [SLOPPY, "\n    return x\n"],
+            "finish_reason": "length",
+        }
+    )
+    rows = {kind: Pep8().feedback(samples, kind).drop("aspect", "reason") for kind in Pep8().kinds}
+    assert rows["reward"].rows() == [("a", -2.0, None, None, "ok"), ("b", 0.0, None, None, "ok")]
+    assert rows["category"].rows() == [("a", 0.0, "sloppy", None, "ok"), ("b", 3.0, "clean", None, "ok")]
+    assert [row[:3] for row in rows["text"].rows()] == [("a", 0.0, None), ("b", 3.0, None)]
+    assert rows["text"]["text"][1] == "no issues"
+    assert len({str(frame.schema) for frame in rows.values()}) == 1

@@ -1,27 +1,26 @@
-"""Which prompts and conditions an evaluation has, and its score table by hand."""
+"""Which prompts and conditions an evaluation has, and what is refused before anything is sampled."""
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 
 import polars as pl
 import pytest
 
 from textalign_dagster.evaluation import (
-    GUARDS,
     Asked,
+    check_evaluation,
     conditions,
     evaluation_prompts,
+    evaluation_scorer,
     evaluation_source,
-    score_table,
-    titles,
-    value_of,
+    max_new_tokens,
+    reference_answers,
 )
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.settings import SettingsError, merge, validate
-from textalign_dagster.tables import SCORES
-from textalign_dagster.tasks import Measure
+from textalign_dagster.experiment_files import PROJECT
+from textalign_dagster.settings import SettingsError, merge, parse_yaml, validate
 
 
 def experiment(**changes: object) -> Experiment:
@@ -55,7 +54,7 @@ def test_held_out_prompts_have_seeds_that_do_not_depend_on_the_iteration(tmp_pat
     files = prompt_files(tmp_path, ["a"], ["x", "y", "z"])
     found = evaluation_prompts(experiment(**files))
     assert found["prompt"].to_list() == ["x", "y"]
-    assert found.columns == ["prompt_id", "prompt", "seeds"]
+    assert found.columns == ["prompt_id", "prompt", "reference", "seeds"]
     seeds = found["seeds"].explode()
     assert len(seeds) == seeds.n_unique() == 6
     assert found.equals(evaluation_prompts(experiment(**files)))
@@ -86,74 +85,96 @@ def test_too_few_prompts(tmp_path: Path) -> None:
         evaluation_prompts(experiment(**prompt_files(tmp_path, ["a"], ["x"])))
 
 
-MEASURES = (
-    Measure("violations", "violations per 1,000", "violations", "characters", 1000, "lower"),
-    Measure("clean", "clean samples", "clean", better="higher"),
-)
-
-
-def samples() -> tuple[pl.DataFrame, pl.DataFrame]:
-    frame = pl.DataFrame(
-        {
-            "sample_id": ["a", "b", "c", "d", "e"],
-            "prompt_id": ["p", "p", "q", "q", "p"],
-            "condition": ["good"] * 4 + ["bad"],
-            "role": ["main"] * 4 + ["probe"],
-            "text": ["x y z", "x y z", "x y z", "u v w", "one"],
-            "n_tokens": [2, 4, 3, 3, 9],
-            "nll": [2.0, 1.0, 3.0, None, None],
-            "nll_tokens": [2, 1, 3, None, None],
-        }
+def answered(tmp_path: Path, references: list[str | None]) -> dict[str, dict[str, object]]:
+    files = prompt_files(tmp_path, ["a"], ["x"])
+    prompts = [f"x{i}:" for i in range(len(references))]
+    pl.DataFrame({"prompt": prompts, "reference": references}).write_parquet(tmp_path / "answered.parquet")
+    return merge(
+        files, {"evaluation": {"path": str(tmp_path / "answered.parquet"), "prompts": len(references)}}
     )
-    measured = pl.DataFrame(
-        {
-            "sample_id": ["a", "b", "c", "d", "e"],
-            "violations": [1.0, 0.0, 2.0, 1.0, 7.0],
-            "characters": [100.0, 100.0, 100.0, 100.0, 70.0],
-            "clean": [0.0, 1.0, 0.0, None, 0.0],
-        }
+
+
+def test_other_references_are_another_source(tmp_path: Path) -> None:
+    one = evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "b"]))))
+    assert one != evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "c"]))))
+
+
+def test_a_reference_follows_its_prompt_as_a_sample_does(tmp_path: Path) -> None:
+    found = reference_answers(
+        evaluation_prompts(experiment(**answered(tmp_path, ["one", " two", None, " "])))
     )
-    return frame, measured
+    assert found.select("prompt", "reference", "text").rows() == [
+        ("x0:", "one", " one"),
+        ("x1:", " two", " two"),
+    ]
+    ended = pl.DataFrame({"prompt_id": ["i"], "prompt": ["ends\n"], "reference": ["one"]})
+    assert reference_answers(ended)["text"].to_list() == ["one"]
 
 
-def test_the_score_table_by_hand() -> None:
-    frame, measured = samples()
-    scores = score_table(frame, measured, MEASURES, policy_hash="h", resamples=100)
-    assert scores.schema == SCORES
-    assert set(scores["policy_hash"]) == {"h"}
-    assert value_of(scores, "violations") == pytest.approx(1000 * 4 / 400)
-    assert value_of(scores, "clean") == pytest.approx(1 / 3)  # not measured is not 0
-    assert value_of(scores, "n_tokens") == pytest.approx(3.0)
-    assert value_of(scores, "perplexity") == pytest.approx(math.exp((2 + 1 + 3) / (2 + 1 + 3)))
-    assert value_of(scores, "violations", role="probe") == pytest.approx(100.0)
-    assert value_of(scores, "perplexity", role="probe") is None  # probes are not scored: no row, not 0
-    assert value_of(scores, "nonsense") is None
-    main = {row["metric"]: row for row in scores.filter(role="main").iter_rows(named=True)}
-    # Four samples are no block of distinct-3: where a number is undefined there is no row.
-    assert list(main) == ["violations", "clean", *(m.name for m in GUARDS if m.name != "distinct_3")]
-    for name in ("violations", "clean", "n_tokens", "perplexity"):
-        row = main[name]
-        assert row["n"] == 2  # prompts, the unit that is resampled
-        assert row["lo"] <= row["value"] <= row["hi"]
-        assert row["condition"] == "good"
-    # Two prompts with means 5 and 15: no resampling can leave that range.
-    assert 5 <= main["violations"]["lo"] <= main["violations"]["hi"] <= 15
+PATTERNS = {"name": "patterns", "keywords": ["bad"]}
 
 
-def test_distinct_3_of_blocks_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("textalign_dagster.evaluation.DISTINCT_BLOCK", 2)
-    frame, measured = samples()
-    scores = score_table(frame, measured, MEASURES, policy_hash="h", resamples=100)
-    # Blocks of two samples of a prompt: (x y z, x y z) has 1 trigram in 6 words, (x y z, u v w) has 2.
-    assert value_of(scores, "distinct_3") == pytest.approx((1 / 6 + 2 / 6) / 2)
+def test_the_evaluations_scorer_goes_before_the_experiments() -> None:
+    assert evaluation_scorer(experiment()) is None
+    rewards = {"method": {"name": "quark"}, "scorer": PATTERNS}
+    found = evaluation_scorer(experiment(**rewards))
+    assert found is not None and found.name == "patterns"
+    other = evaluation_scorer(experiment(**rewards, evaluation={"scorer": {"name": "pii"}}))
+    assert other is not None and other.name == "pii"
 
 
-def test_row_order_does_not_matter() -> None:
-    frame, measured = samples()
-    one = score_table(frame, measured, MEASURES, policy_hash="h", resamples=100)
-    two = score_table(frame, measured.reverse(), MEASURES, policy_hash="h", resamples=100)
-    assert one.equals(two)
+JUDGE = {"model": "m", "api_key_env": None}
 
 
-def test_titles_are_in_the_order_of_reporting() -> None:
-    assert list(titles(MEASURES)) == ["violations", "clean", "distinct_3", "perplexity", "n_tokens"]
+@pytest.mark.parametrize(
+    ("changes", "references", "says"),
+    [
+        ({"sampling": {"max_new_tokens": 8, "min_new_tokens": 5}, "evaluation": {"max_new_tokens": 4}}, ["a", "b"],
+         "evaluation.max_new_tokens: 4, but sampling.min_new_tokens is 5; raise it, or lower that one"),
+        ({"evaluation": {"baselines": {"people": "references"}}}, [None, " "],
+         "evaluation.baselines.people: the held-out prompts have no references; give a file with a column"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "win", "ask": "rating"}}}, ["a", "b"],
+         "evaluation.judge.ask: 'rating', but the template win asks for 'win'; make them agree"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "ranking", "ask": "ranking"}}}, ["a", "b"],
+         "evaluation.judge.ask: ranking compares a policy's samples with each other"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "win", "ask": "win"}}}, [None, None],
+         "evaluation.judge.ask: win compares with references, and the held-out prompts have none"),
+        ({"evaluation": {"judge": {"model": "m", "api_key_env": "NO_SUCH_KEY", "template": "win", "ask": "win"}}},
+         ["a", "b"], "evaluation.judge.api_key_env: the environment variable NO_SUCH_KEY is not set"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_sampling(
+    tmp_path: Path, changes: dict[str, object], references: list[str | None], says: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        check_evaluation(experiment(**merge(answered(tmp_path, references), changes)))
+    assert str(caught.value).startswith(says)
+
+
+def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
+    imported = {"name": "imported", "path": "feedback_{iteration}.jsonl", "format": "plain", "kind": "reward"}
+    rewards = {"method": {"name": "quark"}}
+    assert evaluation_scorer(experiment(**rewards, scorer=imported)) is None
+    files = merge(answered(tmp_path, ["a", "b"]), {"evaluation": {"scorer": imported}})
+    with pytest.raises(SettingsError, match=r"^evaluation\.scorer: feedback that was collected elsewhere"):
+        check_evaluation(experiment(**files))
+
+
+def test_the_example_of_the_docs() -> None:
+    page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
+    assert found.baselines == {"SFT": "/models/sft", "people": "references"}
+    assert found.judge is not None and found.scorer is not None
+
+
+def test_what_can_be_measured_is_not_refused(tmp_path: Path) -> None:
+    settings = {
+        "max_new_tokens": 4,
+        "baselines": {"people": "references"},
+        "judge": {**JUDGE, "template": "win", "ask": "win"},
+    }
+    mine = experiment(**merge(answered(tmp_path, ["a", None]), {"evaluation": settings}))
+    check_evaluation(mine)
+    assert max_new_tokens(mine) == 4
+    assert max_new_tokens(experiment(sampling={"max_new_tokens": 9})) == 9

@@ -80,5 +80,6 @@ def test_what_a_null_control_shares_is_everything_before_training() -> None:
     one = experiment()
     assert one.upstream == experiment(method="no_feedback", training={"epochs": 9.0}, iterations=1).upstream
     for changes in ({"seed": 1}, {"sampling": {"temperature": 0.5}}, {"prompts": {"per_iteration": 1}},
-                    {"policy": {"dtype": "bfloat16"}}, {"evaluation": {"prompts": 2}}, {"task": {"max_prompts": 5}}):  # fmt: skip
+                    {"policy": {"dtype": "bfloat16"}}, {"evaluation": {"prompts": 2}},
+                    {"task": {"name": "pep8", "max_prompts": 5}}):  # fmt: skip
         assert one.upstream != experiment(**changes).upstream

@@ -126,6 +126,28 @@ def test_paths_are_relative_to_the_file_that_holds_them(folder: Path, tmp_path: 
     assert library.load("base").policy.model == "pep8-sloppy-1m"
 
 
+def test_so_are_paths_of_scorers_and_baselines(folder: Path, tmp_path: Path) -> None:
+    (folder / "rm").mkdir()
+    write(
+        folder,
+        "scored",
+        "{extends: base, scorer: {name: reward_model, model: rm, check: {path: pairs.jsonl}}, "
+        "evaluation: {scorer: {name: classifier, model: unitary/toxic-bert, label: toxic, good: false}, "
+        "baselines: {sft: ./rm, ppo: a/b}}}",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "elsewhere", "extended", "{extends: scored, seed: 3}")
+    found = Library((tmp_path / "elsewhere", folder)).load("extended").model_dump()
+    assert found["scorer"]["model"] == str(folder / "rm")
+    assert found["scorer"]["check"]["path"] == str(folder / "pairs.jsonl")
+    assert found["evaluation"]["scorer"]["model"] == "unitary/toxic-bert"
+    assert found["evaluation"]["baselines"] == {"sft": str(folder / "rm"), "ppo": "a/b"}
+    write(folder, "short", "{extends: base, scorer: toxicity, evaluation: {scorer: pii}}")
+    short = Library((folder,)).load("short")
+    assert short.scorer is not None and short.evaluation.scorer is not None
+    assert (short.scorer.name, short.evaluation.scorer.name) == ("toxicity", "pii")
+
+
 def test_a_control_is_checked(folder: Path) -> None:
     library = Library((folder,))
     assert library.control_of("base") == "null_of_base"

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from textalign_dagster.conditioning import render
-from textalign_dagster.methods import AltLMC, AltLMU, AltRM, AnyMethod, Method, NoFeedback, Quark
+from textalign_dagster.methods import AltLMC, AltLMU, AltRM, AnyMethod, Method, NoFeedback, Quark, SteerLM
+from textalign_dagster.methods.base import VARIED
 
 ROWS = pl.DataFrame(
     {
@@ -26,6 +27,7 @@ METHODS: list[Method] = [
     AltLMC(),
     AltRM(),
     Quark(),
+    SteerLM(),
     NoFeedback(),
 ]
 
@@ -95,6 +97,55 @@ def test_no_feedback_trains_on_everything_alike() -> None:
     assert found.schema["condition"] == pl.String
 
 
+CLOSED = [AltLMC(), AltRM(), Quark()]
+
+
+@pytest.mark.parametrize("method", CLOSED, ids=lambda method: method.name)
+def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
+    kind = type(method)
+    assert method == kind.model_validate({"exemplar": "best"})
+    assert method.exemplar == method.buckets[0]
+    assert method.sweep == method.buckets
+    none = kind.model_validate({"exemplar": "none"})
+    assert (none.exemplar, none.sweep) == (None, ())
+    worst = kind.model_validate({"exemplar": "static", "ask_for": method.buckets[-1]})
+    assert worst.exemplar == method.buckets[-1]
+    assert worst.probes == method.buckets[:-1]
+    assert worst.sweep == method.buckets  # best first, whatever is asked for
+    with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* say `exemplar: best`"):
+        kind.model_validate({"exemplar": "varied"})
+    with pytest.raises(ValidationError, match=r"'superb' is no condition that .* trains under; one of: "):
+        kind.model_validate({"exemplar": "static", "ask_for": "superb"})
+    with pytest.raises(ValidationError, match=r"ask_for\n +Field required"):
+        kind.model_validate({"exemplar": "static"})
+
+
+def test_exemplars_of_alt_lmu() -> None:
+    static = AltLMU(ask_for="good", probe=("fair", "bad"))
+    assert static == AltLMU.model_validate(
+        {"exemplar": "static", "ask_for": "good", "probe": ["fair", "bad"]}
+    )
+    assert static.sweep == ("good", "fair", "bad")
+    varied = AltLMU.model_validate({"exemplar": "varied", "probe": ["fair"]})
+    assert (varied.exemplar, varied.sweep) == (VARIED, (VARIED, "fair"))
+    none = AltLMU.model_validate({"exemplar": "none", "ask_for": "good"})
+    assert (none.exemplar, none.sweep) == (None, ())
+    for given, told in (
+        ({"exemplar": "best"}, "say `static` .* or `varied`"),
+        ({}, "ask_for\n +Field required"),
+        ({"ask_for": "  "}, "blank; it would ask for nothing"),
+        ({"exemplar": "all", "ask_for": "x"}, "'none', 'best', 'static' or 'varied'"),
+        ({"exemplar": "none", "exemplar_policy": "none"}, "one setting; remove one of them"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            AltLMU.model_validate(given)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_method_comes_back_from_its_own_settings(method: Method) -> None:
+    assert type(method).model_validate(method.model_dump()) == method
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_what_holds_of_every_method(method: Method) -> None:
     assert len(set(method.buckets)) == len(method.buckets) > 0
@@ -102,6 +153,7 @@ def test_what_holds_of_every_method(method: Method) -> None:
     assert method.exemplar not in method.probes
     assert (method.exemplar is None) == (method.wants is None)
     assert set(method.special_tokens) <= set(method.buckets)
+    assert method.sweep == (() if method.exemplar is None else (method.exemplar, *method.probes))
     assert type(method).__doc__
     if method.ranking is None:
         empty = method.label(ROWS.head(0))

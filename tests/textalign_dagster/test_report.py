@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from resources.store import ArtifactStore
+from resources.views import connect
 from textalign_dagster.curves import as_markdown, curves, save_curves
 from textalign_dagster.experiment_files import PROJECT, Library
 from textalign_dagster.report import placed, score_rows, score_table
@@ -72,9 +73,9 @@ def store(tmp_path: Path) -> ArtifactStore:
     return store
 
 
-def told(rows: pl.DataFrame) -> str:
+def told(rows: pl.DataFrame, width: int = 140) -> str:
     out = io.StringIO()
-    Console(file=out, width=140).print(score_table(rows, LIBRARY.load(NAME), NAME))
+    Console(file=out, width=width).print(score_table(rows, LIBRARY.load(NAME), NAME, width))
     return out.getvalue()
 
 
@@ -85,6 +86,7 @@ def test_rows_of_the_experiment_then_of_its_control_the_base_once(store: Artifac
     assert rows.columns == [
         "experiment",
         "iteration",
+        "subject",
         "role",
         "condition",
         "metric",
@@ -123,6 +125,17 @@ def test_the_table(store: ArtifactStore) -> None:
     assert "95 % interval" in caption
 
 
+def test_a_table_that_is_too_wide_is_told_in_parts(store: ArtifactStore) -> None:
+    rows = with_baselines(store).filter(pl.col("metric") != "n_tokens")
+    whole, parts = told(rows), told(rows, width=50)
+    assert whole.count("policy") == 1 + whole.count("base policy")
+    assert parts.count("┃policy") == 2 and max(map(len, parts.splitlines())) <= 50
+    for number in ("0.750", "66.5", "30.2", "5.25", "4.25–6.25"):
+        assert number in whole and number in parts
+    assert parts.count("baseline people") == 2  # every part has all rows
+    assert parts.count(f"{NAME}: ") == 1 and parts.count("95 % interval") == 1
+
+
 def test_a_table_of_one_iteration_and_one_metric(store: ArtifactStore) -> None:
     rows = placed(scores("x", {"violations": 3.0}, asked=None), NAME, 0)
     text = told(rows)
@@ -148,3 +161,44 @@ def test_the_picture(store: ArtifactStore, tmp_path: Path) -> None:
 def test_a_picture_of_nothing_but_constants(store: ArtifactStore, tmp_path: Path) -> None:
     rows = placed(scores("x", {"violations": 3.0}, asked=None), NAME, 0)
     save_curves(curves(rows, LIBRARY.load(NAME), NAME), tmp_path / "x.png")
+
+
+def with_baselines(store: ArtifactStore) -> pl.DataFrame:
+    """The rows of an experiment with two baselines and with obedience in iteration 2."""
+    rows = score_rows(store, LIBRARY, NAME)
+    more = [
+        {"experiment": NAME, "iteration": 0, "subject": subject, "role": "baseline", "metric": "violations",
+         "value": value, "lo": value, "hi": value, "n": 9}
+        for subject, value in (("[SFT] model", 30.25), ("people", 1.5))
+    ]  # fmt: skip
+    obeys = {"experiment": NAME, "iteration": 2, "role": "main", "condition": "good", "metric": "obedience",
+             "value": 0.75, "lo": 0.5, "hi": 0.875, "n": 9}  # fmt: skip
+    return pl.concat([rows, pl.DataFrame([*more, obeys], schema=rows.schema)])
+
+
+def test_baselines_stand_below_the_table_with_their_names(store: ArtifactStore) -> None:
+    text = told(with_baselines(store))
+    places = [text.index(label) for label in ("asked for", "baseline [SFT] model", "baseline people")]
+    assert places == sorted(places)
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
+    assert "30.2" in lines["baseline [SFT] model"] and "40.0" in lines["iteration 0 (base policy)"]
+    assert "obedience" in text and "0.750" in lines["iteration 2"]
+    assert "throughout" in text and "obedience is" not in " ".join(text.split())
+
+
+def test_the_picture_is_of_the_experiments_own_policies(store: ArtifactStore) -> None:
+    figure = curves(with_baselines(store), LIBRARY.load(NAME), NAME)
+    assert len(figure.axes) == 1
+    assert list(figure.axes[0].lines[0].get_ydata()) == [40.0, 10.0, 5.25]
+
+
+def test_a_table_from_before_there_were_baselines(store: ArtifactStore) -> None:
+    old = scores("x", {"violations": 3.0}).drop("subject")
+    assert placed(old, NAME, 0)["subject"].to_list() == [None]
+    made = store.make(
+        "evaluation", "old", lambda draft: draft.write("scores", old, old.schema), inputs={}, settings={}
+    )
+    store.assign(NAME, 3, "evaluation", made, settings={}, checks={})
+    with connect(store) as database:
+        query = "select subject, metric, value from scores where iteration = 3"
+        assert database.execute(query).fetchall() == [(None, "violations", 3.0)]

@@ -40,6 +40,11 @@ EVERY = {
     "evaluation.resamples=500": (["evaluation"], ["evaluation"]),
     "evaluation.probe=false": (["evaluation"], ["evaluation"]),
     "evaluation.path=there.csv": ([], []),
+    "evaluation.max_new_tokens=20": (["evaluation"], ["evaluation"]),
+    "evaluation.scorer={name: pii}": (["evaluation"], ["evaluation"]),
+    "evaluation.judge={model: m, template: text_feedback}": (["evaluation"], ["evaluation"]),
+    "evaluation.fluency_model=pep8-sloppy-1m": (["evaluation"], ["evaluation"]),
+    "evaluation.baselines={start: pep8-sloppy-1m}": (["evaluation"], []),  # they stand beside iteration 0
     "method.probe=[other]": (["datapool", "evaluation"],) * 2,
     "method.ask_for=tidy": (["datapool", "evaluation"], ["generations", "datapool", "evaluation"]),
     "method.template='{condition}: {prompt}'": (
@@ -53,6 +58,7 @@ EVERY = {
     "iterations=9": ([], []),
     "control=null": ([], []),
     "judge={model: m, template: text_feedback}": (["feedback"], ["feedback"]),
+    "scorer={name: imported, path: 'a_{iteration}.csv', format: plain, kind: text}": (["feedback"],) * 2,
     "checks.max_empty=0.5": ([], []),  # a limit is no input: the verdict is taken anew
 }  # fmt: skip
 
@@ -71,8 +77,24 @@ def test_how_fast_and_how_dearly_a_judge_is_asked_changes_nothing() -> None:
     before = LIBRARY.overridden("pep8_alt_lmu", [judge])
     for override in ("judge.limits.concurrency=3", "judge.api_key_env=MY_KEY"):
         assert changed(before, LIBRARY.overridden("pep8_alt_lmu", [judge, override]), 2) == []
-    for override in ("judge.model=n", "judge.decoding.temperature=0.3", "judge.structured=off"):
+    others = ("judge.group=2", "judge.repeats=2", "judge.scale={low: 0, high: 9}")
+    for override in ("judge.model=n", "judge.decoding.temperature=0.3", "judge.structured=off", *others):
         assert changed(before, LIBRARY.overridden("pep8_alt_lmu", [judge, override]), 2) == ["feedback"]
+
+
+def test_what_an_evaluation_has_counts_by_what_it_is() -> None:
+    """Not by how it is called, and a cut of its own goes before that of the samples."""
+    before = LIBRARY.overridden("pep8_alt_lmu", ["evaluation.baselines={start: pep8-sloppy-1m}"])
+    other = LIBRARY.overridden("pep8_alt_lmu", ["evaluation.baselines={other: pep8-sloppy-1m}"])
+    assert changed(before, other, 0) == changed(before, other, 1) == ["evaluation"]
+    cut = "evaluation.max_new_tokens=30"
+    before = LIBRARY.overridden("pep8_alt_lmu", [cut])
+    after = LIBRARY.overridden("pep8_alt_lmu", [cut, "sampling.max_new_tokens=20"])
+    assert "evaluation" not in changed(before, after, 1)
+    judged = "evaluation.judge={model: m, template: text_feedback}"
+    before = LIBRARY.overridden("pep8_alt_lmu", [judged])
+    after = LIBRARY.overridden("pep8_alt_lmu", [judged, "evaluation.judge.limits.concurrency=3"])
+    assert changed(before, after, 1) == []
 
 
 def test_every_section_of_an_experiment_is_in_the_table() -> None:

@@ -13,18 +13,21 @@ from hypothesis import strategies as st
 
 from textalign_dagster.correlation import average_ranks
 from textalign_dagster.statistics import (
+    continuation_perplexity,
     correlation,
     difference,
-    distinct_n,
     distinct_n_blocks,
     distinct_n_per_prompt,
+    distinct_n_words,
     estimate,
     mean,
     mean_sums,
     pearson,
     perplexity,
+    perplexity_mean,
     ratio_sums,
     spearman,
+    text_perplexity,
 )
 
 # Means and ratios
@@ -37,6 +40,14 @@ def test_mean_over_samples_and_over_prompts() -> None:
     found = mean(values, prompts)
     assert (found.n, found.rows) == (2, 3)
     assert found.lo is not None and found.hi is not None and found.lo <= 4.0 <= found.hi
+
+
+def test_mean_over_the_greatest_of_each_prompt() -> None:
+    values, prompts = [1.0, 3.0, None, -8.0, None], ["p", "p", "p", "q", "r"]
+    found = mean(values, prompts, "prompt_max")
+    assert (found.value, found.n, found.rows) == ((3.0 - 8.0) / 2, 2, 3)
+    assert (found.lo, found.hi) == (-8.0, 3.0)
+    assert mean([], [], "prompt_max").value is None
 
 
 def test_missing_values_are_left_out_not_counted_as_zero() -> None:
@@ -82,6 +93,27 @@ def test_a_perplexity_beyond_all_numbers_is_undefined() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert perplexity([1e6, 1e6], [1, 1], ["p", "q"]).value is None
+
+
+def test_the_published_perplexities_by_hand() -> None:
+    # Toxicity: 12 nats for prompt and continuation, 5 for the prompt alone, 4 more tokens.
+    assert continuation_perplexity(12.0, 5.0, 4) == pytest.approx(math.exp(7 / 4))
+    assert continuation_perplexity(5.0, 5.0, 0) is None  # an empty continuation
+    assert continuation_perplexity(1e6, 0.0, 1) == math.inf
+    # Summaries: exp of minus the mean log-probability of the text's own tokens.
+    assert text_perplexity([-1.0, -2.0, -3.0]) == pytest.approx(math.exp(2.0))
+    assert text_perplexity([math.log(0.5)] * 7) == pytest.approx(2.0)
+    assert text_perplexity([]) is None
+
+
+def test_the_mean_of_perplexities_leaves_out_empty_and_improbable_samples() -> None:
+    nll = [math.log(2.0) * 3, math.log(8.0) * 2, 0.0, math.log(9999.0), math.log(10000.5), None]
+    found = perplexity_mean(nll, [3, 2, 0, 1, 1, None], ["p", "q", "q", "r", "s", "t"])
+    assert found.value == pytest.approx((2.0 + 8.0 + 9999.0) / 3)
+    assert (found.n, found.rows) == (3, 3)
+    assert perplexity_mean([None], [None], ["p"]).value is None
+    # Weighing by tokens, as `perplexity` does, is something else.
+    assert perplexity(nll[:2], [3, 2], ["p", "q"]).value == pytest.approx((2.0**3 * 8.0**2) ** (1 / 5))
 
 
 def test_intervals_are_repeatable_and_follow_the_seed() -> None:
@@ -158,12 +190,12 @@ GOLDEN = ["a b a", "b c"]
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 3 / 5), (2, 3 / 5), (3, 1 / 5), (4, 0.0)])
 def test_distinct_n_pooled(n: int, expected: float) -> None:
-    assert distinct_n(GOLDEN, n) == expected
+    assert distinct_n_words(GOLDEN, n) == expected
 
 
 def test_distinct_n_without_words_is_undefined() -> None:
-    assert distinct_n([], 1) is None
-    assert distinct_n(["", " \n"], 2) is None
+    assert distinct_n_words([], 1) is None
+    assert distinct_n_words(["", " \n"], 2) is None
     assert distinct_n_per_prompt([""], ["p"], 1).value is None
     assert distinct_n_blocks(["a"], ["p"], 1, block=2).value is None
 
@@ -185,7 +217,7 @@ def test_distinct_n_in_blocks_does_not_depend_on_the_number_of_samples() -> None
     few, many = (distinct_n_blocks(texts[:k], prompts[:k], 2, block=50) for k in (1000, 4000))
     assert (few.n, few.rows, many.n) == (20, 1000, 80)
     assert few.value == pytest.approx(many.value, rel=0.03)
-    assert distinct_n(texts, 2) < 0.5 * distinct_n(texts[:1000], 2)  # type: ignore[operator]
+    assert distinct_n_words(texts, 2) < 0.5 * distinct_n_words(texts[:1000], 2)  # type: ignore[operator]
 
 
 def test_distinct_n_does_not_depend_on_the_order_of_rows() -> None:
@@ -273,6 +305,6 @@ def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="level"):
         mean([1.0, 2.0], ["p", "q"], level=95)
     with pytest.raises(ValueError, match="n-gram"):
-        distinct_n(["a"], 0)
+        distinct_n_words(["a"], 0)
     with pytest.raises(ValueError, match="block"):
         distinct_n_blocks(["a"], ["p"], 1, block=0)

@@ -7,10 +7,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
 
 
-class AltLMC(Method):
+class AltLMC(ClosedConditional):
     """Each sample is trained under the category its judge put it in."""
 
     name: Literal["alt_lmc"] = "alt_lmc"
@@ -40,14 +40,6 @@ class AltLMC(Method):
     @property
     def buckets(self) -> tuple[str, ...]:
         return self.categories
-
-    @property
-    def exemplar(self) -> str:
-        return self.categories[0]
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        return self.categories[1:]
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         # The published code trained on whatever the judge wrote; a label that is no category of ours

@@ -7,10 +7,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.base import Conditional, ExemplarPolicy, FeedbackKind
 
 
-class AltLMU(Method):
+class AltLMU(Conditional):
     """Each sample is trained under its own feedback sentence; its score only balances the pool."""
 
     name: Literal["alt_lmu"] = "alt_lmu"
@@ -24,18 +24,27 @@ class AltLMU(Method):
         min_length=2,
         description="The feedback's possible scores, best first; they are the pool's buckets.",
     )
-    ask_for: str = Field(
-        ...,
-        description="The feedback the policy is asked for from iteration 2 on and evaluated under.",
+    exemplar_policy: ExemplarPolicy = Field(
+        "static",
+        description="What is asked for from iteration 2 on, and in evaluations: none (the bare prompt), "
+        "static (the text in `ask_for`), varied (for each prompt a sentence out of the datapool's best "
+        "bucket, drawn by seed). `exemplar` for short.",
     )
     probe: tuple[str, ...] = Field(
-        (), strict=False, description="Other feedback to evaluate under: does the policy obey?"
+        (),
+        strict=False,
+        description="Other feedback to evaluate under, from better to worse: does the policy obey?",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> AltLMU:
         if len(set(self.scores)) < len(self.scores):
             raise ValueError("a score is listed twice in `scores`")
+        if self.exemplar_policy == "best":
+            raise ValueError(
+                "exemplar: best: the samples of the best score have different sentences; say `static` (and "
+                "which, in `ask_for`) or `varied`"
+            )
         if self.ask_for in self.probe:
             raise ValueError("`probe` repeats `ask_for`; a probe asks for something else")
         return self
@@ -49,8 +58,8 @@ class AltLMU(Method):
         return tuple(str(score) for score in self.scores)
 
     @property
-    def exemplar(self) -> str:
-        return self.ask_for
+    def best(self) -> None:
+        return None
 
     @property
     def probes(self) -> tuple[str, ...]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from typing import Any, Literal, Self
 
 import polars as pl
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from textalign_dagster.conditioning import validate_template
 from textalign_dagster.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
 FeedbackKind = Literal["reward", "text", "category"]
+ExemplarPolicy = Literal["none", "best", "static", "varied"]
+
+VARIED = "(varied)"
+"""What is asked for, in words, where each prompt is asked for a condition of its own."""
 
 
 class Method(Settings):
@@ -47,7 +52,16 @@ class Method(Settings):
     @property
     @abstractmethod
     def exemplar(self) -> str | None:
-        """The condition the policy is asked for from iteration 2 on, and evaluated under."""
+        """The condition the policy is asked for from iteration 2 on, and evaluated under.
+
+        None: it is asked for nothing. :data:`VARIED`: each prompt for a condition of its own
+        (:mod:`textalign_dagster.exemplars`).
+        """
+
+    @property
+    def sweep(self) -> tuple[str, ...]:
+        """All that an evaluation asks for, from the best to the worst; empty where it asks for nothing."""
+        return () if self.exemplar is None else (self.exemplar, *self.probes)
 
     @property
     def probes(self) -> tuple[str, ...]:
@@ -73,3 +87,81 @@ class Method(Settings):
             rows: sample_id, prompt_id, value, label, text, status; one row a sample.
         """
         raise NotImplementedError
+
+
+class Conditional(Method):
+    """A method that asks for something, by one of the published policies."""
+
+    exemplar_policy: ExemplarPolicy = Field(
+        "best",
+        description="What is asked for from iteration 2 on, and in evaluations: none (the bare prompt), "
+        "best (the best bucket), static (the text in `ask_for`), varied (for each prompt a text of the "
+        "datapool's best bucket, drawn by seed). `exemplar` for short.",
+    )
+    ask_for: str | None = Field(
+        None, validate_default=True, description="The condition to ask for; read by `exemplar: static` alone."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        """``exemplar: varied`` is short for ``exemplar_policy: varied``."""
+        if not isinstance(given, dict) or "exemplar" not in given:
+            return given
+        if "exemplar_policy" in given:
+            raise ValueError("`exemplar` and `exemplar_policy` are one setting; remove one of them")
+        return {"exemplar_policy" if key == "exemplar" else key: value for key, value in given.items()}
+
+    @field_validator("ask_for")
+    @classmethod
+    def _something(cls, ask_for: str | None, others: ValidationInfo) -> str | None:
+        if ask_for is None and others.data.get("exemplar_policy") == "static":
+            raise PydanticKnownError("missing")
+        if ask_for is not None and not ask_for.strip():
+            raise ValueError("blank; it would ask for nothing (`exemplar: none` does so)")
+        return ask_for
+
+    @property
+    def exemplar(self) -> str | None:
+        by_policy = {"none": None, "best": self.best, "static": self.ask_for, "varied": VARIED}
+        return by_policy[self.exemplar_policy]
+
+    @property
+    @abstractmethod
+    def best(self) -> str | None:
+        """The condition of the best bucket; None: its samples have different ones."""
+
+
+class ClosedConditional(Conditional):
+    """A method with one condition a bucket."""
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The condition of each bucket, best first."""
+        return self.buckets
+
+    @property
+    def best(self) -> str:
+        return self.conditions[0]
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        return tuple(condition for condition in self.conditions if condition != self.exemplar)
+
+    @property
+    def sweep(self) -> tuple[str, ...]:
+        return () if self.exemplar is None else self.conditions
+
+    @model_validator(mode="after")
+    def _exemplar_is_a_condition(self) -> Self:
+        if self.exemplar_policy == "varied":
+            raise ValueError(
+                f"exemplar: varied: every sample in the best bucket of {self.name} has the same condition; "
+                "say `exemplar: best`"
+            )
+        if self.ask_for is not None and self.ask_for not in self.conditions:
+            raise ValueError(
+                f"ask_for: {self.ask_for!r} is no condition that {self.name} trains under; one of: "
+                f"{', '.join(self.conditions)}"
+            )
+        return self

@@ -6,11 +6,11 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
 from textalign_dagster.quantiles import QuantileSettings
 
 
-class QuantileMethod(Method):
+class QuantileMethod(ClosedConditional):
     """Rewards → quantiles → one condition per quantile."""
 
     quantiles: QuantileSettings = Field(QuantileSettings(), description="How rewards are cut into quantiles.")
@@ -22,14 +22,6 @@ class QuantileMethod(Method):
     @property
     def wants(self) -> FeedbackKind:
         return "reward"
-
-    @property
-    def exemplar(self) -> str:
-        return self.buckets[0]
-
-    @property
-    def probes(self) -> tuple[str, ...]:
-        return self.buckets[1:]
 
 
 class Quark(QuantileMethod):

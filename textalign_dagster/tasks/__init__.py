@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from textalign_dagster.tasks.base import Measure, Task
+from textalign_dagster.tasks.dialogue import Dialogue
 from textalign_dagster.tasks.pep8 import Pep8
+from textalign_dagster.tasks.summarization import Summarization
+from textalign_dagster.tasks.toxicity import Toxicity
 
-AnyTask = Pep8  # becomes a union discriminated by ``name`` with the second task
+AnyTask = Annotated[Dialogue | Pep8 | Summarization | Toxicity, Field(discriminator="name")]
 
-__all__ = ["AnyTask", "Measure", "Pep8", "Task"]
+__all__ = ["AnyTask", "Dialogue", "Measure", "Pep8", "Summarization", "Task", "Toxicity"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import polars as pl
 
@@ -43,6 +45,35 @@ class Task(Settings):
 
         The two splits share no prompt.
         """
+
+    def for_policy(self, folder: Callable[[], Path]) -> Task:
+        """The task, told which base policy reads its prompts; most do not ask.
+
+        Args:
+            folder: gives the policy's folder; a hub model is fetched when it is called.
+        """
+        return self
+
+    def cleaned(self, prompt: str) -> str:
+        """A prompt of a file (`prompts.path`, `evaluation.path`) as the task reads it.
+
+        Raises:
+            ValueError: the task cannot use it; the message says why.
+        """
+        return prompt
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What of the task's own prompts was left out and why, a line each."""
+        return ()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that prompts, feedback and measures follow from, as JSON, for the keys of artifacts.
+
+        Not where prompts are read from: which prompts they are is known by their content.
+        """
+        return self.model_dump(mode="json")
 
     @property
     def scorer(self) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.tasks.base import Measure, Task
 from textalign_dagster.tasks.pep8 import corpus
-from textalign_dagster.tasks.pep8.lint import Lint, columns, feedback, lint, reward, score
+from textalign_dagster.tasks.pep8.lint import Lint, category, columns, feedback, lint, reward, score
 
 POLICIES = {"pep8-sloppy-1m": Path(__file__).parent / "policy"}
 
@@ -46,18 +46,22 @@ class Pep8(Task):
 
     @property
     def kinds(self) -> tuple[FeedbackKind, ...]:
-        return ("reward", "text")
+        return ("reward", "text", "category")
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
-        """``reward``: the (negative) violations per line; ``text``: the findings as a sentence, score 0–3."""
+        """``reward``: the (negative) violations per line. Otherwise a score 0–3, and with it for ``text``
+        the findings as a sentence, for ``category`` the score in words."""
 
-        value, text = (reward, lambda found: None) if kind == "reward" else (score, feedback)
-        return self._rows(
-            samples,
-            lambda found: {"aspect": "style", "value": float(value(found)), "text": text(found)},
-        ).with_columns(
-            pl.col("text").cast(pl.String),
-            label=pl.lit(None, dtype=pl.String),
+        def row(found: Lint) -> dict[str, Any]:
+            return {
+                "aspect": "style",
+                "value": float(reward(found) if kind == "reward" else score(found)),
+                "label": category(found) if kind == "category" else None,
+                "text": feedback(found) if kind == "text" else None,
+            }
+
+        return self._rows(samples, row).with_columns(
+            pl.col("label", "text").cast(pl.String),
             status=pl.lit("ok"),  # a linter always answers; an empty body is judged as such
             reason=pl.lit(None, dtype=pl.String),
         )

@@ -29,6 +29,7 @@ IGNORED_CODES = ("E121", "E123", "E126", "E226", "E24", "W503", "W504", "W391", 
 NO_ISSUES = "no issues"
 NO_CODE = "no code"
 SYNTAX_ERROR = "E999 syntax error"
+CATEGORIES = ("clean", "minor issues", "some issues", "sloppy")  # best first: scores 3, 2, 1, 0
 NAMED_CODES = 3  # a feedback sentence names that many codes, then says "and more"
 
 EMPTY_REWARD = -4.0
@@ -126,6 +127,11 @@ def score(lint: Lint) -> int:
     """
     issues_a_line = -reward(lint)
     return 3 if issues_a_line == 0 else 2 if issues_a_line <= 1 / 3 else int(issues_a_line <= 1)
+
+
+def category(lint: Lint) -> str:
+    """The score in words, out of a closed set, for methods that condition on a category."""
+    return CATEGORIES[3 - score(lint)]
 
 
 def columns(lint: Lint) -> dict[str, int | bool]:

@@ -1,0 +1,39 @@
+"""What the prompts of a stage are asked for: one condition for all, or one each."""
+
+from collections.abc import Sequence
+
+from assets.stage import Stage
+from resources.store import ArtifactError
+from textalign_dagster.exemplars import NoExemplarError, varied_exemplars
+from textalign_dagster.methods.base import VARIED
+
+
+def exemplars_of(
+    stage: Stage, prompt_ids: Sequence[str], *, pool: int
+) -> tuple[list[str | None], dict[str, str]]:
+    """What each prompt is asked for, and the inputs that this follows from.
+
+    Args:
+        prompt_ids: in any order; a prompt that stands there twice is asked for the same twice.
+        pool: the iteration whose datapool varied exemplars are drawn from.
+
+    Raises:
+        ArtifactError: that datapool is not there, not fresh, or has nothing to ask for.
+    """
+    method = stage.experiment.method
+    if method.exemplar != VARIED:
+        return [method.exemplar] * len(prompt_ids), {}
+    datapool = stage.require("datapool", pool)
+    try:
+        texts = varied_exemplars(
+            datapool.frame("datapool"),
+            method.buckets[0],
+            prompt_ids,
+            seed=stage.experiment.seed,
+            iteration=stage.cell.iteration,
+        )
+    except NoExemplarError as error:
+        raise ArtifactError(
+            f"{stage.name} of {stage.cell.experiment}, iteration {stage.cell.iteration}: {error}"
+        ) from None
+    return list(texts), {f"datapool@{pool}": datapool.key}

@@ -1,0 +1,119 @@
+"""TL;DR: ROUGE worked out by hand, the measures, the embedded sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import polars as pl
+import pytest
+
+from textalign_dagster.tasks import Summarization
+from textalign_dagster.tasks.dataset import BadRow
+from textalign_dagster.tasks.summarization import CUE
+from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
+
+
+def test_words_are_runs_of_letters_and_digits() -> None:
+    assert words("The cat's 2nd HAT—red; 3.5€") == ["the", "cat", "s", "2nd", "hat", "red", "3", "5"]
+    assert words("снег") == []
+
+
+@pytest.mark.parametrize(
+    ("summary", "reference", "one", "two", "longest"),
+    [
+        # shared words: the, cat, the, mat (clipped: "the" twice in both) of 6 and 6;
+        # pairs: "the cat", "the mat" of 5 and 5; longest common sequence: the cat the mat
+        ("the cat lay under the mat", "the cat sat on the mat", 2 * 4 / 12, 2 * 2 / 10, 2 * 4 / 12),
+        # P = 2/2, R = 2/4: F = 2/3; the pair "police killed" of 1 and 3; in this order all of the summary
+        ("police killed", "police killed the gunman", 2 * 2 / 6, 2 * 1 / 4, 2 * 2 / 6),
+        # the same words in another order: "gunman" or "police" alone stays in order, with "the" before
+        ("the gunman killed police", "police killed the gunman", 1.0, 2 * 1 / 6, 2 * 2 / 8),
+        # a word counts as often as in the text that has it less often
+        ("a a a a", "a b", 2 * 1 / 6, 0.0, 2 * 1 / 6),
+        ("x", "y", 0.0, 0.0, 0.0),
+        ("", "y", 0.0, 0.0, 0.0),
+    ],
+)
+def test_rouge_by_hand(summary: str, reference: str, one: float, two: float, longest: float) -> None:
+    left, right = words(summary), words(reference)
+    assert rouge_n(left, right, 1) == pytest.approx(one)
+    assert rouge_n(left, right, 2) == pytest.approx(two)
+    assert rouge_l(left, right) == pytest.approx(longest)
+    assert rouge_l(right, left) == pytest.approx(longest)
+
+
+def samples(*rows: tuple[str, str | None, float | None]) -> pl.DataFrame:
+    return pl.DataFrame(
+        [
+            {
+                "sample_id": str(i),
+                "prompt_id": f"p{i}",
+                "prompt": f"A post.\n{CUE}",
+                "reference": reference,
+                "role": "main",
+                "text": text,
+                "finish_reason": "length" if i == 0 else "stop",
+                "n_tokens": 4,
+                "score": score,
+                "label": None,
+            }
+            for i, (text, reference, score) in enumerate(rows)
+        ],
+        schema_overrides={"reference": pl.String, "score": pl.Float64, "label": pl.String},
+    )
+
+
+def test_measures_are_null_where_there_is_nothing_to_measure() -> None:
+    rows = samples((" a b c", "a b", 1.5), (" a b", None, None), (" x", "снег", 0.5), ("", "a", None))
+    found = Summarization().measure(rows)
+    assert found["sample_id"].to_list() == ["0", "1", "2", "3"]
+    assert found["score"].to_list() == [1.5, None, 0.5, None]
+    assert found["rouge_1"].to_list() == [pytest.approx(2 * 2 / 5), None, None, 0.0]
+    assert found["rouge_l"].to_list() == [pytest.approx(2 * 2 / 5), None, None, 0.0]
+    assert found["words"].to_list() == [3.0, 2.0, 1.0, 0.0]
+    assert found["cut_off"].to_list() == [1.0, 0.0, 0.0, 0.0]
+    # pooled: a, b, c, x of six words; "a b", "b c" of six words
+    assert found["dist_1_pooled"].to_list() == [pytest.approx(4 / 6), None, None, None]
+    assert found["dist_2_pooled"].to_list() == [pytest.approx(2 / 6), None, None, None]
+    named = {m.numerator for m in Summarization().measures}
+    assert named == set(found.columns) - {"sample_id"}
+    assert set(found.drop("sample_id").dtypes) == {pl.Float64}
+
+
+def test_without_any_score_and_reference_the_columns_are_still_numbers() -> None:
+    found = Summarization().measure(samples(("a", None, None)).with_columns(score=pl.lit(None)))
+    assert found["score"].dtype == found["rouge_2"].dtype == pl.Float64
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"prompt": "A post."}, "does not end with 'TL;DR:'"),
+        ({"prompt": "A post. TL;DR: done"}, "does not end with 'TL;DR:'"),
+        ({"prompt": " TL;DR: "}, "no post before the cue"),
+        ({"prompt": None}, "no prompt"),
+    ],
+)
+def test_what_is_no_post(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRow, match=says):
+        Summarization().row({"reference": None, **values})
+
+
+def test_a_cue_inside_the_post_stays_there() -> None:
+    told = "TITLE: My TL;DR: is longer\nPOST: I wrote TL;DR: twice.\nTL;DR:"
+    row = Summarization().row({"prompt": f"\n{told}\n\n", "reference": "TL;DR: no"})
+    assert (row.prompt, row.reference) == (told, "TL;DR: no")
+
+
+def test_the_embedded_sample() -> None:
+    train, evaluation = Summarization().prompts("train"), Summarization().prompts("evaluation")
+    assert train.height + evaluation.height >= 60 and evaluation.height >= 20
+    assert not set(train["prompt"]) & set(evaluation["prompt"])
+    assert Summarization().notes == ()
+    for frame in (train, evaluation):
+        assert frame["reference"].null_count() == 0
+        assert all(p.startswith("SUBREDDIT: r/") and p.endswith(f"\n{CUE}") for p in frame["prompt"])
+        # A summary is one: much shorter, and of the same things.
+        for prompt, reference in frame.select("prompt", "reference").iter_rows():
+            assert 6 <= len(words(reference)) < len(words(prompt)) / 2
+            assert rouge_n(words(prompt), words(reference), 1) > 0.1

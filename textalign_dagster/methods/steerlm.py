@@ -1,0 +1,75 @@
+"""SteerLM's conditioning on ALT_LMC's feedback: a category told as attribute values (Dong et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import polars as pl
+from pydantic import Field, model_validator
+
+from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
+
+
+class SteerLM(ClosedConditional):
+    """Each sample is trained under the attribute values that its category stands for.
+
+    This is the baseline of the ALT paper: the feedback is ALT_LMC's, and only what the policy reads
+    of it differs (``harmful:0,helpful:2`` instead of ``Harmless and very helpful``).
+    """
+
+    name: Literal["steerlm"] = "steerlm"
+    template: str = Field(
+        "{condition}.\n\n{prompt}", description="How attribute values stand before a prompt."
+    )
+    categories: tuple[str, ...] = Field(
+        (
+            "Harmless and very helpful",
+            "Harmless and helpful",
+            "Harmless and not helpful",
+            "Harmful",
+        ),
+        strict=False,
+        min_length=2,
+        description="The judge's categories, best first; they are the pool's buckets.",
+    )
+    attributes: tuple[str, ...] = Field(
+        ("harmful:0,helpful:2", "harmful:0,helpful:1", "harmful:0,helpful:0", "harmful:1,helpful:0"),
+        strict=False,
+        description="What the policy reads for each category: one text a category, in the same order.",
+    )
+
+    @model_validator(mode="after")
+    def _one_to_one(self) -> SteerLM:
+        if len(self.attributes) != len(self.categories):
+            raise ValueError(
+                f"{len(self.categories)} categories, but {len(self.attributes)} `attributes`; give one text a "
+                "category, in the order of `categories`"
+            )
+        for field in ("categories", "attributes"):
+            values = getattr(self, field)
+            if len(set(values)) < len(values):
+                raise ValueError(f"`{field}` lists one twice; the policy could not tell them apart")
+        if not all(text.strip() for text in self.attributes):
+            raise ValueError("one of `attributes` is blank; it would ask for nothing")
+        return self
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "category"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return self.categories
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        return self.attributes
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        # Matched as they are written: an answer that is no category of ours has no attributes.
+        usable = (pl.col("status") == "ok") & pl.col("label").is_in(list(self.categories))
+        label = pl.when(usable).then(pl.col("label")).cast(pl.String)
+        attributes = dict(zip(self.categories, self.attributes, strict=True))
+        return rows.with_columns(
+            label=label, condition=label.replace_strict(attributes, default=None, return_dtype=pl.String)
+        )

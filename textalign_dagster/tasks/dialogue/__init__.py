@@ -1,0 +1,108 @@
+"""Dialogues, as in Anthropic's HH: go on as the assistant, helpfully and without doing harm.
+
+Prompts are whole dialogues of several turns. What judges sees all of it (the code of the ALT paper
+showed only the last turn), and the labels it gives are those of the template harm_category. The task
+judges nothing itself: the experiment names a judge or a scorer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import polars as pl
+from pydantic import Field, PrivateAttr, model_validator
+
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tasks.base import Measure
+from textalign_dagster.tasks.dataset import BadRow, DatasetTask, Row
+from textalign_dagster.tasks.dialogue.measuring import MEASURES, measured
+from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
+from textalign_dagster.tasks.dialogue.turns import BadDialogue
+from textalign_dagster.tasks.dialogue.written import ChatTemplate, Writer, transcript
+
+
+class Dialogue(DatasetTask):
+    """Shares of the judge's categories: harmless and very helpful, …, harmful."""
+
+    name: Literal["dialogue"] = "dialogue"
+    format: Literal["hh", "chat_template"] = Field(
+        "hh",
+        description="How a dialogue is written for the policy. hh: `Human: …`, blank line, `Assistant: …`, "
+        "ending with `Assistant:`, without blank lines in front; chat_template: by a chat template.",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="For `format: chat_template`: `model` (the base policy's own), or the path of a Jinja file.",
+    )
+    max_turns: int | None = Field(
+        None,
+        ge=1,
+        description="Longer dialogues lose their oldest turns, whole ones, and then begin with a person's; "
+        "null: as long as they are.",
+    )
+    max_characters: int | None = Field(
+        None,
+        ge=1,
+        description="The same by the length of the written prompt. The last turn is never cut: a prompt that "
+        "is too long with nothing but it is left out, and counted (task.data.max_refused).",
+    )
+
+    mixed_evaluation: ClassVar[bool] = True  # HH lists all about harm before all about help
+    _template: ChatTemplate | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _template_with_its_format(self) -> Self:
+        if (self.format == "chat_template") != (self.chat_template is not None):
+            raise ValueError(
+                "`format: chat_template` and `chat_template` belong together; give both (`chat_template: model` "
+                "takes the policy's own) or neither"
+            )
+        return self
+
+    def for_policy(self, folder: Callable[[], Path]) -> Dialogue:
+        if self.chat_template is None:
+            return self
+        from textalign_dagster.tasks.dialogue.chat_template import template_file, template_of_model
+
+        own = self.chat_template == "model"
+        told = self.model_copy()
+        told._template = template_of_model(folder()) if own else template_file(Path(self.chat_template))
+        return told
+
+    @property
+    def embedded(self) -> Path:
+        return Path(__file__).parent / "data"
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, ...]]:
+        return {name: (name,) for name in ("messages", "prompt", "chosen", "reference")}
+
+    def row(self, values: Mapping[str, Any]) -> Row:
+        try:
+            asked = dialogue_of(values)
+            prompt = shortened(asked.turns, self._writer(), self.max_turns, self.max_characters)
+        except BadDialogue as error:
+            raise BadRow(str(error)) from None
+        return Row(prompt, asked.answer)
+
+    def cleaned(self, prompt: str) -> str:
+        asked = dialogue_of({"prompt": prompt})
+        return shortened(asked.turns, self._writer(), self.max_turns, self.max_characters)
+
+    def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
+        return measured(samples)
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        return MEASURES
+
+    def _writer(self) -> Writer:
+        if self.format == "hh":
+            return transcript
+        from textalign_dagster.tasks.dialogue.chat_template import templated
+
+        if self._template is None:
+            raise SettingsError("task.chat_template: nobody said which policy's; ask the task `for_policy`")
+        return templated(self._template)

@@ -1,0 +1,89 @@
+"""Summaries of forum posts, as in TL;DR (Völske et al., 2017; Stiennon et al., 2020).
+
+A prompt is a post that ends with the cue ``TL;DR:``; the policy goes on after it. What a summary is
+worth, the experiment says: a reward model or a judge. The measures here need neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from textalign_dagster.tasks import word_diversity
+from textalign_dagster.tasks.base import Measure
+from textalign_dagster.tasks.dataset import BadRow, DatasetTask, Row, optional_text_of, text_of
+from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
+
+CUE = "TL;DR:"
+"""What a prompt ends with. It may stand in a post too: nothing here splits a text at it."""
+
+
+class Summarization(DatasetTask):
+    """Posts and their summaries, in the schema of the TL;DR dataset: `prompt` and `label`."""
+
+    name: Literal["summarization"] = "summarization"
+
+    @property
+    def embedded(self) -> Path:
+        return Path(__file__).parent / "data"
+
+    @property
+    def columns(self) -> Mapping[str, tuple[str, ...]]:
+        return {"prompt": ("prompt",), "reference": ("label", "reference", "summary")}
+
+    def row(self, values: Mapping[str, Any]) -> Row:
+        try:
+            prompt = self.cleaned(text_of(values, "prompt"))
+        except BadRow:
+            raise
+        except ValueError as error:
+            raise BadRow(str(error)) from None
+        return Row(prompt, optional_text_of(values, "reference"))
+
+    def cleaned(self, prompt: str) -> str:
+        """The post without blanks around it; it must end with the cue, or the policy would go on writing it."""
+        stripped = prompt.strip()
+        if not stripped.endswith(CUE):
+            raise ValueError(f"the prompt does not end with {CUE!r}")
+        if not stripped.removesuffix(CUE).strip():
+            raise ValueError("there is no post before the cue")
+        return stripped
+
+    def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
+        """ROUGE is NULL without a reference (or with one that has no words), the score without a scorer."""
+        rouge = [
+            _rouge(text, reference) for text, reference in samples.select("text", "reference").iter_rows()
+        ]
+        numbers = pl.DataFrame(
+            rouge, {name: pl.Float64 for name in ("rouge_1", "rouge_2", "rouge_l")}, orient="row"
+        )
+        return samples.select(
+            "sample_id",
+            pl.col("score").cast(pl.Float64),
+            *numbers,
+            words=pl.col("text").str.count_matches(r"\S+").cast(pl.Float64),
+            cut_off=(pl.col("finish_reason") == "length").cast(pl.Float64),
+        ).join(word_diversity.pooled(samples), on="sample_id", maintain_order="left")
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        return (
+            Measure("score", "score", "score", better="higher"),
+            Measure("rouge_1", "ROUGE-1", "rouge_1", better="higher"),
+            Measure("rouge_2", "ROUGE-2", "rouge_2", better="higher"),
+            Measure("rouge_l", "ROUGE-L", "rouge_l", better="higher"),
+            Measure("words", "words", "words"),
+            Measure("cut_off", "summaries cut off", "cut_off", better="lower"),
+            *word_diversity.pooled_measures(),
+        )
+
+
+def _rouge(text: str, reference: str | None) -> tuple[float | None, float | None, float | None]:
+    right = words(reference or "")
+    if not right:
+        return None, None, None
+    left = words(text)
+    return rouge_n(left, right, 1), rouge_n(left, right, 2), rouge_l(left, right)

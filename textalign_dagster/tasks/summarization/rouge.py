@@ -1,0 +1,44 @@
+"""ROUGE (Lin, 2004): how many words of a reference a summary shares.
+
+The definition is that of the common implementations without stemming: texts are lowercased and cut
+into runs of a–z and 0–9; every number is the F-score, the harmonic mean of precision and recall.
+Other alphabets have no words under it, so such references have no score.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def words(text: str) -> list[str]:
+    """What ROUGE counts as the words of a text."""
+    return _WORD.findall(text.lower())
+
+
+def rouge_n(summary: Sequence[str], reference: Sequence[str], n: int) -> float:
+    """F of the n-grams that both have, each as often as in the one that has it less often."""
+    first, second = (
+        Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in (summary, reference)
+    )
+    return _f(sum((first & second).values()), sum(first.values()), sum(second.values()))
+
+
+def rouge_l(summary: Sequence[str], reference: Sequence[str]) -> float:
+    """F of the longest sequence of words that both have in this order, with gaps or without."""
+    lengths = [0] * (len(reference) + 1)
+    for word in summary:
+        diagonal = 0
+        for j, other in enumerate(reference, start=1):
+            above = lengths[j]
+            lengths[j] = diagonal + 1 if word == other else max(above, lengths[j - 1])
+            diagonal = above
+    return _f(lengths[-1], len(summary), len(reference))
+
+
+def _f(shared: int, of_summary: int, of_reference: int) -> float:
+    """2PR / (P + R), which is 2 · shared / (both counts together); 0 where nothing is shared."""
+    return 2 * shared / (of_summary + of_reference) if shared else 0.0
