@@ -22,6 +22,9 @@ Floats = npt.NDArray[np.float64]
 Column = Sequence[Any] | npt.NDArray[Any]
 """One entry a row: a list, a numpy array or a polars series."""
 
+Per = Literal["sample", "prompt", "prompt_max"]
+"""What a mean goes over: samples, prompts' own means, or prompts' greatest values."""
+
 RESAMPLES = 1000
 _ENTRIES_AT_ONCE = 2_000_000  # 16 MB a temporary, whatever the number of prompts
 _MAX_UNDEFINED = 0.01  # share of resamples without a value from which an interval is not believed
@@ -88,16 +91,17 @@ def ratio_sums(numerators: Column, denominators: Column, clusters: Column) -> Cl
     return ClusterSums(names, sums(a), sums(b), sums(np.ones_like(a)))
 
 
-def mean_sums(values: Column, clusters: Column, per: Literal["sample", "prompt"] = "sample") -> ClusterSums:
-    """Per-prompt sums whose ratio is a mean over samples, or over prompts of their own means."""
+def mean_sums(values: Column, clusters: Column, per: Per = "sample") -> ClusterSums:
+    """Per-prompt sums whose ratio is a mean over samples, or over prompts of their means or maxima."""
     sums = ratio_sums(values, np.ones(len(values)), clusters)
     if per == "sample":
         return sums
-    return replace(
-        sums,
-        numerator=sums.numerator / sums.denominator,
-        denominator=np.ones_like(sums.denominator),
-    )
+    numerator = sums.numerator / sums.denominator
+    if per == "prompt_max":
+        known, _, ids = complete_rows(values, values, clusters)
+        numerator = np.full(sums.clusters.size, -np.inf)
+        np.maximum.at(numerator, np.searchsorted(sums.clusters, ids), known)
+    return replace(sums, numerator=numerator, denominator=np.ones_like(sums.denominator))
 
 
 def estimate(
@@ -154,7 +158,7 @@ def difference(
 def mean(
     values: Column,
     clusters: Column,
-    per: Literal["sample", "prompt"] = "sample",
+    per: Per = "sample",
     *,
     resamples: int = RESAMPLES,
     level: float = 0.95,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from textalign_dagster.evaluation import titles
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.score_table import OBEDIENCE, titles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,8 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
     from matplotlib.figure import Figure  # 0.5 s: only those who draw pay for it
     from matplotlib.ticker import MaxNLocator
 
-    named = titles(experiment.task.measures)
+    rows = rows.filter((pl.col("role") != "baseline") & (pl.col("metric") != OBEDIENCE))
+    named = titles(experiment)
     metrics = [m for m in named if rows.filter(pl.col("metric") == m)["value"].n_unique() > 1][:panels]
     across = min(3, len(metrics)) or 1
     down = max(1, -(-len(metrics) // across))

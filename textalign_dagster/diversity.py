@@ -21,7 +21,7 @@ import numpy as np
 from textalign_dagster.bootstrap import RESAMPLES, Estimate, mean
 
 
-def distinct_n(texts: Iterable[str], n: int) -> float | None:
+def distinct_n_words(texts: Iterable[str], n: int) -> float | None:
     """Different n-grams of all texts together per word; None without a word."""
     if n < 1:
         raise ValueError(f"n: an n-gram has at least one word; got {n}")
@@ -45,7 +45,7 @@ def distinct_n_per_prompt(
 ) -> Estimate:
     """Mean over prompts of each prompt's own distinct-n; prompts without a word are left out."""
     by_prompt = _by_prompt(texts, clusters)
-    values = [distinct_n(own, n) for own in by_prompt.values()]
+    values = [distinct_n_words(own, n) for own in by_prompt.values()]
     found = mean(values, list(by_prompt), resamples=resamples, level=level, seed=seed)
     counted = sum(len(own) for own, v in zip(by_prompt.values(), values, strict=True) if v is not None)
     return Estimate(found.value, found.lo, found.hi, found.n, counted)
@@ -75,7 +75,7 @@ def distinct_n_blocks(
     shuffled = np.random.default_rng(seed).permutation(len(names))
     line = [text for i in shuffled for text in by_prompt[names[i]]]
     full = len(line) // block
-    values = [distinct_n(line[i * block : (i + 1) * block], n) for i in range(full)]
+    values = [distinct_n_words(line[i * block : (i + 1) * block], n) for i in range(full)]
     found = mean(values, [str(i) for i in range(full)], resamples=resamples, level=level, seed=seed)
     return Estimate(found.value, found.lo, found.hi, found.n, found.n * block)
 

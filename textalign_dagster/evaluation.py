@@ -1,41 +1,47 @@
-"""Measuring a policy: which prompts and conditions, and the score table with its intervals."""
+"""What an evaluation asks: which prompts, under which conditions, of whom, and who scores the answers."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import polars as pl
 
-from textalign_dagster import statistics
-from textalign_dagster.diversity import distinct_n_blocks
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.judge_settings import Judge
+from textalign_dagster.judging import template_of
 from textalign_dagster.prompts import prompt_id
+from textalign_dagster.scorers import Scorer
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import held_out_prompts, training_prompts
-from textalign_dagster.statistics import Estimate
-from textalign_dagster.tables import SCORES, conform
-from textalign_dagster.tasks import Measure
 
 DISTINCT_BLOCK = 32
 """Samples over which distinct-3 is counted; small, so that an evaluation has many blocks to resample."""
 
-GUARDS: tuple[Measure, ...] = (
-    Measure("distinct_3", "distinct-3", "text"),
-    Measure("perplexity", "perplexity under the base policy", "nll", "nll_tokens"),
-    Measure("n_tokens", "tokens", "n_tokens"),
-)
-"""Numbers every task reports, for gains that are none: collapse, drift, shortening."""
+REFERENCES = "references"
+"""As a baseline's model: the source's human answers, which are measured like samples."""
+
+Role = Literal["main", "probe", "baseline"]
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a policy is asked for in an evaluation."""
+    """What a policy is asked for in an evaluation.
+
+    ``texts`` (prompt_id → text) is there where each prompt is asked for a condition of its own; then
+    ``condition`` names them all.
+    """
 
     condition: str | None
-    role: Literal["main", "probe"]
+    role: Role
+    texts: Mapping[str, str | None] | None = None
+
+    def text(self, prompt_id: str) -> str | None:
+        """The condition as the policy reads it before a prompt."""
+        return self.condition if self.texts is None else self.texts[prompt_id]
 
 
 def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
@@ -46,18 +52,34 @@ def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
     return [Asked(experiment.method.exemplar, "main"), *(Asked(probe, "probe") for probe in probes)]
 
 
+def evaluation_scorer(experiment: Experiment) -> Scorer | None:
+    """What scores an evaluation's samples; None: nothing but the task itself.
+
+    Feedback that was collected elsewhere is about the samples of an iteration, and says nothing of others.
+    """
+    found = experiment.sample_scorer
+    by_default = None if found is None or found.name == "imported" else found
+    return experiment.evaluation.scorer or by_default
+
+
+def max_new_tokens(experiment: Experiment) -> int:
+    """The longest completion in an evaluation."""
+    return experiment.evaluation.max_new_tokens or experiment.sampling.max_new_tokens
+
+
 def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
     """The held-out prompts with the seeds of their samples: the same in every iteration.
 
     Returns:
-        Columns prompt_id, prompt, seeds (a list, one seed a sample). All policies and conditions get
-        the same seeds, so that differences between them are not due to luck.
+        Columns prompt_id, prompt, reference, seeds (a list, one seed a sample). All policies and
+        conditions get the same seeds, so that differences between them are not due to luck.
 
     Raises:
         SettingsError: too few prompts, or some that iterations train on.
     """
     settings = experiment.evaluation
-    prompts = held_out_prompts(experiment)["prompt"].to_list()
+    found = held_out_prompts(experiment)
+    prompts = found["prompt"].to_list()
     source = settings.path or f"the held-out prompts of task {experiment.task.name}"
     shared = set(prompts) & set(training_prompts(experiment)["prompt"])
     if shared:
@@ -69,90 +91,88 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
         raise SettingsError(
             f"evaluation.prompts: {settings.prompts} wanted, but there are {len(prompts)} in {source}"
         )
-    chosen = prompts[: settings.prompts]
-    ids = [prompt_id(prompt) for prompt in chosen]
-    return pl.DataFrame(
-        {
-            "prompt_id": ids,
-            "prompt": chosen,
-            "seeds": [
+    chosen = found.head(settings.prompts)
+    ids = [prompt_id(prompt) for prompt in chosen["prompt"]]
+    return chosen.select(
+        pl.Series("prompt_id", ids, dtype=pl.String),
+        "prompt",
+        "reference",
+        pl.Series(
+            "seeds",
+            [
                 [derive_seed(experiment.seed, "evaluation", i, k) for k in range(settings.samples_per_prompt)]
                 for i in ids
             ],
-        }
+        ),
     )
 
 
 def evaluation_source(prompts: pl.DataFrame) -> str:
     """What :func:`evaluation_prompts` gave, for the key of an evaluation."""
-    return content_hash("prompts", prompts["prompt"].to_list())
+    return content_hash("prompts", [list(row) for row in prompts.select("prompt", "reference").iter_rows()])
 
 
-def score_table(
-    samples: pl.DataFrame,
-    measured: pl.DataFrame,
-    measures: tuple[Measure, ...],
-    *,
-    policy_hash: str,
-    resamples: int,
-) -> pl.DataFrame:
-    """The scores of a policy, with 95 % intervals from resampling prompts.
+def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
+    """The human answers as samples: prompt_id, prompt, reference, text; prompts without one are left out.
 
-    Args:
-        samples: sample_id, prompt_id, condition, role, text, n_tokens, nll and nll_tokens
-            (NULL where not computed).
-        measured: sample_id and the columns that ``measures`` name.
-
-    Returns:
-        Rows of :data:`textalign_dagster.tables.SCORES`: every measure and guard, for every condition.
+    A text follows its prompt directly, so a blank is put before it where neither has one.
     """
-    # In the samples' order: resampling and blocks go by it.
-    joined = samples.join(measured, on="sample_id", maintain_order="left")
-    rows = []
-    groups = joined.partition_by("role", "condition", as_dict=True, maintain_order=True)
-    for (role, condition), group in groups.items():
-        for measure in (*measures, *GUARDS):
-            found = _estimate(group, measure, resamples)
-            if found.value is None:
-                continue
-            rows.append(
-                {
-                    "policy_hash": policy_hash,
-                    "metric": measure.name,
-                    "condition": condition,
-                    "role": role,
-                    "n": found.n,
-                    "value": found.value,
-                    "lo": found.lo,
-                    "hi": found.hi,
-                }
+    blank = pl.col("prompt").str.contains(r"\s$") | pl.col("reference").str.contains(r"^\s")
+    return prompts.filter(pl.col("reference").str.strip_chars() != "").select(
+        "prompt_id",
+        "prompt",
+        "reference",
+        text=pl.when(blank).then(pl.col("reference")).otherwise(pl.lit(" ") + pl.col("reference")),
+    )
+
+
+def check_evaluation(experiment: Experiment) -> None:
+    """Whether the evaluation's settings go together, before anything is sampled.
+
+    Raises:
+        SettingsError: naming the field and the remedy.
+    """
+    settings = experiment.evaluation
+    if experiment.sampling.min_new_tokens > max_new_tokens(experiment):
+        raise SettingsError(
+            f"evaluation.max_new_tokens: {settings.max_new_tokens}, but sampling.min_new_tokens is "
+            f"{experiment.sampling.min_new_tokens}; raise it, or lower that one"
+        )
+    prompts = evaluation_prompts(experiment)
+    answered = reference_answers(prompts).height
+    for name, model in settings.baselines.items():
+        if model == REFERENCES and not answered:
+            raise SettingsError(
+                f"evaluation.baselines.{name}: the held-out prompts have no references; give a file with a "
+                "column `reference` as evaluation.path, or remove this baseline"
             )
-    return conform(pl.DataFrame(rows, schema=SCORES), SCORES, "scores")
+    if settings.scorer is not None and settings.scorer.name == "imported":
+        raise SettingsError(
+            "evaluation.scorer: feedback that was collected elsewhere is about the samples of an iteration, not "
+            "about those of an evaluation; name another scorer"
+        )
+    if settings.judge is not None:
+        _check_judge(settings.judge, answered)
 
 
-def _estimate(group: pl.DataFrame, measure: Measure, resamples: int) -> Estimate:
-    if measure.name == "distinct_3":
-        texts, ids = group["text"].to_list(), group["prompt_id"].to_list()
-        return distinct_n_blocks(texts, ids, 3, block=DISTINCT_BLOCK, resamples=resamples)
-    if measure.name == "perplexity":
-        scored = group.filter(pl.col("nll").is_not_null())
-        if scored.is_empty():
-            return Estimate(None, None, None, 0, 0)
-        nll, tokens, ids = (scored[c].to_list() for c in ("nll", "nll_tokens", "prompt_id"))
-        return statistics.perplexity(nll, tokens, ids, resamples=resamples)
-    values, ids = (group[measure.numerator] * measure.scale).to_list(), group["prompt_id"].to_list()
-    if measure.denominator is None:
-        return statistics.mean(values, ids, resamples=resamples)
-    sums = statistics.ratio_sums(values, group[measure.denominator].to_list(), ids)
-    return statistics.estimate(sums, resamples=resamples)
-
-
-def value_of(scores: pl.DataFrame, metric: str, role: str = "main") -> float | None:
-    """One value of a score table, None where it is not there."""
-    found = scores.filter((pl.col("metric") == metric) & (pl.col("role") == role))["value"]
-    return float(found[0]) if len(found) else None
-
-
-def titles(measures: tuple[Measure, ...]) -> Mapping[str, str]:
-    """Metric → title, in the order of reporting."""
-    return {measure.name: measure.title for measure in (*measures, *GUARDS)}
+def _check_judge(judge: Judge, answered: int) -> None:
+    try:
+        template_of(judge)
+    except SettingsError as error:
+        where = "evaluation." if str(error).startswith("judge.") else "evaluation.judge: "
+        raise SettingsError(f"{where}{error}") from None
+    if judge.ask == "ranking":
+        raise SettingsError(
+            "evaluation.judge.ask: ranking compares a policy's samples with each other, which says nothing of "
+            "the policy; ask for `win` (against the references) or `rating`"
+        )
+    if judge.ask == "win" and not answered:
+        raise SettingsError(
+            "evaluation.judge.ask: win compares with references, and the held-out prompts have none; give a "
+            "file with a column `reference` as evaluation.path, or ask for `rating`"
+        )
+    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
+        raise SettingsError(
+            f"evaluation.judge.api_key_env: the environment variable {judge.api_key_env} is not set; put the "
+            "key there (null: an endpoint without keys)"
+        )

@@ -100,10 +100,11 @@ CHECKPOINTS = pl.Schema(
 
 SCORES = pl.Schema(
     {
-        "policy_hash": pl.String,  # key, with metric and condition
+        "policy_hash": pl.String,  # key, with subject, metric and condition
+        "subject": pl.String,  # a baseline's name; NULL: the experiment's own policy
         "metric": pl.String,
         "condition": pl.String,  # the feedback asked for; NULL: unconditioned
-        "role": pl.String,  # "main" (as the policy is meant to be used) or "probe"
+        "role": pl.String,  # "main" (as the policy is meant to be used), "probe" or "baseline"
         "n": pl.Int64,  # prompts (the unit that is resampled)
         "value": pl.Float64,
         "lo": pl.Float64,

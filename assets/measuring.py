@@ -1,0 +1,313 @@
+"""Measuring policies: sampled, read by a language model, scored, judged; then the tables of an evaluation.
+
+What costs a model is kept by itself (samples by policy and prompts, log-likelihoods by samples and
+model), so that another scorer, judge or baseline never samples anything again, and an evaluation that
+an outage of the judge stopped goes on from there. No cell points at these parts; evaluations do.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import polars as pl
+
+from assets.exemplars import exemplars_of
+from assets.stage import PolicyFolder, Stage
+from assets.verdicts import judged, scored
+from resources.configured import SamplerResource
+from resources.policies import baselines, fluency_model
+from resources.sampler import Decoding, Request
+from resources.store import Artifact, Draft
+from textalign_dagster.conditioning import render
+from textalign_dagster.evaluation import (
+    Asked,
+    check_evaluation,
+    conditions,
+    evaluation_prompts,
+    max_new_tokens,
+    reference_answers,
+)
+from textalign_dagster.ids import content_hash
+from textalign_dagster.obedience import obedience
+from textalign_dagster.score_table import OBEDIENCE, reported, score_row, score_table
+from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
+
+SAMPLING, FLUENCY = "evaluation_sampling", "evaluation_fluency"
+VERSIONS = {SAMPLING: 1, FLUENCY: 1}
+"""Raised when a change of code changes what is made of the same inputs and settings."""
+
+SAMPLED = pl.Schema(
+    {
+        "sample_id": pl.String,  # key
+        "prompt_id": pl.String,
+        "asked": pl.String,  # the condition's name in the scores
+        "condition": pl.String,  # the condition as the policy read it
+        "role": pl.String,
+        "text": pl.String,
+        "n_tokens": pl.Int32,  # NULL: a human answer
+        "finish_reason": pl.String,
+    }
+)
+SURPRISE = pl.Schema({"sample_id": pl.String, "nll": pl.Float64, "nll_tokens": pl.Int64})
+TASK_COLUMNS = (
+    *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
+    *("score", "label"),
+)
+"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whom an evaluation measures: the policy that an iteration trained (0: none yet), or a baseline."""
+
+    policy_hash: str
+    model: PolicyFolder | None  # None: the human answers
+    asked: tuple[Asked, ...]
+    name: str | None = None  # a baseline's
+    banned_tokens: tuple[str, ...] = ()
+    inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
+
+
+@dataclass
+class Seconds:
+    """Wall time by part of the work."""
+
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.parts[part] = self.parts.get(part, 0.0) + time.monotonic() - started
+
+
+class Measuring:
+    """What the evaluations of one cell have in common; everything they need is looked for at once.
+
+    Raises:
+        SettingsError: a model cannot be had, or settings do not go together.
+    """
+
+    def __init__(self, stage: Stage, sampler: SamplerResource) -> None:
+        self.stage, self.sampler, self.experiment = stage, sampler, stage.experiment
+        check_evaluation(self.experiment)
+        self.prompts = evaluation_prompts(self.experiment)
+        self.fluency = fluency_model(self.experiment)
+        self.baselines = [
+            Subject(
+                content_hash("references", self.prompts["reference"].to_list())
+                if model is None
+                else model.policy_hash,
+                None if model is None else PolicyFolder(model.path, model.policy_hash),
+                (Asked(None, "baseline"),),
+                name,
+            )
+            for name, model in baselines(self.experiment).items()
+        ]
+        self.engine = sampler.of(self.experiment)
+        self.report = stage.report()
+
+    def trained(self, iteration: int) -> Subject:
+        """The policy that an iteration trained; 0: the base policy."""
+        model, asked = self.stage.policy(iteration + 1), conditions(self.experiment, iteration)
+        inputs: dict[str, str] = {}
+        if iteration:
+            ids = self.prompts["prompt_id"].to_list()
+            texts, inputs = exemplars_of(self.stage, ids, pool=iteration)
+            if inputs:  # one condition for all follows from the settings alone
+                asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
+        # The base policy does not know the method's tokens.
+        banned = self.experiment.method.special_tokens if iteration else ()
+        return Subject(model.policy_hash, model, tuple(asked), banned_tokens=banned, inputs=inputs)
+
+    def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
+        """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
+        with seconds.of("sampling"):
+            sampled = [self.sampled(subject) for subject in subjects]
+        with seconds.of("fluency"):
+            for samples in sampled:
+                self.surprise(samples)
+
+    def sampled(self, subject: Subject) -> Artifact:
+        """The subject's samples: a table of SAMPLED."""
+        experiment = self.experiment
+        decoding = Decoding(
+            temperature=experiment.evaluation.temperature,
+            top_p=experiment.evaluation.top_p,
+            max_new_tokens=max_new_tokens(experiment),
+            min_new_tokens=experiment.sampling.min_new_tokens,
+            ignore_eos=experiment.sampling.ignore_eos,
+            banned_tokens=subject.banned_tokens,
+        )
+        conditioned = any(ask.condition is not None for ask in subject.asked)
+        settings: dict[str, Any] = {"asked": [vars(ask) for ask in subject.asked]}
+        if subject.model is not None:
+            settings |= {
+                "decoding": {**vars(decoding), "banned_tokens": list(decoding.banned_tokens)},
+                "template": experiment.method.template if conditioned else None,
+                "engine": experiment.sampling.engine,
+                "dtype": experiment.policy.dtype,
+            }
+        asked_of = self.prompts.select("prompt_id", "seeds").rows()
+
+        def produce(draft: Draft) -> None:
+            rows = (
+                self._answers() if subject.model is None else self._sample(subject, subject.model, decoding)
+            )
+            draft.write("sampled", pl.DataFrame(rows, SAMPLED), SAMPLED)
+
+        inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
+        return self._kept(SAMPLING, settings, inputs, produce)
+
+    def surprise(self, samples: Artifact) -> Artifact:
+        """How surprising samples are to the fluency model: a table of SURPRISE, without the probes.
+
+        Drift is a matter of what the policy is meant to be used for.
+        """
+
+        def produce(draft: Draft) -> None:
+            known = samples.frame("sampled").filter(pl.col("role") != "probe")
+            pairs = (
+                known.join(self.prompts, on="prompt_id", maintain_order="left")
+                .select("prompt", "text")
+                .rows()
+            )
+            found = self.engine.logprobs(self.fluency.path, pairs, partial(self.report, note="fluency"))
+            nll = [(i, -logprob, n) for i, (logprob, n) in zip(known["sample_id"], found, strict=True)]
+            draft.write("surprise", pl.DataFrame(nll, SURPRISE, orient="row"), SURPRISE)
+
+        settings = {"engine": self.experiment.sampling.engine, "dtype": self.experiment.policy.dtype}
+        inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
+        return self._kept(FLUENCY, settings, inputs, produce)
+
+    def write(self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds) -> None:
+        """Writes the tables of an evaluation of these subjects."""
+        frames = [self._samples(subject) for subject in subjects]
+        samples = pl.concat(frames).with_columns(
+            score=pl.lit(None, dtype=pl.Float64),
+            label=pl.lit(None, dtype=pl.String),
+            judge_value=pl.lit(None, dtype=pl.Float64),
+            judge_unusable=pl.lit(None, dtype=pl.Float64),
+        )
+        with seconds.of("scoring"):
+            samples = scored(self.stage, self.sampler, samples, draft)
+        with seconds.of("judging"):
+            samples = judged(self.stage, samples, draft)
+        scores, kept = [], []
+        for subject, frame in zip(subjects, frames, strict=True):
+            own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
+            table, numbered = self._tables(subject, own)
+            scores += [table, *self._obedience(subject, numbered, table)]
+            kept.append(numbered)
+        draft.write("scores", pl.concat(scores), SCORES)
+        draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
+        draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)
+
+    def _tables(self, subject: Subject, samples: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
+        # To a task, a baseline is a policy like any other.
+        seen = samples.with_columns(role=pl.col("role").replace("baseline", "main")).select(TASK_COLUMNS)
+        measured = self.experiment.task.measure(seen)
+        table = score_table(
+            samples.with_columns(condition="asked"),
+            measured,
+            reported(self.experiment),
+            policy_hash=subject.policy_hash,
+            subject=subject.name,
+            resamples=self.experiment.evaluation.resamples,
+        )
+        more = [c for c in ("score", "judge_value") if c not in measured.columns and samples[c].count()]
+        numbers = measured.join(samples.select("sample_id", *more), on="sample_id", maintain_order="left")
+        listed = numbers.select("sample_id", measures(numbers.drop("sample_id").iter_rows(named=True)))
+        rows = samples.with_columns(policy_hash=pl.lit(subject.policy_hash))
+        return table, rows.join(listed, on="sample_id", maintain_order="left").select(*EVALUATION_SAMPLES)
+
+    def _obedience(
+        self, subject: Subject, samples: pl.DataFrame, scores: pl.DataFrame
+    ) -> Iterator[pl.DataFrame]:
+        """A row of SCORES where more than one thing was asked for: by the task's first measure, or the score."""
+        probed = set(scores.filter(role="probe")["metric"])
+        candidates = [
+            *self.experiment.task.measures[:1],
+            *(m for m in reported(self.experiment) if m.name == "score"),
+        ]
+        by = next((measure for measure in candidates if measure.name in probed), None)
+        if by is None:
+            return
+        resamples = self.experiment.evaluation.resamples
+        found = obedience(samples, self.experiment.method, by, resamples=resamples)
+        if found.value is not None:
+            row = score_row(OBEDIENCE, found, subject.policy_hash, condition=subject.asked[0].condition)
+            yield pl.DataFrame([row], SCORES)
+
+    def _samples(self, subject: Subject) -> pl.DataFrame:
+        """What is known of a subject's samples before anybody scores them."""
+        sampled = self.sampled(subject)
+        surprise = self.surprise(sampled).frame("surprise")
+        return (
+            sampled.frame("sampled")
+            .join(self.prompts.drop("seeds"), on="prompt_id", maintain_order="left")
+            .join(surprise, on="sample_id", how="left", maintain_order="left")
+            .with_columns(
+                n_tokens=pl.coalesce("n_tokens", "nll_tokens").cast(pl.Int32),
+                by_people=pl.lit(subject.model is None),
+            )
+        )
+
+    def _sample(self, subject: Subject, model: PolicyFolder, decoding: Decoding) -> Iterator[dict[str, Any]]:
+        """Rows of SAMPLED: a policy's completions under everything it is asked for."""
+        template, parts = self.experiment.method.template, len(subject.asked)
+        for index, ask in enumerate(subject.asked):
+            requests = [
+                Request(render(template, ask.text(prompt_id), prompt), tuple(seeds))
+                for prompt_id, prompt, seeds in self.prompts.select(
+                    "prompt_id", "prompt", "seeds"
+                ).iter_rows()
+            ]
+            progress = partial(_share, self.report, index, parts, subject.name or ask.role)
+            completions = self.engine.generate(model.path, requests, decoding, progress)
+            for prompt, several in zip(self.prompts.iter_rows(named=True), completions, strict=True):
+                condition = ask.text(prompt["prompt_id"])
+                conditioning = {"condition": condition, "role": ask.role}
+                for seed, completion in zip(prompt["seeds"], several, strict=True):
+                    key = (prompt["prompt_id"], model.policy_hash, vars(decoding), conditioning, seed)
+                    yield {
+                        "sample_id": content_hash("evaluation", *key),
+                        "prompt_id": prompt["prompt_id"],
+                        "asked": ask.condition,
+                        "condition": condition,
+                        "role": ask.role,
+                        "text": completion.text,
+                        "n_tokens": completion.n_tokens,
+                        "finish_reason": completion.finish_reason,
+                    }
+
+    def _answers(self) -> Iterator[dict[str, Any]]:
+        """Rows of SAMPLED: the human answers."""
+        for answer in reference_answers(self.prompts).iter_rows(named=True):
+            yield {
+                "sample_id": content_hash("reference", answer["prompt_id"], answer["text"]),
+                "prompt_id": answer["prompt_id"],
+                "role": "baseline",
+                "text": answer["text"],
+                "finish_reason": "stop",
+            }
+
+    def _kept(
+        self,
+        part: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        produce: Callable[[Draft], None],
+    ) -> Artifact:
+        """The part of an evaluation that exists for these inputs, or what ``produce`` makes."""
+        key = content_hash(part, VERSIONS[part], settings, inputs)
+        return self.stage.store.make(part, key, produce, inputs=inputs, settings=settings)
+
+
+def _share(report: Callable[..., None], index: int, parts: int, note: str, done: int, total: int) -> None:
+    """Reports progress within one of several equal parts."""
+    report(index * total + done, parts * total, note)

@@ -1,0 +1,99 @@
+"""Samples of an evaluation before its scorer and its judge."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from assets.stage import Stage
+from resources.configured import SamplerResource
+from resources.judge_errors import BatchPendingError, JudgeError
+from resources.scoring import ScoringError, score_samples
+from resources.store import Draft
+from textalign_dagster.abandoned import BATCHES_TAG
+from textalign_dagster.evaluation import evaluation_scorer
+from textalign_dagster.judging.pairs import pair_figures
+from textalign_dagster.scorers.base import TextScorer
+from textalign_dagster.tables import FEEDBACK
+
+
+def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
+    """``samples`` with score (and label) of the evaluation's scorer."""
+    scorer = evaluation_scorer(stage.experiment)
+    if scorer is None:
+        return samples
+    if not isinstance(scorer, TextScorer):
+        sampler.make_room()
+    columns = ("sample_id", "prompt", "reference", "text", "finish_reason")
+    report, facts = partial(stage.report(), note="scoring"), dict[str, Any]()
+    try:
+        found = score_samples(scorer, samples.select(columns), report, facts=facts)
+    except ScoringError as error:
+        raise dg.Failure(f"evaluation.scorer: {error}", allow_retries=False) from error
+    draft.record(**facts, unscored=int((found["status"] != "ok").sum()))
+    return samples.with_columns(score=found["score"], label=found["label"])
+
+
+def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
+    """``samples`` with what the evaluation's judge says of those that were asked for as meant.
+
+    Raises:
+        dg.Failure: it cannot be reached: numbers that rest on an outage must not be final.
+    """
+    judge = stage.experiment.evaluation.judge
+    if judge is None:
+        return samples
+    from resources.judging import ask_judge  # needs the extra `judges`
+
+    asked = samples.filter(pl.col("role") != "probe")
+    if judge.ask == "win":  # a reference against itself says nothing
+        asked = asked.filter(~pl.col("by_people"))
+    with _judge_errors(stage):
+        found = ask_judge(
+            judge,
+            asked.select("sample_id", "prompt_id", "prompt", "reference", "text"),
+            kind=None,
+            store=stage.store,
+            report=stage.report(),  # which gets the engine's own notes
+            purpose=f"{stage.cell.key} evaluation",
+        )
+    failed = found.rows.filter(status="failed")
+    if failed.height > stage.experiment.checks.max_unusable_feedback * found.rows.height:
+        raise dg.Failure(
+            f"evaluation.judge: {failed.height:,} of {found.rows.height:,} judgements failed, e.g. "
+            f"{failed['reason'][0]}; mend the cause and materialize this again: what was sampled and judged "
+            "is kept",
+            allow_retries=False,
+        )
+    draft.write("judgements", found.rows, FEEDBACK)
+    draft.record(**found.facts)
+    if found.pairs is not None:
+        draft.record(comparisons=pair_figures(found.pairs))
+    unusable = pl.col("status").is_in(["unparseable", "failed"]).cast(pl.Float64)
+    verdicts = found.rows.select(
+        "sample_id",
+        verdict="label",
+        judge_value=pl.when(status="ok").then("value"),
+        judge_unusable=pl.when(pl.col("status") != "skipped").then(unusable),
+    )
+    return (
+        samples.drop("judge_value", "judge_unusable")
+        .join(verdicts, on="sample_id", how="left", maintain_order="left")
+        .with_columns(label=pl.coalesce("verdict", "label"))
+    )
+
+
+@contextmanager
+def _judge_errors(stage: Stage) -> Iterator[None]:
+    """Errors of a judge that people can act on become failures; retrying cannot help."""
+    try:
+        yield
+    except BatchPendingError as pending:
+        # The sensor that collects replies looks for these names.
+        stage.context.instance.add_run_tags(stage.context.run.run_id, {BATCHES_TAG: " ".join(pending.jobs)})
+        raise dg.Failure(str(pending), allow_retries=False) from None
+    except JudgeError as error:
+        raise dg.Failure(f"evaluation.judge: {error}", allow_retries=False) from error
