@@ -1,7 +1,8 @@
 """The fifth stage: the policy trained on the drawn rows."""
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import dagster as dg
 import polars as pl
@@ -15,9 +16,11 @@ from resources.launcher import Acceleration, LocalLauncher, accelerate_command, 
 from resources.policies import policy_hash
 from resources.provenance import code_revision, environment_hash
 from resources.store import Artifact, ArtifactError, Draft
+from textalign_dagster.acceleration import AccelerateConfig, check_training
 from textalign_dagster.experiment_files import home
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.tables import CHECKPOINTS
+from textalign_dagster.training_settings import Training
 from training.job import Job
 
 
@@ -48,10 +51,15 @@ def checkpoint(
         if settings.objective.kl_coef > 0:
             reference = base if settings.objective.kl_reference == "base" else sampled_from
         inputs = {"datapool": pool.key, "policy": sampled_from.policy_hash}
+        before = None
+        if settings.optimizer_state == "carried" and stage.cell.iteration > 1:
+            before = stage.require("checkpoint", stage.cell.iteration - 1)
+            inputs[f"checkpoint@{stage.cell.iteration - 1}"] = before.key
         if base in (parent, reference):
             inputs["base_policy"] = base.policy_hash
 
         def produce(draft: Draft) -> None:
+            config = check_training(settings, dtype=stage.experiment.policy.dtype)
             rows = training_rows(stage, pool)
             if rows.is_empty():
                 raise ArtifactError(
@@ -61,11 +69,26 @@ def checkpoint(
             folder, out = draft.folder("job"), draft.folder("model")
             rows.write_parquet(folder / "rows.parquet")
             seed = derive_seed(stage.experiment.seed, "training", stage.cell.iteration) % 2**32
-            job = job_of(stage, parent, reference, str(folder / "rows.parquet"), str(out), seed)
+            job = job_of(
+                stage,
+                rows=folder / "rows.parquet",
+                out=out,
+                seed=seed,
+                parent=parent,
+                reference=reference,
+                sharing=sharing_of(config),
+                beside=draft.folder("beside") if keeps_beside(settings) else None,
+                optimizer=before.path("beside") if before else None,
+            )
             path = job.write(folder / "job.json")
             sampler.make_room()
             report = stage.report()
-            acceleration = Acceleration(processes=settings.processes)
+            acceleration = Acceleration(
+                processes=settings.processes,
+                mixed_precision=settings.mixed_precision,
+                config_file=config.write(folder) if config else None,
+                deepspeed=sharing_of(config) == "DEEPSPEED",
+            )
             launched = launcher.launch(
                 context,
                 [*accelerate_command(acceleration), "training.train", str(path)],
@@ -78,13 +101,16 @@ def checkpoint(
                 done=out / "done.json",
             )
             done: dict[str, Any] = launched.done or {}
+            gpu_seconds = launched.seconds * done["accelerators"] or None
             row = {
                 "policy_hash": policy_hash(out),
                 "parent": parent.policy_hash,
                 "reference": reference.policy_hash if reference else None,
                 "pool_hash": rows["pool_hash"][0],
                 "config": json.dumps(
-                    job.model_dump(mode="json", exclude={"rows", "policy", "reference", "out"})
+                    job.model_dump(
+                        mode="json", exclude={"rows", "policy", "reference", "out", "beside", "optimizer"}
+                    )
                 ),
                 "code_revision": code_revision(),
                 "environment_hash": environment_hash(),
@@ -93,7 +119,7 @@ def checkpoint(
                 "steps": done["steps"],
                 "final_loss": done["final_loss"],
                 "seconds": launched.seconds,
-                "gpu_seconds": None,
+                "gpu_seconds": gpu_seconds,
                 "usd": None,
             }
             draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
@@ -103,6 +129,9 @@ def checkpoint(
                 load_seconds=done["load_seconds"],
                 losses=done["losses"],
                 tokens=done["tokens"],
+                peak_memory=done["peak_memory"],
+                coefficients=done["coefficients"],
+                **({} if gpu_seconds is None else {"gpu_seconds": gpu_seconds}),
             )
 
         made = stage.make(inputs, produce)
@@ -136,20 +165,44 @@ def training_rows(stage: Stage, pool: Artifact) -> pl.DataFrame:
     return drawn.join(texts, on="sample_id", how="left", maintain_order="left").select(wanted)
 
 
+def keeps_beside(settings: Training) -> bool:
+    """Whether a training leaves something that is no part of the policy."""
+    return settings.optimizer_state == "carried" or settings.lora is not None
+
+
+def sharing_of(config: AccelerateConfig | None) -> Literal["DEEPSPEED", "FSDP"] | None:
+    """What the processes share the weights with, which the trainer makes sure of."""
+    if config is None:
+        return None
+    return config.kind if config.kind in ("DEEPSPEED", "FSDP") else None
+
+
 def job_of(
-    stage: Stage, parent: PolicyFolder, reference: PolicyFolder | None, rows: str, out: str, seed: int
+    stage: Stage,
+    *,
+    rows: Path,
+    out: Path,
+    seed: int,
+    parent: PolicyFolder,
+    reference: PolicyFolder | None,
+    sharing: Literal["DEEPSPEED", "FSDP"] | None,
+    beside: Path | None,
+    optimizer: Path | None,
 ) -> Job:
     """What the trainer is told."""
     experiment = stage.experiment
     return Job(
-        rows=rows,
+        rows=str(rows),
         policy=str(parent.path),
         reference=str(reference.path) if reference else None,
-        out=out,
+        out=str(out),
+        beside=str(beside) if beside else None,
+        optimizer=str(optimizer) if optimizer else None,
         template=experiment.method.template,
         special_tokens=list(experiment.method.special_tokens),
         seed=seed,
         world_size=experiment.training.processes,
+        sharing=sharing,
         dtype=experiment.policy.dtype,
         max_new_tokens=experiment.sampling.max_new_tokens,
         training=experiment.training,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from textalign_dagster.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Target = Annotated[float, Field(gt=0)]
 
 
 class Objective(Settings):
@@ -25,6 +28,42 @@ class Objective(Settings):
     )
     kl_reference_sees_condition: bool = Field(
         False, description="Whether the reference reads the condition too, or the plain prompt."
+    )
+    kl_target: Target | None = Field(
+        None,
+        description="Adapts kl_coef after every step, towards this KL of a whole sample, in nats; null: kl_coef "
+        "stays as it is.",
+    )
+    entropy_target: Target | None = Field(
+        None, description="Adapts entropy_coef likewise, towards this entropy of a whole sample, in nats."
+    )
+    controller_horizon: float = Field(
+        2500.0, gt=0, description="Rows over which an adapted coefficient changes by 20 % at most."
+    )
+
+    @model_validator(mode="after")
+    def _controllable(self) -> Objective:
+        for name, target, coef in (
+            ("kl", self.kl_target, self.kl_coef),
+            ("entropy", self.entropy_target, self.entropy_coef),
+        ):
+            if target is not None and coef == 0:
+                raise ValueError(
+                    f"{name}_target adapts {name}_coef by factors, which cannot move it from 0; give "
+                    f"{name}_coef a start above 0"
+                )
+        return self
+
+
+class Lora(Settings):
+    """Small matrices beside the frozen weights are trained, and added to them in the end."""
+
+    rank: int = Field(16, ge=1, description="Rank of the matrices.")
+    alpha: float = Field(32.0, gt=0, description="They are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of their input.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Names of the modules they stand beside; all-linear: every linear one but the LM head.",
     )
 
 
@@ -49,8 +88,20 @@ class Training(Settings):
     weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
     betas: tuple[Beta, Beta] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    optimizer_state: Literal["fresh", "carried"] = Field(
+        "fresh",
+        description="carried: AdamW's moments (and adapted coefficients) go on from the iteration before.",
+    )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients are clipped to this norm; null: not at all."
+    )
+    trainable_layers: Count | Share | None = Field(
+        None,
+        description="How many of the last transformer blocks train: a number (8), or a share of them (0.3); "
+        "null: all. Embeddings, final norm and LM head train in any case.",
+    )
+    lora: Lora | None = Field(
+        None, description="Low-rank adapters instead of all weights, merged into the checkpoint; null: none."
     )
     max_length: int = Field(
         1024, ge=2, description="Longest row in tokens; long prompts lose their beginning."
@@ -64,4 +115,31 @@ class Training(Settings):
         "mean_std",
         description="Embeddings of new tokens: normal around the vocabulary's mean and spread, or a copy of the end token's.",
     )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Number format of forward and backward passes; fp16 needs an accelerator."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them: slower, in less memory."
+    )
+    accelerate: str | None = Field(
+        None,
+        description="How processes share the work: zero1, zero2, zero2_offload, zero3, fsdp, multi_gpu, or the "
+        "path of an accelerate configuration; null: plain data parallel.",
+    )
     processes: int = Field(1, ge=1, description="Training processes on this machine.")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Training:
+        if self.lora is not None and self.trainable_layers is not None:
+            raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
+        if self.optimizer_state == "carried":
+            if self.lora is not None:
+                raise ValueError(
+                    "optimizer_state: carried moments belong to the same weights, but each iteration has new "
+                    "adapters (lora); set it to fresh"
+                )
+            if self.start_from == "base":
+                raise ValueError(
+                    "optimizer_state: carried moments are of the parent's weights; set start_from to parent"
+                )
+        return self

@@ -39,12 +39,23 @@ class Job(Settings):
     policy: str = Field(..., description="Transformers folder the training starts from.")
     reference: str | None = Field(None, description="Transformers folder of the KL reference.")
     out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
+    beside: str | None = Field(
+        None,
+        description="Folder for what is no part of the policy: optimizer state, LoRA adapter; None: not kept.",
+    )
+    optimizer: str | None = Field(
+        None, description="Folder with the optimizer state to go on with (an earlier job's `beside`)."
+    )
     template: str | None = Field(
         None, description="With {condition} and {prompt}; None: no row has a condition."
     )
     special_tokens: list[str] = Field([], description="Tokens to add to the policy where it lacks them.")
     seed: int = Field(0, ge=0)
     world_size: int = Field(1, ge=1, description="Processes that the launcher was asked for.")
+    sharing: Literal["DEEPSPEED", "FSDP"] | None = Field(
+        None,
+        description="What the launcher was asked to share the weights with; None: every process has all.",
+    )
     threads: int | None = Field(None, ge=1, description="torch threads of a process; None: torch's choice.")
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of the weights while training and saved."
@@ -95,6 +106,11 @@ def check(job: Job, where: str) -> None:
         )
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
         raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
+    if job.sharing is not None and job.training.optimizer_state == "carried":
+        raise JobError(
+            f"{where}: training.optimizer_state: {job.sharing} keeps the optimizer in a form of its own; set it "
+            "to fresh"
+        )
     if job.template is not None:
         try:
             validate_template(job.template)

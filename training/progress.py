@@ -12,7 +12,11 @@ from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
 
 
 class Reporter(Protocol):
-    """Takes ``{"done", "total", "loss", "tokens_per_s", "lr"}`` and plain sentences."""
+    """Takes ``{"done", "total", "loss", "tokens_per_s", "lr"}`` and plain sentences.
+
+    Where coefficients adapt, they (``kl_coef``, ``entropy_coef``) and what they answered to (``kl``,
+    ``entropy``: means over samples, in nats) stand there, too.
+    """
 
     def progress(self, values: Mapping[str, Any]) -> None: ...
 

@@ -4,8 +4,9 @@
 
 Writes the job's ``out`` folder: model.safetensors, config.json, generation_config.json, the
 tokenizer, and last ``done.json`` {steps, rows, tokens, final_loss, losses, seconds, load_seconds,
-train_seconds, save_seconds, world_size}. Without that file the folder is not a checkpoint. Nothing
-is evaluated here. On the CPU two runs of one job give the same bytes.
+train_seconds, save_seconds, world_size, accelerators, peak_memory, parameters, trained_parameters,
+coefficients}. Without that file the folder is not a checkpoint. Nothing is evaluated here. On the CPU
+two runs of one job give the same bytes.
 """
 
 from __future__ import annotations
@@ -77,8 +78,12 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         "steps": len(losses),
         "rows": trainer.rows,
         "tokens": trainer.total_tokens(),
+        "coefficients": trainer.controllers.coefficients(),
+        **trainer.sizes,
+        "peak_memory": trainer.peak_memory(),
     }
-    save(trainer, tokenizer, out)  # by all ranks
+    beside = None if job.beside is None else Path(job.beside)
+    save(trainer, tokenizer, out, beside)  # by all ranks
     finished = time.monotonic()
     last = losses[-max(1, len(losses) // 10) :]
     done = facts | {
@@ -89,6 +94,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         "train_seconds": trained - loaded,
         "save_seconds": finished - trained,
         "world_size": arguments.world_size,
+        "accelerators": 0 if arguments.device.type == "cpu" else arguments.world_size,
     }
     if arguments.process_index == 0:
         mark_done(out, done)
@@ -103,10 +109,17 @@ def start(job: Job) -> TrainingArguments:
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-    arguments = training_arguments(
-        job.training, out=job.out, seed=job.seed, cpu=cpu or not torch.accelerator.is_available()
-    )
+    cpu = _told("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    deepspeed = _told("ACCELERATE_USE_DEEPSPEED")
+    if cpu and deepspeed:
+        _deepspeed_on_cpu()
+    arguments = training_arguments(job.training, out=job.out, seed=job.seed, cpu=cpu, deepspeed=deepspeed)
+    if deepspeed:
+        # Otherwise from_pretrained spreads weights as it loads them (ZeRO-3): a reference would stay
+        # in pieces, and new tokens could not be added. The policy is spread when training starts.
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
     if arguments.world_size != job.world_size:
         raise JobError(
             f"world_size: the job expects {job.world_size} processes, the launcher started "
@@ -116,26 +129,45 @@ def start(job: Job) -> TrainingArguments:
     return arguments
 
 
+def _told(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def _deepspeed_on_cpu() -> None:
+    """Plain gloo between processes: DeepSpeed's own shared memory would be compiled first."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def load(
     job: Job, rows: Any, arguments: TrainingArguments, reporter: Reporter
 ) -> tuple[ObjectiveTrainer, PreTrainedTokenizerBase]:
     """Model, tokenizer, batches and the trainer that joins them."""
     from training.batches import Collator, Examples, plan_batches
     from training.examples import encode
+    from training.freezing import train_last_blocks
     from training.model_folder import load_model, load_tokenizer
+    from training.optimizer_state import OptimizerState
     from training.special_tokens import add_special_tokens, vocabulary_rows
     from training.trainer import ObjectiveTrainer
 
     settings = job.training
     tokenizer = load_tokenizer(job.policy)
     model = load_model(job.policy, job.dtype)
-    known = len(tokenizer)
+    known, known_rows = len(tokenizer), vocabulary_rows(model)
     try:
         added = add_special_tokens(
             model, tokenizer, job.special_tokens, settings.special_token_init, job.seed
         )
     except ValueError as error:
         raise JobError(f"training.special_token_init: {error}") from None
+    if settings.trainable_layers is not None:
+        try:
+            train_last_blocks(model, settings.trainable_layers)
+        except ValueError as error:
+            raise JobError(f"training.trainable_layers: {error}") from None
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and settings.max_length > positions:
         raise JobError(
@@ -160,13 +192,20 @@ def load(
     vocabulary = min([known, *added])
     if settings.objective.kl_coef > 0:
         assert job.reference is not None, "checked with the job"
-        reference = load_model(job.reference, job.dtype)
-        readable = vocabulary_rows(reference)
+        # Without its adapter, a policy is what it started from: no second copy then.
+        itself = settings.lora is not None and Path(job.reference).resolve() == Path(job.policy).resolve()
+        reference = None if itself else load_model(job.reference, job.dtype)
+        readable = known_rows if reference is None else vocabulary_rows(reference)
         if settings.objective.kl_reference_sees_condition and added and max(added) >= readable:
             raise JobError(
                 f"training.objective.kl_reference_sees_condition: {job.reference} does not know the "
                 f"special tokens {job.special_tokens}; set it to false"
             )
+    carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
+    if settings.lora is not None:
+        from training.lora import add_adapter
+
+        model = add_adapter(model, settings.lora, added, job.seed)
     trainer = ObjectiveTrainer(
         model=model,
         args=arguments,
@@ -177,7 +216,14 @@ def load(
         vocabulary=vocabulary,
         reporter=reporter,
         reference=reference,
+        carried=carried,
     )
+    found = trainer.accelerator.distributed_type.name
+    if job.sharing is not None and found != job.sharing:
+        raise JobError(
+            f"sharing: the job expects {job.sharing}, accelerate started {found}; launch it with its accelerate "
+            "configuration, and without ACCELERATE_USE_CPU"
+        )
     return trainer, tokenizer
 
 

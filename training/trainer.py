@@ -8,8 +8,11 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import resource
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -21,7 +24,9 @@ from transformers.trainer_callback import PrinterCallback
 from textalign_dagster.training_settings import Objective, Training
 from training import objectives
 from training.batches import Collator, Examples, RankBatches
+from training.controllers import Controllers
 from training.job import NonFiniteError
+from training.optimizer_state import OptimizerState
 from training.progress import Reporter
 
 REPORT_EVERY = 0.5  # seconds
@@ -48,10 +53,14 @@ def lr_factor(
     return final + (1 - final) * shape
 
 
-def training_arguments(settings: Training, *, out: str, seed: int, cpu: bool) -> TrainingArguments:
+def training_arguments(
+    settings: Training, *, out: str, seed: int, cpu: bool, deepspeed: bool = False
+) -> TrainingArguments:
     """The part of the job that is Trainer's own.
 
-    One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included.
+    One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included. What
+    of it a DeepSpeed configuration leaves "auto" (clipping, batch sizes, precision) is filled in by
+    Trainer from here.
     """
     arguments = TrainingArguments(
         output_dir=out,
@@ -64,8 +73,13 @@ def training_arguments(settings: Training, *, out: str, seed: int, cpu: bool) ->
         adam_beta2=settings.betas[1],
         adam_epsilon=settings.eps,
         max_grad_norm=settings.max_grad_norm or 0.0,
+        bf16=settings.mixed_precision == "bf16",
+        fp16=settings.mixed_precision == "fp16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
         seed=seed % 2**32,  # numpy's seeds end there
-        use_cpu=cpu,
+        # With use_cpu, accelerate would silently train without DeepSpeed.
+        use_cpu=cpu and not deepspeed,
         # Naming a backend where there is one process makes accelerate look for a group that is not there.
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         ddp_find_unused_parameters=False,
@@ -103,19 +117,27 @@ class ObjectiveTrainer(Trainer):
         vocabulary: int,
         reporter: Reporter,
         reference: PreTrainedModel | None = None,
+        carried: OptimizerState | None = None,
     ):
         """
         Args:
             vocabulary: entries from here on are dropped before the KL (added tokens, padding).
-            reference: frozen, on any device; needed if the objective has a KL term.
+            reference: frozen, on any device; None with a KL term: the model itself without its adapter.
+            carried: where the optimizer and the adapted coefficients go on; None: they start afresh.
         """
         super().__init__(model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator)
         # For transformers before 5.19, which asks this instead of loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+        self.add_callback(_Adaptation(self))
         self.add_callback(_Progress(self, reporter))
         self._examples, self._plan = examples, plan
-        self._settings, self._vocabulary = settings, vocabulary
+        self.settings, self._vocabulary = settings, vocabulary
+        self._carried = carried
+        self.controllers = Controllers(settings.objective)
+        self.measured: dict[str, float] = {}  # what the last step's adaptation answered to
+        if carried is not None:
+            self.controllers.resume(carried.coefficients)
         self.reference = cast(Any, reference)
         if self.reference is not None:
             self.reference.to(args.device).eval().requires_grad_(False)
@@ -128,8 +150,15 @@ class ObjectiveTrainer(Trainer):
         examples = cast(Any, self._examples)
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.data_collator)
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self._carried is not None:
+            self._carried.restore(cast(PreTrainedModel, self.model), optimizer)
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        settings = self._settings
+        settings = self.settings
         warmup = math.ceil(settings.warmup_ratio * num_training_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             cast(torch.optim.Optimizer, optimizer or self.optimizer),
@@ -144,13 +173,20 @@ class ObjectiveTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of a step, and the weight of all its tokens on all ranks."""
         samples = [next(epoch_iterator) for _ in range(num_batches)]
-        mass = torch.zeros((), dtype=torch.float32)
+        sums = torch.zeros(3, dtype=torch.float32)
         for batch in samples:
-            counted = (batch["labels"][:, 1:] != objectives.IGNORE).sum(1)
-            mass += (counted * batch["weights"]).sum()
+            counted, weights = (batch["labels"][:, 1:] != objectives.IGNORE).sum(1), batch["weights"]
+            sums += torch.stack([(counted * weights).sum(), weights.sum(), (weights > 0).sum()])
             self.tokens += int(batch["attention_mask"].sum())
         self._losses.append(torch.zeros((), device=device))
-        return samples, self.accelerator.reduce(mass.to(device), "sum")
+        self._sums = torch.zeros(2, device=device)
+        mass, self._weight, self._rows = self.accelerator.reduce(sums.to(device), "sum")
+        return samples, mass
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; DeepSpeed's half precision is for the model, not for the rows' weights."""
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return {**prepared, "weights": inputs["weights"].to(self.args.device)}
 
     def compute_loss(
         self,
@@ -160,8 +196,11 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         assert num_items_in_batch is not None, "get_batch_samples gives the step's mass"
-        objective = self._objective(model, inputs, self._settings.objective)
+        objective = self._objective(model, inputs, self.settings.objective)
         share = objective.total / num_items_in_batch
+        for i, part in enumerate((objective.kl, objective.entropy)):
+            if part is not None:
+                self._sums[i] += part
         self._losses[-1] += share.detach()
         if not torch.isfinite(share):
             raise NonFiniteError(
@@ -175,26 +214,61 @@ class ObjectiveTrainer(Trainer):
         outputs = _labelled(model, inputs, "")
         reference = None
         if settings.kl_coef > 0:
-            assert self.reference is not None, "a KL term needs a reference"
             prefix = "reference_" if "reference_input_ids" in inputs else ""
-            with torch.no_grad():
-                there = _labelled(self.reference, inputs, prefix).log_probs
+            with torch.no_grad(), self._reference(model) as referee:
+                there = _labelled(referee, inputs, prefix).log_probs
             reference = objectives.restrict(
                 there, min(self._vocabulary, there.shape[-1], outputs.log_probs.shape[-1])
             )
         return objectives.conditional_mle(
             outputs,
             inputs["weights"],
-            entropy_coef=settings.entropy_coef,
-            kl_coef=settings.kl_coef,
+            entropy_coef=self.controllers.entropy.coef,
+            kl_coef=self.controllers.kl.coef,
             kl_direction=settings.kl_direction,
             reference=reference,
         )
+
+    @contextmanager
+    def _reference(self, model: Any) -> Iterator[Any]:
+        """The reference model: one of its own, or the policy without its adapter."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        bare = getattr(model, "module", model)
+        bare.eval()  # no dropout
+        with bare.disable_adapter():
+            yield bare
+        bare.train()
+
+    def adapt(self) -> None:
+        """Lets the controllers answer to the step that has just been made, on all ranks alike."""
+        if self.controllers.active:
+            kl, entropy = self.accelerator.reduce(self._sums, "sum").tolist()
+            self.measured = self.controllers.update(kl, entropy, float(self._weight), float(self._rows))
 
     @property
     def rows(self) -> int:
         """Rows trained on."""
         return len(self._examples)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many numbers the model has, and how many of them train; sharded weights count in full."""
+        all_of_them = {p: int(getattr(p, "ds_numel", p.numel())) for p in cast(Any, self.model).parameters()}
+        trained = sum(size for p, size in all_of_them.items() if p.requires_grad)
+        return {"parameters": sum(all_of_them.values()), "trained_parameters": trained}
+
+    def peak_memory(self) -> dict[str, int | None]:
+        """Most bytes that any process has held so far, of the machine and of its accelerator."""
+        device = self.args.device
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        held = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit]
+        if device.type != "cpu":
+            held.append(torch.accelerator.max_memory_allocated(device))
+        most = torch.tensor([held], dtype=torch.int64, device=device)
+        host, *accelerator = self.accelerator.gather(most).amax(0).tolist()
+        return {"host_bytes": host, "accelerator_bytes": accelerator[0] if accelerator else None}
 
     def losses(self) -> list[float]:
         """The loss of every step, over all ranks."""
@@ -209,6 +283,8 @@ def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Out
     """One forward pass; the output layer runs on the positions that hold labels only."""
     keep = inputs[f"{prefix}keep"]
     unwrapped = getattr(model, "module", model)
+    if hasattr(unwrapped, "get_base_model"):  # adapters hand on what they do not know
+        unwrapped = unwrapped.get_base_model()
     partly = (
         {"logits_to_keep": keep}
         if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
@@ -221,6 +297,16 @@ def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Out
         **partly,
     ).logits
     return objectives.labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])
+
+
+class _Adaptation(TrainerCallback):
+    """Adapts the coefficients after every step."""
+
+    def __init__(self, trainer: ObjectiveTrainer):
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.adapt()
 
 
 class _Progress(TrainerCallback):
@@ -252,6 +338,8 @@ class _Progress(TrainerCallback):
                 "loss": recent,
                 "tokens_per_s": rate,
                 "lr": self._lr,
+                **trainer.measured,
+                **trainer.controllers.coefficients(),
             }
         )
         self._time, self._step, self._tokens = now, state.global_step, trainer.tokens

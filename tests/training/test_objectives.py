@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from training.objectives import (
     IGNORE,
@@ -149,6 +150,86 @@ def test_gradient_by_finite_differences(direction: str, columns: int) -> None:
         ).total
 
     assert torch.autograd.gradcheck(objective, logits.requires_grad_(), eps=1e-6, atol=1e-7)
+
+
+def gpt2(vocabulary: int) -> GPT2LMHeadModel:
+    """A tiny model that computes in double precision throughout (Llama's norms do not)."""
+    torch.manual_seed(vocabulary)
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=8,
+        n_embd=8,
+        n_layer=2,
+        n_head=2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config).double().eval()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradient_of_the_whole_objective_in_the_weights_of_a_model(direction: str) -> None:
+    """Central differences in every kind of weight, through a policy with a token the reference lacks."""
+    policy, reference = (gpt2(vocabulary) for vocabulary in (21, 20))
+    tokens = torch.tensor([[3, 20, 7, 4, 9, 11], [3, 5, 6, 8, 2, 1]])
+    labels = torch.tensor([[IGNORE, IGNORE, 7, 4, 9, IGNORE], [IGNORE, IGNORE, IGNORE, 8, 2, 1]])
+    weights = torch.tensor([0.7, 1.9], dtype=torch.float64)
+    with torch.no_grad():
+        there = labelled(reference(tokens.clamp(max=19)).logits, labels).log_probs
+
+    def objective() -> torch.Tensor:
+        found = conditional_mle(
+            labelled(policy(tokens).logits, labels),
+            weights,
+            entropy_coef=0.06,
+            kl_coef=0.05,
+            kl_direction=direction,
+            reference=there,
+        )
+        return found.total / found.mass
+
+    objective().backward()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in policy.named_parameters():
+        assert weight.grad is not None
+        way = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        values = []
+        for step in (1e-5, -2e-5):
+            with torch.no_grad():
+                weight += step * way
+                values.append(float(objective()))
+        with torch.no_grad():
+            weight += 1e-5 * way
+        slope = (values[0] - values[1]) / 2e-5
+        assert float((weight.grad * way).sum()) == pytest.approx(slope, abs=1e-6), name
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_single_precision_over_a_large_vocabulary(direction: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, others = (torch.randn(1, 6, 50_257, generator=generator) * 3 for _ in range(2))
+    labels = torch.tensor([[IGNORE, 5, 6, 7, 8, 9]])
+    ours, theirs = labelled(logits, labels).log_probs, labelled(others, labels).log_probs
+    p, q = (_softmax(x[0, :-1].numpy().astype(np.float64)) for x in (logits, others))
+    of, to = (p, q) if direction == "policy_to_reference" else (q, p)
+    divergence = np.sum(of * np.log(of / to), -1)
+    # A few units in the last place: the sums have 50,000 terms.
+    assert kl(ours, theirs, direction).numpy() == pytest.approx(divergence, rel=3e-6)
+    assert entropy(ours).numpy() == pytest.approx(-np.sum(p * np.log(p), -1), rel=3e-6)
+
+
+def test_the_kl_against_trl() -> None:
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    logits, labels, _, reference = (
+        x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9)
+    )
+    ours, theirs = labelled(logits, labels).log_probs, labelled(reference, labels).log_probs
+    for direction, beta in (("reference_to_policy", 0), ("policy_to_reference", 1)):
+        expected = gkd.GKDTrainer.generalized_jsd_loss(
+            logits[:, :-1], reference[:, :-1], labels[:, 1:], beta=beta, reduction="sum"
+        )
+        assert float(kl(ours, theirs, direction).sum()) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_masked_positions_have_no_gradient() -> None:

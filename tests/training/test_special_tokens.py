@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.training.tiny import make_model, make_tokenizer
 from training.special_tokens import add_special_tokens
@@ -41,6 +42,34 @@ def test_copy_of_the_end_token(tied: bool) -> None:
     add_special_tokens(model, tokenizer, TOKENS, "eos", seed=0)
     for matrix in matrices(model):
         assert torch.equal(matrix[old:], matrix[tokenizer.eos_token_id].expand(3, -1))
+
+
+def gptj(vocabulary: int) -> GPTJForCausalLM:
+    """A model whose LM head has a bias."""
+    torch.manual_seed(0)
+    config = GPTJConfig(vocab_size=vocabulary, n_positions=8, n_embd=8, n_layer=1, n_head=2, rotary_dim=2)
+    model = GPTJForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
+@pytest.mark.parametrize("init", ["eos", "mean_std"])
+def test_a_bias_of_the_output_grows_along(init: str) -> None:
+    tokenizer = make_tokenizer()
+    model, old = gptj(len(tokenizer)), len(tokenizer)
+    before = model.lm_head.bias.detach().clone()
+    ids = add_special_tokens(model, tokenizer, TOKENS, init, seed=0)
+    assert ids == [old, old + 1, old + 2]
+    after = model.lm_head.bias
+    assert after.shape == (old + 3,) and torch.equal(after[:old], before)
+    if init == "eos":
+        assert torch.equal(after[old:], before[tokenizer.eos_token_id].expand(3))
+    else:
+        assert after[old:].unique().numel() == 3
+        assert (after[old:] - before.mean()).abs().max() < 4 * before.std()
+    for matrix in matrices(model):
+        assert matrix.shape[0] == old + 3
+    assert not torch.equal(matrices(model)[0][old:], matrices(model)[1][old:])  # not tied
 
 
 def test_known_tokens_are_left_alone() -> None:

@@ -28,13 +28,20 @@ from training.trainer import lr_factor
 
 ROOT = Path(__file__).parents[2]
 ONE = Acceleration(cpu=True, threads=1)
+ADAPTIVE = {
+    "kl_coef": 0.05,
+    "kl_target": 3.0,
+    "entropy_coef": 0.06,
+    "entropy_target": 40.0,
+    "controller_horizon": 100,
+}
 
 
 def by_hand(settings: Acceleration, job: Path) -> subprocess.CompletedProcess[str]:
     command = [*accelerate_command(settings), "training.train", str(job)]
     env = {**os.environ, **accelerate_env(settings), "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, env=env, cwd=job.parent, capture_output=True, text=True, timeout=120, check=False
+        command, env=env, cwd=job.parent, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -76,6 +83,8 @@ def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> Non
     )
     assert seen[0]["done"] == 1 and seen[-1]["done"] == seen[-1]["total"] == 12
     assert set(seen[0]) == {"done", "total", "loss", "tokens_per_s", "lr"}
+    assert facts["accelerators"] == 0 and facts["peak_memory"]["accelerator_bytes"] is None
+    assert facts["peak_memory"]["host_bytes"] > 50_000_000
     assert seen[0]["lr"] == 0 < seen[-1]["lr"] < 0.01  # of the step, not of the next one
 
     out = Path(job["out"])
@@ -96,10 +105,11 @@ def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> Non
     assert (out / "model.safetensors").read_bytes() == first
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_two_processes_do_what_one_does(tmp_path: Path, job: dict[str, Any], policy: Path) -> None:
     # 21 rows in steps of 8: the last step does not fill both processes' micro-batches.
     make_rows(21).write_parquet(tmp_path / "rows.parquet")
-    job["training"] |= {"batch_size": 4, "gradient_accumulation": 1}
+    job["training"] |= {"batch_size": 4, "gradient_accumulation": 1, "objective": ADAPTIVE}
+    job["reference"] = str(policy)
     result = by_hand(
         Acceleration(processes=2, cpu=True, threads=1), write_job(tmp_path, job | {"world_size": 2})
     )
@@ -107,11 +117,52 @@ def test_two_processes_do_what_one_does(tmp_path: Path, job: dict[str, Any]) -> 
     two, facts = weights(job), done(job)
     job["training"] |= {"batch_size": 8}
     assert main([str(write_job(tmp_path, job))]) == 0
-    assert facts["world_size"] == 2
+    assert facts["world_size"] == 2 and facts["accelerators"] == 0
+    assert set(facts["coefficients"]) == {"kl_coef", "entropy_coef"}
+    assert facts["coefficients"] == pytest.approx(done(job)["coefficients"], rel=1e-6)
     assert facts["losses"] == pytest.approx(done(job)["losses"], abs=1e-4)
     assert facts["tokens"] == pytest.approx(done(job)["tokens"], abs=100)  # fillers
     for name, weight in weights(job).items():
         assert torch.allclose(weight, two[name], atol=2e-3), name
+
+
+def test_activations_computed_twice_are_the_same(tmp_path: Path, job: dict[str, Any]) -> None:
+    once, twice = {}, {}
+    for kept, checkpointing in ((once, False), (twice, True)):
+        job["training"] |= {"gradient_checkpointing": checkpointing, "trainable_layers": 1}
+        assert main([str(write_job(tmp_path, job))]) == 0
+        kept |= weights(job) | {"losses": torch.tensor(done(job)["losses"])}
+    for name in once:
+        assert torch.allclose(once[name], twice[name], atol=1e-6), name
+
+
+def test_mixed_precision_trains_in_float32_weights(tmp_path: Path, job: dict[str, Any]) -> None:
+    runs = []
+    for precision in ("no", "bf16"):
+        job["training"] |= {"mixed_precision": precision}
+        assert main([str(write_job(tmp_path, job))]) == 0
+        runs.append(done(job)["losses"])
+    assert runs[0] != runs[1] and runs[0] == pytest.approx(runs[1], abs=0.05)
+    assert {weight.dtype for weight in weights(job).values()} == {torch.float32}
+
+
+def test_only_the_last_block_trains(tmp_path: Path, job: dict[str, Any], policy: Path) -> None:
+    job["training"] |= {"trainable_layers": 0.5}
+    assert main([str(write_job(tmp_path, job))]) == 0
+    before, after = load_file(policy / "model.safetensors"), weights(job)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    assert still == {name for name in before if name.startswith("model.layers.0.")}
+    sizes = {name: weight.numel() for name, weight in before.items()}
+    assert done(job)["parameters"] == sum(sizes.values())
+    assert done(job)["trained_parameters"] == sum(n for name, n in sizes.items() if name not in still)
+
+
+def test_more_blocks_than_there_are(
+    tmp_path: Path, job: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    job["training"] |= {"trainable_layers": 3}
+    assert main([str(write_job(tmp_path, job))]) == 1
+    assert "training.trainable_layers: 3 blocks are to train, but the model has 2" in capsys.readouterr().err
 
 
 def test_gradient_accumulation_does_what_a_large_batch_does(
@@ -263,6 +314,7 @@ def test_bad_jobs(
         {"objective": {"kl_coef": 0.1, "kl_reference_sees_condition": True}},
     )
     assert "does not know the special tokens" in message
+    assert "the job expects DEEPSPEED, accelerate started NO" in refused({"sharing": "DEEPSPEED"})
     make_rows().clear().write_parquet(tmp_path / "empty.parquet")
     assert "empty.parquet: no rows" in refused({"rows": str(tmp_path / "empty.parquet")})
     assert main([str(tmp_path / "no_job.json")]) == 1
@@ -322,3 +374,14 @@ def test_bad_input_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
         check=True,
     )
     assert result.stdout.split() == ["False", "False"]
+
+
+def test_a_configuration_decides_how_processes_share_the_work() -> None:
+    settings = Acceleration(processes=2, cpu=True, config_file=Path("/c.yaml"), deepspeed=True)
+    command, env = accelerate_command(settings), accelerate_env(settings)
+    assert command[command.index("--config_file") + 1] == "/c.yaml"
+    assert "--multi_gpu" not in command and "--cpu" not in command
+    # With the variable, DeepSpeed would be left out without a word.
+    assert "ACCELERATE_USE_CPU" not in env and env["DS_ACCELERATOR"] == "cpu"
+    alone = accelerate_command(Acceleration(config_file=Path("/c.yaml")))
+    assert alone[alone.index("--main_process_port") + 1] == "0"  # any free one

@@ -1,0 +1,68 @@
+"""Which transformer blocks of a policy train."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def train_last_blocks(model: PreTrainedModel, last: int | float) -> list[str]:
+    """Freezes all transformer blocks but the last ones; everything outside the blocks still trains.
+
+    As published for ALT (GPT-J, share 0.3: of 28 blocks int(0.3 * 28) = 8 train, with embeddings,
+    final norm and LM head), but for any architecture, and with none of the blocks where ``last`` is
+    0 (the published slice ``[:-0]`` is empty and freezes nothing). Weights that a block shares with
+    something outside the blocks stay trainable.
+
+    Args:
+        last: an int counts blocks; a float is their share, rounded down.
+
+    Returns:
+        The frozen parameters' names.
+
+    Raises:
+        ValueError: the model has fewer blocks, or its blocks cannot be told.
+    """
+    prefix, blocks = transformer_blocks(model)
+    # Rounding down must not lose a block to binary fractions: 0.29 of 100 is 28.999….
+    count = last if isinstance(last, int) else int(last * len(blocks) + 1e-9)
+    if count > len(blocks):
+        raise ValueError(f"{count} blocks are to train, but the model has {len(blocks)}; lower it")
+    first = len(blocks) - count
+    frozen = {p for block in blocks[:first] for p in block.parameters()}
+    frozen -= {p for block in blocks[first:] for p in block.parameters()}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(f"{prefix}."):
+            frozen.discard(parameter)
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    return [name for name, parameter in model.named_parameters() if parameter in frozen]
+
+
+def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the model's ``config.num_hidden_layers`` blocks, and its name in the model.
+
+    Lists inside another one of that length (the experts of a block, say) are none.
+
+    Raises:
+        ValueError: there is no such list, or more than one.
+    """
+    config = model.config.get_text_config(decoder=True)
+    wanted = getattr(config, "num_hidden_layers", None)
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == wanted
+    }
+    outermost = {
+        name: module
+        for name, module in lists.items()
+        if not any(name.startswith(f"{other}.") for other in lists if other != name)
+    }
+    if len(outermost) != 1:
+        found = ", ".join(outermost) or "none"
+        raise ValueError(
+            f"the blocks of a {type(model).__name__} cannot be told (lists of {wanted} modules: {found}); "
+            "leave trainable_layers out"
+        )
+    return next(iter(outermost.items()))

@@ -1,0 +1,103 @@
+"""AdamW's state between iterations: moments in safetensors, everything else in JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from training.job import JobError
+
+TENSORS, FACTS = "optimizer.safetensors", "optimizer.json"
+KINDS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What a training leaves for the next one: tensors by ``parameter/kind``, and the coefficients."""
+
+    tensors: dict[str, Tensor]
+    coefficients: dict[str, float]
+    where: str
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, optimizer: torch.optim.Optimizer, coefficients: dict[str, float]
+    ) -> OptimizerState:
+        """The state after a training. Frozen weights have none."""
+        tensors = {
+            f"{name}/{kind}": optimizer.state[parameter][kind].detach().cpu().contiguous()
+            for name, parameter in model.named_parameters()
+            for kind in KINDS
+            if parameter in optimizer.state
+        }
+        return cls(tensors, coefficients, "this training")
+
+    def write(self, folder: Path) -> None:
+        """Writes both files."""
+        save_file(self.tensors, folder / TENSORS)
+        facts = {"optimizer": "AdamW", "coefficients": self.coefficients}
+        (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> OptimizerState:
+        """The state in a folder.
+
+        Raises:
+            JobError: a file is missing or broken.
+        """
+        try:
+            tensors = load_file(folder / TENSORS)
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            coefficients = {str(name): float(value) for name, value in facts["coefficients"].items()}
+        except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
+            raise JobError(
+                f"optimizer: {folder} holds no state to go on with ({error}); train the iteration before "
+                "again, or set training.optimizer_state to fresh"
+            ) from None
+        return cls(tensors, coefficients, str(folder))
+
+    def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Gives an optimizer this state: each weight goes on from its own moments and step.
+
+        Rows that a vocabulary has gained (special tokens) start with moments of 0, at the step of
+        their matrix. Weights without a state here (frozen before) start afresh; the state of
+        weights that are frozen now is dropped.
+
+        Raises:
+            JobError: the state is another model's.
+        """
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        strangers = {key.rpartition("/")[0] for key in self.tensors} - set(names.values())
+        if strangers:
+            raise JobError(
+                f"optimizer: {self.where} is another model's state (it has {min(strangers)}, which the policy "
+                "has not); set training.optimizer_state to fresh"
+            )
+        state: dict[int, Any] = {}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, parameter in enumerate(parameters):
+            name = names[parameter]
+            if f"{name}/step" in self.tensors:
+                state[i] = {kind: self._fitted(name, kind, parameter) for kind in KINDS}
+        # Loading also moves each tensor to where its weight is.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+    def _fitted(self, name: str, kind: str, parameter: Tensor) -> Tensor:
+        tensor = self.tensors[f"{name}/{kind}"]
+        if kind == "step" or tensor.shape == parameter.shape:
+            return tensor
+        gained = parameter.shape[0] - tensor.shape[0] if tensor.ndim and parameter.ndim else 0
+        if gained <= 0 or tensor.shape[1:] != parameter.shape[1:]:
+            raise JobError(
+                f"optimizer: {self.where}: {name} has the shape {list(tensor.shape)}, in the policy "
+                f"{list(parameter.shape)}; set training.optimizer_state to fresh"
+            )
+        return torch.cat([tensor, tensor.new_zeros((gained, *tensor.shape[1:]))])
