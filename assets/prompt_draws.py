@@ -14,7 +14,7 @@ from textalign_dagster import checks
 from textalign_dagster.ids import content_hash
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.sources import source_hash, training_prompts
+from textalign_dagster.sources import source_hash, task_of, training_prompts
 from textalign_dagster.tables import PROMPT_DRAWS
 
 
@@ -29,6 +29,7 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
     with Stage.of(context, store.open()) as stage:
         settings, cell = stage.experiment.prompts, stage.cell
         prompts = training_prompts(stage.experiment)
+        left_out = task_of(stage.experiment).notes if settings.path is None else ()
         weights = _weights(stage.store, settings.weights) if settings.weights else None
         inputs = {"source": source_hash(prompts)}
         if weights is not None:
@@ -53,6 +54,7 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
             metadata={
                 "different prompts": drawn["prompt_id"].n_unique(),
                 "prompts to draw from": prompts.height,
+                "left out of the source": "; ".join(left_out) or "nothing",
                 "examples": markdown_table(drawn.select("prompt", "source").head(5)),
             },
         )

@@ -1,5 +1,6 @@
 """The resources as Dagster hands them to assets."""
 
+import json
 from functools import cache
 from typing import Literal
 
@@ -9,8 +10,10 @@ from pydantic import Field
 from resources.sampler import Sampler
 from resources.store import ArtifactStore
 from resources.transformers_sampler import TransformersSampler
-from textalign_dagster.experiment import Experiment
+from resources.vllm_sampler import VllmSampler
+from textalign_dagster.experiment import Experiment, Vllm
 from textalign_dagster.experiment_files import store_url
+from textalign_dagster.ids import canonical_json
 
 
 class StoreResource(dg.ConfigurableResource):
@@ -30,24 +33,45 @@ class SamplerResource(dg.ConfigurableResource):
 
     def of(self, experiment: Experiment) -> Sampler:
         """The engine an experiment asks for; it starts when it is first used."""
-        return _engine(
-            experiment.policy.dtype, experiment.sampling.batch_size, experiment.policy.trust_remote_code
+        policy, sampling = experiment.policy, experiment.sampling
+        engine = _engine(
+            sampling.engine,
+            policy.dtype,
+            sampling.batch_size,
+            policy.trust_remote_code,
+            canonical_json((sampling.vllm or Vllm()).model_dump()),
         )
+        _make_room(engine)
+        return engine
 
     def make_room(self) -> None:
         """Ends the engines whose memory training needs; those on the CPU stay, for they cost a start."""
-        for engine in _engines:
-            if engine.on_accelerator:
-                engine.close()
+        _make_room(None)
 
 
-_engines: list[TransformersSampler] = []
+_engines: list[Sampler] = []
+
+
+def _make_room(kept: Sampler | None) -> None:
+    for engine in _engines:
+        if engine.on_accelerator and engine is not kept:
+            engine.close()
 
 
 @cache
 def _engine(
-    dtype: Literal["float32", "bfloat16", "float16"], batch_size: int, trust_remote_code: bool
-) -> TransformersSampler:
-    engine = TransformersSampler(dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code)
+    name: Literal["transformers", "vllm"],
+    dtype: Literal["float32", "bfloat16", "float16"],
+    batch_size: int,
+    trust_remote_code: bool,
+    vllm: str,
+) -> Sampler:
+    engine: Sampler
+    if name == "vllm":
+        engine = VllmSampler(
+            dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code, **json.loads(vllm)
+        )
+    else:
+        engine = TransformersSampler(dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code)
     _engines.append(engine)
     return engine

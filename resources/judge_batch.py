@@ -35,7 +35,8 @@ from resources.judge_call import (
     read_completion,
     reply_of,
 )
-from resources.judge_engine import BudgetExceededError, JudgeError, JudgeStoppedError, Tally
+from resources.judge_errors import BatchPendingError, BudgetExceededError, JudgeError, JudgeStoppedError
+from resources.judge_tally import Tally
 from resources.ledger import CallRecord, Ledger
 from resources.retry import classify
 from resources.storage import Storage
@@ -50,17 +51,6 @@ OVER = ("completed", "failed", "expired", "cancelled")
 MINE = "textalign_job"  # the metadata of a batch that name its job
 
 Progress = Callable[[int, int, str], None]
-
-
-class BatchPendingError(JudgeError):
-    """The calls are with the endpoint; their replies will come within its window.
-
-    ``jobs`` are the names of the jobs to wait for.
-    """
-
-    def __init__(self, message: str, jobs: Sequence[str]) -> None:
-        super().__init__(message)
-        self.jobs = tuple(jobs)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ running it again continues where it stopped.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -18,8 +19,10 @@ import polars as pl
 
 from resources.budget import Budget
 from resources.judge_call import Call, Reply, Request, estimate, highest_usd, prepare, reply_of
-from resources.judge_engine import BudgetExceededError, Engine, JudgeError, JudgeStoppedError, Tally
+from resources.judge_engine import Engine
+from resources.judge_errors import BudgetExceededError, JudgeError, JudgeStoppedError
 from resources.judge_forecast import Forecast, forecast
+from resources.judge_tally import Tally
 from resources.ledger import Ledger, first_replies
 from resources.retry import RetryPolicy
 from textalign_dagster.ids import content_hash
@@ -73,38 +76,46 @@ def judge_calls(
         ArtifactError: the ledger cannot be read or saved.
     """
     tally = tally if tally is not None else Tally()
+    report = progress or _silent
     requests = [prepare(call, judge) for call in calls]
     unique = {request.key: request for request in requests}
     batch_id = batch_id or content_hash("batch", sorted(unique))
-    compaction = ledger.compact_if_due()
-    rows = ledger.rows([key for request in unique.values() for key in request.known_as])
-    for damage in [*(compaction.damages if compaction is not None else ()), *ledger.damages]:
-        log.warning("%s", damage)
-    replies = _received(unique, rows)
-    tally.total, tally.cached, tally.lost = len(unique), len(replies), _lost(rows)
-    if progress is not None:
-        progress(tally.done, tally.total, tally.note(0))
-    missing = [request for key, request in unique.items() if key not in replies]
-    if missing and judge.batch is not None:
-        from resources.judge_batch import batch_replies
+    with contextlib.ExitStack() as held:
+        if judge.batch is None:  # jobs of the Batch API know of each other
 
-        replies |= batch_replies(
-            missing,
-            judge,
-            ledger,
-            ledger.storage,
-            scope=batch_id,
-            spent=float(rows.filter(pl.col("batch_id") == batch_id)["usd"].sum()),
-            tally=tally,
-            progress=progress or _silent,
-        )
-    elif missing:
-        if budget is None:
-            budget = _resumed(judge, unique, rows.filter(pl.col("batch_id") == batch_id))
-        past = estimate(ledger, judge, missing[0].params)
-        engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally)
-        _run(engine, missing, progress or _silent)
-        replies |= engine.replies
+            def waiting() -> None:
+                log.info("another process makes the same %d calls; waiting for its replies", len(unique))
+                report(0, len(unique), "another process asks the same; waiting for it")
+
+            held.enter_context(ledger.alone(batch_id, waiting))
+        compaction = ledger.compact_if_due()
+        rows = ledger.rows([key for request in unique.values() for key in request.known_as])
+        for damage in [*(compaction.damages if compaction is not None else ()), *ledger.damages]:
+            log.warning("%s", damage)
+        replies = _received(unique, rows)
+        tally.total, tally.cached, tally.lost = len(unique), len(replies), _lost(rows)
+        report(tally.done, tally.total, tally.note(0))
+        missing = [request for key, request in unique.items() if key not in replies]
+        mine = rows.filter(pl.col("batch_id") == batch_id)  # what interrupted runs of it left
+        if missing and judge.batch is not None:
+            from resources.judge_batch import batch_replies
+
+            replies |= batch_replies(
+                missing,
+                judge,
+                ledger,
+                ledger.storage,
+                scope=batch_id,
+                spent=float(mine["usd"].sum()),
+                tally=tally,
+                progress=report,
+            )
+        elif missing:
+            budget = budget or _resumed(judge, unique, mine)
+            past = estimate(ledger, judge, missing[0].params)
+            engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally)
+            _run(engine, missing, report)
+            replies |= engine.replies
     return [replies[request.key] for request in requests]
 
 

@@ -1,82 +1,78 @@
-"""Samples before an LLM judge: rendered, asked through the ledger, read back."""
+"""Samples before an LLM judge: asked through the ledger, read back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import polars as pl
 
 from resources.judge_client import Call, Forecast, Tally, forecast, judge_calls
 from resources.ledger import Ledger
 from resources.store import ArtifactStore
-from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment import JUDGED
 from textalign_dagster.judge_settings import Judge
-from textalign_dagster.judging import Item, Reply, Template, load_template, parse, single_call
-from textalign_dagster.judging.rows import feedback_rows
-
-
-def judge_of(experiment: Experiment) -> Judge:
-    """The experiment's judge, which it must have."""
-    if experiment.judge is None:
-        raise ValueError("the experiment names no judge")
-    return experiment.judge
+from textalign_dagster.judging import Answer, Judged, Question, Reply, asking
+from textalign_dagster.methods import FeedbackKind
 
 
 def ask_judge(
-    experiment: Experiment,
+    judge: Judge,
     samples: pl.DataFrame,
+    *,
+    kind: FeedbackKind | None,
     store: ArtifactStore,
     report: Callable[..., None],
     purpose: str,
-) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """The judge's verdicts on samples.
+) -> Judged:
+    """The judge's verdicts on samples, whatever it is asked.
 
     Args:
-        samples: sample_id, prompt, text.
+        samples: sample_id, prompt_id, prompt, reference, text; one row a sample.
+        kind: what a method wants of it; None: whatever the judge says is welcome.
         purpose: written into the ledger beside each call, e.g. the cell.
-
-    Returns:
-        Rows of FEEDBACK, one a sample, and what it came to: calls, usd, ….
 
     Raises:
         JudgeError: the endpoint refuses, or the budget is spent. What was paid for is kept; the same
             again goes on from there.
+        SettingsError: the judge's template cannot be used.
+        ValueError: the judge cannot give feedback of that kind.
     """
-    judge = judge_of(experiment)
-    template = load_template(judge.template)
+    if kind is not None and kind not in JUDGED.get(judge.ask, ()):
+        raise ValueError(f"a judge asked for {judge.ask!r} gives no feedback of kind {kind!r}")
+    asked = asking(judge, samples)
     tally = Tally()
     with Ledger(store) as ledger:
-        replies = judge_calls(judge_questions(template, samples, purpose), judge, ledger, report, tally=tally)
-    verdicts = [
-        parse(template, Reply(reply.text, reply.refusal, reply.finish_reason, reply.error))
+        calls = [_call(question, purpose) for question in asked.questions]
+        replies = judge_calls(calls, judge, ledger, report, tally=tally)
+    answers = [
+        Answer(Reply(reply.text, reply.refusal, reply.finish_reason, reply.error), reply.call_key)
         for reply in replies
     ]
-    keys = [[reply.call_key] for reply in replies]
-    rows = feedback_rows(template, judge.model, samples["sample_id"].to_list(), verdicts, keys)
     facts = {
         "calls": tally.requests,
         "usd": tally.usd,
         "calls_lost": tally.lost,
         "calls_cached": tally.cached,
     }
-    return rows, facts
+    return replace(asked.judged(answers), facts=facts)
 
 
-def judge_questions(template: Template, samples: pl.DataFrame, purpose: str) -> list[Call]:
-    """The calls that judge samples, one each, in their order."""
-    questions = (
-        single_call(template, Item(prompt, text))
-        for prompt, text in samples.select("prompt", "text").iter_rows()
-    )
-    return [
-        Call(question.messages, response_format=question.response_format, purpose=purpose)
-        for question in questions
-    ]
+def forecast_judging(judge: Judge, samples: pl.DataFrame, store: ArtifactStore) -> Forecast:
+    """What judging these samples would take, and what of it is paid already; calls nobody.
 
-
-def forecast_of(experiment: Experiment, samples: pl.DataFrame, store: ArtifactStore) -> Forecast:
-    """What judging these samples would take, and what of it is paid already."""
-    judge = judge_of(experiment)
+    Args:
+        samples: as for :func:`ask_judge`.
+    """
     with Ledger(store) as ledger:
-        return forecast(judge_questions(load_template(judge.template), samples, ""), judge, ledger)
+        return forecast([_call(question, "") for question in asking(judge, samples).questions], judge, ledger)
+
+
+def _call(question: Question, purpose: str) -> Call:
+    return Call(
+        question.call.messages,
+        repeat=question.repeat,
+        response_format=question.call.response_format,
+        order_shown=question.order_shown,
+        purpose=purpose,
+    )

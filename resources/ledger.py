@@ -20,7 +20,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -40,6 +40,7 @@ IDENTITY = ["call_key", "called_at"]
 COMPACT_BYTES = 8 * 2**20  # of finished segments, or…
 COMPACT_SEGMENTS = 64  # …so many of them make compaction worth while
 REMOTE_ALIVE = timedelta(hours=1)  # an object store does not tell who lives: so long may a call take
+STATUS_RANK = {"lost": 1, "sent": 2}  # of two rows of one identity the lesser counts; the others are 0
 LINE_SCHEMA = pl.Schema({**FEEDBACK_CALLS, "called_at": pl.String()})
 
 
@@ -146,6 +147,29 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def alone(self, batch_id: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Holds a batch of calls: who else wants to make the same one waits, and then finds the replies.
+
+        Among the processes of one machine only; on an object store nobody is held off.
+
+        Args:
+            waiting: called when somebody else holds it.
+        """
+        with contextlib.ExitStack() as held:
+            if not self._store.is_remote:
+                place = Path(self._storage.place(f"ledger/batches_held/{batch_id}.lock"))
+                with readable_errors(self._store.local, place, "write"):
+                    make_folder(place.parent)
+                    handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+                held.callback(os.close, handle)  # lets go of it, as the end of the process does
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waiting()
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
     def frame(self) -> pl.DataFrame:
         """Every row, in the order of the calls."""
         return self._read(lambda rows: rows).sort("called_at", "call_key")
@@ -179,6 +203,19 @@ class Ledger:
         ).row(0)
         chars, fresh, cached, out = (int(value) for value in sums[:4])
         return History(rows.height, chars, fresh, cached, out, float(sums[4]))
+
+    def parts(self) -> tuple[list[Path], pl.DataFrame]:
+        """The ledger without reading it whole: Parquet files, and the rows that are in none yet.
+
+        The files never change. An identity may stand in both, or in several files: the least status of
+        `STATUS_RANK` counts, and of these the most attempts.
+        """
+        damages: list[str] = []
+        # Segments first, as in `_read`.
+        recent = [frame for _, frame in self._read_segments(self._segment_names(), damages)]
+        paths = list(self._parquet())
+        self.damages = damages
+        return paths, _unique(pl.concat([_empty(), *recent]))
 
     def compact_if_due(self) -> Compaction | None:
         """`compact`, when the finished segments have become large or many."""
@@ -311,7 +348,7 @@ def _empty() -> pl.DataFrame:
 
 def _unique(rows: pl.DataFrame) -> pl.DataFrame:
     """One row of each identity: how the call ended, else that it is lost, else that it was sent."""
-    rank = pl.col("status").replace_strict({"lost": 1, "sent": 2}, default=0, return_dtype=pl.Int8)
+    rank = pl.col("status").replace_strict(STATUS_RANK, default=0, return_dtype=pl.Int8)
     # Of two lines "sent", the one of the later attempt.
     ordered = rows.sort(rank, -pl.col("attempts"), maintain_order=True)
     return ordered.unique(IDENTITY, keep="first", maintain_order=True)

@@ -1,4 +1,4 @@
-"""The base policy of an experiment: shipped with the task, a local folder, or on the hub."""
+"""The models of an experiment (base policy, baselines, fluency): shipped, a local folder, or on the hub."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from textalign_dagster.experiment import Experiment, Policy
+from textalign_dagster.evaluation import REFERENCES
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import folder_hash
 from textalign_dagster.settings import SettingsError, nearest
 
@@ -29,21 +30,72 @@ def base_policy(experiment: Experiment) -> BasePolicy:
     Raises:
         SettingsError: there is no such model, or its folder cannot be used; says what is missing.
     """
-    settings = experiment.policy
-    shipped = experiment.task.builtin_policy(settings.model)
+    return find_model(experiment, experiment.policy.model, "policy.model", experiment.policy.revision)
+
+
+def fluency_model(experiment: Experiment) -> BasePolicy:
+    """The model under which an evaluation's samples get their perplexity; raises as :func:`base_policy`."""
+    name = experiment.evaluation.fluency_model
+    if name is None:
+        return base_policy(experiment)
+    return find_model(experiment, name, "evaluation.fluency_model")
+
+
+def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:
+    """The models evaluated beside the policy, by name; None: the source's human answers.
+
+    Raises:
+        SettingsError: one cannot be had, or stands there twice; the message names it.
+    """
+    found: dict[str, BasePolicy | None] = {}
+    for name, model in experiment.evaluation.baselines.items():
+        field = f"evaluation.baselines.{name}"
+        this = None if model == REFERENCES else find_model(experiment, model, field)
+        hashes = {other and other.policy_hash: twin for twin, other in found.items()}
+        twin = hashes.get(this and this.policy_hash)
+        if twin is not None:
+            raise SettingsError(f"{field}: the same model as {twin!r}; remove one of them")
+        found[name] = this
+    return found
+
+
+def evaluation_models(experiment: Experiment) -> dict[str, str | None]:
+    """Field → hash of each model that only the evaluation needs: they are known before it starts.
+
+    Raises:
+        SettingsError: one cannot be had; the message names its field.
+    """
+    found = {f"baselines.{name}": model for name, model in baselines(experiment).items()}
+    if experiment.evaluation.fluency_model is not None:
+        found["fluency_model"] = fluency_model(experiment)
+    return {field: None if model is None else model.policy_hash for field, model in found.items()}
+
+
+def find_model(experiment: Experiment, model: str, field: str, revision: str | None = None) -> BasePolicy:
+    """The model that a field of the experiment names.
+
+    Args:
+        model: a policy shipped with the task, an absolute path, or a hub id.
+        field: for errors, e.g. ``policy.model``.
+        revision: of a hub model.
+
+    Raises:
+        SettingsError: there is no such model, or its folder cannot be used; says what is missing.
+    """
+    shipped = experiment.task.builtin_policy(model)
     if shipped is not None:
-        return _local(Path(shipped))
-    path = Path(settings.model)
+        return _local(Path(shipped), field)
+    path = Path(model)
     if path.is_absolute():
-        return _local(path)
-    if settings.model.count("/") != 1:
+        return _local(path, field)
+    if model.count("/") != 1:
         known = experiment.task.builtin_policies
         raise SettingsError(
-            f"policy.model: {settings.model!r} is no policy of task {experiment.task.name}"
-            f"{nearest(settings.model, known)} (it ships: {', '.join(known) or 'none'}), no folder and no "
+            f"{field}: {model!r} is no policy of task {experiment.task.name}"
+            f"{nearest(model, known)} (it ships: {', '.join(known) or 'none'}), no folder and no "
             "hub id such as owner/model"
         )
-    return _local(_from_hub(settings))
+    return _local(_from_hub(model, revision, field), field)
 
 
 def policy_hash(folder: Path) -> str:
@@ -52,12 +104,13 @@ def policy_hash(folder: Path) -> str:
     Raises:
         SettingsError: the folder is no transformers model with safetensors weights.
     """
-    return folder_hash(folder, _files(folder))
+    return folder_hash(folder, _files(folder, "policy.model"))
 
 
-def _local(folder: Path) -> BasePolicy:
+def _local(folder: Path, field: str) -> BasePolicy:
     stamps = tuple(
-        (name, (folder / name).stat().st_mtime_ns, (folder / name).stat().st_size) for name in _files(folder)
+        (name, (folder / name).stat().st_mtime_ns, (folder / name).stat().st_size)
+        for name in _files(folder, field)
     )
     return BasePolicy(folder, _hashed(folder, stamps))
 
@@ -67,39 +120,39 @@ def _hashed(folder: Path, stamps: tuple[tuple[str, int, int], ...]) -> str:
     return folder_hash(folder, [name for name, _, _ in stamps])
 
 
-def _files(folder: Path) -> list[str]:
+def _files(folder: Path, field: str) -> list[str]:
     if not folder.is_dir():
-        raise SettingsError(f"policy.model: {folder}: no such folder")
+        raise SettingsError(f"{field}: {folder}: no such folder")
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SettingsError(
-            f"policy.model: {folder} has no config.json; give a folder saved by save_pretrained"
+            f"{field}: {folder} has no config.json; give a folder saved by save_pretrained"
         ) from None
     except (OSError, ValueError) as error:
-        raise SettingsError(f"policy.model: {folder}/config.json cannot be read: {error}") from None
+        raise SettingsError(f"{field}: {folder}/config.json cannot be read: {error}") from None
     if "model_type" not in config:
-        raise SettingsError(f"policy.model: {folder}/config.json names no model_type")
+        raise SettingsError(f"{field}: {folder}/config.json names no model_type")
     if not any(name in names for name in WEIGHTS):
         raise SettingsError(
-            f"policy.model: {folder} has no {WEIGHTS[0]}; only safetensors weights are read "
+            f"{field}: {folder} has no {WEIGHTS[0]}; only safetensors weights are read "
             "(convert others with save_pretrained)"
         )
     for name in names:
         if name.endswith(".safetensors"):
-            _check_weights(folder / name)
+            _check_weights(folder / name, field)
     if WEIGHTS[1] in names and WEIGHTS[0] not in names:
-        _check_shards(folder, names)
+        _check_shards(folder, names, field)
     if not any(name in names for name in TOKENIZERS):
         raise SettingsError(
-            f"policy.model: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's there"
+            f"{field}: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's there"
         )
     kept = (".json", ".safetensors", ".model", ".txt", ".jinja")
     return [n for n in names if n.endswith(kept) and n not in ("provenance.json", "done.json")]
 
 
-def _check_weights(path: Path) -> None:
+def _check_weights(path: Path, field: str) -> None:
     """Reads the header only: a pointer of Git LFS or half a download is found before anything starts."""
     size = path.stat().st_size
     with path.open("rb") as stream:
@@ -110,38 +163,38 @@ def _check_weights(path: Path) -> None:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise SettingsError(
-            f"policy.model: {path} is no safetensors file (a Git LFS pointer?); fetch it again"
+            f"{field}: {path} is no safetensors file (a Git LFS pointer?); fetch it again"
         ) from None
     if end != size:
         raise SettingsError(
-            f"policy.model: {path} is cut short ({size:,} bytes instead of {end:,}); fetch it again"
+            f"{field}: {path} is cut short ({size:,} bytes instead of {end:,}); fetch it again"
         )
 
 
-def _check_shards(folder: Path, names: list[str]) -> None:
+def _check_shards(folder: Path, names: list[str], field: str) -> None:
     try:
         index = json.loads((folder / WEIGHTS[1]).read_text(encoding="utf-8"))
         missing = sorted(set(index["weight_map"].values()) - set(names))
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise SettingsError(f"policy.model: {folder}/{WEIGHTS[1]} cannot be read; fetch it again") from None
+        raise SettingsError(f"{field}: {folder}/{WEIGHTS[1]} cannot be read; fetch it again") from None
     if missing:
-        raise SettingsError(f"policy.model: {folder} lacks {', '.join(missing)}; fetch them again")
+        raise SettingsError(f"{field}: {folder} lacks {', '.join(missing)}; fetch them again")
 
 
-def _from_hub(settings: Policy) -> Path:
+def _from_hub(model: str, revision: str | None, field: str) -> Path:
     # Imported here: only hub models need it, and loading the code location must stay light.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         folder = snapshot_download(
-            settings.model,
-            revision=settings.revision,
+            model,
+            revision=revision,
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SettingsError(
-            f"policy.model: {settings.model} cannot be had from the hub "
+            f"{field}: {model} cannot be had from the hub "
             f"({type(error).__name__}); check the name, the revision, the network and your login, "
             "or give a local folder"
         ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import polars as pl
 
@@ -57,6 +57,30 @@ LINEAGE = """
 CREATE VIEW lineage AS
 SELECT policy_hash, parent, reference, pool_hash, experiment, iteration FROM checkpoints
 """
+
+
+def ledger_source(paths: Iterable[str], recent: str) -> str:
+    """A query for all rows of the ledger: its Parquet files, and the table ``recent``."""
+    listed = ", ".join(literal(path) for path in paths)
+    files = f" UNION ALL BY NAME FROM read_parquet([{listed}], union_by_name = true)" if listed else ""
+    return f"FROM {quoted(recent)}{files}"
+
+
+def ledger_doubles(source: str) -> str:
+    """A query whether some call may stand in ``source`` twice: seconds cheaper than counting it once always."""
+    return f"SELECT count(*) <> count(DISTINCT hash(call_key, called_at)) FROM ({source})"
+
+
+def ledger_view(source: str, ranks: Mapping[str, int] | None) -> str:
+    """``CREATE VIEW feedback_calls``. With ``ranks``, of each call only the row whose status has the least."""
+    once = ""
+    if ranks is not None:
+        cases = " ".join(f"WHEN {literal(status)} THEN {number}" for status, number in ranks.items())
+        once = (
+            " QUALIFY row_number() OVER (PARTITION BY call_key, called_at "
+            f"ORDER BY CASE status {cases} ELSE 0 END, attempts DESC) = 1"
+        )
+    return f"CREATE VIEW feedback_calls AS SELECT * FROM ({source}){once}"
 
 
 def duckdb_type(dtype: pl.DataType) -> str:

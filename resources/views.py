@@ -3,7 +3,8 @@
 Every table of `TABLES` is a view over all cells that have it, with ``experiment`` (VARCHAR) and
 ``iteration`` (INTEGER) first. A file that several cells point at shows once for each of them. The
 data is read from Parquet when queried; nothing is copied and nothing can be written through these
-views. Only ``feedback_calls``, the ledger, is a copy as of now. Beside the tables:
+views. So is ``feedback_calls``, the ledger, but for the calls that were made last: these are copied, as
+of now (``recent_feedback_calls``). Beside the tables:
 
 - ``cells``: which artifact is which cell's output, with settings and checks; ``manifests``: how
   each artifact came to be; ``files``: which files the views read;
@@ -25,15 +26,17 @@ import duckdb
 import polars as pl
 
 from resources.durable import make_folder, sync, temporary_name
-from resources.ledger import Ledger
+from resources.ledger import STATUS_RANK, Ledger
 from resources.store import Artifact, ArtifactError, ArtifactStore
-from resources.view_sql import COSTS, LINEAGE, SAMPLES, table_view
+from resources.view_sql import COSTS, LINEAGE, SAMPLES, ledger_doubles, ledger_source, ledger_view, table_view
 from textalign_dagster import tables
+from textalign_dagster.judging.pairs import PAIRS
 
 TABLES: Mapping[str, pl.Schema] = {
     "prompt_draws": tables.PROMPT_DRAWS,
     "generations": tables.GENERATIONS,
     "feedback": tables.FEEDBACK,
+    "pairs": PAIRS,
     "datapool": tables.DATAPOOL,
     "checkpoints": tables.CHECKPOINTS,
     "scores": tables.SCORES,
@@ -95,7 +98,7 @@ def connect(store: ArtifactStore, *, skip_damaged: bool = False) -> duckdb.DuckD
 def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
     """Write ``{root}/catalog.duckdb``: the same views, for the ``duckdb`` program and notebooks.
 
-    It holds no data but the ledger's, and cells that are made later show when it is written again. Open it
+    It holds no data but the ledger's last rows, and cells that are made later show when it is written again. Open it
     read-only. Whoever has the old one open keeps it.
 
     Raises:
@@ -205,12 +208,17 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: Artif
         connection.execute(f"CREATE TABLE {name} AS SELECT {star} FROM _rows")
         connection.unregister("_rows")
     for table in sorted({*TABLES, *survey.columns}):
-        paths = _paths(survey, table)
-        connection.execute(table_view(table, TABLES.get(table), paths, survey.columns.get(table, [])))
-    with Ledger(store) as ledger:  # its segments change while calls are made: a copy, as of now
-        connection.register("_rows", ledger.frame())
-    connection.execute("CREATE TABLE feedback_calls AS SELECT * FROM _rows")
+        files = _paths(survey, table)
+        connection.execute(table_view(table, TABLES.get(table), files, survey.columns.get(table, [])))
+    with Ledger(store) as ledger:
+        paths, recent = ledger.parts()
+    connection.register("_rows", recent)  # what changes while calls are made: a copy, as of now
+    connection.execute("CREATE TABLE recent_feedback_calls AS SELECT * FROM _rows")
     connection.unregister("_rows")
+    source = ledger_source(map(str, paths), "recent_feedback_calls")
+    found = connection.execute(ledger_doubles(source)).fetchone() if paths else None
+    # A compaction that was killed leaves calls in a file and in segments.
+    connection.execute(ledger_view(source, STATUS_RANK if found and found[0] else None))
     for view in (SAMPLES, COSTS, LINEAGE):
         connection.execute(view)
 

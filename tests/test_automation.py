@@ -150,9 +150,7 @@ def test_halts_on_a_cancelled_run(after_one: Loop) -> None:
     assert f"halts: run {run[:8]} of iteration 2 was cancelled" in skipped(after_one.sensor())
 
 
-def test_an_iteration_that_waits_for_the_batch_api(
-    after_one: Loop, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_iteration_that_waits_for_the_batch_api(after_one: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the extra `judges`")
     from resources.judge_batch import BatchPendingError
     from resources.judge_client import Call, judge_calls
@@ -172,9 +170,7 @@ def test_an_iteration_that_waits_for_the_batch_api(
     call = Call([{"role": "user", "content": "how good?"}], purpose=f"{NAME}|002")
     with Ledger(after_one.store) as ledger, pytest.raises(BatchPendingError) as pending:
         judge_calls([call], judge, ledger)
-    run = after_one.record(
-        2, dg.DagsterRunStatus.FAILURE, **{BATCHES_TAG: " ".join(pending.value.jobs)}
-    )
+    run = after_one.record(2, dg.DagsterRunStatus.FAILURE, **{BATCHES_TAG: " ".join(pending.value.jobs)})
     assert skipped(sensor()) == "1 batches with 1 calls are under way"
     assert "waits for the Batch API" in skipped(after_one.sensor())
     endpoint.end()

@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.settings import merge, nested, parse_override, write_yaml
+from textalign_dagster.tasks.dataset import DatasetTask
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -30,6 +33,53 @@ OVERRIDES = (
     "checks.max_empty=1",
 )
 """What makes a shipped experiment tiny; the numbers mean nothing then."""
+
+
+@dataclass(frozen=True)
+class ToyModels:
+    """Folders of the models that stand for those on the hub (`tests.toy_models`)."""
+
+    policy: Path
+    classifier: Path
+    reward_model: Path
+
+
+def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str) -> list[str]:
+    """What makes a shipped experiment tiny and free of hub, GPU and LLM: embedded prompts, random models."""
+    found = list(OVERRIDES)
+    if experiment.datapool.samples_per_bucket is not None:
+        found[found.index("datapool.samples=8")] = "datapool.samples_per_bucket=1"
+    if experiment.judge is not None:
+        found.append(f"judge.base_url={judge_url}")
+    if experiment.evaluation.judge is not None:
+        found.append(f"evaluation.judge.base_url={judge_url}")
+    for field, scorer in (("scorer", experiment.scorer), ("evaluation.scorer", experiment.evaluation.scorer)):
+        if scorer is not None and scorer.name == "classifier":
+            found.append(f"{field}.model={models.classifier}")
+        if scorer is not None and scorer.name == "reward_model":
+            found += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
+            found.append(f"{field}.dtype=float32")
+    found += [
+        f"evaluation.baselines.{baseline}={models.policy}"
+        for baseline, model in experiment.evaluation.baselines.items()
+        if model != "references"
+    ]
+    if experiment.evaluation.max_new_tokens is not None:
+        found.append("evaluation.max_new_tokens=8")
+    if experiment.evaluation.fluency_model is not None:
+        found.append(f"evaluation.fluency_model={models.policy}")
+    if isinstance(experiment.task, DatasetTask):
+        found += [
+            "task.data.hub=null",
+            "task.data.held_out=null",
+            f"policy.model={models.policy}",
+            "policy.dtype=float32",
+            "sampling.engine=transformers",
+            "training.processes=1",
+            "training.accelerate=null",
+            "training.mixed_precision=no",
+        ]
+    return found
 
 
 def toys() -> dict[str, dict[str, Any]]:

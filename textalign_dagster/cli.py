@@ -87,7 +87,7 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON, all conditions and iterations.")
 @readable
 def show(experiment: str, as_json: bool) -> None:
-    """The score table with intervals, null control, guards and probes; saves the curves.
+    """The score table with intervals, null control, guards, probes and baselines; saves the curves.
 
     \b
     Example:
@@ -274,7 +274,7 @@ def _show(library: Library, name: str, console: Console) -> None:
     if rows.is_empty():
         raise SettingsError(f"{name} has not been evaluated yet: textalign run {name}")
     experiment = library.load(name)
-    console.print(score_table(rows, experiment, name))
+    console.print(score_table(rows, experiment, name, console.width))
     figure = curves(rows, experiment, name)
     path = save_curves(figure, home() / "plots" / f"{name}.png")
     console.print(f"curves: {path}", highlight=False, soft_wrap=True)

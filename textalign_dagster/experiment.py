@@ -40,12 +40,39 @@ class Policy(Settings):
     trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
 
 
+class Vllm(Settings):
+    """How vLLM runs a policy: nothing here changes what is sampled."""
+
+    tensor_parallel: int = Field(1, ge=1, description="GPUs over which a model is split.")
+    data_parallel: int = Field(
+        1, ge=1, description="Engines at work at the same time, each with tensor_parallel GPUs of its own."
+    )
+    gpu_memory_utilization: float = Field(
+        0.9, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values."
+    )
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="GiB for keys and values; null: what is left on a GPU, 1 on a CPU."
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of a prompt with its completion, at most; null: what the model's positions hold "
+        "(with long contexts that takes much memory).",
+    )
+    enforce_eager: bool | None = Field(
+        None, description="Whether nothing is compiled beforehand; null: only on a CPU."
+    )
+
+
 class Sampling(Settings):
     """How samples are drawn from the policy."""
 
-    engine: Literal["transformers"] = Field(
-        "transformers", description="What generates: `transformers` (CPU or GPU)."
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What generates: `transformers` (CPU or GPU), or `vllm` (far faster with larger models; "
+        "see docs/sampling.md).",
     )
+    vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: as by default.")
     samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
     temperature: float = Field(
         1.0,
@@ -65,6 +92,12 @@ class Sampling(Settings):
     def _lengths(self) -> Sampling:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError("min_new_tokens is larger than max_new_tokens; lower it")
+        return self
+
+    @model_validator(mode="after")
+    def _engine(self) -> Sampling:
+        if self.vllm is not None and self.engine != "vllm":
+            raise ValueError(f"vllm: only for `engine: vllm`, not {self.engine}; remove it")
         return self
 
 
@@ -92,7 +125,7 @@ class Evaluation(Settings):
     fluency_model: str | None = Field(
         None,
         description="The language model whose perplexity measures drift (a folder or a hub id, e.g. "
-        "gpt2-xl); null: the base policy.",
+        "openai-community/gpt2-xl); null: the base policy.",
     )
     baselines: dict[str, str] = Field(
         {},
@@ -103,6 +136,12 @@ class Evaluation(Settings):
         True, description="Also evaluate under the method's other conditions: does the policy obey?"
     )
     resamples: int = Field(1000, ge=100, description="Bootstrap resamples over prompts behind the intervals.")
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
+        return {"name": value} if isinstance(value, str) else value
 
 
 class Checks(Settings):

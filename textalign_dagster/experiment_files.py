@@ -83,7 +83,7 @@ class Library:
                 "letters, digits, and _ . + = - only"
             )
         content = read_yaml(path)
-        for section in ("task", "method"):
+        for section in ("task", "method", "scorer"):
             if isinstance(content.get(section), str):
                 content[section] = {"name": content[section]}
         _absolute_paths(content, path.parent)
@@ -207,6 +207,33 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
         _absolute(content, section, "path", folder)
     _absolute(content, "policy", "model", folder, only_existing=True)
     _absolute(content, "judge", "template", folder, only_existing=True)
+    for section in ("judge", "evaluation", "task"):  # what is below them is changed in copies
+        if isinstance(content.get(section), dict):
+            content[section] = dict(content[section])
+    if isinstance(content.get("evaluation"), dict):
+        evaluation = content["evaluation"]
+        _absolute(evaluation, "judge", "template", folder, only_existing=True)
+        _scorer_paths(evaluation, folder)
+        _absolute(content, "evaluation", "fluency_model", folder, only_existing=True)
+        baselines = evaluation.get("baselines")
+        for name in baselines if isinstance(baselines, dict) else ():
+            _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)
+    _scorer_paths(content, folder)
+    if isinstance(content.get("task"), dict):
+        _absolute(content["task"], "data", "path", folder)
+        if content["task"].get("chat_template") != "model":
+            _absolute(content, "task", "chat_template", folder)
+
+
+def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
+    """Of a scorer: files it reads, and models that may be hub ids."""
+    if not isinstance(section.get("scorer"), dict):
+        return
+    section["scorer"] = dict(section["scorer"])
+    _absolute(section, "scorer", "path", folder)
+    for model in ("model", "weights"):
+        _absolute(section, "scorer", model, folder, only_existing=True)
+    _absolute(section["scorer"], "check", "path", folder)
 
 
 def variants_folder() -> Path:

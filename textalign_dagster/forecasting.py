@@ -8,9 +8,11 @@ from typing import Any
 import polars as pl
 
 from resources.freshness import Freshness
-from resources.judging import forecast_of
+from resources.judging import forecast_judging
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.ids import content_hash
+from textalign_dagster.prompts import draw_prompts, prompt_id
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import training_prompts
 
@@ -34,23 +36,32 @@ def forecast_iteration(
         )
     freshness = Freshness(store, name, experiment)
     exact = freshness.state(iteration, "generations").kind == "fresh"
+    draws = freshness.pointer(iteration, "prompt_draws")
     pointer = freshness.pointer(iteration, "generations")
-    if exact and pointer is not None:
-        samples = pointer.artifact.frame("generations").select("prompt", "text")
+    if exact and draws is not None and pointer is not None:
+        references = draws.artifact.frame("prompt_draws").select("draw_id", "reference")
+        samples = pointer.artifact.frame("generations").join(
+            references, on="draw_id", how="left", maintain_order="left"
+        )
     else:
-        samples = _imagined(experiment)
-    found = asdict(forecast_of(experiment, samples, store))
+        samples = _imagined(experiment, iteration)
+    found = asdict(forecast_judging(experiment.judge, samples, store))
     return {"experiment": name, "iteration": iteration, "samples_exist": exact, **found}
 
 
-def _imagined(experiment: Experiment) -> pl.DataFrame:
+def _imagined(experiment: Experiment, iteration: int) -> pl.DataFrame:
     """Samples as many and as long as they can be; each is another text, for equal ones are asked once."""
-    prompts = training_prompts(experiment)["prompt"]
     longest = experiment.sampling.max_new_tokens * CHARACTERS_PER_TOKEN
-    count = experiment.prompts.per_iteration * experiment.sampling.samples_per_prompt
-    return pl.DataFrame(
-        {
-            "prompt": [prompts[i % len(prompts)] for i in range(count)],
-            "text": [f"{i:x}".rjust(longest, "x") for i in range(count)],
-        }
+    prompts = training_prompts(experiment)
+    # A weighted draw depends on tables to come; here every prompt weighs the same.
+    weights = {prompt_id(prompt): 1.0 for prompt in prompts["prompt"]}
+    drawn = draw_prompts(
+        prompts, experiment.prompts, seed=experiment.seed, iteration=iteration, weights=weights
     )
+    rows = [
+        {"sample_id": content_hash("imagined", draw, n), **shown, "text": f"{draw}-{n}".rjust(longest, "x")}
+        for draw, shown in enumerate(drawn.select("prompt_id", "prompt", "reference").iter_rows(named=True))
+        for n in range(experiment.sampling.samples_per_prompt)
+    ]
+    columns = ("sample_id", "prompt_id", "prompt", "reference", "text")
+    return pl.DataFrame(rows, dict.fromkeys(columns, pl.String))

@@ -12,6 +12,9 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from textalign_dagster.settings import SECRET_NAME, Settings
 
 Ask = Literal["text", "category", "judgment", "rating", "ranking", "win"]
+PAIRWISE: tuple[Ask, ...] = ("ranking", "win")
+GROUPWISE: tuple[Ask, ...] = ("text", "category", "rating")
+SCALED: tuple[Ask, ...] = ("text", "rating")
 
 ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 SET_ELSEWHERE = {
@@ -136,8 +139,23 @@ class JudgeBatch(Settings):
     )
     requests: int = Field(50_000, ge=1, description="Most calls in one batch; more make several batches.")
     poll_s: float = Field(
-        60.0, gt=0, description="Seconds between two looks while `textalign run` waits; the sensor has its own."
+        60.0,
+        gt=0,
+        description="Seconds between two looks while `textalign run` waits; the sensor has its own.",
     )
+
+
+class JudgeScale(Settings):
+    """The numbers a judge may give, in place of its template's."""
+
+    low: float = Field(..., strict=False, description="The worst.")
+    high: float = Field(..., strict=False, description="The best.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> JudgeScale:
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+        return self
 
 
 class Judge(Settings):
@@ -166,6 +184,23 @@ class Judge(Settings):
         description="What a reply is: text (feedback in words), category, judgment (words and verdict), "
         "rating (a number), ranking (which of two), win (which of two, in both orders).",
     )
+    scale: JudgeScale | None = Field(
+        None,
+        description="`ask: text` and `ask: rating`: the numbers allowed, e.g. {low: 1, high: 10}; null: the "
+        "template's. Its examples are carried over.",
+    )
+    group: int = Field(
+        1,
+        ge=1,
+        description="Responses to one prompt that are judged in one call (`ask: text`, `category`, `rating`): "
+        "fewer calls, and longer replies (see decoding.max_tokens).",
+    )
+    pairs: int | None = Field(
+        None,
+        ge=1,
+        description="`ask: ranking`: pairs of samples compared for each prompt, drawn so that every sample is "
+        "in about as many; null: all of them, k(k-1)/2 of k samples. A pair takes two calls.",
+    )
     decoding: JudgeDecoding = Field(default_factory=JudgeDecoding, description="How the judge decodes.")
     structured: Literal["auto", "json_schema", "off"] = Field(
         "auto",
@@ -187,7 +222,10 @@ class Judge(Settings):
         "both alike.",
     )
     repeats: int = Field(
-        1, ge=1, description="How often the same question is asked (judge's own consistency)."
+        1,
+        ge=1,
+        description="How often each question is asked; values are averaged, labels put to the vote. Not for "
+        "comparisons. Asked without randomness (temperature 0), repeats tell little.",
     )
 
     @field_validator("base_url")
@@ -224,6 +262,24 @@ class Judge(Settings):
                 raise ValueError("budget_usd needs prices: add input, output and as_of")
             if self.decoding.max_tokens is None:
                 raise ValueError("budget_usd needs decoding.max_tokens: a call's highest price is unknown")
+        return self
+
+    @model_validator(mode="after")
+    def _askable(self) -> Judge:
+        if self.group > 1 and self.ask not in GROUPWISE:
+            raise ValueError(
+                f"group: `ask: {self.ask}` judges one item a call; groups are for {', '.join(GROUPWISE)}: remove it"
+            )
+        if self.pairs is not None and self.ask != "ranking":
+            raise ValueError(f"pairs: only `ask: ranking` compares samples; with `ask: {self.ask}` remove it")
+        if self.repeats > 1 and self.ask in PAIRWISE:
+            raise ValueError(
+                f"repeats: `ask: {self.ask}` asks every comparison twice as it is, once in each order: remove it"
+            )
+        if self.scale is not None and self.ask not in SCALED:
+            raise ValueError(
+                f"scale: `ask: {self.ask}` gives no numbers; scales are for {', '.join(SCALED)}: remove it"
+            )
         return self
 
     @property

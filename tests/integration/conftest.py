@@ -17,7 +17,9 @@ import polars as pl
 import pytest
 
 from resources.store import Artifact, ArtifactStore
-from tests.toy import environment, textalign, write_toys
+from tests.rule_judge import rule_judge
+from tests.toy import ToyModels, environment, textalign, write_toys
+from tests.toy_models import save_toy_models
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,19 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     started = time.monotonic()
     done = place.textalign("run", "toy")
     return Ran(place.folder, done.stdout + done.stderr, time.monotonic() - started)
+
+
+@pytest.fixture(scope="session")
+def toy_models(tmp_path_factory: pytest.TempPathFactory) -> ToyModels:
+    """What stands for the hub's models."""
+    return save_toy_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def judge_url() -> Iterator[str]:
+    """An LLM judge that answers by rule."""
+    with rule_judge() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

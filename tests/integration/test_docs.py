@@ -14,9 +14,9 @@ import pytest
 
 from resources.store import ArtifactStore
 from resources.views import connect
-from tests.toy import OVERRIDES
+from tests.toy import ToyModels, shipped_overrides
 from tests.toy import environment as toy_environment
-from textalign_dagster.experiment_files import PROJECT
+from textalign_dagster.experiment_files import PROJECT, Library
 from textalign_dagster.settings import merge, nested, parse_override, read_yaml, write_yaml
 
 DOCS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -44,14 +44,17 @@ def commands(path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment(
+    tmp_path_factory: pytest.TempPathFactory, toy_models: ToyModels, judge_url: str
+) -> dict[str, str]:
     """A home in which the shipped experiments are tiny, under their own names."""
     folder = tmp_path_factory.mktemp("docs")
-    for path in (PROJECT / "experiments").glob("*.yaml"):
+    shipped = Library((PROJECT / "experiments",))
+    for name, path in shipped.paths.items():
         content = read_yaml(path)
-        if "extends" not in content:  # the others extend it, and are tiny with it
-            for override in (*OVERRIDES, "iterations=1"):
-                content = merge(content, nested(*parse_override(override)))
+        tiny = shipped_overrides(shipped.load(name), toy_models, judge_url)
+        for override in (*tiny, "iterations=1"):
+            content = merge(content, nested(*parse_override(override)))
         (folder / path.name).write_text(write_yaml(content), encoding="utf-8")
     (folder / "experiments").symlink_to(folder)  # docs name experiments/… from the project's folder
     return toy_environment(folder / "state", folder)

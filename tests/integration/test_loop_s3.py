@@ -22,7 +22,7 @@ def test_the_loop_on_s3(s3_endpoint: str, tmp_path: Path) -> None:
     here["TEXTALIGN_CACHE"] = str(tmp_path / "cache")
     textalign("run", "toy", "--no-control", "--iterations", "2", env=here)
     assert not (place.home / "store").exists()
-    asked = 'select count(*) as n from samples where iteration = 2 and feedback_status = \'ok\''
+    asked = "select count(*) as n from samples where iteration = 2 and feedback_status = 'ok'"
     assert "12" in textalign("sql", asked, env=here).stdout
 
     # Another machine: the same store and experiment files, nothing else.

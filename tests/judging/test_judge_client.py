@@ -103,6 +103,22 @@ def test_replies_come_in_the_order_of_the_calls_and_are_paid_once(endpoint: Runn
     assert sum(endpoint.counts().values()) == 40
 
 
+def test_the_same_batch_at_the_same_time_is_paid_once(endpoint: Running, tmp_path: Path) -> None:
+    endpoint.control(latency=0.2)
+    prompts, judge = [f"same {i}" for i in range(6)], a_judge(endpoint, limits={"concurrency": 2})
+
+    def run(_: int) -> tuple[list[Reply], list[str]]:
+        notes: list[str] = []
+        with Ledger(ArtifactStore(tmp_path / "store")) as own:
+            return ask(prompts, judge, own, progress=lambda done, total, note: notes.append(note)), notes
+
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(run, range(2)))
+    assert set(endpoint.counts().values()) == {1}
+    assert sorted(reply.from_ledger for replies, _ in both for reply in replies) == [False] * 6 + [True] * 6
+    assert ["another process asks the same; waiting for it" in notes for _, notes in both].count(True) == 1
+
+
 def test_what_makes_a_call_another_call(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint)
     others = [
@@ -188,10 +204,11 @@ def test_rate_limit_headers_are_heeded(endpoint: Running, ledger: Ledger) -> Non
 
 def test_own_rate_limit_is_kept(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, limits={"requests_per_minute": 1200, "concurrency": 64})
+    started = time.monotonic()
     ask([f"limited {i}" for i in range(60)], judge, ledger)
-    times = sorted(line["at"] for line in endpoint.lines())
-    # Of 60, 38 may go at once and the others at 19 a second; test_rate_limit.py is exact.
-    assert times[-1] - times[0] > 0.8
+    # Of 60, 38 may go at once and the others at 19 a second: 22/19 s, on a busy machine more. test_rate_limit.py
+    # is exact.
+    assert time.monotonic() - started > 1.1
 
 
 def test_endless_refusals_stop_the_batch(endpoint: Running, ledger: Ledger) -> None:

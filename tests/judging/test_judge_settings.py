@@ -40,6 +40,12 @@ def test_defaults() -> None:
         ({"budget_usd": 1.0}, "budget_usd needs prices"),
         ({"prices": {"input": 1.0, "output": 1.0, "as_of": "January"}}, "write it as 2026-01-31"),
         ({"ask": "score"}, "one of: text, category"),
+        ({"ask": "ranking", "group": 2}, "group: `ask: ranking` judges one item a call"),
+        ({"ask": "judgment", "group": 2}, "groups are for text, category, rating: remove it"),
+        ({"ask": "rating", "pairs": 3}, "pairs: only `ask: ranking` compares samples"),
+        ({"ask": "win", "repeats": 2}, "repeats: `ask: win` asks every comparison twice as it is"),
+        ({"ask": "category", "scale": {"low": 0, "high": 1}}, "scale: `ask: category` gives no numbers"),
+        ({"ask": "rating", "scale": {"low": 2, "high": 1}}, "low (2) must be below high (1)"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], words: str) -> None:

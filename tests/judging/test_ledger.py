@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,12 +11,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.ledger import CallRecord, Ledger
 from resources.store import ArtifactError, ArtifactStore
+from resources.views import connect, write_catalog
 from textalign_dagster.ledger_table import FEEDBACK_CALLS
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -250,3 +254,38 @@ def test_a_ledger_that_cannot_be_written_says_so(store: ArtifactStore) -> None:
     (store.local / "ledger").write_text("in the way")
     with pytest.raises(ArtifactError, match="ledger"):
         Ledger(store).add(record(1))
+
+
+def test_the_view_is_the_ledger_whatever_is_compacted(store: ArtifactStore) -> None:
+    def viewed() -> pl.DataFrame:
+        with connect(store) as database:
+            return database.sql("FROM feedback_calls ORDER BY called_at, call_key").pl().cast(FEEDBACK_CALLS)
+
+    assert viewed().is_empty()
+    with Ledger(store) as ledger:
+        for n, status in ((1, "sent"), (1, "ok"), (2, "failed"), (3, "sent")):
+            ledger.add(record(n, status))
+        ledger.flush()
+        assert viewed().equals(ledger.frame()), "while a call is in flight"
+    whole = [path.read_bytes() for path in segments(store)]
+    ledger.compact()
+    with ledger:
+        ledger.add(record(4, raw_reply="it's new"))
+        ledger.flush()
+        assert viewed()["status"].to_list() == ["ok", "failed", "lost", "ok"]
+        assert viewed().equals(ledger.frame()), "from Parquet and from a segment"
+        for number, data in enumerate(whole):  # as a compaction killed before it removed them leaves them
+            (store.local / "ledger" / "segments" / f"again-{number}.jsonl").write_bytes(data)
+        assert viewed().equals(ledger.frame()), "a call in both is one row"
+
+
+def test_a_catalog_copies_no_compacted_call(store: ArtifactStore) -> None:
+    with Ledger(store) as ledger:
+        for n in range(2_000):
+            ledger.add(record(n, raw_reply=os.urandom(500).hex()))
+    ledger.compact()
+    assert write_catalog(store).stat().st_size < 1_000_000
+    with duckdb.connect(store.local / "catalog.duckdb", read_only=True) as database:
+        assert database.execute("SELECT count(*), sum(usd) FROM feedback_calls").fetchall() == [
+            (2_000, 1_000)
+        ]

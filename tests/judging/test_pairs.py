@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textalign_dagster.judging import Verdict
+from textalign_dagster.judging.pair_draw import drawn_pairs, sample_pairs, schedule
 from textalign_dagster.judging.pairs import (
     PAIRS,
     PairVerdict,
     oriented,
+    pair_figures,
     pair_frame,
     pair_verdict,
     ranking_feedback,
-    sample_pairs,
     win_feedback,
 )
 from textalign_dagster.judging.verdict import failed, skipped, unparseable
@@ -81,44 +82,98 @@ def test_all_pairs_of_a_prompt_whatever_the_order_of_rows() -> None:
     assert sample_pairs(samples.clear()).is_empty()
 
 
-def frame(verdicts: list[PairVerdict]) -> pl.DataFrame:
-    ids = [("p", f"a{i}", f"b{i}") for i in range(len(verdicts))]
-    pairs = pl.DataFrame(ids, {c: pl.String for c in ("prompt_id", "sample_a", "sample_b")}, orient="row")
-    return pair_frame(
-        pairs,
-        verdicts,
-        aspect="ranking",
-        scorer="judge",
-        scorer_version="1",
-        parser_version="1",
-        call_keys=[["x", "y"] for _ in verdicts],
+@given(st.integers(0, 40))
+def test_after_any_number_of_pairs_all_took_part_equally_often(count: int) -> None:
+    seen: set[frozenset[int]] = set()
+    times = [0] * count
+    for first, second in schedule(count):
+        seen.add(frozenset((first, second)))
+        times[first] += 1
+        times[second] += 1
+        assert max(times) - min(times) <= 1
+    assert len(seen) == count * (count - 1) // 2
+    assert all(len(pair) == 2 for pair in seen)
+
+
+@given(st.permutations([f"s{n}" for n in range(7)]), st.integers(1, 30))
+def test_a_draw_follows_from_the_ids_alone(ids: list[str], limit: int) -> None:
+    drawn = drawn_pairs(ids, limit)
+    assert drawn == drawn_pairs(sorted(ids), limit)
+    assert len(set(drawn)) == len(drawn) == min(limit, 21)
+    assert all(a < b for a, b in drawn)
+
+
+def test_other_samples_have_other_pairs() -> None:
+    draws = {tuple(drawn_pairs([f"{n}{i}" for i in "abcdef"], 3)) for n in range(30)}
+    places = {tuple((a[-1], b[-1]) for a, b in pairs) for pairs in draws}
+    assert len(places) > 10, "the draw must not always take the same places"
+
+
+TOLD = {"aspect": "ranking", "scorer": "judge", "scorer_version": "1", "parser_version": "1"}
+
+
+def frame(*compared: tuple[str, str, PairVerdict]) -> pl.DataFrame:
+    ids = [("p", a, b) for a, b, _ in compared]
+    pairs = pl.DataFrame(ids, dict.fromkeys(("prompt_id", "sample_a", "sample_b"), pl.String), orient="row")
+    keys = [[f"{a}{b}", f"{b}{a}"] for a, b, _ in compared]
+    return pair_frame(pairs, [v for *_, v in compared], call_keys=keys, **TOLD)
+
+
+def test_a_sample_has_one_row_with_its_share_of_points() -> None:
+    down, odd = pair_verdict(A, failed("down")), pair_verdict(unparseable("what?"), A)
+    pairs = frame(
+        ("s", "t", pair_verdict(A, B)),  # s beats t
+        ("s", "u", pair_verdict(A, A)),  # a tie
+        ("s", "v", down),
+        ("u", "v", odd),
+        ("v", "w", pair_verdict(skipped("x"), skipped("x"))),
     )
-
-
-def test_rows_for_both_samples_of_a_pair() -> None:
-    pairs = frame([pair_verdict(A, B), pair_verdict(A, A), pair_verdict(A, failed("down"))])
     assert pairs.schema == PAIRS
-    rows = ranking_feedback(pairs)
+    rows = ranking_feedback(pairs, {"z": "alone"}, TOLD)
     assert rows.schema == FEEDBACK
-    assert rows.select("sample_id", "aspect", "value", "label", "status").rows() == [
-        ("a0", "ranking vs b0", 1.0, "win", "ok"),
-        ("b0", "ranking vs a0", 0.0, "loss", "ok"),
-        ("a1", "ranking vs b1", 0.5, "tie", "ok"),
-        ("b1", "ranking vs a1", 0.5, "tie", "ok"),
-        ("a2", "ranking vs b2", None, None, "failed"),
-        ("b2", "ranking vs a2", None, None, "failed"),
+    assert rows.select("sample_id", "value", "status", "reason").rows() == [
+        ("s", 0.75, "ok", None),
+        ("t", 0.0, "ok", None),
+        ("u", 0.5, "ok", None),
+        ("v", None, "failed", "B first: down"),  # the worst of its pairs
+        ("w", None, "skipped", "A first: x; B first: x"),
+        ("z", None, "skipped", "alone"),
     ]
-    assert rows["reason"].to_list()[-1] == "B first: down"
-    assert rows["call_keys"].to_list()[0] == ["x", "y"]
+    assert set(rows["kind"]) == {"ranking"} and set(rows["aspect"]) == {"ranking"}
+    assert rows["call_keys"].to_list()[0] == ["st", "ts", "su", "us", "sv", "vs"]
 
 
 def test_rows_against_a_reference() -> None:
-    rows = win_feedback(frame([pair_verdict(A, B), pair_verdict(B, A), pair_verdict(B, B)]))
-    assert rows.select("sample_id", "aspect", "value", "label").rows() == [
-        ("b0", "ranking vs reference", 0.0, "loss"),
-        ("b1", "ranking vs reference", 1.0, "win"),
-        ("b2", "ranking vs reference", 0.5, "tie"),
+    pairs = frame(
+        ("ref", "s", pair_verdict(A, B)), ("ref", "t", pair_verdict(B, A)), ("ref", "u", pair_verdict(B, B))
+    )
+    rows = win_feedback(pairs, {"z": "none"}, TOLD)
+    assert rows.select("sample_id", "value", "label", "status", "reason").rows() == [
+        ("s", 0.0, "loss", "ok", None),
+        ("t", 1.0, "win", "ok", None),
+        ("u", 0.5, "tie", "ok", None),
+        ("z", None, None, "skipped", "none"),
     ]
+    assert rows["call_keys"].to_list()[1] == ["reft", "tref"]
+
+
+def test_figures_of_comparisons() -> None:
+    pairs = frame(
+        ("s", "t", pair_verdict(A, B)),
+        ("s", "u", pair_verdict(A, A)),
+        ("t", "u", pair_verdict(B, A)),
+        ("u", "v", pair_verdict(A, failed("down"))),
+    )
+    unasked = frame(("t", "v", PairVerdict("ok", "tie"))).with_columns(
+        call_keys=pl.lit([], pl.List(pl.String))
+    )
+    assert pair_figures(pl.concat([pairs, unasked])) == {
+        "pairs": 5,
+        "pairs unusable": 1,
+        "pairs tied": 0.5,
+        "position bias": pytest.approx(1 / 3),
+    }
+    assert pair_figures(pairs.clear()) == {"pairs": 0, "pairs unusable": 0}
 
 
 def test_orientation_keeps_the_meaning() -> None:

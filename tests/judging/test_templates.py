@@ -67,6 +67,7 @@ def test_what_ships_loads_and_is_complete() -> None:
         "judgment": "judgment",
         "ranking": "ranking",
         "rating": "rating",
+        "summary_feedback": "text",
         "text_feedback": "text",
         "win": "win",
     }

@@ -166,7 +166,7 @@ def test_a_checkpoint_made_anew_leaves_the_next_iteration_stale(grid: Grid) -> N
 
 
 def test_feedback_made_anew_makes_later_pools_stale(grid: Grid) -> None:
-    grid.change(task={"max_prompts": 5})  # the task's settings are the scorer's too
+    grid.change(task={"name": "pep8", "max_prompts": 5})  # the task's settings are the scorer's too
     grid.make(1, "prompt_draws")
     grid.make(1, "generations")
     grid.make(1, "feedback")

@@ -20,7 +20,7 @@ from textalign_dagster.tables import EVALUATION_SAMPLES, FEEDBACK, GENERATIONS, 
 STAGES = {
     "prompt_draws": ["prompt_draws"],
     "generations": ["generations"],
-    "feedback": ["feedback"],
+    "feedback": ["feedback", "pairs"],
     "datapool": ["datapool"],
     "checkpoint": ["checkpoints"],
     "evaluation": ["scores", "evaluation_samples"],

@@ -7,8 +7,11 @@ back enters as :class:`Reply`.
 from __future__ import annotations
 
 from textalign_dagster.judging.answers import response_format, response_schema
-from textalign_dagster.judging.catalogue import load_template, shipped
-from textalign_dagster.judging.pairs import PAIRS, PairVerdict, pair_verdict, sample_pairs
+from textalign_dagster.judging.asking import Answer, Judged, Question
+from textalign_dagster.judging.asks import asking
+from textalign_dagster.judging.catalogue import load_template, shipped, template_of
+from textalign_dagster.judging.pair_draw import sample_pairs
+from textalign_dagster.judging.pairs import PAIRS, PairVerdict, pair_verdict
 from textalign_dagster.judging.parsing import PARSER_VERSION, parse, parse_group
 from textalign_dagster.judging.rendering import (
     Call,
@@ -25,12 +28,16 @@ from textalign_dagster.judging.verdict import Reply, Verdict, skipped
 __all__ = [
     "PAIRS",
     "PARSER_VERSION",
+    "Answer",
     "Call",
     "Item",
+    "Judged",
     "PairVerdict",
+    "Question",
     "Reply",
     "Template",
     "Verdict",
+    "asking",
     "feedback_rows",
     "group_call",
     "load_template",
@@ -44,5 +51,6 @@ __all__ = [
     "shipped",
     "single_call",
     "skipped",
+    "template_of",
     "without_system",
 ]

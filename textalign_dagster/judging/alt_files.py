@@ -2,7 +2,8 @@
 
 ``{"prompt", "generations": [text], "rewards" | "feedbacks" [, "scores", "analysis"]: [one each]}``,
 and for toxicity ``"generations": [{"text", "toxicity"}]``. In sampling files ``prompt`` carries the
-conditioning; feedback files, which are read here, hold the plain prompt.
+conditioning; feedback files hold the plain prompt. A line may end in ``perplexity``, one number for
+its one generation. Files of prompts, and what all of ALT's files share, are in `alt_prompts`.
 
 Our own files add ``sample_ids``, ``statuses`` and ``reasons``, so that they read back as they were;
 programs that look fields up by name do not mind.
@@ -10,7 +11,6 @@ programs that look fields up by name do not mind.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from typing import Any
 
 import polars as pl
 
+from textalign_dagster.judging.alt_prompts import Conditioned, alt_text, json_text, prompt_of
 from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
 from textalign_dagster.judging.imported import (
     Collector,
@@ -26,12 +27,11 @@ from textalign_dagster.judging.imported import (
     Refusal,
     collector,
     list_of,
-    read_text,
     text_of,
 )
-from textalign_dagster.judging.json_records import BrokenLine, json_lines
+from textalign_dagster.judging.json_records import json_lines
 from textalign_dagster.judging.labels import match_label
-from textalign_dagster.judging.readings import mended
+from textalign_dagster.judging.readings import excerpt, mended
 from textalign_dagster.tables import STATUSES
 
 LABELS = (
@@ -51,8 +51,9 @@ def read_alt(
     aspect: str = "imported",
     labels: Sequence[str] = LABELS,
     scores: tuple[float, float] = (0, 3),
+    template: str | None = None,
 ) -> Imported:
-    """An ALT feedback file.
+    """A file of ALT's with generations: judged, or as they were sampled.
 
     A null is a judgement that failed. Scores out of range and labels out of the set (of which the
     released code trained some) are ``unparseable``. Repeats of a generation are samples of their own.
@@ -60,24 +61,35 @@ def read_alt(
     Args:
         labels: the categories of files that have feedbacks without scores.
         scores: lowest and highest score of files that have both.
+        template: how conditions were put before the prompts; None: the prompts are taken as they stand.
+
+    Raises:
+        SettingsError: the file cannot be read or is a pickle; the template is none.
     """
-    content = read_text(path)
+    content = alt_text(path)
+    conditioned = Conditioned(template) if template is not None else None
     rows = collector(path, content, aspect)
     for line, record in json_lines(content):
         rows.rows += 1
         try:
-            _read_record(rows, record, tuple(labels), scores)
+            _read_record(rows, record, tuple(labels), scores, conditioned)
         except Refusal as reason:
             rows.refuse(line, str(reason), record)
     return rows.done()
 
 
-def _read_record(rows: Collector, record: Any, labels: Sequence[str], scores: tuple[float, float]) -> None:
-    if isinstance(record, BrokenLine) or not isinstance(record, dict):
-        raise Refusal("no JSON object")
-    if isinstance(record.get("prompt"), dict):  # RealToxicityPrompts
-        record = {**record, "prompt": record["prompt"].get("text")}
-    prompt = text_of(record, "prompt", blank=False)
+def _read_record(
+    rows: Collector,
+    record: Any,
+    labels: Sequence[str],
+    scores: tuple[float, float],
+    conditioned: Conditioned | None,
+) -> None:
+    prompt = prompt_of(record)
+    if conditioned is not None:
+        condition, prompt = conditioned.undo(prompt)
+        if condition is not None:
+            rows.notes[f"sampled under the condition {excerpt(condition)!r}"] += 1
     generations = record.get("generations")
     if not isinstance(generations, list):
         raise Refusal("no list in `generations`")
@@ -97,7 +109,24 @@ def _read_record(rows: Collector, record: Any, labels: Sequence[str], scores: tu
         entry = {name: values[i] for name, values in given.items()}
         if isinstance(generation, dict):
             entry["toxicity"] = generation.get("toxicity")
-        rows.judged(sample, **_judgement(entry, labels, scores))
+        judged = _judgement(entry, labels, scores)
+        if judged["status"] != "skipped" or "perplexity" not in record or len(texts) > 1:
+            rows.judged(sample, **judged)
+        if "perplexity" in record and len(texts) == 1:
+            rows.judged(sample, **_perplexity(record["perplexity"]))
+    if "perplexity" in record and len(texts) != 1:
+        # The released script paired the first generations with the wrong prompts then.
+        rows.notes["`perplexity` is not kept: its line has several generations"] += 1
+
+
+def _perplexity(value: Any) -> dict[str, Any]:
+    """A line's perplexity as a judgement of its own; higher is better, so the sign is turned."""
+    told = {"kind": "reward", "aspect": "perplexity"}
+    if value is None:
+        return {**told, "status": "failed", "reason": "null in the file"}
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return {**told, "status": "unparseable", "reason": "`perplexity` holds no number"}
+    return {**told, "status": "ok", "value": -float(value)}
 
 
 def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float, float]) -> dict[str, Any]:
@@ -140,7 +169,8 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
     if problem:
         return {"kind": kind, "status": "unparseable", "reason": problem}
     number = float(value) if value is not None else None
-    return {"kind": kind, "value": number, "label": label, "text": text if kind == "text" else None}
+    told = {"value": number, "label": label, "text": text if kind == "text" else None}
+    return {"kind": kind, "status": "ok", **told}
 
 
 def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
@@ -153,7 +183,6 @@ def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Expo
     kind = one_aspect(feedback, ("reward", "rating", "text", "category"), "ALT")
     lines: dict[str, dict[str, list[Any]]] = {}
     for row in judged_samples(samples, feedback):
-        line = lines.setdefault(row["prompt"], {})
         entry = {"generations": row["response"]}
         if kind in ("reward", "rating"):
             entry["rewards"] = row["value"]
@@ -162,12 +191,44 @@ def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Expo
         if kind == "text":
             whole = row["value"] is not None and row["value"].is_integer()
             entry["scores"] = int(row["value"]) if whole else row["value"]
-        entry |= {"sample_ids": row["sample_id"], "statuses": row["status"], "reasons": row["reason"]}
-        for name, value in entry.items():
-            line.setdefault(name, []).append(value)
-    text = "".join(
-        json.dumps({"prompt": p, **line}, ensure_ascii=False, allow_nan=False) + "\n"
-        for p, line in lines.items()
-    )
-    write_file(path, text)
+        _add(lines, row, entry)
+    return _written(path, lines)
+
+
+def write_alt_toxicity(
+    path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, *, negated: bool = False
+) -> Exported:
+    """Writes rewards as ALT's toxicity files: ``generations: [{"text", "toxicity"}]``.
+
+    Args:
+        samples: sample_id, prompt, text.
+        feedback: rows of FEEDBACK of kind reward.
+        negated: whether its values are minus the toxicity, as our scorers have it; else 1 - toxicity, as
+            ALT's rewards (and files imported from it) have it.
+
+    Raises:
+        ValueError: a value that is neither.
+    """
+    one_aspect(feedback, ("reward",), "ALT's toxicity")
+    lines: dict[str, dict[str, list[Any]]] = {}
+    for row in judged_samples(samples, feedback):
+        toxicity = None if row["value"] is None else (0 if negated else 1) - row["value"]
+        if toxicity is not None and not 0 <= toxicity <= 1:
+            raise ValueError(
+                f"a value of {row['value']:g} stands for no toxicity from 0 to 1; --stage feedback writes rewards"
+            )
+        _add(lines, row, {"generations": {"text": row["response"], "toxicity": toxicity}})
+    return _written(path, lines)
+
+
+def _add(lines: dict[str, dict[str, list[Any]]], row: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Adds a sample to the line of its prompt."""
+    entry |= {"sample_ids": row["sample_id"], "statuses": row["status"], "reasons": row["reason"]}
+    line = lines.setdefault(row["prompt"], {})
+    for name, value in entry.items():
+        line.setdefault(name, []).append(value)
+
+
+def _written(path: Path, lines: dict[str, dict[str, list[Any]]]) -> Exported:
+    write_file(path, json_text({"prompt": prompt, **line} for prompt, line in lines.items()))
     return exported(len(lines), Counter())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pydantic
+
+from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging.parsing import parse
 from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Reply
@@ -33,6 +36,27 @@ def load_template(name_or_path: str | Path) -> Template:
             "(or give the path of your own .yaml file)"
         )
     return read_template(Path(given))
+
+
+def template_of(judge: Judge) -> Template:
+    """What a judge is asked: its template, on its scale.
+
+    Raises:
+        SettingsError: naming file or field, and remedy.
+    """
+    template = load_template(judge.template)
+    if template.ask != judge.ask:
+        raise SettingsError(
+            f"judge.ask: {judge.ask!r}, but the template {judge.template} asks for {template.ask!r}; "
+            "make them agree"
+        )
+    if judge.scale is None:
+        return template
+    try:
+        return template.with_scale(judge.scale.low, judge.scale.high)
+    except pydantic.ValidationError as error:
+        told = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"judge.scale: the template {judge.template} refuses it: {told}") from None
 
 
 def read_template(path: Path) -> Template:

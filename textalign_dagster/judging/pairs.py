@@ -7,10 +7,10 @@ swap the verdict.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -23,8 +23,8 @@ Place = Literal["first", "second"]
 PAIRS = pl.Schema(
     {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
         "prompt_id": pl.String,
-        "sample_a": pl.String,  # key, with sample_b and aspect; sample_a < sample_b
-        "sample_b": pl.String,
+        "sample_a": pl.String,  # key, with sample_b and aspect; the lesser id, or a reference's
+        "sample_b": pl.String,  # of a comparison with a reference: the sample
         "aspect": pl.String,
         "winner": pl.String,  # a | b | tie; NULL: not ok
         "favoured": pl.String,  # of a tie: the place ("first", "second") that won both times
@@ -36,9 +36,9 @@ PAIRS = pl.Schema(
         "call_keys": pl.List(pl.String),  # A shown first, then B shown first
     }
 )
-"""One row a compared pair of samples of one prompt."""
+"""One row a compared pair of samples of one prompt, or of a sample and its reference."""
 
-_WORST_FIRST: tuple[Status, ...] = ("failed", "unparseable", "skipped")
+WORST_FIRST: tuple[Status, ...] = ("failed", "unparseable", "skipped")
 _POINTS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
 _NAMES = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
@@ -49,7 +49,8 @@ class PairVerdict:
 
     Attributes:
         winner: None unless ok.
-        favoured: of a tie, the place that won both times.
+        favoured: of a tie, the place that won both times; None also where nobody was asked (two
+            samples with the same text).
     """
 
     status: Status
@@ -66,7 +67,7 @@ def pair_verdict(reply_ab: Verdict, reply_ba: Verdict) -> PairVerdict:
         reply_ba: read from the call that showed B first; its label "a" means that too, hence B.
     """
     orders = (("A first", reply_ab), ("B first", reply_ba))
-    for status in _WORST_FIRST:
+    for status in WORST_FIRST:
         reasons = [f"{order}: {v.reason}" for order, v in orders if v.status == status]
         if reasons:
             return PairVerdict(status, reason="; ".join(reasons))
@@ -78,25 +79,6 @@ def pair_verdict(reply_ab: Verdict, reply_ba: Verdict) -> PairVerdict:
     if shown_ab == shown_ba:
         return PairVerdict("ok", "tie", shown_ab)
     return PairVerdict("ok", "a" if shown_ab == "first" else "b")
-
-
-def sample_pairs(samples: pl.DataFrame) -> pl.DataFrame:
-    """All pairs of samples of a prompt: k samples give k(k-1)/2.
-
-    Args:
-        samples: sample_id, prompt_id.
-
-    Returns:
-        prompt_id, sample_a, sample_b, with sample_a < sample_b, sorted: which sample is called A
-        does not depend on the order of the rows.
-    """
-    grouped = samples.select("prompt_id", "sample_id").unique().sort("prompt_id", "sample_id")
-    rows = [
-        (prompt, a, b)
-        for prompt, ids in grouped.group_by("prompt_id", maintain_order=True).agg("sample_id").iter_rows()
-        for a, b in combinations(ids, 2)
-    ]
-    return pl.DataFrame(rows, {c: pl.String for c in ("prompt_id", "sample_a", "sample_b")}, orient="row")
 
 
 def oriented(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -125,7 +107,7 @@ def pair_frame(
     """Rows of :data:`PAIRS`.
 
     Args:
-        pairs: prompt_id, sample_a, sample_b (:func:`sample_pairs`); verdicts in the same order.
+        pairs: prompt_id, sample_a, sample_b (`pair_draw.sample_pairs`); verdicts in the same order.
     """
     if len(verdicts) != pairs.height:
         raise ValueError(f"{pairs.height} pairs, but {len(verdicts)} verdicts")
@@ -150,42 +132,74 @@ def pair_frame(
     )
 
 
-def ranking_feedback(pairs: pl.DataFrame) -> pl.DataFrame:
-    """:data:`PAIRS` as rows of FEEDBACK: two a pair, one for each of its samples.
+def ranking_feedback(
+    pairs: pl.DataFrame, left_out: Mapping[str, str], told: Mapping[str, Any]
+) -> pl.DataFrame:
+    """:data:`PAIRS` as rows of FEEDBACK, one a sample: its share of points.
 
-    ``value`` is 1 (won), 0.5 (tie) or 0 (lost), so that a sample's mean is its share of points;
-    ``aspect`` names the opponent (:func:`versus`), which keeps (sample_id, aspect) a key.
+    ``value`` is the mean over the sample's usable pairs of 1 (won), 0.5 (tie) or 0 (lost). A sample
+    without a usable pair has the worst status of its pairs.
+
+    Args:
+        left_out: sample_id → why it is in no pair.
+        told: the columns aspect, scorer, scorer_version and parser_version.
     """
-    rows = []
+    points: defaultdict[str, list[float]] = defaultdict(list)
+    bad: defaultdict[str, dict[Status, str]] = defaultdict(dict)
+    keys: defaultdict[str, list[str]] = defaultdict(list)
+    ids: dict[str, None] = {}
     for pair in pairs.iter_rows(named=True):
-        points = _POINTS[pair["winner"]] if pair["winner"] else (None, None)
-        ids = (pair["sample_a"], pair["sample_b"])
-        for own, other, value in zip(ids, reversed(ids), points, strict=True):
-            rows.append(_row(pair, own, versus(pair["aspect"], other), value))
-    return pl.DataFrame(rows, FEEDBACK)
+        won = _POINTS[pair["winner"]] if pair["winner"] else (None, None)
+        for sample_id, share in zip((pair["sample_a"], pair["sample_b"]), won, strict=True):
+            ids[sample_id] = None
+            keys[sample_id] += pair["call_keys"]
+            if share is None:
+                bad[sample_id].setdefault(pair["status"], pair["reason"])
+            else:
+                points[sample_id].append(share)
+    rows = []
+    for sample_id in ids:
+        row = {"sample_id": sample_id, "kind": "ranking", "call_keys": keys[sample_id], **told}
+        if points[sample_id]:
+            row |= {"value": sum(points[sample_id]) / len(points[sample_id]), "status": "ok"}
+        else:
+            status = next(status for status in WORST_FIRST if status in bad[sample_id])
+            row |= {"status": status, "reason": bad[sample_id][status]}
+        rows.append(row)
+    return pl.DataFrame([*rows, *_left_out(left_out, told)], FEEDBACK)
 
 
-def win_feedback(pairs: pl.DataFrame, reference: str = "reference") -> pl.DataFrame:
+def win_feedback(pairs: pl.DataFrame, left_out: Mapping[str, str], told: Mapping[str, Any]) -> pl.DataFrame:
     """Comparisons with a reference as rows of FEEDBACK, one a sample (``ask: win``).
+
+    ``value`` is 1 (the sample won), 0.5 (tie) or 0; ``label`` says so in a word.
 
     Args:
         pairs: rows of :data:`PAIRS` whose ``sample_a`` is the reference, whatever its id, and
             whose ``sample_b`` is the sample.
+        left_out, told: as in :func:`ranking_feedback`.
     """
     rows = []
     for pair in pairs.iter_rows(named=True):
         value = _POINTS[pair["winner"]][1] if pair["winner"] else None
-        rows.append(_row(pair, pair["sample_b"], versus(pair["aspect"], reference), value))
-    return pl.DataFrame(rows, FEEDBACK)
+        kept = {name: pair[name] for name in ("status", "reason", "call_keys")}
+        judged = {"value": value, "label": None if value is None else _NAMES[value]}
+        rows.append({"sample_id": pair["sample_b"], "kind": "ranking", **told, **kept, **judged})
+    return pl.DataFrame([*rows, *_left_out(left_out, told)], FEEDBACK)
 
 
-def versus(aspect: str, other: str) -> str:
-    """The column ``aspect`` of a comparison's row: ``ranking vs 3f2a…``."""
-    return f"{aspect} vs {other}"
+def pair_figures(pairs: pl.DataFrame) -> dict[str, float]:
+    """What stands out of comparisons: how many tied, and how many of those asked followed the place."""
+    usable = pairs.filter(pl.col("status") == "ok")
+    asked = usable.filter(pl.col("call_keys").list.len() > 0)
+    figures: dict[str, float] = {"pairs": pairs.height, "pairs unusable": pairs.height - usable.height}
+    if usable.height:
+        figures["pairs tied"] = usable.filter(winner="tie").height / usable.height
+    if asked.height:
+        figures["position bias"] = asked["favoured"].count() / asked.height
+    return figures
 
 
-def _row(pair: dict[str, object], sample_id: str, aspect: str, value: float | None) -> dict[str, object]:
-    kept = ("status", "reason", "scorer", "scorer_version", "parser_version", "call_keys")
-    label = None if value is None else _NAMES[value]
-    named = {"sample_id": sample_id, "aspect": aspect, "kind": "ranking", "value": value, "label": label}
-    return {**named, "text": None, **{name: pair[name] for name in kept}}
+def _left_out(left_out: Mapping[str, str], told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shared = {"kind": "ranking", "status": "skipped", "call_keys": [], **told}
+    return [{"sample_id": sample_id, "reason": reason, **shared} for sample_id, reason in left_out.items()]

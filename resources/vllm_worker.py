@@ -1,0 +1,344 @@
+"""The vLLM worker: an offline engine behind JSON lines on stdin and stdout.
+
+    python -m resources.vllm_worker '{"dtype": "float32", "batch_size": 256, ...}'
+
+`vllm_sampler.VllmSampler` starts it. A call is {"op": "generate" | "logprobs", ...}; `worker_process`
+has the protocol. A result is {"rows": [...]}, or {"failed": sentence} when the engine itself failed:
+this process is of no more use then.
+
+The engine reads token ids and gives token ids, so that text is tokenised by the rule of all engines.
+It starts with the first model; other weights of the same shape are put into it, anything else needs a
+new worker (see `vllm_sampler.frame`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from resources.transformers_worker import check
+from resources.worker_process import CallError, die_with_parent, protocol
+
+PROGRESS_SECONDS = 0.2
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # that vLLM samples at; 0 is greedy
+CPU_CACHE_GIB = 1.0
+NEVER = -float("inf")
+
+
+class EngineError(Exception):
+    """The engine failed, and with it this process; the message is for the user."""
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    die_with_parent(settings["parent"])
+    calls, send = protocol()
+    import torch
+    from transformers import logging
+    from vllm.platforms import current_platform
+
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+    device = str(current_platform.device_type)
+    engine = Engine(settings, device)
+    send({"ready": {"device": device, "threads": torch.get_num_threads()}})
+    while True:
+        call = calls.get()
+        try:
+            send({"result": {"rows": answer(engine, call, send)}})
+        except CallError as error:
+            send({"error": str(error)})
+        except EngineError as error:
+            send({"result": {"failed": str(error)}})
+
+
+class Engine:
+    """A vLLM engine with one model in it; started by the first, and given other weights later."""
+
+    def __init__(self, settings: dict[str, Any], device: str) -> None:
+        self.settings, self.device = settings, device
+        self.identity: object = None
+        self.folder = Path()
+        self.llm: Any = None
+        self.tokenizer: Any = None
+        self.end_ids: tuple[int, ...] = ()
+
+    def use(self, folder: Path) -> None:
+        """Have the model of a folder in the engine.
+
+        Raises:
+            CallError: its tokenizer cannot be read, or does not fit the model.
+            EngineError: vLLM cannot start with it, or cannot read its weights.
+        """
+        identity = (folder, sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns)
+                                   for p in folder.iterdir() if p.is_file()))  # fmt: skip
+        if identity == self.identity:
+            return
+        self.identity = None
+        self.read_tokenizer(folder)
+        try:
+            if self.llm is None:
+                self.llm = start(folder, self.settings, self.device)
+            else:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                # What the old weights made of a prompt must not be read by the new ones.
+                self.llm.reset_prefix_cache()
+        except Exception as error:
+            raise EngineError(f"vLLM cannot run {folder} here ({reason(error)}); {remedy(error)}") from error
+        if len(self.tokenizer) > self.outputs:
+            raise CallError(
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {self.outputs} "
+                "embeddings; resize the model's embeddings before saving it"
+            )
+        self.identity, self.folder = identity, folder
+
+    def read_tokenizer(self, folder: Path) -> None:
+        from transformers import AutoTokenizer, GenerationConfig
+
+        from textalign_dagster import tokenisation
+
+        trusted = self.settings["trust_remote_code"]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+        except Exception as error:
+            raise CallError(
+                f"the tokenizer of {folder} cannot be loaded ({reason(error)}); save the model's there"
+            ) from error
+        generation = None
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        self.end_ids = tokenisation.end_ids(self.tokenizer, generation)
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its completion can have together."""
+        return int(self.llm.model_config.max_model_len)
+
+    @property
+    def outputs(self) -> int:
+        """Number of logits."""
+        return int(self.llm.model_config.get_vocab_size())
+
+
+def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
+    """An engine with the model of a folder, in this process (vLLM's workers are its children)."""
+    from vllm import LLM
+
+    if not device:
+        raise RuntimeError("this vLLM is built for hardware that this machine does not have")
+    gib = settings["kv_cache_gib"] or (CPU_CACHE_GIB if device == "cpu" else None)
+    eager = settings["enforce_eager"]
+    with tempfile.TemporaryDirectory() as nothing:
+        # The model's own defaults, end tokens among them, are not those of a `Decoding`.
+        (Path(nothing) / "generation_config.json").write_text("{}")
+        return LLM(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype=settings["dtype"],
+            load_format="safetensors",
+            trust_remote_code=settings["trust_remote_code"],
+            tensor_parallel_size=settings["tensor_parallel"],
+            gpu_memory_utilization=settings["gpu_memory_utilization"],
+            kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
+            max_model_len=settings["max_model_len"],
+            max_num_seqs=settings["batch_size"],
+            # Compiling takes longer than a small model on a CPU ever saves by it.
+            enforce_eager=device == "cpu" if eager is None else eager,
+            enable_prefix_caching=True,  # a prompt is read once for all its completions
+            logprobs_mode="raw_logprobs",
+            generation_config=nothing,
+            seed=0,
+        )
+
+
+def answer(engine: Engine, call: dict[str, Any], send: Callable[..., None]) -> list[Any]:
+    """The rows of a call; raises `CallError`, `EngineError`."""
+    from textalign_dagster.tokenisation import BannedTokenError
+
+    total, last = call["total"], 0.0
+
+    def report(done: int) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            send({"progress": [done, total]})
+
+    engine.use(Path(call["model"]))
+    try:
+        return (generate if call["op"] == "generate" else logprobs)(engine, call, report)
+    except BannedTokenError as error:
+        raise CallError(f"{engine.folder}: {error}") from error
+
+
+def generate(
+    engine: Engine, call: dict[str, Any], report: Callable[[int], None]
+) -> list[list[dict[str, Any]]]:
+    """For each request, a dictionary of `sampler.Completion` for each seed.
+
+    Each seed is a request of its own to vLLM: its ``n`` would derive the seeds of a prompt's further
+    completions by itself.
+    """
+    from vllm import SamplingParams
+
+    from textalign_dagster import tokenisation
+
+    tokenizer, wanted = engine.tokenizer, call["decoding"]
+    if wanted["temperature"] and not LOWEST_TEMPERATURE <= wanted["temperature"] <= HIGHEST_TEMPERATURE:
+        raise CallError(
+            f"temperature is {wanted['temperature']:g}, but vLLM samples at 0 (greedy) or from "
+            f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}; choose one of these, or engine transformers"
+        )
+    texts = [prompt for prompt, _ in call["requests"]]
+    prompts = tokenisation.encode_prompts(tokenizer, texts)
+    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)  # type: ignore[arg-type]
+    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
+    banned = set(range(engine.outputs)).difference(tokenizer.get_vocab().values())
+    banned |= set(tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]))
+    common: dict[str, Any] = {
+        "temperature": wanted["temperature"],
+        "top_k": wanted["top_k"],
+        "top_p": wanted["top_p"],
+        "max_tokens": wanted["max_new_tokens"],
+        # An end token that must not be drawn before the last place cannot be drawn at all.
+        "min_tokens": wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
+        "ignore_eos": True,  # the end tokens are those of `tokenisation`, as stop_token_ids
+        "stop_token_ids": list(engine.end_ids),
+        "logit_bias": dict.fromkeys(sorted(banned), NEVER) or None,
+        "logprobs": 0,  # the drawn token's own, under the model
+        "detokenize": False,
+    }
+    asked = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
+             for seed in seeds]  # fmt: skip
+    outputs = run(
+        engine,
+        [prompt for prompt, _ in asked],
+        [SamplingParams(**common, seed=vllm_seed(seed)) for _, seed in asked],
+        report,
+    )
+    drawn = [output.outputs[0] for output in outputs]
+    ended = [one.finish_reason == "stop" for one in drawn]
+    rows = [list(one.token_ids) for one in drawn]
+    decoded = tokenisation.decode(
+        tokenizer, [ids[:-1] if end else ids for ids, end in zip(rows, ended, strict=True)]
+    )
+    completions = iter(
+        {
+            "text": text,
+            "n_tokens": len(ids),
+            "finish_reason": "stop" if end else "length",
+            "logprob": finite(engine, one.cumulative_logprob),
+        }
+        for one, ids, end, text in zip(drawn, rows, ended, decoded, strict=True)
+    )
+    return [[next(completions) for _ in seeds] for _, seeds in call["requests"]]
+
+
+def logprobs(engine: Engine, call: dict[str, Any], report: Callable[[int], None]) -> list[tuple[float, int]]:
+    """For each (prompt, text): sum of log-probabilities and number of the text's tokens.
+
+    vLLM wants to generate something after whatever it reads. So the text's last token is not read:
+    its log-probability is asked for at the place where a token is generated (and thrown away).
+    """
+    from vllm import SamplingParams
+
+    from textalign_dagster import tokenisation
+
+    pairs = call["pairs"]
+    prompts = tokenisation.encode_prompts(engine.tokenizer, [prompt for prompt, _ in pairs])
+    texts = tokenisation.encode_texts(engine.tokenizer, [text for _, text in pairs])
+    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])  # type: ignore[arg-type]
+    some = [index for index, text in enumerate(texts) if text]
+    nothing = len(texts) - len(some)
+    outputs = run(
+        engine,
+        [prompts[index] + texts[index][:-1] for index in some],
+        [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=1,
+                prompt_logprobs=0,
+                logprob_token_ids=[texts[index][-1]],
+                detokenize=False,
+            )
+            for index in some
+        ],
+        lambda done: report(nothing + done),
+    )
+    results = [(0.0, len(text)) for text in texts]
+    for index, output in zip(some, outputs, strict=True):
+        first, text = len(prompts[index]), texts[index]
+        read = output.prompt_logprobs[first:]
+        terms = [place[token].logprob for place, token in zip(read, text[:-1], strict=True)]
+        terms.append(output.outputs[0].logprobs[0][text[-1]].logprob)
+        results[index] = (finite(engine, math.fsum(terms)), len(text))
+    return results
+
+
+def run(
+    engine: Engine, prompts: list[list[int]], params: list[Any], report: Callable[[int], None]
+) -> list[Any]:
+    """vLLM's outputs for each prompt, in their order."""
+    from tqdm import tqdm
+
+    class Count(tqdm):
+        """vLLM's progress bar, which draws nothing."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            done = super().update(n)
+            report(int(self.n))
+            return done
+
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+        try:
+            engine.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            return list(
+                engine.llm.wait_for_completion(use_tqdm=lambda **options: Count(**options, file=nowhere))
+            )
+        except Exception as error:
+            raise EngineError(
+                f"vLLM failed with {engine.folder} ({reason(error)}); {remedy(error)}"
+            ) from error
+
+
+def vllm_seed(seed: int) -> int:
+    """A seed in [0, 2**64) in vLLM's range, that of a signed 64-bit number."""
+    return seed % 2**63
+
+
+def finite(engine: Engine, logprob: float) -> float:
+    """The log-probability; raises `CallError` where the model gave none."""
+    if not math.isfinite(logprob):
+        raise CallError(
+            f"{engine.folder}: the model's logits are not finite; its training has diverged, or its numbers "
+            f"overflow in {engine.settings['dtype']}"
+        )
+    return logprob
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+
+
+def remedy(error: Exception) -> str:
+    """What to do about an engine's failure, as far as it can be told."""
+    said = str(error).lower()
+    if "memory" in said or "kv cache" in said:
+        return (
+            "lower sampling.vllm.max_model_len or sampling.batch_size, or give it more memory "
+            "(sampling.vllm: gpu_memory_utilization, kv_cache_gib, tensor_parallel)"
+        )
+    return "`textalign doctor` tells what vLLM can do here; engine transformers runs such models too"
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,20 @@
+"""``textalign`` that writes a line into a file for each worker it starts: ``counted.py FILE run …``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from resources import worker
+from textalign_dagster.cli import main
+
+if __name__ == "__main__":
+    log = Path(sys.argv.pop(1))
+    start = worker.Worker.__init__
+
+    def counted(self: Any, channel: worker.Channel) -> None:
+        with log.open("a") as stream:
+            stream.write(f"{channel.module}\n")
+        start(self, channel)
+
+    worker.Worker.__init__ = counted  # type: ignore[method-assign]
+    main()

@@ -1,0 +1,424 @@
+"""Everything a judge can be asked, in the loop: real assets and store, a judge over HTTP, a toy sampler."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from hashlib import sha256
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("openai", reason="needs the extra `judges`")
+
+from resources.store import Artifact, ArtifactStore
+from resources.views import connect
+from tests.integration.toy_location import defs
+from tests.judging.rule_endpoint import RuleEndpoint, judged_by
+from textalign_dagster.cli import main
+from textalign_dagster.partitions import Cell
+from textalign_dagster.settings import write_yaml
+
+# The grid is read when it is imported, so the toys take the names of shipped experiments.
+REWARD, TEXT = "pep8_alt_rm", "pep8_alt_lmu"
+SAMPLES, PROMPTS = 4, 5
+UNANSWERED = "def f4():"  # the prompt without a reference
+
+
+def settings(judge: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
+    limits = {"attempts": 1, "concurrency": 4}
+    named = {"model": "toy", "api_key_env": None, "limits": limits, **judge} if judge is not None else None
+    return {
+        "task": "pep8",
+        "policy": {"model": "pep8-sloppy-1m"},
+        "iterations": 1,
+        "method": {"name": "alt_rm", "phrases": ["good", "bad"], "template": "# {condition}\n{prompt}"},
+        "prompts": {"path": "prompts.jsonl", "per_iteration": PROMPTS},
+        "sampling": {"samples_per_prompt": SAMPLES, "max_new_tokens": 16},
+        "training": {"max_length": 256},
+        "judge": named,
+        **more,
+    }
+
+
+class Loop:
+    """A home whose experiments are judged by one endpoint."""
+
+    def __init__(self, folder: Path, endpoint: RuleEndpoint) -> None:
+        self.folder, self.endpoint = folder, endpoint
+        self.store = ArtifactStore(folder / "home" / "store")
+        (folder / "experiments").mkdir(parents=True, exist_ok=True)
+        rows = [{"prompt": f"def f{n}():", "reference": f"\n    return {n}"} for n in range(PROMPTS)]
+        rows[4]["reference"] = None  # type: ignore[assignment]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "experiments" / "prompts.jsonl").write_text(lines)
+
+    def configure(self, judge: dict[str, Any] | None, name: str = REWARD, **more: Any) -> None:
+        named = {"base_url": self.endpoint.url, **judge} if judge is not None else None
+        (self.folder / "experiments" / f"{name}.yaml").write_text(write_yaml(settings(named, **more)))
+
+    def run(self, name: str = REWARD) -> dict[str, Any]:
+        """Prompts, samples and feedback; the feedback's metadata and checks, or ``failed`` with the reason."""
+        job = defs.resolve_implicit_global_asset_job_def()
+        with dg.DagsterInstance.ephemeral() as instance:
+            done = job.execute_in_process(
+                partition_key=Cell(name, 1).key,
+                asset_selection=[dg.AssetKey(s) for s in ("prompt_draws", "generations", "feedback")],
+                instance=instance,
+                raise_on_error=False,
+                run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            )
+            failures = [e.step_failure_data.user_failure_data for e in done.get_step_failure_events()]
+            if any(failures):
+                return {"failed": failures[0].description}
+            (made,) = done.asset_materializations_for_node("feedback")
+            checks = {
+                c.check_name: c
+                for c in done.get_asset_check_evaluations()
+                if c.asset_key.path == ["feedback"]
+            }
+        return {name: value.value for name, value in made.metadata.items()} | {"checks": checks}
+
+    def artifact(self, name: str = REWARD, stage: str = "feedback") -> Artifact:
+        pointer = self.store.pointer(name, 1, stage)
+        assert pointer is not None
+        return pointer.artifact
+
+    def rows(self, name: str = REWARD) -> pl.DataFrame:
+        """Feedback with the samples' prompts and texts, in the samples' order."""
+        samples = self.artifact(name, "generations").frame("generations")
+        rows = self.artifact(name).frame("feedback")
+        assert rows["sample_id"].to_list() == samples["sample_id"].to_list(), "one row a sample, in order"
+        return rows.join(
+            samples.select("sample_id", "prompt", shown="text"), on="sample_id", maintain_order="left"
+        )
+
+    def textalign(self, *arguments: str) -> str:
+        done = CliRunner().invoke(main, arguments)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+
+@pytest.fixture
+def loop(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loop]:
+    monkeypatch.setenv("TEXTALIGN_EXPERIMENTS", str(tmp_path / "experiments"))
+    with judged_by(by_quality) as endpoint:
+        yield Loop(tmp_path, endpoint)
+
+
+def quality(text: str) -> int:
+    """What the toy judge thinks of a text."""
+    return int(sha256(text.strip().encode()).hexdigest(), 16) % 1000
+
+
+def by_quality(shown: dict[str, str], before: int) -> Any:
+    """Compares by `quality`; where that differs by little, the response shown first wins."""
+    first, second = (quality(shown[f"RESPONSE {place}"]) for place in "AB")
+    return {"analysis": "Looked.", "better": "a" if first - second > -200 else "b"}
+
+
+def expected_winner(a: str, b: str) -> str:
+    gap = quality(a) - quality(b)
+    return "tie" if abs(gap) < 200 else "a" if gap > 0 else "b"
+
+
+RANKING = {
+    "ask": "ranking",
+    "template": "ranking",
+    "prices": {"input": 1.0, "output": 2.0, "as_of": "2026-01-01"},
+}
+
+
+def test_ranking(loop: Loop) -> None:
+    loop.configure(RANKING)
+    before = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    made = loop.run()
+    rows, pairs = loop.rows(), loop.artifact().frame("pairs")
+    all_pairs = PROMPTS * SAMPLES * (SAMPLES - 1) // 2
+    assert pairs.height == all_pairs and before["calls"] == 2 * all_pairs
+    assert set(loop.endpoint.asked.values()) == {1}, "a comparison was paid for twice"
+    shown = Counter((s["RESPONSE A"], s["RESPONSE B"]) for s in loop.endpoint.shown())
+    assert all(shown[b, a] == 1 for a, b in shown), "not every pair was shown in both orders"
+
+    # What a swap-proof judge would say follows from the texts alone.
+    text = dict(rows.select("sample_id", "shown").iter_rows())
+    points: dict[str, list[float]] = {sample_id: [] for sample_id in text}
+    for pair in pairs.iter_rows(named=True):
+        a, b = pair["sample_a"], pair["sample_b"]
+        winner = expected_winner(text[a], text[b])
+        assert (pair["winner"], pair["status"]) == (winner, "ok")
+        assert pair["favoured"] == ("first" if winner == "tie" else None)
+        points[a].append({"a": 1.0, "tie": 0.5, "b": 0.0}[winner])
+        points[b].append({"a": 0.0, "tie": 0.5, "b": 1.0}[winner])
+    assert len({*pairs["winner"]}) == 3, "choose texts among which everything happens"
+    for row in rows.iter_rows(named=True):
+        own = points[row["sample_id"]]
+        assert (row["kind"], row["aspect"], row["status"]) == ("ranking", "ranking", "ok")
+        assert row["value"] == pytest.approx(sum(own) / (SAMPLES - 1)) and len(row["call_keys"]) == 2 * (
+            SAMPLES - 1
+        )
+
+    ties = (pairs["winner"] == "tie").sum() / pairs.height
+    assert made["pairs"] == all_pairs and made["pairs tied"] == pytest.approx(ties, abs=1e-3)
+    assert made["position bias"] == made["pairs tied"] and made["calls"] == 2 * all_pairs
+    assert made["usd"] == pytest.approx(2 * all_pairs * 140e-6, rel=1e-3)
+    with connect(loop.store) as database:
+        told = database.execute(
+            "select count(*) from pairs where experiment = ? and winner = 'tie'", [REWARD]
+        )
+        assert told.fetchall() == [((pairs["winner"] == "tie").sum(),)]
+        keys = "select order_shown from feedback_calls where call_key = ?"
+        orders = [database.execute(keys, [key]).fetchall() for key in pairs["call_keys"][0]]
+    a, b = pairs["sample_a"][0], pairs["sample_b"][0]
+    assert orders == [[(f"{a}, {b}",)], [(f"{b}, {a}",)]]
+
+    exported = loop.folder / "pairs.csv"
+    loop.textalign("export", REWARD, str(exported), "-k", "1", "--format", "sparse_rankings")
+    assert len(exported.read_text().splitlines()) >= all_pairs
+
+
+def test_a_judge_that_only_sees_places_finds_ties_only(loop: Loop) -> None:
+    loop.endpoint.rule = lambda shown, before: {"analysis": "Second!", "better": "b"}
+    loop.configure(RANKING)
+    made = loop.run()
+    pairs = loop.artifact().frame("pairs")
+    assert set(pairs["winner"]) == {"tie"} and set(pairs["favoured"]) == {"second"}
+    assert set(loop.rows()["value"]) == {0.5} and made["position bias"] == made["pairs tied"] == 1.0
+
+
+def test_a_draw_of_pairs(loop: Loop) -> None:
+    loop.configure(RANKING | {"pairs": 3})
+    assert json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"] == 2 * 3 * PROMPTS
+    loop.run()
+    pairs = loop.artifact().frame("pairs")
+    assert pairs.height == 3 * PROMPTS and sum(loop.endpoint.asked.values()) == 2 * 3 * PROMPTS
+    times = Counter([*pairs["sample_a"], *pairs["sample_b"]])
+    assert set(times.values()) <= {1, 2} and len(times) == SAMPLES * PROMPTS
+    # All pairs: what was compared already is paid for.
+    loop.configure(RANKING)
+    between = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    assert (between["calls"], between["cached"]) == (2 * 3 * PROMPTS, 2 * 3 * PROMPTS)
+    loop.run()
+    assert set(loop.endpoint.asked.values()) == {1}
+
+
+def test_an_outage_half_way_through_a_ranking(loop: Loop) -> None:
+    loop.endpoint.down = lambda shown: quality(shown["RESPONSE A"]) % 3 == 0
+    loop.configure(RANKING)
+    made = loop.run()
+    answered = dict(loop.endpoint.asked)
+    calls = PROMPTS * SAMPLES * (SAMPLES - 1)
+    assert 0 < len(answered) < calls
+    assert not made["checks"]["usable"].passed and "failed" in str(made["checks"]["usable"].description)
+    pairs = loop.artifact().frame("pairs")
+    assert set(pairs["status"]) == {"ok", "failed"}
+    assert pairs.filter(pl.col("status") == "failed")["winner"].null_count() == made["pairs unusable"]
+    left = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    assert (left["cached"], left["calls"]) == (len(answered), calls - len(answered))
+
+    loop.endpoint.down = lambda shown: False
+    made = loop.run()
+    assert made["checks"]["usable"].passed
+    assert set(loop.endpoint.asked.values()) == {1} and len(loop.endpoint.asked) == calls
+    assert made["calls"] == calls - len(answered) and made["calls from the ledger"] == len(answered)
+    assert set(loop.artifact().frame("pairs")["status"]) == {"ok"}
+
+
+def test_win(loop: Loop) -> None:
+    def rule(shown: dict[str, str], before: int) -> Any:
+        answers = {place: shown[f"RESPONSE {place}"] for place in "AB"}
+        return {"analysis": ".", "better": max("AB", key=lambda place: quality(answers[place])).lower()}
+
+    loop.endpoint.rule = rule
+    loop.configure({"ask": "win", "template": "win"})
+    expected = json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"]
+    loop.run()
+    assert sum(loop.endpoint.asked.values()) == expected == 2 * (PROMPTS - 1) * SAMPLES
+    rows = loop.rows()
+    left_out = rows.filter(prompt=UNANSWERED)
+    assert left_out.select("status", "reason", "value").unique().rows() == [
+        ("skipped", "its prompt has no reference", None)
+    ]
+    for row in rows.filter(pl.col("prompt") != UNANSWERED).iter_rows(named=True):
+        reference = f"\n    return {row['prompt'][5]}"
+        won = quality(row["shown"]) > quality(reference)
+        assert (row["value"], row["label"]) == ((1.0, "win") if won else (0.0, "loss"))
+    assert loop.artifact().frame("pairs").height == (PROMPTS - 1) * SAMPLES
+    for suffix in ("csv", "jsonl"):  # the references are among the texts of both
+        form = {"csv": "sparse_rankings", "jsonl": "plain"}[suffix]
+        path = loop.folder / f"wins.{suffix}"
+        loop.textalign("export", REWARD, str(path), "-k", "1", "--format", form)
+        assert "return 0" in path.read_text()
+
+
+def spoiled(text: str) -> bool:
+    return quality(text) % 5 == 0
+
+
+def rate(shown: dict[str, str], before: int) -> Any:
+    """One rating, or one for each response of a group; spoils some of them."""
+    numbered = {
+        name.removeprefix("RESPONSE "): t for name, t in shown.items() if name.startswith("RESPONSE ")
+    }
+
+    def entry(text: str) -> Any:
+        return {"analysis": ".", "rating": 99 if spoiled(text) else 1 + quality(text) % 7}
+
+    return {n: entry(t) for n, t in numbered.items()} if numbered else entry(shown["RESPONSE"])
+
+
+def test_groups_with_a_bad_item(loop: Loop) -> None:
+    loop.endpoint.rule = rate
+    free = {"max_unusable_feedback": 1.0}
+    loop.configure({"ask": "rating", "template": "rating", "group": 3}, checks=free)
+    assert json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"] == 2 * PROMPTS  # 3 + 1 of 4
+    loop.run()
+    assert sum(loop.endpoint.asked.values()) == 2 * PROMPTS
+    rows = loop.rows()
+    assert set(rows["status"]) == {"ok", "unparseable"}, "choose samples some of which are spoiled"
+    for text, status, value in rows.select("shown", "status", "value").iter_rows():
+        bad = spoiled(text)
+        assert (status, value) == (("unparseable", None) if bad else ("ok", 1 + quality(text) % 7))
+    shared = rows.group_by("prompt").agg(pl.col("call_keys").list.first())["call_keys"]
+    assert [sorted(Counter(keys).values()) for keys in shared] == [[1, 3]] * PROMPTS
+
+
+def test_a_group_whose_reply_is_no_answer(loop: Loop) -> None:
+    loop.endpoint.rule = lambda shown, before: (
+        "no idea" if shown["PROMPT"] == UNANSWERED else rate(shown, before)
+    )
+    loop.configure(
+        {"ask": "rating", "template": "rating", "group": SAMPLES}, checks={"max_unusable_feedback": 1.0}
+    )
+    loop.run()
+    assert sum(loop.endpoint.asked.values()) == PROMPTS, "nobody was asked once more"
+    rows = loop.rows().filter(prompt=UNANSWERED)
+    assert set(rows["status"]) == {"unparseable"} and rows["value"].null_count() == SAMPLES
+
+
+def test_repeats_are_averaged(loop: Loop) -> None:
+    loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": (2, 3, 7)[before]}
+    loop.configure({"ask": "rating", "template": "rating", "repeats": 3})
+    assert json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"] == 3 * PROMPTS * SAMPLES
+    loop.run()
+    assert set(loop.endpoint.asked.values()) == {3}
+    rows = loop.rows()
+    assert set(rows["value"]) == {4.0} and set(rows["call_keys"].list.n_unique()) == {3}
+    # Another repeat is asked once; the three before it are paid for.
+    loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": 4}
+    loop.configure({"ask": "rating", "template": "rating", "repeats": 4})
+    loop.run()
+    assert set(loop.endpoint.asked.values()) == {4} and set(loop.rows()["value"]) == {4.0}
+
+
+def test_a_scale_of_ones_own(loop: Loop) -> None:
+    loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": 90}
+    loop.configure({"ask": "rating", "template": "rating", "scale": {"low": 0, "high": 100}})
+    loop.run()
+    assert set(loop.rows()["value"]) == {90.0}
+    (instructions,) = {messages[0]["content"] for messages in loop.endpoint.questions}
+    assert "from 0 to 100" in instructions and "from 1 to 7" not in instructions
+
+
+def test_feedback_in_words_by_group(loop: Loop) -> None:
+    def rule(shown: dict[str, str], before: int) -> Any:
+        told = {"analysis": ".", "feedback": "Reads well.", "score": 2}
+        return {name.split()[1]: told for name in shown if name.startswith("RESPONSE")}
+
+    loop.endpoint.rule = rule
+    method = {"name": "alt_lmu", "ask_for": "Reads well."}
+    loop.configure({"template": "text_feedback", "group": 2}, TEXT, method=method)
+    loop.run(TEXT)
+    rows = loop.rows(TEXT)
+    assert rows.select("kind", "value", "text", "status").unique().rows() == [
+        ("text", 2.0, "Reads well.", "ok")
+    ]
+    assert sum(loop.endpoint.asked.values()) == PROMPTS * 2
+
+
+def test_ratings_against_rankings_in_the_store(loop: Loop) -> None:
+    loop.endpoint.rule = lambda shown, before: (
+        by_quality(shown, before)
+        if "RESPONSE A" in shown
+        else {"analysis": ".", "rating": 1 + quality(shown["RESPONSE"]) // 143}
+    )
+    loop.configure({"ask": "rating", "template": "rating"}, TEXT)
+    loop.configure(RANKING)
+    for name in (TEXT, REWARD):
+        loop.run(name)
+    found = json.loads(loop.textalign("consistency", TEXT, REWARD, "-k", "1", "--json"))
+    pairs = PROMPTS * SAMPLES * (SAMPLES - 1) // 2
+    assert found["coverage"] == {"pairs": pairs, "ranked": pairs, "rated": pairs, "both": pairs}
+    texts = loop.rows().select("prompt", "shown").rows()
+    same = 0
+    for (p, a), (q, b) in combinations(texts, 2):
+        rating = {True: "a", False: "b"}[quality(a) // 143 > quality(b) // 143]
+        rated = "tie" if quality(a) // 143 == quality(b) // 143 else rating
+        same += p == q and rated == expected_winner(a, b)
+    assert found["agreement"]["agreement"]["value"] == pytest.approx(same / pairs)
+    refused = CliRunner().invoke(main, ["consistency", REWARD, TEXT, "-k", "1"])
+    assert refused.exit_code == 1 and "compared no samples" in refused.stderr
+
+
+def test_a_scorer_instead_of_a_judge(loop: Loop) -> None:
+    scorer = {"name": "patterns", "patterns": [r"print\("]}
+    loop.configure(None, scorer=scorer)
+    loop.run()
+    rows = loop.rows()
+    assert set(rows["aspect"]) == {"patterns"} and set(rows["kind"]) == {"reward"}
+    assert "pairs" not in loop.artifact().tables and loop.endpoint.asked.total() == 0
+    clean = rows.filter(~pl.col("shown").str.contains("print(", literal=True))
+    assert 0 < clean.height < rows.height and set(clean["value"]) == {rows["value"].max()}
+
+
+@pytest.mark.parametrize(
+    ("judge", "more", "words"),
+    [
+        (RANKING | {"pairs": 1}, {}, "judge.pairs: 1 pairs leave out some of the 4 samples"),
+        (
+            RANKING,
+            {"sampling": {"samples_per_prompt": 1, "max_new_tokens": 16}},
+            "raise sampling.samples_per_prompt",
+        ),
+        (
+            {"ask": "win", "template": "win"},
+            {"prompts": {"per_iteration": 5}},
+            "the prompts have none; give a file",
+        ),
+        (
+            {"ask": "rating", "template": "win"},
+            {},
+            "judge.ask: 'rating', but the template win asks for 'win'",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_sampled(
+    loop: Loop, judge: dict[str, Any], more: dict[str, Any], words: str
+) -> None:
+    loop.configure(judge, **more)
+    refused = CliRunner().invoke(main, ["validate", REWARD])
+    assert refused.exit_code == 1 and words in refused.stderr and f"{REWARD}.yaml" in refused.stderr
+
+
+def test_what_a_verdict_follows_from_makes_another_table(loop: Loop) -> None:
+    loop.endpoint.rule = rate
+    base = {"ask": "rating", "template": "rating"}
+    keys = set()
+    free = {"max_unusable_feedback": 1.0}
+    for more in (
+        {},
+        {"group": 2},
+        {"repeats": 2},
+        {"scale": {"low": 1, "high": 9}},
+        {"limits": {"concurrency": 2}},
+    ):
+        loop.configure(base | more, checks=free)
+        assert "failed" not in loop.run()
+        keys.add(loop.artifact().key)
+    assert len(keys) == 4, "speed decides nothing, everything else does"

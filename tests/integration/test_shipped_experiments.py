@@ -1,0 +1,57 @@
+"""Every shipped experiment runs through the command line, at toy size and without hub, GPU or LLM."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from tests.integration.conftest import Place, new_place
+from tests.toy import PROJECT, ToyModels, shipped_overrides
+from textalign_dagster.experiment_files import Library
+from textalign_dagster.settings import read_yaml
+
+SHIPPED = Library((PROJECT / "experiments",))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Where they run, one beside the other: what they have in common is made once."""
+    return new_place(tmp_path_factory.mktemp("zoo") / "place")
+
+
+@pytest.fixture(scope="module")
+def first_samples() -> dict[str, str]:
+    """Task → key of the samples of iteration 1, as the first of its experiments had them."""
+    return {}
+
+
+@pytest.mark.parametrize("name", SHIPPED.paths)
+def test_it_runs(
+    zoo: Place, name: str, toy_models: ToyModels, judge_url: str, first_samples: dict[str, str]
+) -> None:
+    experiment = SHIPPED.load(name)
+    # What a method asks for shows in iteration 2: seen for each of them with pep8, and once a task.
+    last = 2 if experiment.task.name == "pep8" or "extends" not in read_yaml(SHIPPED.path(name)) else 1
+    overrides = [*shipped_overrides(experiment, toy_models, judge_url), f"iterations={last}"]
+    done = zoo.textalign("run", name, "--no-control", *(part for o in overrides for part in ("--set", o)))
+    found = re.findall(rf"^({re.escape(name)}\+\S*)\|{last:03d} +evaluation", done.stdout, re.MULTILINE)
+    assert len(found) == 1, done.stdout
+    (variant,) = found
+    cells = json.loads(zoo.textalign("status", variant, "--json").stdout)
+    assert {cell["state"] for cell in cells} == {"fresh"}
+
+    experiment = Library((PROJECT / "experiments", zoo.home / "variants")).load(variant)
+    asked = {None} if last == 1 else {experiment.method.exemplar}
+    assert set(zoo.frame(variant, last, "generations")["condition"]) == asked
+    drawn = zoo.frame(variant, last, "datapool").filter("drawn")
+    assert drawn.height and set(drawn["label"]) <= set(experiment.method.buckets)
+    # What the task exists to improve was measured, at the start and in the end.
+    first = experiment.task.measures[0].name
+    for k in (0, last):
+        scores = zoo.frame(variant, k, "evaluation", "scores").filter(role="main")
+        assert first in scores["metric"].to_list(), scores
+    # Iteration 1 knows no method yet, so a task's experiments share its samples.
+    key = zoo.artifact(variant, 1, "generations").key
+    assert first_samples.setdefault(experiment.task.name, key) == key

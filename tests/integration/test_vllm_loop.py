@@ -1,0 +1,51 @@
+"""The loop with `sampling.engine: vllm`: one engine for the samples and evaluations of all iterations."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
+import vllm_models
+
+from tests.integration.conftest import Place, new_place
+
+COUNTED = Path(__file__).with_name("counted.py")
+ENGINE = ("--set", "sampling.engine=vllm")
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
+    """Two iterations of the toy, sampled by vLLM; and the name of that variant."""
+    vllm_models.needed()
+    place = new_place(tmp_path_factory.mktemp("vllm") / "place")
+    log = str(place.folder / "workers")
+    place.textalign(log, "run", "toy", "--no-control", *ENGINE, program=(str(COUNTED),))
+    return place, "toy+sampling.engine=vllm"
+
+
+def test_one_engine_serves_all_iterations(sampled: tuple[Place, str]) -> None:
+    place, name = sampled
+    assert (place.folder / "workers").read_text().split() == ["vllm_worker"]
+    for iteration in (1, 2):
+        rows = place.frame(name, iteration, "generations")
+        assert set(rows["engine"]) == {"vllm"} and rows["engine_version"].str.contains("worker-").all()
+        assert rows["n_tokens"].unique().to_list() == [8]
+        assert (rows["logprob"] < 0).all()
+        scores = place.frame(name, iteration, "evaluation", "scores")
+        assert {"perplexity", "violations"} <= set(scores["metric"])
+    # The second iteration's samples are those of its own policy.
+    policies = [place.frame(name, k, "generations")["policy_hash"][0] for k in (1, 2)]
+    assert policies[0] != policies[1]
+
+
+def test_how_vllm_is_run_changes_no_sample(sampled: tuple[Place, str]) -> None:
+    place, name = sampled
+    more = (*ENGINE, "--set", "sampling.vllm.kv_cache_gib=2", "--set", "sampling.batch_size=8")
+    done = place.textalign("run", "toy", "--no-control", *more)
+    variant = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
+    assert variant != name
+    for stage in ("generations", "evaluation"):
+        assert place.artifact(variant, 2, stage).key == place.artifact(name, 2, stage).key

@@ -1,0 +1,78 @@
+"""The models of the shipped experiments at toy size: random weights behind a tokenizer of their own.
+
+Their context is as long as that of the models they stand for, so that prompts need no other settings.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.toy import PROJECT, ToyModels
+
+CONTEXT = 2048
+
+
+def save_toy_models(folder: Path) -> ToyModels:
+    """A language model, a classifier (label `toxic`) and a reward model with a head on a GPT-J."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import (
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        GPT2LMHeadModel,
+        GPTJConfig,
+        GPTJModel,
+    )
+
+    words = _tokenizer()
+    size = {"vocab_size": len(words), "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    ends: dict[str, Any] = {"eos_token_id": words.eos_token_id, "bos_token_id": None}
+    torch.manual_seed(0)
+    language_model = GPT2LMHeadModel(GPT2Config(**size, **ends))
+    labels = {"id2label": {0: "toxic"}, "label2id": {"toxic": 0}, "pad_token_id": words.eos_token_id}
+    classifier = GPT2ForSequenceClassification(GPT2Config(**size, **ends, **labels))
+    for name, model in (("policy", language_model), ("classifier", classifier)):
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    backbone = GPTJModel(GPTJConfig(rotary_dim=4, **size, **ends))
+    state = {f"transformer.{name}": weight.contiguous() for name, weight in backbone.state_dict().items()}
+    state["v_head.weight"] = torch.randn(1, size["n_embd"])
+    backbone.config.save_pretrained(folder / "reward_model")
+    words.save_pretrained(folder / "reward_model")
+    save_file(state, folder / "reward_model" / "model.safetensors")
+    return ToyModels(folder / "policy", folder / "classifier", folder / "reward_model")
+
+
+def _tokenizer() -> Any:
+    """Byte-level BPE of 600 tokens, trained on the embedded samples of all tasks."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    bpe.train_from_iterator(_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>", padding_side="left"
+    )
+
+
+def _texts() -> list[str]:
+    files = sorted((PROJECT / "textalign_dagster" / "tasks").glob("*/data/train.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [text for row in rows for text in _strings(row)]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for item in inner for text in _strings(item)]

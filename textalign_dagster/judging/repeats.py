@@ -1,0 +1,31 @@
+"""Several replies to one question as one verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from textalign_dagster.judging.pairs import WORST_FIRST
+from textalign_dagster.judging.verdict import Verdict
+
+
+def combined(verdicts: Sequence[Verdict]) -> Verdict:
+    """One verdict of the usable ones: values are averaged, labels put to the vote.
+
+    Of labels with equally many votes the one given first counts. Words cannot be averaged: text and
+    analysis are those of the first verdict with the winning label (without labels, of the first).
+    Where none is usable, the worst stands for all.
+
+    Args:
+        verdicts: of one sample, in the order of the repeats; at least one.
+    """
+    usable = [v for v in verdicts if v.status == "ok"]
+    if not usable:
+        return min(verdicts, key=lambda v: WORST_FIRST.index(v.status))
+    votes = Counter(v.label for v in usable)
+    label = max(votes, key=votes.__getitem__)  # the first of the most frequent: a Counter keeps the order
+    chosen = next(v for v in usable if v.label == label)
+    values = [v.value for v in usable if v.value is not None]
+    value = fmean(values) if values else None
+    return Verdict("ok", value=value, label=label, text=chosen.text, analysis=chosen.analysis)

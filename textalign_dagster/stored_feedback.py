@@ -1,0 +1,89 @@
+"""An iteration's feedback as it is in the store, for exports and comparisons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from resources.store import ArtifactStore
+from textalign_dagster.judging.pair_asks import reference_id
+from textalign_dagster.settings import SettingsError
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What was said of an iteration's samples.
+
+    Attributes:
+        samples: sample_id, prompt_id, prompt, text, reference; references that samples were compared
+            with are rows, too.
+        feedback: FEEDBACK.
+        pairs: PAIRS; None: nothing was compared.
+    """
+
+    samples: pl.DataFrame
+    feedback: pl.DataFrame
+    pairs: pl.DataFrame | None
+
+
+def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements:
+    """The feedback of an iteration.
+
+    Raises:
+        SettingsError: there is none yet.
+    """
+    found = [store.pointer(name, iteration, stage) for stage in ("prompt_draws", "generations", "feedback")]
+    artifacts = [pointer.artifact for pointer in found if pointer is not None]
+    if len(artifacts) < len(found):
+        raise SettingsError(f"{name}, iteration {iteration}, has no feedback yet: textalign run {name}")
+    draws, generations, feedback = artifacts
+    references = draws.frame("prompt_draws").select("draw_id", "reference")
+    samples = generations.frame("generations").join(
+        references, on="draw_id", how="left", maintain_order="left"
+    )
+    samples = samples.select("sample_id", "prompt_id", "prompt", "text", "reference")
+    pairs = feedback.frame("pairs") if "pairs" in feedback.tables else None
+    if pairs is not None:
+        samples = pl.concat([samples, _compared_references(samples, pairs)])
+    return Judgements(samples, feedback.frame("feedback"), pairs)
+
+
+def ratings_and_rankings(
+    store: ArtifactStore, rated: str, ranked: str, iteration: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The feedback of one experiment and the pairs of another, of the same samples.
+
+    Raises:
+        SettingsError: one of them has no such feedback, or they have no sample in common.
+    """
+    ratings, rankings = (judgements_of(store, name, iteration) for name in (rated, ranked))
+    if rankings.pairs is None:
+        raise SettingsError(
+            f"{ranked}: its judge compared no samples (`judge.ask: ranking` does); name such an experiment second"
+        )
+    if ratings.feedback["value"].null_count() == ratings.feedback.height:
+        raise SettingsError(
+            f"{rated}: its feedback has no numbers to compare; name an experiment with ratings first"
+        )
+    compared = {*rankings.pairs["sample_a"], *rankings.pairs["sample_b"]}
+    if compared.isdisjoint(ratings.feedback["sample_id"]):
+        raise SettingsError(
+            f"{rated} and {ranked} have no sample in common in iteration {iteration}; they must agree in task, prompts, "
+            "policy, sampling and seed, and from iteration 2 on in their checkpoints"
+        )
+    return ratings.feedback, rankings.pairs
+
+
+def _compared_references(samples: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """The references that stand in pairs, as samples."""
+    compared = set(pairs["sample_a"])
+    distinct = samples.filter(pl.col("reference").is_not_null()).unique(
+        ["prompt_id", "reference"], maintain_order=True
+    )
+    ids = [
+        reference_id(prompt, reference)
+        for prompt, reference in distinct.select("prompt_id", "reference").rows()
+    ]
+    rows = distinct.with_columns(sample_id=pl.Series(ids, dtype=pl.String), text=pl.col("reference"))
+    return rows.filter(pl.col("sample_id").is_in(compared))
