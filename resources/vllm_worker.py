@@ -153,6 +153,8 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
             max_num_seqs=settings["batch_size"],
             # Compiling takes longer than a small model on a CPU ever saves by it.
             enforce_eager=device == "cpu" if eager is None else eager,
+            # On a CPU, vLLM fails when the prompt of a request with a seed is read in more than one step.
+            enable_chunked_prefill=False if device == "cpu" else None,
             enable_prefix_caching=True,  # a prompt is read once for all its completions
             logprobs_mode="raw_logprobs",
             generation_config=nothing,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 from rich.markup import escape
@@ -41,7 +42,10 @@ def grid(store: ArtifactStore, library: Library, names: Sequence[str]) -> list[d
 
 
 def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
-    """The grid for people: an iteration a row, a stage a column, seconds in the cells."""
+    """The grid for people: an iteration a row, a stage a column, seconds in the cells.
+
+    Iterations that were not begun share a row.
+    """
     table = Table(pad_edge=False)
     table.add_column("experiment")
     table.add_column("iteration", justify="right")
@@ -49,22 +53,29 @@ def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
         table.add_column(stage, justify="right")
     table.add_column("seconds", justify="right")
     reasons: dict[str, None] = {}
-    before = ""
-    for start in range(0, len(cells), len(STAGES)):
-        row = cells[start : start + len(STAGES)]
-        name = row[0]["experiment"]
-        if name != before:
-            table.add_section()
-        shown = [_cell(cell) for cell in row]
-        spent = sum(cell.get("seconds", 0.0) for cell in row if not cell.get("reused"))
-        table.add_row(name if name != before else "", str(row[0]["iteration"]), *shown, f"{spent:.1f}")
-        before = name
-        for cell in row:
-            if cell["state"] in ("stale", "blocked", "unreadable"):
-                reasons[cell["reason"]] = None
+    rows = [cells[start : start + len(STAGES)] for start in range(0, len(cells), len(STAGES))]
+    for name, own in groupby(rows, key=lambda row: row[0]["experiment"]):
+        table.add_section()
+        shown_name = name
+        for alike, several in groupby(own, key=_untouched):
+            block = list(several)
+            for row in block[:1] if alike else block:
+                first, last = row[0]["iteration"], block[-1][0]["iteration"]
+                which = f"{first}–{last}" if alike and first < last else str(first)
+                spent = sum(cell.get("seconds", 0.0) for cell in row if not cell.get("reused"))
+                table.add_row(shown_name, which, *map(_cell, row), f"{spent:.1f}")
+                shown_name = ""
+                for cell in row:
+                    if cell["state"] in ("stale", "blocked", "unreadable"):
+                        reasons[cell["reason"]] = None
     table.caption = escape("\n".join(reasons)) or None
     table.caption_justify = "left"
     return table
+
+
+def _untouched(row: Sequence[dict[str, Any]]) -> bool:
+    """Whether nothing of an iteration was made: such iterations are told in one row."""
+    return all(cell["state"] == "missing" for cell in row)
 
 
 def _cell(cell: dict[str, Any]) -> str:

@@ -90,6 +90,8 @@ def serving(model: Path, name: str, log: Path, *options: str, seconds: float = 4
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--enforce-eager", *options),
+        # On a CPU, vLLM fails when the prompt of a request with a seed is read in more than one step.
+        "--no-enable-chunked-prefill",
     ]
     with log.open("wb") as stream:
         server = Supervised(command, env=ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT)

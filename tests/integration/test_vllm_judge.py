@@ -52,7 +52,8 @@ def judge_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def judged(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Toy experiments with that judge, which differ in what it is asked."""
     place = new_place(tmp_path_factory.mktemp("judged") / "place")
-    (place.experiments / "brief_rating.yaml").write_text(write_yaml(RATING), encoding="utf-8")
+    template = place.folder / "brief_rating.yaml"
+    template.write_text(write_yaml(RATING), encoding="utf-8")
     common: dict[str, Any] = {"control": None, "iterations": 1}
     for override in OVERRIDES[1:]:
         common = merge(common, nested(*parse_override(override)))
@@ -71,7 +72,6 @@ def judged(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
         content = merge({"extends": extends, **common, "judge": judge}, more)
         (place.experiments / f"{name}.yaml").write_text(write_yaml(content), encoding="utf-8")
 
-    template = place.experiments / "brief_rating.yaml"
     experiment("rated", "pep8_alt_rm", "rating", str(template), datapool={"shares": None})
     # A random judge's sentences may be empty, which no parser should let pass.
     lax = {"max_unusable_feedback": 1.0}
