@@ -104,6 +104,9 @@ class ToyLauncher(LocalLauncher):
             "losses": [2.0, 1.5],
             "train_seconds": 0.1,
             "load_seconds": 0.1,
+            "accelerators": 0,
+            "peak_memory": None,
+            "coefficients": {},
         }
         done.write_text(json.dumps(facts))
         return Launched(time.monotonic() - started, facts)
