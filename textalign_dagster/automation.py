@@ -22,7 +22,7 @@ iteration_job = dg.define_asset_job(
 
 
 BATCHES = "ledger/batches"
-"""Where jobs of the Batch API lie in the store (resources/judge_batch.py, which needs openai)."""
+"""Where jobs of the Batch API lie in the store (resources/batch_jobs.py)."""
 
 
 class Next(NamedTuple):

@@ -10,9 +10,12 @@ import pytest
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 
-from resources import judge_batch
-from resources.judge_batch import BatchPendingError, Endpoint, collect_all, jobs
+from resources import batch_jobs
+from resources.batch_endpoint import Endpoint
+from resources.batch_jobs import jobs
+from resources.judge_batch import collect_all
 from resources.judge_client import BudgetExceededError, Call, JudgeStoppedError, Tally, judge_calls
+from resources.judge_errors import BatchPendingError
 from resources.ledger import Ledger
 from resources.store import ArtifactStore
 from tests.judging.batch_endpoint import KEY, BatchEndpoint
@@ -196,7 +199,7 @@ def test_several_batches(
     texts = list("abcde")
     assert [r.text for r in ask(store, settings, *texts)] == [f"re: {t}" for t in texts]
     assert len(endpoint.batches) == 3
-    monkeypatch.setattr(judge_batch, "LARGEST", 1)
+    monkeypatch.setattr(batch_jobs, "LARGEST", 1)
     assert len(ask(store, settings, "f", "g")) == 2
     assert len(endpoint.batches) == 5
 
