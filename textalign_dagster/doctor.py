@@ -78,7 +78,7 @@ class Finding:
 
 
 def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
-    """All findings, as they are made; judges and launchers are those of the experiments."""
+    """All findings, as they are made; judges are those of the experiments."""
     yield from _python()
     yield from _machine()
     gpu = probe(GPU_PROBE)
@@ -88,7 +88,6 @@ def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
     yield from _extras()
     yield from _places()
     yield _port(3000)
-    yield from _commands()
     yield from _judges(experiments)
 
 
@@ -238,17 +237,6 @@ def _port(port: int) -> Finding:
                 f"port {port}", "missing", "is taken", "the UI runs already, or use dagster dev -p 3001"
             )
     return Finding(f"port {port}", "ok", "is free for dagster dev")
-
-
-def _commands() -> Iterator[Finding]:
-    for command, what in (("sbatch", "training on Slurm"), ("kubectl", "training on Kubernetes")):
-        path = shutil.which(command)
-        yield Finding(
-            command,
-            "ok" if path else "missing",
-            path or "not on the PATH",
-            "" if path else f"needed for {what} only",
-        )
 
 
 def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
