@@ -79,19 +79,18 @@ def _last_runs(instance: dg.DagsterInstance, cell: Cell) -> Sequence[dg.DagsterR
 
 
 def requests(
-    instance: dg.DagsterInstance, experiments: Sequence[str], *, begin: bool
+    instance: dg.DagsterInstance, experiments: Sequence[str]
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """A run for every experiment that is ready for one, or the reasons why none is.
+    """A run for every experiment that is ready for its next iteration, or the reasons why none is.
 
-    Args:
-        begin: whether iteration 1 is launched too.
+    The first iteration is a person's decision: most experiments that ship want a GPU and large models.
     """
     store, waiting, launched = ArtifactStore(store_url()), [], False
     for experiment in experiments:
         following = ready(instance, store, experiment)
         if following.cell is None:
             waiting.append(following.reason)
-        elif following.cell.iteration == 1 and not begin:
+        elif following.cell.iteration == 1:
             waiting.append(f"{experiment} waits for somebody to run iteration 1")
         else:
             launched = True
@@ -102,8 +101,8 @@ def requests(
 
 @dg.schedule(job=iteration_job, cron_schedule="0 2 * * *")
 def next_iteration(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Every night at two: the next iteration of every experiment that is idle."""
-    yield from requests(context.instance, EXPERIMENTS, begin=True)
+    """Every night at two: the next iteration of every experiment that was begun and is idle."""
+    yield from requests(context.instance, EXPERIMENTS)
 
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=30)
@@ -113,7 +112,7 @@ def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.
     It looks at the state, not at events, so none can be missed. The first iteration is a person's
     decision; so is what to do about a failed one.
     """
-    yield from requests(context.instance, EXPERIMENTS, begin=False)
+    yield from requests(context.instance, EXPERIMENTS)
 
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=60)
