@@ -135,6 +135,8 @@ def _asked_again(stage: Stage) -> dict[str, int]:
     What a judge could not say because it could not be reached must not be final. Replies that were
     received are in the ledger and are not asked for twice.
     """
+    if stage.experiment.judge is None:
+        return {}
     pointer = stage.freshness.pointer(stage.cell.iteration, stage.name)
     if pointer is None:
         return {}

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ from dagster_pipes import PipesDefaultMessageWriter
 
 from resources.processes import Supervised
 
+# Dagster calls a method of its own that it warns of, in each session.
+warnings.filterwarnings(
+    "ignore", message=r".*expected_writer_count", category=dg.PreviewWarning, module=r"dagster\."
+)
 OnProgress = Callable[[dict[str, Any]], None]
 POLL = 0.05  # seconds between two looks for messages
 TAIL = 2000  # bytes of a log that an error shows
