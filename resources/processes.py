@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +69,8 @@ class Supervised:
             raise
         finally:
             os.close(reading)
+        # An interruption can come between any two instructions, also before somebody calls stop().
+        atexit.register(self._end)
 
     def wait(self, timeout: float | None = None) -> int:
         """The command's exit code (128 + n if signal n ended it).
@@ -76,10 +82,18 @@ class Supervised:
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Ends everybody; returns when they are gone. Can be called again, and after the end."""
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        """Ends everybody; returns when they are gone. Can be called again, and after the end.
+
+        An interruption (Ctrl-C, a run that is cancelled) waits until they are gone.
+        """
+        with _uninterrupted():
+            self._end()
+        atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        lifeline, self._lifeline = self._lifeline, -1
+        if lifeline >= 0:
+            os.close(lifeline)
         try:
             self.process.wait(self.grace + MARGIN)
         except subprocess.TimeoutExpired:
@@ -87,3 +101,23 @@ class Supervised:
             self.process.wait()
         # The supervisor leaves nobody behind, unless it was killed: then this does its work.
         supervisor.end(self.process.pid, self._mark, 0.0)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Whoever is told to end meanwhile is told again afterwards."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals interrupt the main thread only
+        return
+    told: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    mine = {number: handler for number, handler in before.items() if callable(handler)}
+    try:
+        for number in mine:
+            signal.signal(number, lambda number, _: told.append(number))
+        yield
+    finally:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
+    for late in told:
+        signal.raise_signal(late)

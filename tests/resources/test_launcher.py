@@ -15,14 +15,16 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from resources import supervisor
 from resources.launcher import (
     Acceleration,
     Launched,
     LocalLauncher,
     accelerate_command,
     accelerate_env,
-    whole_lines,
 )
+from resources.pipes_messages import whole_lines
+from resources.processes import Supervised
 
 PATIENCE = 30.0  # seconds
 
@@ -179,28 +181,59 @@ subprocess.Popen([sys.executable, stubborn, second], start_new_session=True).wai
 """
 
 
+def two_workers(folder: Path, pids: list[Path]) -> list[str]:
+    """A command that starts two workers, who write their process ids."""
+    for name, text in {"launcher.py": LAUNCHER, "stubborn.py": STUBBORN}.items():
+        (folder / name).write_text(text)
+    return [sys.executable, str(folder / "launcher.py"), str(folder / "stubborn.py"), *map(str, pids)]
+
+
+def test_an_interruption_waits_until_everybody_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = [tmp_path / "first", tmp_path / "second"]
+    supervised = Supervised(two_workers(tmp_path, pids), grace=0.0)
+    wait_until(lambda: all(path.exists() and path.read_text() for path in pids))
+    os.kill(supervised.process.pid, signal.SIGKILL)  # the supervisor: this process must end the rest
+    end = supervisor.end
+
+    def interrupted_end(*arguments: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        end(*arguments)
+
+    monkeypatch.setattr(supervisor, "end", interrupted_end)
+    with pytest.raises(KeyboardInterrupt):
+        supervised.stop()
+    assert not any(alive(int(path.read_text())) for path in pids)
+
+
+def test_who_never_stops_it_leaves_nobody_either(tmp_path: Path) -> None:
+    pids = [tmp_path / "first", tmp_path / "second"]
+    source = f"""
+        from resources.processes import Supervised
+        supervised = Supervised({two_workers(tmp_path, pids)}, grace=0.0)
+        pids = [pathlib.Path(path) for path in {[*map(str, pids)]}]
+        until(lambda: all(path.exists() and path.read_text() for path in pids))
+        os.kill(supervised.process.pid, 9)  # the supervisor
+        raise KeyboardInterrupt
+    """
+    root = Path(__file__).parents[2]
+    subprocess.run(
+        script(tmp_path, source), env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL
+    )
+    assert not any(alive(int(path.read_text())) for path in pids)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("victim", ["parent", "parent and supervisor"])
 def test_nobody_is_left(tmp_path: Path, number: signal.Signals, victim: str) -> None:
     if victim == "parent and supervisor" and number == signal.SIGKILL:
         pytest.skip("nobody is left who could end anybody")
-    for name, text in {
-        "driver.py": DRIVER,
-        "launcher.py": LAUNCHER,
-        "stubborn.py": STUBBORN,
-    }.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "driver.py").write_text(DRIVER)
     pids = [tmp_path / "first", tmp_path / "second"]
     root = Path(__file__).parents[2]
     driver = subprocess.Popen(
-        [
-            sys.executable,
-            str(tmp_path / "driver.py"),
-            sys.executable,
-            str(tmp_path / "launcher.py"),
-            str(tmp_path / "stubborn.py"),
-            *map(str, pids),
-        ],
+        [sys.executable, str(tmp_path / "driver.py"), *two_workers(tmp_path, pids)],
         env={**os.environ, "PYTHONPATH": str(root), "DAGSTER_DISABLE_TELEMETRY": "1"},
         stderr=subprocess.DEVNULL,
     )
