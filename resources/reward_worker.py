@@ -2,7 +2,7 @@
 
     python -m resources.reward_worker '{"dtype": "float32", "device": "auto", ...}'
 
-`scoring.score_samples` starts it. A call is {"pairs": [[prompt, text], …]}; the result is one
+`scoring.score_samples` starts it. A call is {"pairs": [[prompt, text], …], "total": pairs}; the result is one
 [score, null] or [null, reason] a pair. `worker_process` has the protocol.
 """
 
@@ -12,8 +12,7 @@ import contextlib
 import json
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,15 @@ import torch
 
 from resources.reward_head import LastTokenReward, load_classifier, load_last_token
 from resources.reward_inputs import Limits, Row, TooLong, chat_template, encode, end_position, shortened
-from resources.worker_process import CallError, die_with_parent, protocol
+from resources.worker_process import (
+    CallError,
+    Report,
+    die_with_parent,
+    protocol,
+    quiet_transformers,
+    serve,
+)
 
-PROGRESS_SECONDS = 0.2
 UNLIMITED = 10**9  # tokenizers without a limit say 10**30
 
 Scored = tuple[float | None, str | None]
@@ -33,35 +38,19 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     die_with_parent(settings["parent"])
     calls, send = protocol()
-    from transformers import logging
-
-    quiet: Any = logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    quiet_transformers()
     device = settings["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     send({"ready": {"device": device}})
     model: ScoringModel | None = None
-    while True:
-        call = calls.get()
-        try:
-            model = model or ScoringModel(settings, device)
-            send({"result": model.score(call["pairs"], _reporter(send, len(call["pairs"])))})
-        except CallError as error:
-            send({"error": str(error)})
 
+    def answer(call: dict[str, Any], report: Report) -> list[Scored]:
+        nonlocal model
+        model = model or ScoringModel(settings, device)
+        return model.score(call["pairs"], report)
 
-def _reporter(send: Callable[..., None], total: int) -> Callable[[int], None]:
-    last = 0.0
-
-    def report(done: int) -> None:
-        nonlocal last
-        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            send({"progress": [done, total]})
-
-    return report
+    serve(calls, send, answer)
 
 
 class ScoringModel:
@@ -107,7 +96,7 @@ class ScoringModel:
         self.template = chat_template(self.tokenizer) if template == "chat" else template
         self.limits = Limits(self._longest(), settings["keep"], settings["allow_truncated_text"])
 
-    def score(self, pairs: Sequence[tuple[str, str]], report: Callable[[int], None]) -> list[Scored]:
+    def score(self, pairs: Sequence[tuple[str, str]], report: Report) -> list[Scored]:
         """A score or a reason for each pair, in order."""
         rows = encode(self.tokenizer, pairs, self.template, self.settings["cue"])
         results: list[Scored] = [(None, "")] * len(rows)

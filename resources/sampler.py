@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 SEED_LIMIT = 2**64
 
@@ -92,7 +92,7 @@ class Completion:
     logprob: float
 
 
-class Sampler(Protocol):
+class Sampler(AbstractContextManager["Sampler"], Protocol):
     """An engine that samples; a context manager around its worker process."""
 
     engine: str
@@ -130,12 +130,3 @@ class Sampler(Protocol):
     def close(self) -> None:
         """End the worker and free its memory; the next call starts a new one."""
         ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...

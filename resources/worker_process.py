@@ -14,10 +14,16 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TextIO
 
+PROGRESS_SECONDS = 0.2  # between two words of progress
+
 Send = Callable[[dict[str, Any]], None]
+Report = Callable[[float], None]
+"""Called with what is done of a call."""
 
 
 class CallError(Exception):
@@ -47,6 +53,54 @@ def protocol() -> tuple[queue.SimpleQueue[dict[str, Any]], Send]:
             os._exit(0)
 
     return calls, send
+
+
+def serve(
+    calls: queue.SimpleQueue[dict[str, Any]], send: Send, answer: Callable[[dict[str, Any], Report], Any]
+) -> None:
+    """Answer the calls, one after the other, until this process ends.
+
+    answer: makes the result of a call, and reports what is done of the call's ``total``; what cannot be
+    done is a `CallError`, anything else ends the process.
+    """
+    while True:
+        call = calls.get()
+        try:
+            send({"result": answer(call, reporter(send, call["total"]))})
+        except CallError as error:
+            send({"error": str(error)})
+
+
+def reporter(send: Send, total: int) -> Report:
+    """Sends progress, not more often than it can be read."""
+    last = 0.0
+
+    def report(done: float) -> None:
+        nonlocal last
+        if done >= total or time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            send({"progress": [int(done), total]})
+
+    return report
+
+
+def quiet_transformers() -> None:
+    """No bars and no advice in the log."""
+    from transformers import logging
+
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
+
+
+def version_of(folder: Path) -> object:
+    """Changes with any file of a folder: what is loaded of it is then no longer what it has."""
+    files = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.iterdir()
+        if path.is_file()
+    )
+    return (folder, files)
 
 
 def listen(source: TextIO, calls: queue.SimpleQueue[dict[str, Any]]) -> None:

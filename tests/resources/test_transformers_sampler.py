@@ -179,8 +179,8 @@ def test_a_killed_worker_is_reported_and_replaced(folders: dict[str, Path]) -> N
     decoding = Decoding(1.0, max_new_tokens=40)
 
     def kill(done: int, total: int) -> None:
-        assert sampler.channel.worker is not None
-        os.kill(sampler.channel.worker.process.pid, signal.SIGKILL)
+        assert sampler.channels[0].worker is not None
+        os.kill(sampler.channels[0].worker.process.pid, signal.SIGKILL)
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
@@ -190,12 +190,12 @@ def test_a_killed_worker_is_reported_and_replaced(folders: dict[str, Path]) -> N
         with pytest.raises(SamplerError, match="killed by SIGKILL"):
             sampler.generate(folders["llama"], many, decoding, kill)
         assert sampler.generate(folders["llama"], REQUESTS, decoding)
-        worker = sampler.channel.worker
+        worker = sampler.channels[0].worker
         assert worker is not None
         with pytest.raises(KeyboardInterrupt):
             sampler.generate(folders["llama"], many, decoding, interrupt)
         assert worker.process.poll() == -signal.SIGKILL  # it does not go on computing
-    assert sampler.channel.worker is None
+    assert sampler.channels[0].worker is None
 
 
 def test_a_device_that_is_not_there(folders: dict[str, Path]) -> None:
@@ -222,7 +222,7 @@ def test_the_worker_dies_with_its_parent(folders: dict[str, Path]) -> None:
         "import os, sys; from pathlib import Path\n"
         "from resources.sampler import *; from resources.transformers_sampler import *\n"
         "s = TransformersSampler(threads=1)\n"
-        "def show(done, total): print(s.channel.worker.process.pid, flush=True)\n"
+        "def show(done, total): print(s.channels[0].worker.process.pid, flush=True)\n"
         "s.generate(Path(sys.argv[1]), [Request('def', tuple(range(200000)))],\n"
         "           Decoding(1.0, max_new_tokens=40), show)\n"
     )

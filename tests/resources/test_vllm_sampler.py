@@ -19,8 +19,8 @@ import vllm_models
 
 from resources.sampler import Completion, Decoding, Request, SamplerError
 from resources.transformers_sampler import TransformersSampler
-from resources.vllm_parallel import call_all, shares, together, visible_devices
 from resources.vllm_sampler import VllmSampler, frame
+from resources.worker_shares import call_all, shares, together, visible_devices
 from textalign_dagster import preflight
 from textalign_dagster.experiment import Sampling
 from textalign_dagster.experiment_files import PROJECT, Library
