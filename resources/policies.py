@@ -9,6 +9,7 @@ from pathlib import Path
 
 from textalign_dagster.evaluation import REFERENCES
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.hub import MODEL_FILES, snapshot
 from textalign_dagster.ids import folder_hash
 from textalign_dagster.settings import SettingsError, nearest
 
@@ -95,7 +96,7 @@ def find_model(experiment: Experiment, model: str, field: str, revision: str | N
             f"{nearest(model, known)} (it ships: {', '.join(known) or 'none'}), no folder and no "
             "hub id such as owner/model"
         )
-    return _local(_from_hub(model, revision, field), field)
+    return _local(snapshot(field, model, revision, MODEL_FILES), field)
 
 
 def policy_hash(folder: Path) -> str:
@@ -179,23 +180,3 @@ def _check_shards(folder: Path, names: list[str], field: str) -> None:
         raise SettingsError(f"{field}: {folder}/{WEIGHTS[1]} cannot be read; fetch it again") from None
     if missing:
         raise SettingsError(f"{field}: {folder} lacks {', '.join(missing)}; fetch them again")
-
-
-def _from_hub(model: str, revision: str | None, field: str) -> Path:
-    # Imported here: only hub models need it, and loading the code location must stay light.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise SettingsError(
-            f"{field}: {model} cannot be had from the hub "
-            f"({type(error).__name__}); check the name, the revision, the network and your login, "
-            "or give a local folder"
-        ) from None
-    return Path(folder)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from textalign_dagster.hub import MODEL_FILES, snapshot
 from textalign_dagster.settings import SettingsError
 
-PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-UNSAFE_PATTERNS = ("pytorch_model*.bin",)
+UNSAFE_FILES = ("pytorch_model*.bin",)
 
 
 def find_folder(model: str, revision: str | None, field: str, *, unsafe: bool = False) -> Path:
@@ -28,15 +28,4 @@ def find_folder(model: str, revision: str | None, field: str, *, unsafe: bool = 
         return path
     if model.count("/") != 1 or model.startswith("."):
         raise SettingsError(f"{field}: {model!r} is no folder and no hub id such as owner/model")
-    # Imported here: only hub models need it, and loading the code location must stay light.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = [*PATTERNS, *(UNSAFE_PATTERNS if unsafe else ())]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise SettingsError(
-            f"{field}: {model} cannot be had from the hub ({type(error).__name__}); check the name, the revision, "
-            "the network and your login, or give a local folder"
-        ) from None
+    return snapshot(field, model, revision, [*MODEL_FILES, *(UNSAFE_FILES if unsafe else ())])

@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 
 from textalign_dagster.tasks import Summarization
-from textalign_dagster.tasks.dataset import BadRow
+from textalign_dagster.tasks.dataset_rows import BadRow
 from textalign_dagster.tasks.summarization import CUE
 from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
 

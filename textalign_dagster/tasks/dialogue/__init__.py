@@ -16,7 +16,8 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tasks.base import Measure
-from textalign_dagster.tasks.dataset import BadRow, DatasetTask, Row
+from textalign_dagster.tasks.dataset import DatasetTask
+from textalign_dagster.tasks.dataset_rows import BadRow, Row
 from textalign_dagster.tasks.dialogue.measuring import MEASURES, measured
 from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
 from textalign_dagster.tasks.dialogue.turns import BadDialogue

@@ -14,7 +14,8 @@ import polars as pl
 
 from textalign_dagster.tasks import word_diversity
 from textalign_dagster.tasks.base import Measure
-from textalign_dagster.tasks.dataset import BadRow, DatasetTask, Row, optional_text_of, text_of
+from textalign_dagster.tasks.dataset import DatasetTask
+from textalign_dagster.tasks.dataset_rows import BadRow, Row, optional_text_of, text_of
 from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
 
 CUE = "TL;DR:"
