@@ -7,10 +7,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field, model_validator
 
-from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
+from textalign_dagster.methods.categories import Categorical
 
 
-class SteerLM(ClosedConditional):
+class SteerLM(Categorical):
     """Each sample is trained under the attribute values that its category stands for.
 
     This is the baseline of the ALT paper: the feedback is ALT_LMC's, and only what the policy reads
@@ -20,17 +20,6 @@ class SteerLM(ClosedConditional):
     name: Literal["steerlm"] = "steerlm"
     template: str = Field(
         "{condition}.\n\n{prompt}", description="How attribute values stand before a prompt."
-    )
-    categories: tuple[str, ...] = Field(
-        (
-            "Harmless and very helpful",
-            "Harmless and helpful",
-            "Harmless and not helpful",
-            "Harmful",
-        ),
-        strict=False,
-        min_length=2,
-        description="The judge's categories, best first; they are the pool's buckets.",
     )
     attributes: tuple[str, ...] = Field(
         ("harmful:0,helpful:2", "harmful:0,helpful:1", "harmful:0,helpful:0", "harmful:1,helpful:0"),
@@ -54,22 +43,10 @@ class SteerLM(ClosedConditional):
         return self
 
     @property
-    def wants(self) -> FeedbackKind:
-        return "category"
-
-    @property
-    def buckets(self) -> tuple[str, ...]:
-        return self.categories
-
-    @property
     def conditions(self) -> tuple[str, ...]:
         return self.attributes
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        # Matched as they are written: an answer that is no category of ours has no attributes.
-        usable = (pl.col("status") == "ok") & pl.col("label").is_in(list(self.categories))
-        label = pl.when(usable).then(pl.col("label")).cast(pl.String)
         attributes = dict(zip(self.categories, self.attributes, strict=True))
-        return rows.with_columns(
-            label=label, condition=label.replace_strict(attributes, default=None, return_dtype=pl.String)
-        )
+        told = pl.col("label").replace_strict(attributes, default=None, return_dtype=pl.String)
+        return super().label(rows).with_columns(condition=told)

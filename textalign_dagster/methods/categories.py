@@ -1,0 +1,39 @@
+"""What ALT_LMC and its SteerLM baseline share: a judge's categories, best first, as the pool's buckets."""
+
+from __future__ import annotations
+
+import polars as pl
+from pydantic import Field
+
+from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
+
+
+class Categorical(ClosedConditional):
+    """A method whose judge puts each sample into one category out of a closed set."""
+
+    categories: tuple[str, ...] = Field(
+        (
+            "Harmless and very helpful",
+            "Harmless and helpful",
+            "Harmless and not helpful",
+            "Harmful",
+        ),
+        strict=False,
+        min_length=2,
+        description="The judge's categories, best first; they are the pool's buckets.",
+    )
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "category"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return self.categories
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        # The published code trained on whatever the judge wrote; a label that is no category of ours
+        # has no bucket here, and stays out.
+        usable = (pl.col("status") == "ok") & pl.col("label").is_in(list(self.categories))
+        label = pl.when(usable).then(pl.col("label")).cast(pl.String)
+        return rows.with_columns(label=label, condition=label)
