@@ -19,6 +19,7 @@ from textalign_dagster import checks
 from textalign_dagster.abandoned import BATCHES_TAG
 from textalign_dagster.judging import PAIRS, Judged
 from textalign_dagster.judging.pairs import pair_figures
+from textalign_dagster.stored_feedback import with_references
 from textalign_dagster.tables import FEEDBACK
 
 COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}
@@ -40,10 +41,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
     """
     with Stage.of(context, store.open()) as stage:
         draws, source = stage.require("prompt_draws"), stage.require("generations")
-        references = draws.frame("prompt_draws").select("draw_id", "reference")
-        samples = source.frame("generations").join(
-            references, on="draw_id", how="left", maintain_order="left"
-        )
+        samples = with_references(source, draws)
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()

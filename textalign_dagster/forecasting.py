@@ -15,6 +15,7 @@ from textalign_dagster.ids import content_hash
 from textalign_dagster.prompts import draw_prompts, prompt_id
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import training_prompts
+from textalign_dagster.stored_feedback import with_references
 
 CHARACTERS_PER_TOKEN = 4  # of English; only for samples that do not exist yet
 
@@ -39,10 +40,7 @@ def forecast_iteration(
     draws = freshness.pointer(iteration, "prompt_draws")
     pointer = freshness.pointer(iteration, "generations")
     if exact and draws is not None and pointer is not None:
-        references = draws.artifact.frame("prompt_draws").select("draw_id", "reference")
-        samples = pointer.artifact.frame("generations").join(
-            references, on="draw_id", how="left", maintain_order="left"
-        )
+        samples = with_references(pointer.artifact, draws.artifact)
     else:
         samples = _imagined(experiment, iteration)
     found = asdict(forecast_judging(experiment.judge, samples, store))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from resources.store import ArtifactStore
+from resources.store import Artifact, ArtifactStore
 from textalign_dagster.judging.pair_asks import reference_id
 from textalign_dagster.settings import SettingsError
 
@@ -27,6 +27,12 @@ class Judgements:
     pairs: pl.DataFrame | None
 
 
+def with_references(generations: Artifact, draws: Artifact) -> pl.DataFrame:
+    """GENERATIONS with the column reference: what a person answered to the prompt, where the source knows."""
+    references = draws.frame("prompt_draws").select("draw_id", "reference")
+    return generations.frame("generations").join(references, on="draw_id", how="left", maintain_order="left")
+
+
 def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.DataFrame | None:
     """An iteration's samples (sample_id, prompt, text, reference) while they have no feedback; None: they have."""
     if store.pointer(name, iteration, "feedback") is not None:
@@ -34,9 +40,7 @@ def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.Data
     draws, generations = (store.pointer(name, iteration, stage) for stage in ("prompt_draws", "generations"))
     if draws is None or generations is None:
         raise SettingsError(f"{name}, iteration {iteration}, has no samples yet: textalign run {name}")
-    references = draws.artifact.frame("prompt_draws").select("draw_id", "reference")
-    sampled = generations.artifact.frame("generations")
-    samples = sampled.join(references, on="draw_id", how="left", maintain_order="left")
+    samples = with_references(generations.artifact, draws.artifact)
     return samples.select("sample_id", "prompt", "text", "reference")
 
 
@@ -51,10 +55,7 @@ def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements
     if len(artifacts) < len(found):
         raise SettingsError(f"{name}, iteration {iteration}, has no feedback yet: textalign run {name}")
     draws, generations, feedback = artifacts
-    references = draws.frame("prompt_draws").select("draw_id", "reference")
-    samples = generations.frame("generations").join(
-        references, on="draw_id", how="left", maintain_order="left"
-    )
+    samples = with_references(generations, draws)
     samples = samples.select("sample_id", "prompt_id", "prompt", "text", "reference")
     pairs = feedback.frame("pairs") if "pairs" in feedback.tables else None
     if pairs is not None:
