@@ -15,7 +15,8 @@ from resources.api_key import ApiKey, ApiKeyError
 from resources.batch_jobs import URL, Asked, Job, save
 from resources.judge_call import BrokenReplyError, Completion, read_completion
 from resources.judge_errors import JudgeStoppedError
-from resources.ledger import CallRecord, Ledger
+from resources.ledger import Ledger
+from resources.ledger_records import CallRecord
 from resources.retry import classify
 from resources.storage import Storage
 from textalign_dagster.judge_settings import Judge

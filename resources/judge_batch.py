@@ -19,7 +19,8 @@ from resources.batch_jobs import Job, forget, intend, jobs, parts
 from resources.judge_call import Reply, Request, highest_usd, reply_of
 from resources.judge_errors import BatchPendingError, BudgetExceededError, JudgeError
 from resources.judge_tally import Tally
-from resources.ledger import CallRecord, Ledger
+from resources.ledger import Ledger
+from resources.ledger_records import CallRecord
 from resources.storage import Storage
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.progress import somebody_waits

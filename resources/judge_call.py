@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from resources.ledger import CallRecord, History, Ledger
+from resources.ledger import History, Ledger
+from resources.ledger_records import CallRecord
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judge_settings import Judge
 

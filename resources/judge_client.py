@@ -23,7 +23,8 @@ from resources.judge_engine import Engine
 from resources.judge_errors import BudgetExceededError, JudgeError, JudgeStoppedError
 from resources.judge_forecast import Forecast, forecast
 from resources.judge_tally import Tally
-from resources.ledger import Ledger, first_replies
+from resources.ledger import Ledger
+from resources.ledger_records import first_replies
 from resources.retry import RetryPolicy
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judge_settings import Judge

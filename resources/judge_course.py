@@ -7,7 +7,8 @@ from datetime import datetime
 
 from resources.api_key import ApiKey
 from resources.judge_call import Completion, Request
-from resources.ledger import CallRecord, Ledger
+from resources.ledger import Ledger
+from resources.ledger_records import CallRecord
 from resources.retry import Fault
 from textalign_dagster.judge_settings import Judge
 

@@ -16,67 +16,27 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
-import json
 import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 
 from resources.durable import ArtifactError, make_folder, readable_errors, sync, temporary_name
+from resources.ledger_records import CallRecord, first_replies, no_calls, one_row_a_call, parse_lines
 from resources.ledger_writer import SEGMENTS, Writer, new_writer
 from resources.storage import Storage
 from resources.store import ArtifactStore
 from textalign_dagster.ids import content_hash
-from textalign_dagster.ledger_table import FEEDBACK_CALLS
 
 COMPACTED = "ledger/compacted"
-IDENTITY = ["call_key", "called_at"]
 COMPACT_BYTES = 8 * 2**20  # of finished segments, or…
 COMPACT_SEGMENTS = 64  # …so many of them make compaction worth while
 REMOTE_ALIVE = timedelta(hours=1)  # an object store does not tell who lives: so long may a call take
-STATUS_RANK = {"lost": 1, "sent": 2}  # of two rows of one identity the lesser counts; the others are 0
-LINE_SCHEMA = pl.Schema({**FEEDBACK_CALLS, "called_at": pl.String()})
-
-
-class CallRecord(NamedTuple):  # not a dataclass: a hundred thousand are made in one lookup
-    """A row of `FEEDBACK_CALLS`; see there for the columns."""
-
-    call_key: str
-    judge: str
-    endpoint: str
-    messages_hash: str
-    params: str
-    repeat: int
-    order_shown: str | None
-    raw_reply: str | None
-    refusal: str | None
-    finish_reason: str | None
-    status: str
-    error: str | None
-    attempts: int
-    lost_replies: int
-    chars_in: int
-    tokens_in: int | None
-    tokens_cached: int | None
-    tokens_out: int | None
-    usd: float | None
-    latency_s: float | None
-    called_at: datetime
-    fingerprint: str | None
-    batch_id: str
-    purpose: str
-
-    def line(self) -> bytes:
-        """The row as a line of a segment."""
-        plain = {name: _clean(value) for name, value in self._asdict().items() if value is not None}
-        plain["called_at"] = self.called_at.astimezone(UTC).isoformat(timespec="microseconds")
-        return json.dumps(plain, allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -215,7 +175,7 @@ class Ledger:
         recent = [frame for _, frame in self._read_segments(self._segment_names(), damages)]
         paths = list(self._parquet())
         self.damages = damages
-        return paths, _unique(pl.concat([_empty(), *recent]))
+        return paths, one_row_a_call(pl.concat([no_calls(), *recent]))
 
     def compact_if_due(self) -> Compaction | None:
         """`compact`, when the finished segments have become large or many."""
@@ -232,7 +192,7 @@ class Ledger:
             names = [name for name in self._segment_names() if self._is_over(name, locks)]
             damages: list[str] = []
             frames = [frame for _, frame in self._read_segments(names, damages)]
-            rows = _unique(pl.concat([_empty(), *frames])).sort("called_at", "call_key")
+            rows = one_row_a_call(pl.concat([no_calls(), *frames])).sort("called_at", "call_key")
             if rows.height:
                 self._publish(f"{COMPACTED}/{content_hash('compacted', names)}.parquet", rows)
             for name in names:
@@ -251,7 +211,7 @@ class Ledger:
             except FileNotFoundError:
                 continue
             self.damages = damages
-            return _unique(pl.concat([_empty(), *parts]))
+            return one_row_a_call(pl.concat([no_calls(), *parts]))
         raise ArtifactError(f"{self._storage.place('ledger')} changes faster than it can be read")
 
     def _segment_names(self) -> list[str]:
@@ -268,7 +228,7 @@ class Ledger:
             if torn and over:
                 place = self._storage.place(name)
                 damages.append(f"{place}: the last line is torn ({len(torn)} bytes) and was left out")
-            frame = _parse(whole + newline, self._storage.place(name), damages)
+            frame = parse_lines(whole + newline, self._storage.place(name), damages)
             oldest = datetime.now(UTC) - REMOTE_ALIVE
             gone = pl.lit(over) | (pl.lit(self._store.is_remote) & (pl.col("called_at") < oldest))
             status = pl.when((pl.col("status") == "sent") & gone).then(pl.lit("lost"))
@@ -333,49 +293,3 @@ class Ledger:
             return False
         locks.callback(os.close, handle)
         return True
-
-
-def first_replies(rows: pl.DataFrame) -> dict[str, CallRecord]:
-    """The first received reply to each call key among ``rows`` (`FEEDBACK_CALLS`, ordered)."""
-    received = rows.filter(pl.col("status") == "ok").unique("call_key", keep="first")
-    made = map(CallRecord._make, received.select(CallRecord._fields).iter_rows())
-    return {record.call_key: record for record in made}
-
-
-def _empty() -> pl.DataFrame:
-    return pl.DataFrame(schema=FEEDBACK_CALLS)
-
-
-def _unique(rows: pl.DataFrame) -> pl.DataFrame:
-    """One row of each identity: how the call ended, else that it is lost, else that it was sent."""
-    rank = pl.col("status").replace_strict(STATUS_RANK, default=0, return_dtype=pl.Int8)
-    # Of two lines "sent", the one of the later attempt.
-    ordered = rows.sort(rank, -pl.col("attempts"), maintain_order=True)
-    return ordered.unique(IDENTITY, keep="first", maintain_order=True)
-
-
-def _parse(data: bytes, place: str, damages: list[str]) -> pl.DataFrame:
-    if not data:
-        return _empty()
-    try:
-        frame = pl.read_ndjson(io.BytesIO(data), schema=LINE_SCHEMA)
-    except pl.exceptions.PolarsError:
-        kept = []
-        for number, line in enumerate(data.splitlines(), 1):
-            try:
-                row = json.loads(line)
-                kept.append({name: row.get(name) for name in LINE_SCHEMA})
-            except (ValueError, AttributeError):
-                damages.append(f"{place}: line {number} is damaged and was left out")
-        frame = pl.DataFrame(kept, schema=LINE_SCHEMA)
-    return frame.with_columns(pl.col("called_at").str.to_datetime("%+", time_unit="us", time_zone="UTC"))
-
-
-def _clean(value: Any) -> Any:
-    """Text that every reader can read: lone surrogates, which JSON can carry, become '?'."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode(errors="replace").decode()
-    return value

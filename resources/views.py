@@ -26,7 +26,8 @@ import duckdb
 import polars as pl
 
 from resources.durable import make_folder, sync, temporary_name
-from resources.ledger import STATUS_RANK, Ledger
+from resources.ledger import Ledger
+from resources.ledger_records import STATUS_RANK
 from resources.store import Artifact, ArtifactError, ArtifactStore
 from resources.view_sql import COSTS, LINEAGE, SAMPLES, ledger_doubles, ledger_source, ledger_view, table_view
 from textalign_dagster import tables

@@ -152,8 +152,8 @@ def test_halts_on_a_cancelled_run(after_one: Loop) -> None:
 
 def test_an_iteration_that_waits_for_the_batch_api(after_one: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the extra `judges`")
-    from resources.judge_errors import BatchPendingError
     from resources.judge_client import Call, judge_calls
+    from resources.judge_errors import BatchPendingError
     from resources.ledger import Ledger
     from tests.judging.batch_endpoint import KEY, BatchEndpoint
     from textalign_dagster.judge_settings import Judge

@@ -17,7 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resources.ledger import CallRecord, Ledger
+from resources.ledger import Ledger
+from resources.ledger_records import CallRecord
 from resources.store import ArtifactError, ArtifactStore
 from resources.views import connect, write_catalog
 from textalign_dagster.ledger_table import FEEDBACK_CALLS
