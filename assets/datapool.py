@@ -68,7 +68,8 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             )
             draft.write("datapool", pool.rows, DATAPOOL)
             draft.write("shortfalls", pool.shortfalls, SHORTFALLS)
-            draft.record(work_seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            draft.record(work_seconds=seconds, part_seconds={"pool": seconds})
 
         stage_id = content_hash(experiment.model_dump(mode="json", include={"method", "datapool", "seed"}))
         made = stage.make({name: source.key for name, source in sources.items()}, produce)

@@ -100,12 +100,9 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
 
 
 def _work(made: Artifact) -> dict[str, Any]:
-    """How long the parts took, and what was left without a number."""
+    """What it cost, and what was left without a number."""
     facts = made.manifest["facts"]
-    seconds = {f"seconds {part}": took for part, took in facts.get("part_seconds", {}).items()}
-    return seconds | {
-        name: facts[name] for name in ("unscored", "calls", "usd") if facts.get(name) is not None
-    }
+    return {name: facts[name] for name in ("unscored", "calls", "usd") if facts.get(name) is not None}
 
 
 def _baselines(at_start: pl.DataFrame) -> dict[str, Any]:

@@ -160,6 +160,7 @@ class Stage:
             settings=stage_settings(self.experiment, self.name, self.cell.iteration),
             checks=blocking,
         )
+        parts: dict[str, float] = artifact.manifest["facts"].get("part_seconds", {})
         where = f"where experiment = '{self.cell.experiment}'\nand iteration = {self.cell.iteration}"
         return dg.MaterializeResult(
             data_version=dg.DataVersion(artifact.key),
@@ -168,6 +169,7 @@ class Stage:
                 **{k: figure(v) if isinstance(v, float) else v for k, v in (metadata or {}).items()},
                 **({"dagster/partition_row_count": rows} if rows is not None else {}),
                 "seconds": figure(float(artifact.manifest["seconds"])),
+                **{f"seconds {part}": figure(took) for part, took in parts.items()},
                 "reused": artifact.reused,
                 "artifact": artifact.key,
                 "query": dg.MetadataValue.md(

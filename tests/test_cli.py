@@ -132,6 +132,7 @@ def test_status_of_nothing(toys: Path) -> None:
     ("arguments", "code", "says"),
     [
         (["show", "toy"], 1, "error: toy has not been evaluated yet: textalign run toy"),
+        (["timing", "toy"], 1, "error: toy has no finished stage yet: textalign run toy"),
         (["validate", "toi"], 1, "error: toi: no such experiment (did you mean 'toy'?)"),
         (["validate", "toy", "--set", "seed=-1"], 1, "--set seed=-1: seed: -1 given"),
         (["validate"], 2, "Missing argument 'EXPERIMENT'"),

@@ -125,6 +125,29 @@ def status(experiment: str | None, as_json: bool) -> None:
 
 
 @main.command()
+@click.argument("experiment")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: a row per iteration, stage and part.")
+@readable
+def timing(experiment: str, as_json: bool) -> None:
+    """Where the time of each iteration went: seconds by stage and part, and what took longest.
+
+    Only stages count, and only those made for this experiment; Dagster's own time between them does not.
+
+    \b
+    Example:
+      textalign timing pep8_alt_lmu
+    """
+    from textalign_dagster.timing import timing_table, timings
+
+    _, name = library_of(experiment)
+    rows = timings(open_store(), name)
+    if as_json:
+        print_json(rows)
+    else:
+        open_console().print(timing_table(rows))
+
+
+@main.command()
 @click.argument("query", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
 @readable

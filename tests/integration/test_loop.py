@@ -213,6 +213,25 @@ def test_show_and_status_as_json(ran: Ran) -> None:
     assert set(states(ran, "toy").values()) == {"fresh"}
 
 
+def test_timing_names_every_part_and_what_took_longest(ran: Ran) -> None:
+    rows = json.loads(ran.textalign("timing", "toy", "--json").stdout)
+    parts: dict[str, set[str]] = {}
+    for row in rows:
+        parts.setdefault(row["stage"], set()).add(row["part"])
+    assert list(parts) == ["evaluation", *STAGES[:5]]  # iteration 0 has nothing but an evaluation
+    assert parts["evaluation"] == {"sampling", "fluency", "scoring", "judging", "rest"}
+    for name, k in (("toy", 1), ("toy", 2)):
+        for stage in STAGES[:5]:
+            took = sum(row["seconds"] for row in rows if (row["iteration"], row["stage"]) == (k, stage))
+            assert took == pytest.approx(
+                ran.store.pointer(name, k, stage).artifact.manifest["seconds"], abs=0.1
+            )  # type: ignore[union-attr]
+    shown = ran.textalign("timing", "toy").stdout
+    assert "Longest:" in shown and "iteration 2: " in shown
+    control = json.loads(ran.textalign("timing", "toy_null", "--json").stdout)
+    assert {row["reused"] for row in control if row["stage"] == "prompt_draws"} == {True}
+
+
 def test_an_edit_makes_anew_only_what_follows_from_it_and_never_mixes(ran: Ran, tmp_path: Path) -> None:
     place = ran.copy(tmp_path / "place")
     path = place.experiments / "toy.yaml"
