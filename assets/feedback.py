@@ -10,13 +10,11 @@ from assets.columns import columns_of
 from assets.figures import sample_blocks
 from assets.generations import generations
 from assets.stage import LOOP, Stage
+from assets.verdicts import readable_failures
 from resources.configured import StoreResource
 from resources.feedback_sources import feedback_of
-from resources.judge_errors import BatchPendingError, JudgeError
-from resources.scoring import ScoringError
 from resources.store import Artifact, Draft
 from textalign_dagster import checks
-from textalign_dagster.abandoned import BATCHES_TAG
 from textalign_dagster.judging import PAIRS, Judged
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.stored_feedback import with_references
@@ -49,7 +47,10 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             draft.write("feedback", found.rows, FEEDBACK)
             if found.pairs is not None:
                 draft.write("pairs", found.pairs, PAIRS)
-            draft.record(**found.facts, **again, work_seconds=time.monotonic() - started)
+            seconds = time.monotonic() - started
+            # A judge is waited for; whatever else says what samples are worth computes it here.
+            part = "score" if stage.experiment.judge is None else "wait"
+            draft.record(**found.facts, **again, work_seconds=seconds, part_seconds={part: seconds})
 
         again = _asked_again(stage)
         made = stage.make({"prompt_draws": draws.key, "generations": source.key}, produce, **again)
@@ -87,7 +88,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
 def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
     """The feedback; what people can act on becomes a failure that retrying would not mend."""
-    try:
+    with readable_failures(stage):
         return feedback_of(
             stage.experiment,
             samples,
@@ -96,12 +97,6 @@ def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
             report=stage.report(),
             purpose=str(stage.cell.key),
         )
-    except BatchPendingError as pending:
-        run = stage.context.run.run_id
-        stage.context.instance.add_run_tags(run, {BATCHES_TAG: " ".join(pending.jobs)})
-        raise dg.Failure(str(pending), allow_retries=False) from None
-    except (JudgeError, ScoringError) as error:
-        raise dg.Failure(str(error), allow_retries=False) from error
 
 
 def _judgements(made: Artifact) -> pl.DataFrame:

@@ -29,10 +29,8 @@ def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft:
         sampler.make_room()
     columns = ("sample_id", "prompt", "reference", "text", "finish_reason")
     report, facts = partial(stage.report(), note="scoring"), dict[str, Any]()
-    try:
+    with readable_failures(stage, "evaluation.scorer: "):
         found = score_samples(scorer, samples.select(columns), report, facts=facts)
-    except ScoringError as error:
-        raise dg.Failure(f"evaluation.scorer: {error}", allow_retries=False) from error
     draft.record(**facts, unscored=int((found["status"] != "ok").sum()))
     return samples.with_columns(score=found["score"], label=found["label"])
 
@@ -51,7 +49,7 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
     asked = samples.filter(pl.col("role") != "probe")
     if judge.ask == "win":  # a reference against itself says nothing
         asked = asked.filter(~pl.col("by_people"))
-    with _judge_errors(stage):
+    with readable_failures(stage, "evaluation.judge: "):
         found = ask_judge(
             judge,
             asked.select("sample_id", "prompt_id", "prompt", "reference", "text"),
@@ -87,13 +85,13 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
 
 
 @contextmanager
-def _judge_errors(stage: Stage) -> Iterator[None]:
-    """Errors of a judge that people can act on become failures; retrying cannot help."""
+def readable_failures(stage: Stage, where: str = "") -> Iterator[None]:
+    """What a judge or scorer says that people can act on becomes a failure; retrying cannot help."""
     try:
         yield
     except BatchPendingError as pending:
         # The sensor that collects replies looks for these names.
         stage.context.instance.add_run_tags(stage.context.run.run_id, {BATCHES_TAG: " ".join(pending.jobs)})
         raise dg.Failure(str(pending), allow_retries=False) from None
-    except JudgeError as error:
-        raise dg.Failure(f"evaluation.judge: {error}", allow_retries=False) from error
+    except (JudgeError, ScoringError) as error:
+        raise dg.Failure(f"{where}{error}", allow_retries=False) from error
