@@ -1,6 +1,8 @@
 """The fifth stage: the policy trained on the drawn rows."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +14,23 @@ from assets.datapool import datapool
 from assets.policy import hand_over
 from assets.stage import LOOP, PolicyFolder, Stage
 from resources.configured import SamplerResource, StoreResource
-from resources.launcher import Acceleration, LocalLauncher, accelerate_command, accelerate_env
+from resources.kubernetes_launcher import KubernetesLauncher
+from resources.launcher import (
+    Acceleration,
+    Folder,
+    Launcher,
+    LocalLauncher,
+    accelerate_command,
+    accelerate_env,
+)
 from resources.policies import policy_hash
 from resources.provenance import code_revision, environment_hash
+from resources.slurm_launcher import SlurmLauncher
 from resources.store import Artifact, ArtifactError, Draft
-from textalign_dagster.acceleration import AccelerateConfig, check_training
+from textalign_dagster.acceleration import AccelerateConfig, accelerators, check_training
 from textalign_dagster.experiment_files import home
 from textalign_dagster.ids import derive_seed
+from textalign_dagster.stages import artifact_key, stage_settings
 from textalign_dagster.tables import CHECKPOINTS
 from textalign_dagster.training_settings import Training
 from training.job import Job
@@ -58,48 +70,58 @@ def checkpoint(
         if base in (parent, reference):
             inputs["base_policy"] = base.policy_hash
 
+        where = launcher_of(stage, launcher, inputs)
+
         def produce(draft: Draft) -> None:
-            config = check_training(settings, dtype=stage.experiment.policy.dtype)
+            # What other machines have cannot be known here.
+            config = check_training(
+                settings,
+                dtype=stage.experiment.policy.dtype,
+                devices=accelerators if settings.launcher == "local" else None,
+            )
             rows = training_rows(stage, pool)
             if rows.is_empty():
                 raise ArtifactError(
                     f"the pool of {stage.cell.experiment}, iteration {stage.cell.iteration}, has no drawn row to "
                     "train on; see its shortfalls and the settings under `datapool`"
                 )
-            folder, out = draft.folder("job"), draft.folder("model")
-            rows.write_parquet(folder / "rows.parquet")
             seed = derive_seed(stage.experiment.seed, "training", stage.cell.iteration) % 2**32
-            job = job_of(
-                stage,
-                rows=folder / "rows.parquet",
-                out=out,
-                seed=seed,
-                parent=parent,
-                reference=reference,
-                sharing=sharing_of(config),
-                beside=draft.folder("beside") if keeps_beside(settings) else None,
-                optimizer=before.path("beside") if before else None,
-            )
-            path = job.write(folder / "job.json")
+            acceleration = acceleration_of(settings, config)
+
+            def job_in(folder: Folder) -> Job:
+                return job_of(
+                    stage,
+                    rows=folder("job") / "rows.parquet",
+                    out=folder("model"),
+                    seed=seed,
+                    parent=parent,
+                    reference=reference,
+                    sharing=sharing_of(config),
+                    beside=folder("beside") if keeps_beside(settings) else None,
+                    optimizer=before.path("beside") if before else None,
+                )
+
+            def write(folder: Folder) -> list[str]:
+                rows.write_parquet(folder("job") / "rows.parquet")
+                path = job_in(folder).write(folder("job") / "job.json")
+                file = config.write(folder("job")) if config else None
+                command = accelerate_command(replace(acceleration, config_file=file))
+                return [*command, "training.train", str(path)]
+
             sampler.make_room()
             report = stage.report()
-            acceleration = Acceleration(
-                processes=settings.processes,
-                mixed_precision=settings.mixed_precision,
-                config_file=config.write(folder) if config else None,
-                deepspeed=sharing_of(config) == "DEEPSPEED",
-            )
-            launched = launcher.launch(
+            launched = where.train(
                 context,
-                [*accelerate_command(acceleration), "training.train", str(path)],
+                draft.folder,
+                write,
                 extras={"cell": str(stage.cell.key)},
                 env=accelerate_env(acceleration),
                 on_progress=lambda p: report(p["done"], p["total"], f"loss {p['loss']:.3f}"),
                 log=home()
                 / "logs"
                 / f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}.log",
-                done=out / "done.json",
             )
+            job, out = job_in(draft.folder), draft.folder("model")
             done: dict[str, Any] = launched.done or {}
             gpu_seconds = launched.seconds * done["accelerators"] or None
             row = {
@@ -125,8 +147,9 @@ def checkpoint(
             draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
             draft.record(
                 policy_hash=row["policy_hash"],
-                work_seconds=done["train_seconds"],
-                load_seconds=done["load_seconds"],
+                work_seconds=done["seconds"]["train"],
+                part_seconds=done["seconds"],
+                first_step_seconds=done["first_step_seconds"],
                 losses=done["losses"],
                 tokens=done["tokens"],
                 peak_memory=done["peak_memory"],
@@ -135,6 +158,8 @@ def checkpoint(
             )
 
         made = stage.make(inputs, produce)
+        if isinstance(where, SlurmLauncher):
+            where.forget()  # only now: until it is published, the job's folder is the only copy
         facts, row = made.manifest["facts"], made.frame("checkpoints").row(0, named=True)
         hand_over(context, stage.cell.next, facts["policy_hash"], made.path("model"))
         return stage.publish(
@@ -145,11 +170,47 @@ def checkpoint(
                 "steps": row["steps"],
                 "rows": row["rows"],
                 "tokens per second": facts["tokens"] / max(facts["work_seconds"], 1e-9),
+                # Trainings of earlier versions have not said it.
+                **(
+                    {"seconds first step": facts["first_step_seconds"]}
+                    if "first_step_seconds" in facts
+                    else {}
+                ),
+                **peak_memory(facts["peak_memory"]),
                 "policy": row["policy_hash"],
                 "parent": row["parent"],
                 "folder": dg.MetadataValue.path(str(made.path("model"))),
             },
         )
+
+
+def launcher_of(stage: Stage, local: Launcher, inputs: Mapping[str, str]) -> Launcher:
+    """Where the experiment's trainings run."""
+    settings = stage.experiment.training
+    if settings.launcher == "local":
+        return local
+    key = artifact_key(stage.name, stage_settings(stage.experiment, stage.name, stage.cell.iteration), inputs)
+    if settings.launcher == "k8s":
+        return KubernetesLauncher(settings.k8s, key=key, home=home())
+    shared = settings.slurm.shared_folder
+    return SlurmLauncher(
+        settings.slurm,
+        key=key,
+        title=f"{stage.cell.experiment}, iteration {stage.cell.iteration}",
+        root=Path(shared) if shared else home() / "slurm",
+    )
+
+
+def acceleration_of(settings: Training, config: AccelerateConfig | None) -> Acceleration:
+    """How the processes are started, but for the configuration's file."""
+    cpus = settings.slurm.cpus_per_task if settings.launcher == "slurm" else None
+    return Acceleration(
+        processes=settings.processes,
+        machines=settings.machines,
+        mixed_precision=settings.mixed_precision,
+        threads=None if cpus is None else max(1, cpus * settings.machines // settings.processes),
+        deepspeed=sharing_of(config) == "DEEPSPEED",
+    )
 
 
 def training_rows(stage: Stage, pool: Artifact) -> pl.DataFrame:
@@ -163,6 +224,13 @@ def training_rows(stage: Stage, pool: Artifact) -> pl.DataFrame:
     )
     wanted = ("sample_id", "prompt", "condition", "text", "finish_reason", "n_tokens", "weight", "pool_hash")
     return drawn.join(texts, on="sample_id", how="left", maintain_order="left").select(wanted)
+
+
+def peak_memory(found: Mapping[str, int | None] | None) -> dict[str, float]:
+    """Most memory that a process has held, in GB, as metadata."""
+    named = {"peak memory (GB)": "host_bytes", "peak accelerator memory (GB)": "accelerator_bytes"}
+    held = {name: (found or {}).get(key) for name, key in named.items()}
+    return {name: size / 1e9 for name, size in held.items() if size is not None}
 
 
 def keeps_beside(settings: Training) -> bool:

@@ -11,6 +11,7 @@ from assets.figures import sample_blocks
 from assets.policy import policy
 from assets.prompt_draws import prompt_draws
 from assets.stage import LOOP, Stage
+from resources import sampled_chunks
 from resources.configured import SamplerResource, StoreResource
 from resources.sampler import Decoding, Request
 from resources.store import Draft
@@ -52,7 +53,6 @@ def generations(
             banned_tokens=experiment.method.special_tokens if later else (),
         )
         engine = sampler.of(experiment)
-        engine_version = engine.engine_version
         drawn = draws.frame("prompt_draws")
         conditions: list[str | None] = [None] * drawn.height
         pools: dict[str, str] = {}
@@ -71,7 +71,17 @@ def generations(
                 Request(render(template, condition, prompt), own)
                 for prompt, condition, own in zip(drawn["prompt"], conditions, seeds, strict=True)
             ]
-            completions = engine.generate(model.path, requests, decoding, stage.report())
+            engine_version = engine.engine_version
+            sampled = sampled_chunks.sample(
+                stage.store,
+                engine,
+                model.path,
+                model.policy_hash,
+                requests,
+                decoding,
+                settings.chunk,
+                stage.report(),
+            )
             rows = [
                 {
                     "sample_id": content_hash(
@@ -97,17 +107,25 @@ def generations(
                     "seed": seed,
                 }
                 for draw, condition, own, several in zip(
-                    drawn.iter_rows(named=True), conditions, seeds, completions, strict=True
+                    drawn.iter_rows(named=True), conditions, seeds, sampled.completions, strict=True
                 )
                 for index, (seed, completion) in enumerate(zip(own, several, strict=True))
             ]
             frame = pl.DataFrame(rows, schema=GENERATIONS)
             draft.write("generations", frame, GENERATIONS)
-            seconds = time.monotonic() - started
-            draft.record(work_seconds=seconds, tokens=int(frame["n_tokens"].sum()))
+            draft.record(
+                work_seconds=time.monotonic() - started,
+                part_seconds=sampled.seconds,
+                tokens=int(frame["n_tokens"].sum()),
+                chunks=sampled.chunks,
+                found_samples=sampled.found,  # of an attempt that was interrupted
+            )
 
         decoding_id = content_hash("decoding", vars(decoding), engine.engine)
         made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash, **pools}, produce)
+        sampled_chunks.discard(stage.store, made)
+        if (left := sampled_chunks.left_over(stage.store)) is not None:
+            context.log.warning(left)
         rows = made.frame("generations")
         limits = experiment.checks
         return stage.publish(

@@ -17,6 +17,7 @@ import polars as pl
 from assets.exemplars import exemplars_of
 from assets.stage import PolicyFolder, Stage
 from assets.verdicts import judged, scored
+from resources import sampled_chunks
 from resources.configured import SamplerResource
 from resources.policies import baselines, fluency_model
 from resources.sampler import Decoding, Request
@@ -154,13 +155,19 @@ class Measuring:
         asked_of = self.prompts.select("prompt_id", "seeds").rows()
 
         def produce(draft: Draft) -> None:
+            chunks: list[str] = []
             rows = (
-                self._answers() if subject.model is None else self._sample(subject, subject.model, decoding)
+                self._answers()
+                if subject.model is None
+                else self._sample(subject, subject.model, decoding, chunks)
             )
             draft.write("sampled", pl.DataFrame(rows, SAMPLED), SAMPLED)
+            draft.record(chunks=chunks)
 
         inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
-        return self._kept(SAMPLING, settings, inputs, produce)
+        kept = self._kept(SAMPLING, settings, inputs, produce)
+        sampled_chunks.discard(self.stage.store, kept)
+        return kept
 
     def surprise(self, samples: Artifact) -> Artifact:
         """How surprising samples are to the fluency model: a table of SURPRISE, without the probes.
@@ -257,8 +264,13 @@ class Measuring:
             )
         )
 
-    def _sample(self, subject: Subject, model: PolicyFolder, decoding: Decoding) -> Iterator[dict[str, Any]]:
-        """Rows of SAMPLED: a policy's completions under everything it is asked for."""
+    def _sample(
+        self, subject: Subject, model: PolicyFolder, decoding: Decoding, chunks: list[str]
+    ) -> Iterator[dict[str, Any]]:
+        """Rows of SAMPLED: a policy's completions under everything it is asked for.
+
+        ``chunks`` gets the keys of those that are kept apart until all are there.
+        """
         template, parts = self.experiment.method.template, len(subject.asked)
         for index, ask in enumerate(subject.asked):
             requests = [
@@ -268,8 +280,18 @@ class Measuring:
                 ).iter_rows()
             ]
             progress = partial(_share, self.report, index, parts, subject.name or ask.role)
-            completions = self.engine.generate(model.path, requests, decoding, progress)
-            for prompt, several in zip(self.prompts.iter_rows(named=True), completions, strict=True):
+            sampled = sampled_chunks.sample(
+                self.stage.store,
+                self.engine,
+                model.path,
+                model.policy_hash,
+                requests,
+                decoding,
+                self.experiment.sampling.chunk,
+                progress,
+            )
+            chunks += sampled.chunks
+            for prompt, several in zip(self.prompts.iter_rows(named=True), sampled.completions, strict=True):
                 condition = ask.text(prompt["prompt_id"])
                 conditioning = {"condition": condition, "role": ask.role}
                 for seed, completion in zip(prompt["seeds"], several, strict=True):

@@ -2,15 +2,18 @@
 
 import json
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
 
+from resources.endpoints_sampler import EndpointsSampler
 from resources.sampler import Sampler
+from resources.slurm_worker import SlurmHost
 from resources.store import ArtifactStore
 from resources.transformers_sampler import TransformersSampler
 from resources.vllm_sampler import VllmSampler
+from textalign_dagster.cluster_settings import SlurmNode
 from textalign_dagster.experiment import Experiment, Vllm
 from textalign_dagster.experiment_files import store_url
 from textalign_dagster.ids import canonical_json
@@ -34,18 +37,24 @@ class SamplerResource(dg.ConfigurableResource):
     def of(self, experiment: Experiment) -> Sampler:
         """The engine an experiment asks for; it starts when it is first used."""
         policy, sampling = experiment.policy, experiment.sampling
+        own: dict[str, Any] = {}
+        if sampling.engine == "vllm":
+            own = (sampling.vllm or Vllm()).model_dump()
+        elif sampling.endpoints is not None:
+            own = sampling.endpoints.model_dump()
         engine = _engine(
             sampling.engine,
             policy.dtype,
             sampling.batch_size,
             policy.trust_remote_code,
-            canonical_json((sampling.vllm or Vllm()).model_dump()),
+            canonical_json(own),
+            canonical_json(sampling.slurm.model_dump()) if sampling.launcher == "slurm" else None,
         )
         _make_room(engine)
         return engine
 
     def make_room(self) -> None:
-        """Ends the engines whose memory training needs; those on the CPU stay, for they cost a start."""
+        """Ends the engines that hold a GPU or a node while others work; those on this CPU stay: they cost a start."""
         _make_room(None)
 
 
@@ -60,18 +69,17 @@ def _make_room(kept: Sampler | None) -> None:
 
 @cache
 def _engine(
-    name: Literal["transformers", "vllm"],
+    name: Literal["transformers", "vllm", "endpoints"],
     dtype: Literal["float32", "bfloat16", "float16"],
     batch_size: int,
     trust_remote_code: bool,
-    vllm: str,
+    own: str,
+    slurm: str | None,
 ) -> Sampler:
-    engine: Sampler
-    if name == "vllm":
-        engine = VllmSampler(
-            dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code, **json.loads(vllm)
-        )
-    else:
-        engine = TransformersSampler(dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code)
+    kinds = {"transformers": TransformersSampler, "vllm": VllmSampler, "endpoints": EndpointsSampler}
+    host = {} if slurm is None else {"host": SlurmHost(SlurmNode.model_validate_json(slurm))}
+    engine: Sampler = kinds[name](
+        dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code, **json.loads(own), **host
+    )
     _engines.append(engine)
     return engine

@@ -1,4 +1,4 @@
-"""Launchers: where a training runs. This one runs it on this machine, over Dagster Pipes.
+"""Launchers: where a training runs. The one in here runs it on this machine, over Dagster Pipes.
 
 Dagster's own subprocess client is not enough for trainings: a cancelled run leaves the launcher's
 ranks alive, a launcher that exits with 0 although a rank died is believed, and custom messages
@@ -11,35 +11,32 @@ import json
 import shlex
 import subprocess
 import sys
-import tempfile
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, Protocol, cast
 
 import dagster as dg
-from dagster_pipes import PipesDefaultMessageWriter
 
+from resources.pipes_messages import Heard, LiveReader, OnProgress
 from resources.processes import Supervised
 
-# Dagster calls a method of its own that it warns of, in each session.
-warnings.filterwarnings(
-    "ignore", message=r".*expected_writer_count", category=dg.PreviewWarning, module=r"dagster\."
-)
-OnProgress = Callable[[dict[str, Any]], None]
-POLL = 0.05  # seconds between two looks for messages
+Folder = Callable[[str], Path]
+"""The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes)."""
 TAIL = 2000  # bytes of a log that an error shows
+
+NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
+"""Words of a command that only the machine it runs on can fill in: its number, where machine 0 is."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """How ``accelerate launch`` starts a training on this machine."""
+    """How ``accelerate launch`` starts a training."""
 
-    processes: int = 1
+    processes: int = 1  # on all machines
+    machines: int = 1
     mixed_precision: str = "no"
     cpu: bool = False  # even where there is an accelerator
     threads: int | None = None  # of a process; None: torch's choice
@@ -57,11 +54,19 @@ def accelerate_command(settings: Acceleration) -> list[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if settings.config_file is not None:
         command += ["--config_file", str(settings.config_file)]
-    command += ["--num_processes", str(settings.processes), "--num_machines", "1"]
+    command += ["--num_processes", str(settings.processes), "--num_machines", str(settings.machines)]
     command += ["--mixed_precision", settings.mixed_precision, "--dynamo_backend", "no"]
+    if settings.machines > 1:
+        # Without machine_rank each machine would silently train alone; "standard": by this command on
+        # each machine, where DeepSpeed would start the others by itself (pdsh).
+        command += ["--machine_rank", NODE, "--main_process_ip", HEAD, "--main_process_port", PORT]
+        command += ["--rdzv_backend", "static"]
+        command += ["--deepspeed_multinode_launcher", "standard"] if settings.deepspeed else []
+    elif settings.processes > 1 or settings.config_file is not None:
+        command += ["--main_process_port", "0"]  # any free one
     if settings.processes > 1 or settings.config_file is not None:
-        # --cpu would silently start one process; port 0 is any free one.
-        command += ["--main_process_port", "0", *(["--multi_gpu"] if settings.config_file is None else [])]
+        # --cpu would silently start one process.
+        command += ["--multi_gpu"] if settings.config_file is None else []
     else:
         command += ["--quiet", *(["--cpu"] if settings.cpu else [])]
     return [*command, "-m"]
@@ -93,11 +98,51 @@ class Launched:
     done: dict[str, Any] | None  # the done marker, where one was asked for
 
 
+class Launcher(Protocol):
+    """Where a training runs."""
+
+    def train(
+        self,
+        context: dg.AssetExecutionContext,
+        folder: Folder,
+        write: Callable[[Folder], list[str]],
+        *,
+        extras: Mapping[str, Any],
+        env: Mapping[str, str],
+        on_progress: OnProgress,
+        log: Path,
+    ) -> Launched:
+        """Trains to the end; see `LocalLauncher.launch`.
+
+        Args:
+            folder: makes the folders in which everything is in the end.
+            write: writes what the trainer reads into the folder ``job``; returns the command. It is
+                given the folders in which the trainer will work, which may be others.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class LocalLauncher:
     """Runs a command on this machine; nobody of it is left when ``launch`` returns or raises."""
 
     grace: float = 10.0  # seconds between SIGTERM and SIGKILL
+
+    def train(
+        self,
+        context: dg.AssetExecutionContext,
+        folder: Folder,
+        write: Callable[[Folder], list[str]],
+        *,
+        extras: Mapping[str, Any],
+        env: Mapping[str, str],
+        on_progress: OnProgress,
+        log: Path,
+    ) -> Launched:
+        """See `Launcher`."""
+        done = folder("model") / "done.json"
+        command = write(folder)
+        return self.launch(context, command, extras, env, on_progress=on_progress, log=log, done=done)
 
     def launch(
         self,
@@ -127,13 +172,13 @@ class LocalLauncher:
         """
         if done is not None:
             done.unlink(missing_ok=True)
-        heard = _Heard(on_progress)
+        heard = Heard(on_progress)
         started = time.monotonic()
         with (
             dg.open_pipes_session(
                 context=context,
                 context_injector=dg.PipesTempFileContextInjector(),
-                message_reader=_LiveReader(heard),
+                message_reader=LiveReader(heard),
                 extras=dict(extras),
             ) as session,
             _opened(log) as stream,
@@ -150,7 +195,7 @@ class LocalLauncher:
             finally:  # also when the run is cancelled
                 child.stop()
         # All messages have been read now.
-        marker = _read_marker(done)
+        marker = read_marker(done)
         if code != 0 or (done is not None and marker is None):
             raise _failure(command, code, heard, done, log)
         if heard.error is not None:
@@ -166,14 +211,15 @@ def _opened(log: Path | None) -> Iterator[Any]:
         yield stream
 
 
-def _read_marker(done: Path | None) -> dict[str, Any] | None:
+def read_marker(done: Path | None) -> dict[str, Any] | None:
+    """What the trainer wrote last; None where it did not."""
     if done is None or not done.is_file():
         return None
     return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
 
 
 def _failure(
-    command: Sequence[str], code: int, heard: _Heard, done: Path | None, log: Path | None
+    command: Sequence[str], code: int, heard: Heard, done: Path | None, log: Path | None
 ) -> dg.Failure:
     words = shlex.join(command)
     metadata: dict[str, dg.MetadataValue] = {
@@ -182,7 +228,7 @@ def _failure(
     }
     if log is not None:
         metadata["log"] = dg.MetadataValue.path(str(log))
-        metadata["end of log"] = dg.MetadataValue.md(f"```\n{_tail(log)}\n```")
+        metadata["end of log"] = dg.MetadataValue.md(f"```\n{end_of_log(log)}\n```")
     where = f"the log {log}" if log is not None else "this step's stderr"
     if heard.exception is not None:
         name, message = heard.exception
@@ -201,88 +247,13 @@ def _failure(
     return dg.Failure(f"the command exited with {code} and did not say why; see {where}", metadata=metadata)
 
 
-def _tail(log: Path) -> str:
+def told_seconds(done: Mapping[str, Any]) -> float:
+    """How long the trainer says it took, in all its parts."""
+    return float(sum((done.get("seconds") or {}).values()))
+
+
+def end_of_log(log: Path, size: int = TAIL) -> str:
+    """The last bytes of a log."""
     with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - TAIL))
+        stream.seek(max(0, log.stat().st_size - size))
         return stream.read().decode(errors="replace")
-
-
-@dataclass
-class _Heard:
-    """What the child said, as far as Dagster does not keep it."""
-
-    on_progress: OnProgress
-    exception: tuple[str, str] | None = None
-    error: Exception | None = None
-
-    def listen(self, message: Mapping[str, Any]) -> None:
-        params = message.get("params") or {}
-        if message["method"] == "closed" and params.get("exception"):
-            name, text = (
-                params["exception"].get("name") or "error",
-                params["exception"].get("message") or "",
-            )
-            # Pipes sends what a traceback ends with: "package.module.Name: message".
-            self.exception = (name, (text.partition(f"{name}: ")[2] or text).strip())
-        payload = params.get("payload") if message["method"] == "report_custom_message" else None
-        if isinstance(payload, dict) and "progress" in payload and self.error is None:
-            try:
-                self.on_progress(payload["progress"])
-            except Exception as error:  # noqa: BLE001 the reader must go on: the child's last words come later
-                self.error = error
-
-
-class _LiveReader(dg.PipesMessageReader):
-    """Reads the child's messages as they come, whole lines only.
-
-    Dagster's reader of files takes half a line for a line when it looks while one is being written,
-    and reads no more then: a busy machine would lose the child's last words.
-    """
-
-    def __init__(self, heard: _Heard):
-        self._heard = heard
-
-    @contextmanager
-    def read_messages(self, handler: Any) -> Iterator[Any]:
-        over = threading.Event()
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "messages"
-            path.touch()
-            thread = threading.Thread(target=self._read, args=(path, handler, over), daemon=True)
-            thread.start()
-            try:
-                yield {
-                    PipesDefaultMessageWriter.FILE_PATH_KEY: str(path),
-                    PipesDefaultMessageWriter.INCLUDE_STDIO_IN_MESSAGES_KEY: False,
-                }
-            finally:
-                over.set()
-                thread.join()
-
-    def _read(self, path: Path, handler: Any, over: threading.Event) -> None:
-        try:
-            with path.open("rb") as stream:
-                for line in whole_lines(stream, over):
-                    message = json.loads(line)
-                    self._heard.listen(message)
-                    handler.handle_message(message)
-        except Exception:  # noqa: BLE001 a thread has nobody to raise to
-            handler.report_pipes_framework_exception("reader of the child's messages", sys.exc_info())
-
-    def no_messages_debug_text(self) -> str:
-        return "Attempted to read messages from a file that the child was told of."
-
-
-def whole_lines(stream: IO[bytes], over: threading.Event) -> Iterator[bytes]:
-    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
-    line = b""
-    while True:
-        last = over.is_set()  # looked at first: what was written before it is still read
-        line += stream.readline()
-        if line.endswith(b"\n"):
-            yield line
-            line = b""
-        elif last:
-            return
-        else:
-            over.wait(POLL)

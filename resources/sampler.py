@@ -96,7 +96,8 @@ class Sampler(AbstractContextManager["Sampler"], Protocol):
     """An engine that samples; a context manager around its worker process."""
 
     engine: str
-    on_accelerator: bool  # whether its worker holds a GPU's memory
+    on_accelerator: bool  # whether its worker holds what others need: a GPU's memory, a node of a cluster
+    load_seconds: float  # of all calls so far: workers started, models read
 
     @property
     def engine_version(self) -> str:

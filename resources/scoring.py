@@ -18,6 +18,8 @@ from typing import Any
 import polars as pl
 
 from resources.reward_folder import find_folder
+from resources.slurm import check_slurm
+from resources.slurm_worker import SlurmHost
 from resources.worker import Channel, processors
 from textalign_dagster.judging.convert import read_feedback
 from textalign_dagster.judging.imported import Imported
@@ -93,13 +95,15 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     A hub model is fetched. A file of judgements may be missing: people write it after the sampling.
 
     Raises:
-        SettingsError: its model, or the pairs that check it, cannot be had.
+        SettingsError: its model, the pairs that check it, or the cluster it is to run on cannot be had.
     """
     found = f"{field}: {scorer.name} ({scorer.version})"
     if isinstance(scorer, ImportedScorer):
         return f"{found}, from {scorer.path}"
     if not isinstance(scorer, ModelScorer):
         return found
+    if scorer.launcher == "slurm":
+        check_slurm(scorer.slurm, field)
     try:
         settings, _ = _settings_of(scorer)
         pairs = 0 if scorer.check is None else len(read_pairs(Path(scorer.check.path)))
@@ -163,7 +167,12 @@ def _by_model(
     pairs = list(zip(prompts, samples["text"].to_list(), strict=True))
     asked = list(dict.fromkeys(pairs if shows_prompt else (p for p in pairs if p[1].strip())))
     channel = Channel(
-        "reward_worker", settings, error=ScoringError, what="scoring worker", offline=not trusted
+        "reward_worker",
+        settings,
+        error=ScoringError,
+        what="scoring worker",
+        offline=not trusted,
+        host=SlurmHost(scorer.slurm) if scorer.launcher == "slurm" else None,
     )
     try:
         if scorer.check is not None:

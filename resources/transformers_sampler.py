@@ -13,6 +13,7 @@ import importlib.metadata
 from typing import Literal
 
 from resources.sampler import SamplerError
+from resources.slurm_worker import SlurmHost
 from resources.worker import Channel
 from resources.worker_sampler import WorkerSampler
 
@@ -26,6 +27,7 @@ class TransformersSampler(WorkerSampler):
     device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", …
     batch_size: sequences decoded together; it bounds the memory.
     threads: torch's threads; None is OMP_NUM_THREADS if set, else the processors of this process.
+    host: where the worker runs; None: on this machine.
     """
 
     engine = "transformers"
@@ -38,6 +40,7 @@ class TransformersSampler(WorkerSampler):
         batch_size: int = 256,
         threads: int | None = None,
         trust_remote_code: bool = False,
+        host: SlurmHost | None = None,
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16")
@@ -56,6 +59,7 @@ class TransformersSampler(WorkerSampler):
             what="sampling worker",
             threads=threads,
             offline=not trust_remote_code,  # models are local folders
+            host=host,
         )
         super().__init__([channel])
 

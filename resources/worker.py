@@ -20,9 +20,12 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from resources.slurm_worker import SlurmHost
 
 CLOSE_SECONDS = 5.0  # for a worker to leave by itself
 STDERR_TAIL = 2000  # characters shown of a worker that died
@@ -42,6 +45,7 @@ class Channel:
     offline: whether the model hub is out of reach (models are local folders).
     environment: variables for the worker, over this process' own.
     python: the interpreter; None: this one.
+    host: where the worker runs; None: on this machine.
     """
 
     def __init__(
@@ -55,12 +59,15 @@ class Channel:
         offline: bool = True,
         environment: Mapping[str, str] | None = None,
         python: str | None = None,
+        host: SlurmHost | None = None,
     ) -> None:
         self.module, self.settings, self.error, self.what = module, dict(settings), error, what
         self.threads, self.offline = threads, offline
         self.environment = dict(environment or {})
         self.python = python or sys.executable
+        self.host = host
         self.ready: dict[str, Any] | None = None  # what the worker said when it had started
+        self.load_seconds = 0.0  # of the last call, until its work began: worker started, model read
         self._worker: Worker | None = None
         self._one_call = threading.Lock()
 
@@ -76,6 +83,7 @@ class Channel:
             the channel's ``error``: the worker says that it cannot be done, cannot start, or died.
         """
         with self._one_call:
+            started, begun = time.monotonic(), False
             try:
                 if self._worker is None:
                     self._worker = Worker(self)
@@ -83,6 +91,8 @@ class Channel:
                 self._worker.send(call)
                 while True:
                     message = self._worker.receive()
+                    if not begun:
+                        self.load_seconds, begun = time.monotonic() - started, True
                     if "progress" in message:
                         if progress is not None:
                             progress(*message["progress"])
@@ -116,6 +126,7 @@ class Worker:
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[str]
+        self.job = ""  # its name on a host that has jobs
         started: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
         self.reader = threading.Thread(target=self._read, args=(started,), name=channel.what, daemon=True)
         self.reader.start()
@@ -124,22 +135,27 @@ class Worker:
             raise channel.error(f"the {channel.what} cannot be started: {failure}") from failure
 
     def _read(self, started: queue.SimpleQueue[OSError | None]) -> None:
-        package = Path(__file__).resolve().parent
+        package, host = Path(__file__).resolve().parent, self.channel.host
         threads = self.channel.threads or os.environ.get("OMP_NUM_THREADS")
         paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {
-            **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             # Threads that spin while they wait make each other several times slower on busy cores.
             "GOMP_SPINCOUNT": "0",
-            "OMP_NUM_THREADS": str(threads or processors()),
             "TOKENIZERS_PARALLELISM": "false",
             **({"HF_HUB_OFFLINE": "1"} if self.channel.offline else {}),
             **self.channel.environment,
         }
-        settings = json.dumps({**self.channel.settings, "parent": os.getpid()})
+        # Another machine's process cannot look whether this one lives.
+        settings = json.dumps({**self.channel.settings, "parent": os.getpid() if host is None else None})
         # -P: a folder named like this package in the working directory is not imported instead.
         command = [self.channel.python, "-P", "-m", f"{package.name}.{self.channel.module}", settings]
+        if host is None:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads or processors()), **environment}
+        else:
+            if threads or host.settings.cpus_per_task:
+                environment["OMP_NUM_THREADS"] = str(threads or host.settings.cpus_per_task)
+            self.job, command, environment = host.start(command, environment)
         try:
             self.process = subprocess.Popen(
                 command,
@@ -190,6 +206,8 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        if self.channel.host is not None:
+            self.channel.host.end(self.job)
         self._hang_up()
         self._release()
 
@@ -206,6 +224,8 @@ class Worker:
 
     def _death(self) -> Exception:
         code = self.process.wait()
+        if self.channel.host is not None and code > 128:
+            code = 128 - code  # srun's, of a worker that was killed
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             how += " (often for lack of memory)" if -code == signal.SIGKILL else ""

@@ -1,8 +1,9 @@
 """The worker's side of a `worker.Channel`: calls as JSON lines on stdin, messages on stdout.
 
 Each line in is a call; each line out is {"ready": …} (once, first), {"progress": [done, total]},
-{"result": …} or {"error": sentence}. What libraries print goes to stderr. The process ends when stdin
-ends, or with its parent.
+{"result": …} or {"error": sentence}. A worker that loads something for a call says when it is there, with
+a progress of 0: so the time it took can be told from the work's. What libraries print goes to stderr. The
+process ends when stdin ends, or with its parent.
 """
 
 from __future__ import annotations
@@ -110,8 +111,13 @@ def listen(source: TextIO, calls: queue.SimpleQueue[dict[str, Any]]) -> None:
     os._exit(0)
 
 
-def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process with its parent, also while no end of stdin can be read."""
+def die_with_parent(parent: int | None) -> None:
+    """Have Linux kill this process with its parent, also while no end of stdin can be read.
+
+    parent: its process id; None: it is on another machine.
+    """
+    if parent is None:
+        return
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

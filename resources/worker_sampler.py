@@ -24,6 +24,7 @@ class WorkerSampler:
     def __init__(self, channels: Iterable[Channel]) -> None:
         self.channels = list(channels)
         self.on_accelerator = False  # known once the workers have started
+        self.load_seconds = 0.0
 
     def generate(
         self,
@@ -87,13 +88,14 @@ class WorkerSampler:
             return []
         folder = model_folder(model)
         self._prepare(folder)
+        used = self.channels[: len(asked)]
         try:
-            results = call_all(
-                self.channels[: len(asked)], [{**call, "model": str(folder)} for call in asked], progress
-            )
+            results = call_all(used, [{**call, "model": str(folder)} for call in asked], progress)
+            self.load_seconds += max(channel.load_seconds for channel in used)
         finally:
             ready = self.channels[0].ready
-            self.on_accelerator = ready is not None and ready["device"] != "cpu"
+            elsewhere = self.channels[0].host is not None  # where an idle worker holds a node
+            self.on_accelerator = ready is not None and (elsewhere or ready["device"] != "cpu")
         return together([self._rows_of(result) for result in results])
 
     def _prepare(self, folder: Path) -> None:

@@ -17,7 +17,8 @@ from assets.evaluation import evaluate
 from assets.measuring import FLUENCY, SAMPLING, Measuring
 from assets.stage import PolicyFolder, Stage
 from resources.policies import base_policy
-from resources.sampler import Completion, Decoding, Request
+from resources.sampled_chunks import CHUNK
+from resources.sampler import Completion, Decoding, Request, SamplerError
 from resources.store import Artifact, ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.partitions import Cell
@@ -31,6 +32,9 @@ BAD = "\nbad=1 ; bad=2"
 
 class Engine:
     """Says its model's name, or something bad when asked for it; every text has 2 nats and 2 tokens."""
+
+    engine, engine_version = "words", "1"
+    load_seconds = 0.0
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
@@ -192,6 +196,27 @@ def test_another_scorer_samples_nothing_again(place: Place) -> None:
     assert place.engine.calls == [] and not {start.key, now.key} & set(before)
     assert values(now.frame("scores"), "score")[None, "main", "good"] == 1.0
     assert values(start.frame("scores"), "score")["people", "baseline", None] == 1.0
+
+
+def test_an_interrupted_evaluation_samples_no_chunk_twice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.content["sampling"] = {"chunk": 2}  # a prompt with its two samples
+    generate, asked = place.engine.generate, list[str]()
+
+    def interrupted(model: Path, requests: Sequence[Request], *more: Any) -> list[list[Completion]]:
+        asked.append(requests[0].prompt)
+        if len(asked) == 2:
+            raise SamplerError("the power is off")
+        return generate(model, requests, *more)
+
+    monkeypatch.setattr(place.engine, "generate", interrupted)
+    with pytest.raises(SamplerError, match="the power is off"):
+        place.evaluate()
+    start, _ = place.evaluate()
+    assert asked[:4] == ["good p:", "good q:", "good q:", "bad p:"]
+    assert start.frame("scores").height > 0
+    assert not list(place.folder.glob(f"store/artifacts/{CHUNK}/*/manifest.json"))
 
 
 def test_one_more_baseline_samples_only_that_one(place: Place) -> None:

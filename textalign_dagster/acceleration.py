@@ -160,6 +160,16 @@ def check_training(
         raise SettingsError(
             f"training.accelerate: {training.accelerate} needs the deepspeed package: pip install -e '.[deepspeed]'"
         )
+    if training.optimizer == "adamw_8bit":
+        if not installed("bitsandbytes"):
+            raise SettingsError(
+                "training.optimizer: adamw_8bit needs the bitsandbytes package: pip install -e '.[8bit]'"
+            )
+        if kind in ("DEEPSPEED", "FSDP"):
+            raise SettingsError(
+                f"training.optimizer: adamw_8bit cannot be had with {training.accelerate}, which keeps the optimizer in "
+                "a form of its own; set it to adamw"
+            )
     if training.mixed_precision == "fp16" and dtype == "bfloat16":
         raise SettingsError(
             "training.mixed_precision: fp16 does not go with policy.dtype bfloat16; set one of them to the other"
@@ -178,7 +188,7 @@ def _agreement(training: Training, config: AccelerateConfig) -> None:
     """The experiment says how many processes there are and how they compute."""
     wanted = {
         "num_processes": ("training.processes", training.processes),
-        "num_machines": ("this launcher's machines", 1),
+        "num_machines": ("the launcher's number of machines", training.machines),
         "mixed_precision": ("training.mixed_precision", training.mixed_precision),
         "use_cpu": ("what is wanted here", False),
     }

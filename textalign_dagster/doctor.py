@@ -86,6 +86,7 @@ def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
     yield from _vllm(probe(VLLM_PROBE), has_gpu=bool(gpu.get("cards")))
     yield from _deepspeed(probe(DEEPSPEED_PROBE))
     yield from _extras()
+    yield _slurm()
     yield from _places()
     yield _port(3000)
     yield from _judges(experiments)
@@ -190,10 +191,27 @@ def _extras() -> Iterator[Finding]:
         ("openai", "judges", "LLM judges"),
         ("obstore", "s3", "a store on S3 and other object storage"),
         ("peft", "lora", "LoRA"),
+        ("bitsandbytes", "8bit", "AdamW with moments in 8 bits"),
+        ("dagster-k8s", "k8s", "trainings on Kubernetes"),
     ):
         found = _version(package)
         remedy = "" if found else f"for {what}: pip install -e '.[{extra}]'"
         yield Finding(package, "ok" if found else "missing", found or "not installed", remedy)
+
+
+def _slurm() -> Finding:
+    """Whether trainings can be submitted from here; the cluster is asked."""
+    from resources.slurm import partitions
+
+    if shutil.which("sbatch") is None:
+        remedy = "for `launcher: slurm`: run textalign on a login node of the cluster"
+        return Finding("slurm", "missing", "no sbatch on the PATH", remedy)
+    try:
+        found = partitions()
+    except SettingsError as error:
+        return Finding("slurm", "missing", str(error), "for `launcher: slurm`: mend SLURM_CONF")
+    told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
+    return Finding("slurm", "ok", f"partitions {told}")
 
 
 def _places() -> Iterator[Finding]:

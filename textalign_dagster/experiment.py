@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from textalign_dagster.cluster_settings import SlurmNode
 from textalign_dagster.datapool import PoolSettings
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.methods import AnyMethod, FeedbackKind
@@ -64,15 +66,57 @@ class Vllm(Settings):
     )
 
 
+class Endpoints(Settings):
+    """vLLM servers that somebody has started: nothing here changes what is sampled."""
+
+    urls: list[str] = Field(
+        ...,
+        min_length=1,
+        description="Where the servers are, e.g. http://gpu1:8000; the least busy one gets the next request.",
+    )
+    api_key_env: str | None = Field(
+        None, description="The environment variable with the servers' key (their --api-key); null: none."
+    )
+    timeout_s: float = Field(600.0, gt=0, description="Seconds for one request; then its server is left out.")
+    verify: bool = Field(
+        True,
+        description="Compare the servers' log-probabilities of a short text with those of transformers on "
+        "this machine's CPU, once a policy; it needs memory for the model.",
+    )
+
+    @field_validator("urls")
+    @classmethod
+    def _plain(cls, urls: list[str]) -> list[str]:
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme not in ("http", "https") or not parts.hostname:
+                raise ValueError(f"{url!r} is no URL of a server; give e.g. http://gpu1:8000")
+            if parts.username or parts.password:
+                raise ValueError(
+                    f"the URL of {parts.hostname} carries credentials; put the key into an environment variable "
+                    "and name it in api_key_env"
+                )
+        if len(set(urls)) < len(urls):
+            raise ValueError("a server stands there twice; remove one")
+        return urls
+
+
 class Sampling(Settings):
     """How samples are drawn from the policy."""
 
-    engine: Literal["transformers", "vllm"] = Field(
+    engine: Literal["transformers", "vllm", "endpoints"] = Field(
         "transformers",
-        description="What generates: `transformers` (CPU or GPU), or `vllm` (far faster with larger models; "
-        "see docs/sampling.md).",
+        description="What generates: `transformers` (CPU or GPU), `vllm` (far faster with larger models), or "
+        "`endpoints` (vLLM servers that you have started); see docs/sampling.md.",
     )
     vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: as by default.")
+    endpoints: Endpoints | None = Field(None, description="`engine: endpoints`: where the servers are.")
+    launcher: Literal["local", "slurm"] = Field(
+        "local", description="Where the engine runs: on this machine, or as a job of a Slurm cluster."
+    )
+    slurm: SlurmNode = Field(
+        SlurmNode(), description="The job, where the launcher is slurm: one node for each engine."
+    )
     samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
     temperature: float = Field(
         1.0,
@@ -87,6 +131,11 @@ class Sampling(Settings):
         False, description="Always sample max_new_tokens: then short answers cannot win."
     )
     batch_size: int = Field(256, ge=1, description="Sequences decoded together.")
+    chunk: int = Field(
+        16_384,
+        ge=1,
+        description="Completions written at a time: what a crash while sampling costs, at most.",
+    )
 
     @model_validator(mode="after")
     def _lengths(self) -> Sampling:
@@ -98,6 +147,12 @@ class Sampling(Settings):
     def _engine(self) -> Sampling:
         if self.vllm is not None and self.engine != "vllm":
             raise ValueError(f"vllm: only for `engine: vllm`, not {self.engine}; remove it")
+        if self.endpoints is not None and self.engine != "endpoints":
+            raise ValueError(f"endpoints: only for `engine: endpoints`, not {self.engine}; remove it")
+        if self.engine == "endpoints" and self.endpoints is None:
+            raise ValueError("endpoints: `engine: endpoints` needs `endpoints: {urls: [http://…]}`")
+        if self.engine == "endpoints" and self.launcher != "local":
+            raise ValueError("launcher: servers run where they were started; remove it")
         return self
 
 

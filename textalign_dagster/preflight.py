@@ -10,22 +10,27 @@ from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 from resources.policies import BasePolicy, base_policy, evaluation_models
-from textalign_dagster.acceleration import check_training
+from resources.slurm import check_slurm
+from textalign_dagster.acceleration import accelerators, check_training
 from textalign_dagster.conditioning import render
 from textalign_dagster.doctor import VLLM_PROBE, probe
 from textalign_dagster.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
-from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment import Endpoints, Experiment
 from textalign_dagster.experiment_files import Library
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import task_of, training_prompts
+from textalign_dagster.training_settings import Training
 
 LONGEST = 50
 """Prompts, the longest in characters, that are tokenised to see whether they fit the model."""
+ANSWER_SECONDS = 10.0  # for a server to say what it is
 
 
 def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -137,7 +142,11 @@ def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> No
 
 
 def _engine(experiment: Experiment) -> list[str]:
-    """Whether the engine can run on this machine at all."""
+    """Whether the engine can run on this machine at all, or runs elsewhere."""
+    if experiment.sampling.endpoints is not None:
+        return _endpoints(experiment.sampling.endpoints)
+    if experiment.sampling.launcher == "slurm":  # what nodes have cannot be known here
+        return [f"sampling: {check_slurm(experiment.sampling.slurm, 'sampling')}"]
     if experiment.sampling.engine != "vllm":
         return []
     found = _vllm()
@@ -148,6 +157,42 @@ def _engine(experiment: Experiment) -> list[str]:
             "see docs/sampling.md; or set `engine: transformers`"
         )
     return [f"engine: vllm {found['version']} on {found['device']}"]
+
+
+def _endpoints(settings: Endpoints) -> list[str]:
+    """Whether servers answer that can be given the weights of checkpoints."""
+    where = "sampling.endpoints"
+    if importlib.util.find_spec("openai") is None:
+        raise SettingsError(f"{where}: needs the openai package: pip install -e '.[judges]'")
+    if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
+        raise SettingsError(
+            f"{where}.api_key_env: the environment variable {settings.api_key_env} is not set; put the key there"
+        )
+    found, silent = dict[str, str](), dict[str, str]()
+    for url in settings.urls:
+        root = url.rstrip("/").removesuffix("/v1")
+        try:
+            found[url] = str(_json_at(f"{root}/version")["version"])
+            _json_at(f"{root}/weight_info")
+        except HTTPError as error:
+            raise SettingsError(
+                f"{where}.urls: {url} cannot be given the weights of checkpoints (HTTP {error.code} at "
+                f"{error.url}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1 (docs/sampling.md)"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            silent[url] = str(getattr(error, "reason", error))
+    if not found:
+        told = "; ".join(f"{url}: {why}" for url, why in silent.items())
+        raise SettingsError(f"{where}.urls: no server answers ({told}); start them (docs/sampling.md)")
+    return [
+        *(f"engine: vLLM {version} at {url}" for url, version in found.items()),
+        *(f"engine: no answer at {url} ({why}); the others do its part" for url, why in silent.items()),
+    ]
+
+
+def _json_at(url: str) -> Any:
+    with urlopen(url, timeout=ANSWER_SECONDS) as response:
+        return json.loads(response.read())
 
 
 @cache
@@ -181,7 +226,12 @@ def _prompts(experiment: Experiment) -> str:
 def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
     """Whether this machine can train as the experiment says."""
     training = experiment.training
-    found = check_training(training, dtype=experiment.policy.dtype)
+    local = training.launcher == "local"
+    # What a cluster's nodes have cannot be known here.
+    found = check_training(training, dtype=experiment.policy.dtype, devices=accelerators if local else None)
+    where = [] if local else [_cluster(training)]
+    if training.packing:
+        _packing(base.path)
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     blocks = config.get("num_hidden_layers") or config.get("n_layer")
     last = training.trainable_layers
@@ -190,8 +240,25 @@ def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
             f"training.trainable_layers: {last}, but {experiment.policy.model} has {blocks} blocks; lower it"
         )
     if found is None and training.processes == 1:
-        return []
-    return [f"training: {training.processes} processes, {found.kind if found else 'data parallel'}"]
+        return where
+    return [*where, f"training: {training.processes} processes, {found.kind if found else 'data parallel'}"]
+
+
+def _cluster(training: Training) -> str:
+    """Whether the cluster answers and has what is asked for."""
+    if training.launcher == "slurm":
+        return check_slurm(training.slurm)
+    from resources.kubernetes_launcher import check_kubernetes
+
+    return check_kubernetes(training.k8s)
+
+
+def _packing(policy: Path) -> None:
+    """Whether the policy's architecture can read packed rows; asked in a process that may load torch."""
+    code = "import json, sys; from training.packing import refusal; "
+    why = probe(f"{code}print(json.dumps({{'why': refusal({str(policy)!r})}}))").get("why")
+    if why:
+        raise SettingsError(why)
 
 
 def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:

@@ -48,7 +48,10 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
     elif stage == "generations":
         chosen = {
-            "sampling": _without(plain["sampling"], "batch_size", "vllm"),
+            # How and where the engine runs changes no sample.
+            "sampling": _without(
+                plain["sampling"], "batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm"
+            ),
             "dtype": experiment.policy.dtype,
             **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),
         }
@@ -92,8 +95,12 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
 
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
     """What of the section ``training`` matters: an accelerate configuration by what it says."""
-    # Activations computed twice are the same activations.
-    given = _without(section, "accelerate", "gradient_checkpointing")
+    # Activations computed twice are the same activations, and a step is the same step on other machines.
+    given = _without(section, "accelerate", "gradient_checkpointing", "launcher", "slurm", "k8s")
+    # These came later: what was trained before, without them, is what they leave out.
+    for field, without in (("packing", False), ("optimizer", "adamw")):
+        if given[field] == without:
+            del given[field]
     if settings.accelerate is not None:
         given["accelerate"] = accelerate_config(settings.accelerate).identity
     return given

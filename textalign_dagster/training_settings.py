@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from textalign_dagster.cluster_settings import Slurm
+from textalign_dagster.kubernetes_settings import Kubernetes
 from textalign_dagster.settings import Settings
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -75,7 +77,7 @@ class Training(Settings):
         "parent", description="Continue the policy that was sampled from, or start from the base anew."
     )
     epochs: float = Field(2.0, gt=0, description="Passes over the drawn rows.")
-    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate (AdamW).")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="Shape of the decay, restarted every iteration."
     )
@@ -85,6 +87,15 @@ class Training(Settings):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
     batch_size: int = Field(8, ge=1, description="Rows per process and step.")
     gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
+    packing: bool = Field(
+        False,
+        description="Whether the rows of a step and process are read as one sequence, in which they do not see each "
+        "other, instead of being padded to the longest one.",
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: AdamW with moments in 8 bits (bitsandbytes), a quarter of the memory.",
+    )
     weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
     betas: tuple[Beta, Beta] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
@@ -126,13 +137,56 @@ class Training(Settings):
         description="How processes share the work: zero1, zero2, zero2_offload, zero3, fsdp, multi_gpu, or the "
         "path of an accelerate configuration; null: plain data parallel.",
     )
-    processes: int = Field(1, ge=1, description="Training processes on this machine.")
+    processes: int = Field(
+        1, ge=1, description="Training processes in all, on however many nodes; one for each GPU."
+    )
+    launcher: Literal["local", "slurm", "k8s"] = Field(
+        "local",
+        description="Where trainings run: on this machine, as jobs of Slurm (docs/clusters.md), or as pods of Kubernetes.",
+    )
+    slurm: Slurm = Field(Slurm(), description="The job, where the launcher is slurm.")
+    k8s: Kubernetes = Field(Kubernetes(), description="The pod, where the launcher is k8s.")
+
+    @model_validator(mode="after")
+    def _on_nodes(self) -> Training:
+        pod = self.k8s
+        if self.launcher == "k8s":
+            missing = [name for name in ("image", "volume_claim") if not getattr(pod, name)]
+            if missing:
+                raise ValueError(f"k8s.{missing[0]}: missing; launcher: k8s needs it")
+            if pod.gpus and self.processes != pod.gpus:
+                raise ValueError(
+                    f"processes: {self.processes}, but k8s.gpus is {pod.gpus}; set it to {pod.gpus}, one for each"
+                )
+        nodes, gpus = self.slurm.nodes, self.slurm.gpus_per_node
+        if self.launcher != "slurm":
+            return self
+        if self.processes % nodes:
+            raise ValueError(
+                f"processes: {self.processes} cannot be spread evenly over slurm.nodes: {nodes}; make it a "
+                f"multiple of {nodes}"
+            )
+        if gpus and self.processes != nodes * gpus:
+            raise ValueError(
+                f"processes: {self.processes}, but slurm asks for {nodes} nodes with {gpus} GPUs each; set it to "
+                f"{nodes * gpus}, one for each GPU"
+            )
+        return self
+
+    @property
+    def machines(self) -> int:
+        """On how many machines the processes run."""
+        return self.slurm.nodes if self.launcher == "slurm" else 1
 
     @model_validator(mode="after")
     def _possible(self) -> Training:
         if self.lora is not None and self.trainable_layers is not None:
             raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
         if self.optimizer_state == "carried":
+            if self.optimizer == "adamw_8bit":
+                raise ValueError(
+                    "optimizer_state: moments in 8 bits (optimizer: adamw_8bit) are not carried over; set it to fresh"
+                )
             if self.lora is not None:
                 raise ValueError(
                     "optimizer_state: carried moments belong to the same weights, but each iteration has new "

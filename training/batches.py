@@ -1,10 +1,11 @@
-"""From examples to batches: the order in which rows are trained on, and their padding."""
+"""From examples to batches: the order in which rows are trained on, and how they lie side by side."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,24 +94,58 @@ class Examples:
 
 @dataclass(frozen=True)
 class Collator:
-    """Examples → a batch of tensors, padded on the right.
+    """Examples → a batch of tensors.
 
-    Gives ``input_ids``, ``attention_mask``, ``labels`` [B, T] and ``weights`` [B]; ``keep``: the last
-    ``keep`` positions hold all labels and what predicts them. The same with the prefix ``reference_``
-    when the reference reads other prompts.
+    Gives ``weights`` [B], ``counted`` [B], the number of a row's labels, and ``tokens``, how many there
+    are in all; and of the prompts of the policy, and with the prefix ``reference_`` of those of the
+    reference where it reads others, either
+
+    - rows padded on the right: ``input_ids``, ``attention_mask``, ``labels`` [B, T]; ``keep``: the last
+      ``keep`` positions hold all labels and what predicts them; or
+    - ``packed`` rows, one after the other: ``input_ids``, ``position_ids`` [1, T]; ``row_starts``, where
+      rows begin, and the end of the last; and of each of the N labels its token in ``targets``, its row
+      in ``rows`` and what predicts it in ``predicts`` [N].
     """
 
     pad: int
+    packed: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         import torch
 
-        batch = self._pad([(e.prompt, e.text) for e in examples])
+        form = self._pack if self.packed else self._pad
+        batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples])
         batch["weights"] = torch.tensor([e.weight for e in examples], dtype=torch.float32)
+        # Nothing predicts the first token of a sequence.
+        batch["counted"] = torch.tensor([len(e.text) - (not e.prompt) for e in examples])
+        batch["tokens"] = sum(e.length for e in examples)
         if all(e.reference is not None for e in examples):
-            other = self._pad([(e.reference or [], e.text) for e in examples])
+            other = form([(e.reference or [], e.text) for e in examples])
             batch |= {f"reference_{name}": value for name, value in other.items()}
         return batch
+
+    def _pack(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        import torch
+
+        row_starts = [0, *accumulate(len(prompt) + len(text) for prompt, text in pairs)]
+        # The label at a position is predicted by the position before it, which must be of the same row.
+        labels = [
+            (row, at)
+            for row, ((prompt, _), (start, end)) in enumerate(zip(pairs, pairwise(row_starts), strict=True))
+            for at in range(start + max(1, len(prompt)), end)
+        ]
+        tokens = torch.tensor([token for prompt, text in pairs for token in (*prompt, *text)])
+        rows, at = torch.tensor(labels, dtype=torch.long).reshape(-1, 2).unbind(1)
+        return {
+            "input_ids": tokens[None],
+            "position_ids": torch.cat([torch.arange(end - start) for start, end in pairwise(row_starts)])[
+                None
+            ],
+            "row_starts": row_starts,
+            "targets": tokens[at],
+            "rows": rows,
+            "predicts": at - 1,
+        }
 
     def _pad(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Tensor | int]:
         import torch

@@ -6,6 +6,7 @@ again by hand, and its text is part of the record of the checkpoint.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -106,6 +107,15 @@ def check(job: Job, where: str) -> None:
         )
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
         raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
+    if job.training.optimizer == "adamw_8bit":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise JobError(
+                f"{where}: training.optimizer: adamw_8bit needs the bitsandbytes package: pip install -e '.[8bit]'"
+            )
+        if job.sharing is not None:
+            raise JobError(
+                f"{where}: training.optimizer: adamw_8bit does not go with {job.sharing}; set it to adamw"
+            )
     if job.sharing is not None and job.training.optimizer_state == "carried":
         raise JobError(
             f"{where}: training.optimizer_state: {job.sharing} keeps the optimizer in a form of its own; set it "

@@ -52,8 +52,18 @@ def labelled(logits: Tensor, labels: Tensor) -> Outputs:
     shifted = labels[:, 1:]
     mask = shifted != IGNORE
     chosen = logits[:, :-1][mask]
-    wide = chosen if chosen.dtype == torch.float64 else chosen.float()
-    return Outputs(torch.log_softmax(wide, dim=-1), shifted[mask], mask.nonzero()[:, 0])
+    return chosen_tokens(chosen, shifted[mask], mask.nonzero()[:, 0])
+
+
+def chosen_tokens(logits: Tensor, targets: Tensor, rows: Tensor) -> Outputs:
+    """Log-probabilities of tokens that are chosen already.
+
+    Args:
+        logits: [N, V], of the positions that predict them.
+        targets: [N]; rows: [N], see ``Outputs``.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return Outputs(torch.log_softmax(wide, dim=-1), targets, rows)
 
 
 def token_nll(outputs: Outputs) -> Tensor:

@@ -3,10 +3,10 @@
     accelerate launch --num_processes 1 … -m training.train JOB.json
 
 Writes the job's ``out`` folder: model.safetensors, config.json, generation_config.json, the
-tokenizer, and last ``done.json`` {steps, rows, tokens, final_loss, losses, seconds, load_seconds,
-train_seconds, save_seconds, world_size, accelerators, peak_memory, parameters, trained_parameters,
-coefficients}. Without that file the folder is not a checkpoint. Nothing is evaluated here. On the CPU
-two runs of one job give the same bytes.
+tokenizer, and last ``done.json`` {steps, rows, tokens, tokens_per_s, final_loss, losses, seconds:
+{load, train, save}, first_step_seconds (part of train), world_size, accelerators, peak_memory,
+parameters, trained_parameters, coefficients}. Without that file the folder is not a checkpoint. Nothing
+is evaluated here. On the CPU two runs of one job give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from training.job import Job, JobError, TrainingError, read_job  # noqa: E402 (t
 from training.progress import Reporter, open_reporter  # noqa: E402
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from training.trainer import ObjectiveTrainer
 
@@ -53,10 +53,11 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
     """Load, train, save; returns what done.json says.
 
     Raises:
-        JobError: bad input, before any training.
+        JobError: bad input, before any training; or too little memory.
         NonFiniteError: the loss is no number any more; nothing is saved.
     """
     from training.examples import read_rows
+    from training.memory import enough_memory
 
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -64,20 +65,21 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
     rows = read_rows(Path(job.rows), job.template)
 
     arguments = start(job)
-    trainer, tokenizer = load(job, rows, arguments, reporter)
-    loaded = time.monotonic()
-    reporter.say(f"training on {rows.height} rows, loaded in {loaded - STARTED:.1f} s")
-
-    trainer.train()
+    with enough_memory(job):
+        trainer, tokenizer = load(job, rows, arguments, reporter)
+        loaded = time.monotonic()
+        reporter.say(f"training on {rows.height} rows, loaded in {loaded - STARTED:.1f} s")
+        trainer.train()
     trained = time.monotonic()
 
     from training.model_folder import save
 
-    losses = trainer.losses()
+    losses, tokens = trainer.losses(), trainer.total_tokens()
     facts = {
         "steps": len(losses),
         "rows": trainer.rows,
-        "tokens": trainer.total_tokens(),
+        "tokens": tokens,
+        "tokens_per_s": tokens / max(trained - loaded, 1e-9),
         "coefficients": trainer.controllers.coefficients(),
         **trainer.sizes,
         "peak_memory": trainer.peak_memory(),
@@ -89,10 +91,8 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
     done = facts | {
         "final_loss": sum(last) / len(last),
         "losses": thinned(losses),
-        "seconds": finished - STARTED,
-        "load_seconds": loaded - STARTED,
-        "train_seconds": trained - loaded,
-        "save_seconds": finished - trained,
+        "seconds": {"load": loaded - STARTED, "train": trained - loaded, "save": finished - trained},
+        "first_step_seconds": trainer.first_step_seconds,
         "world_size": arguments.world_size,
         "accelerators": 0 if arguments.device.type == "cpu" else arguments.world_size,
     }
@@ -201,6 +201,8 @@ def load(
                 f"training.objective.kl_reference_sees_condition: {job.reference} does not know the "
                 f"special tokens {job.special_tokens}; set it to false"
             )
+    if settings.packing:
+        _pack(job, model, reference, reporter)
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
         from training.lora import add_adapter
@@ -211,7 +213,9 @@ def load(
         args=arguments,
         examples=Examples(examples),
         plan=plan,
-        collator=Collator(pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0),
+        collator=Collator(
+            pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, packed=settings.packing
+        ),
         settings=settings,
         vocabulary=vocabulary,
         reporter=reporter,
@@ -225,6 +229,20 @@ def load(
             "configuration, and without ACCELERATE_USE_CPU"
         )
     return trainer, tokenizer
+
+
+def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, reporter: Reporter) -> None:
+    """Makes sure that policy and reference can read packed rows."""
+    from training.packing import prepare
+
+    row_by_row = prepare(model, job.policy)
+    if reference is not None:
+        prepare(reference, str(job.reference))
+    if not row_by_row:
+        reporter.say(
+            f"training.packing: the attention of a {type(model).__name__} goes over all rows at once, which may cost "
+            "more than the padding it saves"
+        )
 
 
 def mark_done(out: Path, done: dict[str, Any]) -> None:

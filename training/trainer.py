@@ -27,6 +27,7 @@ from training.batches import Collator, Examples, RankBatches
 from training.controllers import Controllers
 from training.job import NonFiniteError
 from training.optimizer_state import OptimizerState
+from training.packing import packed_logits
 from training.progress import Reporter
 
 REPORT_EVERY = 0.5  # seconds
@@ -67,6 +68,7 @@ def training_arguments(
         num_train_epochs=1,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
+        optim="adamw_8bit" if settings.optimizer == "adamw_8bit" else "adamw_torch_fused",
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta1=settings.betas[0],
@@ -142,6 +144,7 @@ class ObjectiveTrainer(Trainer):
         if self.reference is not None:
             self.reference.to(args.device).eval().requires_grad_(False)
         self.tokens = 0  # of this rank, padding not counted
+        self.first_step_seconds: float | None = None  # kernels are chosen and compiled in it
         self._losses: list[Tensor] = []  # of this rank, one number a step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -175,9 +178,9 @@ class ObjectiveTrainer(Trainer):
         samples = [next(epoch_iterator) for _ in range(num_batches)]
         sums = torch.zeros(3, dtype=torch.float32)
         for batch in samples:
-            counted, weights = (batch["labels"][:, 1:] != objectives.IGNORE).sum(1), batch["weights"]
+            counted, weights = batch["counted"], batch["weights"]
             sums += torch.stack([(counted * weights).sum(), weights.sum(), (weights > 0).sum()])
-            self.tokens += int(batch["attention_mask"].sum())
+            self.tokens += batch["tokens"]
         self._losses.append(torch.zeros((), device=device))
         self._sums = torch.zeros(2, device=device)
         mass, self._weight, self._rows = self.accelerator.reduce(sums.to(device), "sum")
@@ -281,14 +284,20 @@ class ObjectiveTrainer(Trainer):
 
 def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Outputs:
     """One forward pass; the output layer runs on the positions that hold labels only."""
+    bare = getattr(model, "module", model)
+    if hasattr(bare, "get_base_model"):  # adapters hand on what they do not know
+        bare = bare.get_base_model()
+    if f"{prefix}row_starts" in inputs:
+        ids, positions, starts, predicts, targets, rows = (
+            inputs[f"{prefix}{name}"]
+            for name in ("input_ids", "position_ids", "row_starts", "predicts", "targets", "rows")
+        )
+        return objectives.chosen_tokens(
+            packed_logits(model, bare, ids, positions, starts, predicts), targets, rows
+        )
     keep = inputs[f"{prefix}keep"]
-    unwrapped = getattr(model, "module", model)
-    if hasattr(unwrapped, "get_base_model"):  # adapters hand on what they do not know
-        unwrapped = unwrapped.get_base_model()
     partly = (
-        {"logits_to_keep": keep}
-        if "logits_to_keep" in inspect.signature(unwrapped.forward).parameters
-        else {}
+        {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
     )
     logits = model(
         input_ids=inputs[f"{prefix}input_ids"],
@@ -325,6 +334,8 @@ class _Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         now, trainer = time.monotonic(), self._trainer
+        if state.global_step == 1:
+            trainer.first_step_seconds = now - self._time
         if now - self._time < REPORT_EVERY and state.global_step not in (1, state.max_steps):
             return
         # Rank 0 speaks for all: its loss times the number of ranks, its tokens likewise.

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -79,7 +79,16 @@ def save_judge(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def serving(model: Path, name: str, log: Path, *options: str, seconds: float = 400) -> Iterator[str]:
-    """A server for a model under a name; gives the URL for OpenAI's clients. It is gone at the end.
+    """A server for a model under a name; gives the URL for OpenAI's clients. It is gone at the end."""
+    with server(model, log, "--served-model-name", name, *options, seconds=seconds) as (url, _):
+        yield f"{url}/v1"
+
+
+@contextlib.contextmanager
+def server(
+    model: Path, log: Path, *options: str, seconds: float = 400, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, Supervised]]:
+    """A server for a model: its URL, and the process, which may be stopped. It is gone at the end.
 
     Not the command `vllm serve`: in the build for the CPU that does not find its own version.
     """
@@ -88,18 +97,19 @@ def serving(model: Path, name: str, log: Path, *options: str, seconds: float = 4
         port = probe.getsockname()[1]
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", str(model), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)),
+        *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--enforce-eager", *options),
         # On a CPU, vLLM fails when the prompt of a request with a seed is read in more than one step.
         "--no-enable-chunked-prefill",
     ]
+    url, variables = f"http://127.0.0.1:{port}", {**ENVIRONMENT, **(environment or {})}
     with log.open("wb") as stream:
-        server = Supervised(command, env=ENVIRONMENT, stdout=stream, stderr=subprocess.STDOUT)
+        started = Supervised(command, env=variables, stdout=stream, stderr=subprocess.STDOUT)
         try:
-            _wait(server, f"http://127.0.0.1:{port}/health", log, seconds)
-            yield f"http://127.0.0.1:{port}/v1"
+            _wait(started, f"{url}/health", log, seconds)
+            yield url, started
         finally:
-            server.stop()
+            started.stop()
 
 
 def _wait(server: Supervised, url: str, log: Path, seconds: float) -> None:

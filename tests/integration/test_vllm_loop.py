@@ -10,7 +10,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
 import vllm_models
 
+from resources.transformers_sampler import TransformersSampler
 from tests.integration.conftest import Place, new_place
+from textalign_dagster.conditioning import render
+from textalign_dagster.experiment_files import PROJECT, Library
 
 COUNTED = Path(__file__).with_name("counted.py")
 ENGINE = ("--set", "sampling.engine=vllm")
@@ -39,6 +42,27 @@ def test_one_engine_serves_all_iterations(sampled: tuple[Place, str]) -> None:
     # The second iteration's samples are those of its own policy.
     policies = [place.frame(name, k, "generations")["policy_hash"][0] for k in (1, 2)]
     assert policies[0] != policies[1]
+
+
+def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, str]) -> None:
+    """The weights that were put into the running engine, its output head (tied to the embeddings) with them."""
+    place, name = sampled
+    rows = place.frame(name, 2, "generations")
+    folder = place.artifact(name, 1, "checkpoint").path("model")
+    template = Library((place.experiments, PROJECT / "experiments")).load("toy").method.template
+    pairs = [
+        (render(template, condition, prompt), text)
+        for condition, prompt, text in rows.select("condition", "prompt", "text").rows()
+    ]
+    with TransformersSampler(threads=1) as embedded:
+        found = embedded.logprobs(folder, pairs)
+    same = [  # whose text gives the tokens again that were drawn
+        (logprob, total)
+        for logprob, tokens, (total, count) in zip(rows["logprob"], rows["n_tokens"], found, strict=True)
+        if tokens == count
+    ]
+    assert len(same) >= 3
+    assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=1e-3)
 
 
 def test_how_vllm_is_run_changes_no_sample(sampled: tuple[Place, str]) -> None:

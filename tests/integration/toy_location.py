@@ -36,6 +36,7 @@ class ToySampler:
     engine = "toy"
     engine_version = "1"
     on_accelerator = False
+    load_seconds = 0.0
 
     def generate(
         self,
@@ -102,8 +103,9 @@ class ToyLauncher(LocalLauncher):
             "tokens": 256,
             "final_loss": 1.5,
             "losses": [2.0, 1.5],
-            "train_seconds": 0.1,
-            "load_seconds": 0.1,
+            "tokens_per_s": 2560.0,
+            "seconds": {"load": 0.1, "train": 0.1, "save": 0.1},
+            "first_step_seconds": 0.05,
             "accelerators": 0,
             "peak_memory": None,
             "coefficients": {},

@@ -19,7 +19,7 @@ import vllm_models
 
 from resources.sampler import Completion, Decoding, Request, SamplerError
 from resources.transformers_sampler import TransformersSampler
-from resources.vllm_sampler import VllmSampler, frame
+from resources.vllm_sampler import VllmSampler, cache_root, frame
 from resources.worker_shares import call_all, shares, together, visible_devices
 from textalign_dagster import preflight
 from textalign_dagster.experiment import Sampling
@@ -42,6 +42,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "llama": vllm_models.save(root / "llama", "llama", tokenizer),
         "trained": vllm_models.save(root / "trained", "llama", tokenizer, seed=1),
         "gpt2": vllm_models.save(root / "gpt2", "gpt2", tokenizer),
+        "trained gpt2": vllm_models.save(root / "trained_gpt2", "gpt2", tokenizer, seed=1),
     }
 
 
@@ -98,6 +99,29 @@ def test_it_says_what_the_embedded_engine_says(
     agree(engine, embedded, folders["llama"])
     scored(engine, embedded, folders["llama"], engine.generate(folders["llama"], REQUESTS, WARM))
     assert not engine.on_accelerator or torch.cuda.is_available()
+
+
+def test_what_is_compiled_is_kept_between_runs(
+    folders: dict[str, Path], engine: VllmSampler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine.generate(folders["llama"], REQUESTS, GREEDY)
+    environment = Path(f"/proc/{process(engine)}/environ").read_bytes().split(b"\0")
+    assert f"VLLM_CACHE_ROOT={cache_root()}".encode() in environment
+    monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
+    monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path))
+    assert cache_root() == str(tmp_path / "cache" / "vllm")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/elsewhere")  # whoever has said so
+    assert cache_root() == "/elsewhere"
+
+
+def test_the_model_is_read_once(folders: dict[str, Path], engine: VllmSampler) -> None:
+    engine.generate(folders["trained"], REQUESTS, GREEDY)
+    before = engine.load_seconds
+    engine.generate(folders["llama"], REQUESTS, GREEDY)
+    swapped = engine.load_seconds - before
+    engine.generate(folders["llama"], REQUESTS, GREEDY)
+    again = engine.load_seconds - before - swapped
+    assert before > swapped > again > 0  # an engine started, weights swapped, nothing to do
 
 
 def test_a_seed_gives_its_completion_again(folders: dict[str, Path], engine: VllmSampler) -> None:
@@ -192,6 +216,20 @@ def test_another_architecture_starts_another_engine(
     agree(engine, embedded, folders["gpt2"])
     assert process(engine) != before
     scored(engine, embedded, folders["gpt2"], engine.generate(folders["gpt2"], REQUESTS, WARM))
+
+
+def test_weights_take_their_place_in_tied_heads_too(
+    folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
+) -> None:
+    engine.generate(folders["gpt2"], REQUESTS, GREEDY)
+    before = process(engine)
+    agree(engine, embedded, folders["trained gpt2"])
+    assert process(engine) == before
+    scored(
+        engine, embedded, folders["trained gpt2"], engine.generate(folders["trained gpt2"], REQUESTS, WARM)
+    )
+    agree(engine, embedded, folders["gpt2"])
+    assert process(engine) == before
 
 
 def test_models_with_one_frame_differ_in_weights_only(folders: dict[str, Path], tmp_path: Path) -> None:

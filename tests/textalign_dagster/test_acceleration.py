@@ -191,6 +191,18 @@ def test_combinations_that_mean_nothing() -> None:
             training(**settings)
 
 
+def test_moments_in_8_bits() -> None:
+    accepted(optimizer="adamw_8bit", processes=2)
+    assert "adamw_8bit needs the bitsandbytes package: pip install -e '.[8bit]'" in refusal(
+        optimizer="adamw_8bit", installed=False
+    )
+    for name in ("zero2", "fsdp"):
+        told = refusal(devices=2, optimizer="adamw_8bit", processes=2, accelerate=name)
+        assert f"training.optimizer: adamw_8bit cannot be had with {name}" in told
+    with pytest.raises(SettingsError, match=r"optimizer_state: moments in 8 bits .* set it to fresh"):
+        training(optimizer="adamw_8bit", optimizer_state="carried")
+
+
 def test_shares_and_counts_of_blocks_stay_what_they_are() -> None:
     for value in (1, 1.0, 0, 0.0, None):
         again = training(**json.loads(training(trainable_layers=value).model_dump_json()))
@@ -205,7 +217,8 @@ def test_a_configuration_counts_by_what_it_says(tmp_path: Path) -> None:
 
     plain = settings()
     assert settings("training.gradient_checkpointing=true") == plain
-    for override in ("mixed_precision=bf16", "trainable_layers=2", "lora.rank=4", "optimizer_state=carried"):
+    for override in ("mixed_precision=bf16", "trainable_layers=2", "lora.rank=4", "optimizer_state=carried", "packing=true",
+                     "optimizer=adamw_8bit"):  # fmt: skip
         assert settings(f"training.{override}") != plain
     first = config_file(tmp_path, deepspeed_config={"zero_stage": 2})
     (tmp_path / "elsewhere").mkdir()

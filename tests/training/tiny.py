@@ -46,12 +46,12 @@ def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocabulary: int, seed: int = 0, tied: bool = True) -> LlamaForCausalLM:
+def make_model(vocabulary: int, seed: int = 0, tied: bool = True, width: int = 32) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,

@@ -1,0 +1,365 @@
+"""The worker behind `endpoints_sampler.EndpointsSampler`: text to tokens here, tokens to more of them there.
+
+    python -m resources.endpoints_worker '{"urls": ["http://gpu1:8000"], "dtype": "bfloat16", ...}'
+
+A call is {"op": "generate" | "logprobs" | "version", ...}; `worker_process` has the protocol. A result is
+{"rows": [...], "left_out": {url: why}}.
+
+It holds no model. The servers read token ids and give token ids, so that text is tokenised by the rule of
+all engines, and each completion is a request of its own, with its own seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from resources.endpoints import EndpointError, Endpoints, Server, ServerFault, connected
+from resources.prompt_room import check
+from resources.served_weights import (
+    ALIKE,
+    APART,
+    PROBED,
+    TEXT,
+    apart,
+    give,
+    have,
+    label_of,
+    probe,
+    reference,
+    scoring,
+    still_has,
+    token_logprobs,
+)
+from resources.vllm_worker import check_temperature, vllm_seed
+from resources.worker_process import (
+    CallError,
+    Report,
+    die_with_parent,
+    protocol,
+    quiet_transformers,
+    serve,
+    version_of,
+)
+
+NEVER = -100.0  # the lowest bias that the interface takes; what is drawn all the same is refused
+LOST = -9999.0  # what a server says instead of minus infinity
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    die_with_parent(settings["parent"])
+    calls, send = protocol()
+    quiet_transformers()
+    engine = Engine(settings)
+    send({"ready": {"device": "cpu"}})
+    serve(calls, send, lambda call, report: answer(engine, call, report))
+
+
+class Engine:
+    """The servers, and what is known of the policy whose weights they are to have."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.identity: object = None
+        self.folder, self.label = Path(), ""
+        self.tokenizer: Any = None
+        self.end_ids: tuple[int, ...] = ()
+        self.outputs = 0  # number of logits
+        self.context = 0  # tokens of a prompt and its completion
+        self.probed: list[int] = []
+        self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
+        self.known: dict[tuple[str, str], list[float]] = {}  # by server and policy: what it said of the probe
+
+    def read(self, folder: Path) -> None:
+        """Read what is needed of a policy on this side."""
+        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+        from textalign_dagster import tokenisation
+
+        identity = version_of(folder)
+        if identity == self.identity:
+            return
+        self.identity = None
+        trusted = self.settings["trust_remote_code"]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            self.outputs = int(config.get_text_config(decoder=True).vocab_size)
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({said})") from error
+        if len(self.tokenizer) > self.outputs:
+            raise CallError(
+                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {self.outputs} "
+                "embeddings; resize the model's embeddings before saving it"
+            )
+        generation = None
+        if (folder / "generation_config.json").is_file():
+            generation = GenerationConfig.from_pretrained(folder)
+        self.end_ids = tokenisation.end_ids(self.tokenizer, generation)
+        self.probed = tokenisation.encode_prompts(self.tokenizer, [TEXT])[0][:PROBED]
+        self.expected = None
+        self.label, self.folder, self.identity = label_of(folder, identity), folder, identity
+
+    async def use(self, endpoints: Endpoints) -> dict[str, list[float]]:
+        """Have the policy's weights in every server; URL → what it says of the probe.
+
+        Raises:
+            EndpointError: no server can have them, or one has something else.
+        """
+        said: dict[str, list[float]] = {}
+
+        async def prepare(server: Server) -> None:
+            await have(server, self.folder, self.label)
+            said[server.url] = await probe(server, self.probed)
+            if self._changed(server.url, said[server.url]):  # by somebody, under the same name
+                with contextlib.suppress(ServerFault):  # which cannot be given any: told below
+                    await give(server, self.folder, self.label)
+                    said[server.url] = await probe(server, self.probed)
+
+        if self.settings["verify"] and self.expected is None:
+            arguments = (self.folder, self.settings["dtype"], self.settings["trust_remote_code"], self.probed)
+            self.expected = await asyncio.to_thread(reference, *arguments)
+        await endpoints.each(prepare)
+        if not endpoints.live:
+            raise endpoints.nobody()
+        live = [server.url for server in endpoints.live]
+        for url in live:
+            for other in (said[live[0]], *([self.expected] if self.expected else [])):
+                if apart(said[url], other) > APART[self.settings["dtype"]]:
+                    raise EndpointError(
+                        f"{url} does not have the weights of {self.folder}, or not in {self.settings['dtype']}: it "
+                        f"finds a text {apart(said[url], other):.2g} nats a token more or less likely than "
+                        f"{'transformers' if other is self.expected else live[0]} does; start it with --dtype "
+                        f"{self.settings['dtype']} (policy.dtype), let nobody else change its weights, and use a "
+                        "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
+                    )
+        self.known |= {(url, self.label): said[url] for url in live}
+        self.context = min(server.room for server in endpoints.live)
+        return said
+
+    async def unchanged(self, endpoints: Endpoints, before: dict[str, list[float]]) -> None:
+        """Every server that has answered has still the weights it had ``before``.
+
+        Raises:
+            EndpointError: one has not.
+        """
+
+        async def again(server: Server) -> None:
+            same = await still_has(server, self.label)
+            now = await probe(server, self.probed)
+            if not same or apart(before[server.url], now) > ALIKE[self.settings["dtype"]]:
+                raise EndpointError(
+                    f"the weights of {server.url} were changed while it sampled from {self.folder}: what it gave "
+                    "is thrown away; let one experiment at a time use a server, and run this again"
+                )
+
+        await endpoints.each(again)
+
+    def _changed(self, url: str, said: list[float]) -> bool:
+        """Whether a server cannot have the weights it had under this name, or those of the policy."""
+        dtype, before = self.settings["dtype"], self.known.get((url, self.label))
+        if before is not None and apart(said, before) > ALIKE[dtype]:
+            return True
+        return self.expected is not None and apart(said, self.expected) > APART[dtype]
+
+
+def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, Any]:
+    """The rows of a call; raises `CallError`."""
+    from textalign_dagster.tokenisation import BannedTokenError
+
+    try:
+        if call["op"] == "version":
+            return asyncio.run(with_servers(engine, versions))
+        engine.read(Path(call["model"]))
+        work = generate if call["op"] == "generate" else logprobs
+
+        async def checked(endpoints: Endpoints) -> list[Any]:
+            before = await engine.use(endpoints)
+            report(0)
+            rows = await work(engine, endpoints, call, report)
+            await engine.unchanged(endpoints, before)
+            return rows
+
+        return asyncio.run(with_servers(engine, checked))
+    except EndpointError as error:
+        raise CallError(str(error)) from error
+    except BannedTokenError as error:
+        raise CallError(f"{engine.folder}: {error}") from error
+
+
+async def with_servers(
+    engine: Engine, work: Callable[[Endpoints], Coroutine[Any, Any, list[Any]]]
+) -> dict[str, Any]:
+    """What ``work`` gives, and the servers that were left out meanwhile."""
+    settings, key = engine.settings, None
+    if settings["api_key_env"] is not None:
+        key = os.environ.get(settings["api_key_env"], "").strip()
+        if not key:
+            raise CallError(
+                f"the environment variable {settings['api_key_env']} (sampling.endpoints.api_key_env) is not "
+                "set; put the servers' key there"
+            )
+    async with connected(
+        settings["urls"],
+        key=key,
+        timeout_s=settings["timeout_s"],
+        connections=settings["batch_size"] * len(settings["urls"]),
+    ) as endpoints:
+        rows = await work(endpoints)
+        return {"rows": rows, "left_out": endpoints.left_out}
+
+
+async def versions(endpoints: Endpoints) -> list[Any]:
+    """The version of vLLM that all servers have, as the only row."""
+    found: dict[str, str] = {}
+
+    async def ask(server: Server) -> None:
+        said = await server.get("/version")
+        if said is None or "version" not in said:
+            raise ServerFault("it does not say which vLLM it is, at /version", gone=False)
+        found[server.url] = str(said["version"])
+
+    await endpoints.each(ask)
+    if not found:
+        raise endpoints.nobody()
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{url} {version}" for url, version in found.items())
+        raise EndpointError(f"sampling.endpoints.urls: servers of different versions ({told}); give one")
+    return list(found.values())[:1]
+
+
+async def generate(
+    engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
+) -> list[list[dict[str, Any]]]:
+    """For each request, a dictionary of `sampler.Completion` for each seed."""
+    from textalign_dagster import tokenisation
+
+    tokenizer, wanted = engine.tokenizer, call["decoding"]
+    check_temperature(wanted["temperature"])
+    texts = [prompt for prompt, _ in call["requests"]]
+    prompts = tokenisation.encode_prompts(tokenizer, texts)
+    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)
+    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
+    banned = set(range(engine.outputs)).difference(tokenizer.get_vocab().values())
+    banned |= set(tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]))
+    common: dict[str, Any] = {
+        "n": 1,
+        "temperature": wanted["temperature"],
+        "top_k": wanted["top_k"],
+        "top_p": wanted["top_p"],
+        # What is not said here, a server takes from its model's generation_config.json.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": wanted["max_new_tokens"],
+        # An end token that must not be drawn before the last place cannot be drawn at all.
+        "min_tokens": wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
+        "ignore_eos": True,  # the end tokens are those of `tokenisation`, as stop_token_ids
+        "stop_token_ids": list(engine.end_ids),
+        "logit_bias": {str(token): NEVER for token in sorted(banned)} or None,
+        "logprobs": 0,  # the drawn token's own, under the model
+        "return_token_ids": True,
+    }
+    bodies = [
+        {**common, "prompt": prompt, "seed": vllm_seed(seed)}
+        for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
+        for seed in seeds
+    ]
+
+    def drawn(choice: dict[str, Any], _: int) -> tuple[list[int], bool, float]:
+        ids, terms = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids or terms is None or len(ids) != len(terms):
+            raise EndpointError("a server gives no token ids; it must be vLLM, of a version that knows them")
+        if not banned.isdisjoint(ids):
+            raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm bans it for good")
+        return ids, choice["finish_reason"] == "stop", finite(engine, terms)
+
+    found = await every(engine, endpoints, bodies, drawn, report)
+    decoded = tokenisation.decode(tokenizer, [ids[:-1] if ended else ids for ids, ended, _ in found])
+    completions = iter(
+        {
+            "text": text,
+            "n_tokens": len(ids),
+            "finish_reason": "stop" if ended else "length",
+            "logprob": logprob,
+        }
+        for (ids, ended, logprob), text in zip(found, decoded, strict=True)
+    )
+    return [[next(completions) for _ in seeds] for _, seeds in call["requests"]]
+
+
+async def logprobs(
+    engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
+) -> list[tuple[float, int]]:
+    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    from textalign_dagster import tokenisation
+
+    pairs = call["pairs"]
+    prompts = tokenisation.encode_prompts(engine.tokenizer, [prompt for prompt, _ in pairs])
+    texts = tokenisation.encode_texts(engine.tokenizer, [text for _, text in pairs])
+    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
+    some = [index for index, text in enumerate(texts) if text]
+    nothing = len(texts) - len(some)
+
+    def scored(choice: dict[str, Any], place: int) -> float:
+        prompt, text = prompts[some[place]], texts[some[place]]
+        return finite(engine, token_logprobs(choice, prompt + text, len(prompt)))
+
+    bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in some]
+    sums = await every(engine, endpoints, bodies, scored, lambda done: report(nothing + done))
+    results = [(0.0, len(text)) for text in texts]
+    for index, total in zip(some, sums, strict=True):
+        results[index] = (total, len(texts[index]))
+    return results
+
+
+async def every(
+    engine: Engine,
+    endpoints: Endpoints,
+    bodies: Sequence[dict[str, Any]],
+    read: Callable[[dict[str, Any], int], T],
+    report: Report,
+) -> list[T]:
+    """What ``read`` makes of the answer to each body, in their order; many are under way at once."""
+    results: dict[int, T] = {}
+    left = iter(enumerate(bodies))
+
+    async def work() -> None:
+        for index, body in left:
+            results[index] = read(await endpoints.complete(body), index)
+            report(len(results))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(bodies), engine.settings["batch_size"] * len(endpoints.live))):
+                group.create_task(work())
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return [results[index] for index in range(len(bodies))]
+
+
+def finite(engine: Engine, terms: Sequence[float | None]) -> float:
+    """The sum of the log-probabilities; raises `CallError` where the model gave none."""
+    if any(term is None or not math.isfinite(term) or term <= LOST for term in terms):
+        raise CallError(
+            f"{engine.folder}: the model's logits are not finite; its training has diverged, or its numbers "
+            f"overflow in {engine.settings['dtype']}"
+        )
+    return math.fsum(term for term in terms if term is not None)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,157 @@
+"""What a training says while it runs: Pipes messages out of a file, as they come."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import dagster as dg
+from dagster_pipes import PipesDefaultMessageWriter
+
+# Dagster calls a method of its own that it warns of, in each session.
+warnings.filterwarnings(
+    "ignore", message=r".*expected_writer_count", category=dg.PreviewWarning, module=r"dagster\."
+)
+OnProgress = Callable[[dict[str, Any]], None]
+POLL = 0.05  # seconds between two looks for messages
+POLL_FILES = 0.2  # the same, where each look opens a file on a network file system
+
+
+@dataclass
+class Heard:
+    """What the child said, as far as Dagster does not keep it."""
+
+    on_progress: OnProgress
+    exception: tuple[str, str] | None = None
+    error: Exception | None = None
+
+    def listen(self, message: Mapping[str, Any]) -> None:
+        params = message.get("params") or {}
+        if message["method"] == "closed" and params.get("exception"):
+            name, text = (
+                params["exception"].get("name") or "error",
+                params["exception"].get("message") or "",
+            )
+            # Pipes sends what a traceback ends with: "package.module.Name: message".
+            self.exception = (name, (text.partition(f"{name}: ")[2] or text).strip())
+        payload = params.get("payload") if message["method"] == "report_custom_message" else None
+        if isinstance(payload, dict) and "progress" in payload and self.error is None:
+            try:
+                self.on_progress(payload["progress"])
+            except Exception as error:  # noqa: BLE001 the reader must go on: the child's last words come later
+                self.error = error
+
+
+class LiveReader(dg.PipesMessageReader):
+    """Reads the child's messages as they come, whole lines only.
+
+    Dagster's reader of files takes half a line for a line when it looks while one is being written,
+    and reads no more then: a busy machine would lose the child's last words.
+    """
+
+    def __init__(self, heard: Heard):
+        self._heard = heard
+
+    @contextmanager
+    def read_messages(self, handler: Any) -> Iterator[Any]:
+        over = threading.Event()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "messages"
+            path.touch()
+            thread = threading.Thread(target=self._read, args=(path, handler, over), daemon=True)
+            thread.start()
+            try:
+                yield to_file(str(path))
+            finally:
+                over.set()
+                thread.join()
+
+    def _read(self, path: Path, handler: Any, over: threading.Event) -> None:
+        try:
+            for line in self._lines(path, over):
+                message = json.loads(line)
+                self._heard.listen(message)
+                handler.handle_message(message)
+        except Exception:  # noqa: BLE001 a thread has nobody to raise to
+            handler.report_pipes_framework_exception("reader of the child's messages", sys.exc_info())
+
+    def _lines(self, path: Path, over: threading.Event) -> Iterator[bytes]:
+        with path.open("rb") as stream:
+            yield from whole_lines(stream, over)
+
+    def no_messages_debug_text(self) -> str:
+        return "Attempted to read messages from a file that the child was told of."
+
+
+class FileReader(LiveReader):
+    """Reads messages out of a file that another machine writes, as they come.
+
+    The file is opened anew for each look: a network file system shows then what is new.
+    """
+
+    def __init__(self, heard: Heard, path: Path):
+        super().__init__(heard)
+        self._path = path
+
+    @contextmanager
+    def read_messages(self, handler: Any) -> Iterator[Any]:
+        over = threading.Event()
+        thread = threading.Thread(target=self._read, args=(self._path, handler, over), daemon=True)
+        thread.start()
+        try:
+            yield to_file(str(self._path))
+        finally:
+            over.set()
+            thread.join()
+
+    def _lines(self, path: Path, over: threading.Event) -> Iterator[bytes]:
+        read = 0
+        while True:
+            last = over.is_set()  # looked at first: what was written before it is still read
+            for line in new_lines(path, read):
+                read += len(line)
+                yield line
+            if last:
+                return
+            over.wait(POLL_FILES)
+
+
+def new_lines(path: Path, start: int) -> list[bytes]:
+    """The whole lines of a file from a byte on; none where it does not exist yet."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return [line for line in stream if line.endswith(b"\n")]
+    except FileNotFoundError:
+        return []
+
+
+def whole_lines(stream: IO[bytes], over: threading.Event) -> Iterator[bytes]:
+    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
+    line = b""
+    while True:
+        last = over.is_set()  # looked at first: what was written before it is still read
+        line += stream.readline()
+        if line.endswith(b"\n"):
+            yield line
+            line = b""
+        elif last:
+            return
+        else:
+            over.wait(POLL)
+
+
+def to_file(path: str) -> dict[str, Any]:
+    """Tells a child to write its messages to a file."""
+    return {
+        PipesDefaultMessageWriter.FILE_PATH_KEY: path,
+        PipesDefaultMessageWriter.INCLUDE_STDIO_IN_MESSAGES_KEY: False,
+    }

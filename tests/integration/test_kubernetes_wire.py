@@ -1,0 +1,306 @@
+"""A wire test: what a training says to Kubernetes and makes of the answers. The server is our own and its
+pods are local processes, so nothing of this was tested on Kubernetes."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+
+pytest.importorskip("dagster_k8s", reason="needs the extra `k8s`")
+
+from resources.kubernetes_launcher import KubernetesLauncher, check_kubernetes
+from resources.launcher import Launched
+from tests.integration.fake_kubernetes import Cluster, fake_kubernetes
+from tests.toy import PROJECT
+from textalign_dagster.experiment_files import Library
+from textalign_dagster.kubernetes_settings import Kubernetes
+from textalign_dagster.settings import SettingsError, validate
+from textalign_dagster.training_settings import Training
+
+PATIENCE = 60.0  # seconds
+
+TRAINER = """
+import json, os, pathlib, signal, sys, time
+from dagster_pipes import open_dagster_pipes
+
+what, gate, out = sys.argv[1], pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[3])
+print("the trainer's first line", flush=True)
+with open_dagster_pipes() as context:
+    assert os.environ["FROM_TEST"] == "it's" and context.extras == {"cell": "toy|001"}
+    context.report_custom_message({"progress": {"done": 1, "total": 2}})
+    if what == "bad input":
+        raise type("JobError", (Exception,), {})("rows: no such file")
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    (gate / "started").touch()
+    deadline = time.monotonic() + 60
+    while not (gate / "go").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    context.report_custom_message({"progress": {"done": 2, "total": 2}})
+    if what != "silent":
+        (out / "done.json").write_text(json.dumps({"steps": 2, "seconds": {"load": 1.0, "train": 0.5}}))
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+import dagster as dg
+from tests.integration.test_kubernetes_wire import train
+
+folder = Path(sys.argv[1])
+train(folder, instance=dg.DagsterInstance.local_temp(str(folder / "instance")))
+"""
+
+
+def settings(folder: Path) -> Kubernetes:
+    return Kubernetes(
+        image="textalign:1",
+        python=sys.executable,
+        namespace="lab",
+        volume_claim="data",
+        mount_path=str(folder),
+        gpus=2,
+        cpu="8",
+        memory="64Gi",
+        node_selector={"gpu": "a100"},
+        tolerations=[{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        service_account="trainer",
+        env_from_secrets=["huggingface"],
+    )
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    with fake_kubernetes(tmp_path) as found:
+        monkeypatch.setenv("KUBECONFIG", str(found.kubeconfig))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        # Where the client looks is decided when it is imported.
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(found.kubeconfig)
+        )
+        yield found
+
+
+def train(
+    folder: Path,
+    what: str = "train",
+    *,
+    heard: Callable[[dict[str, Any]], None] = lambda _: None,
+    instance: dg.DagsterInstance | None = None,
+    settling: float = 10.0,
+) -> Launched:
+    """A training inside a step of an asset; raises what the step raises."""
+    (folder / "trainer.py").write_text(TRAINER)
+    found: list[Launched] = []
+
+    def place(name: str) -> Path:
+        (folder / "draft" / name).mkdir(parents=True, exist_ok=True)
+        return folder / "draft" / name
+
+    def write(place: Callable[[str], Path]) -> list[str]:
+        (place("model") / "done.json").unlink(missing_ok=True)
+        return ["python", str(folder / "trainer.py"), what, str(folder), str(place("model"))]
+
+    @dg.asset
+    def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        launcher = KubernetesLauncher(settings(folder), "key", folder, every=0.1, settling=settling)
+        found.append(
+            launcher.train(
+                context,
+                place,
+                write,
+                extras={"cell": "toy|001"},
+                env={"FROM_TEST": "it's"},
+                on_progress=heard,
+                log=folder / "logs" / "train.log",
+            )
+        )
+        return dg.MaterializeResult()
+
+    dg.materialize([checkpoint], instance=instance)
+    return found[0]
+
+
+def until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(0.05)
+
+
+def worker(folder: Path) -> subprocess.Popen[bytes]:
+    """A process of Dagster's with a training, once that has begun."""
+    (folder / "instance").mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(folder)],
+        cwd=PROJECT,
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until((folder / "started").exists, "a training")
+    return process
+
+
+def test_a_pod_trains(tmp_path: Path, cluster: Cluster) -> None:
+    seen: list[int] = []
+
+    def heard(values: dict[str, Any]) -> None:
+        seen.append(values["done"])
+        (tmp_path / "go").touch()  # the trainer waits for it: progress is heard while it runs
+
+    launched = train(tmp_path, heard=heard)
+    assert launched == Launched(1.5, {"steps": 2, "seconds": {"load": 1.0, "train": 0.5}}) and seen == [1, 2]
+    assert "the trainer's first line" in (tmp_path / "logs" / "train.log").read_text()
+    assert not (tmp_path / "logs" / "train.messages").exists()
+    assert cluster.pods == {}  # deleted
+
+    (body,) = cluster.created
+    container = body["spec"]["containers"][0]
+    assert container["resources"] == {
+        "limits": {"nvidia.com/gpu": "2", "memory": "64Gi"},
+        "requests": {"cpu": "8", "memory": "64Gi"},
+    }
+    assert {"name": "data", "mountPath": str(tmp_path)} in container["volumeMounts"]
+    assert container["envFrom"] == [{"secretRef": {"name": "huggingface"}}]
+    assert body["spec"]["nodeSelector"] == {"gpu": "a100"}
+    assert body["spec"]["tolerations"][0]["key"] == "gpu" and body["spec"]["restartPolicy"] == "Never"
+    validator = pytest.importorskip("kubernetes_validate")
+    told = {"apiVersion": "v1", "kind": "Pod", **body}
+    validator.validate(told, validator.latest_version(), strict=True)
+    told["spec"]["containers"][0]["resourcez"] = {}
+    with pytest.raises(validator.ValidationError):  # it would have been seen
+        validator.validate(told, validator.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    {
+        "bad input": r"JobError: rows: no such file \(pod dagster-\S+: Failed, Error, exit code 1\)",
+        "killed": r"ran out of memory \(Failed, OOMKilled, exit code 137\): raise training.k8s.memory",
+        "silent": r"ended with exit code 0, but the trainer did not say that it is done",
+    }.items(),
+)
+def test_an_end_is_what_it_is(tmp_path: Path, cluster: Cluster, what: str, words: str) -> None:
+    (tmp_path / "go").touch()
+    with pytest.raises(dg.Failure, match=words) as failure:
+        train(tmp_path, what, settling=1.0)
+    assert failure.value.allow_retries == (what != "bad input")
+    assert "first line" in str(failure.value.metadata["end of log"].value)
+    assert cluster.pods == {}
+
+
+def test_a_cancelled_run_deletes_its_pod(tmp_path: Path, cluster: Cluster) -> None:
+    process = worker(tmp_path)
+    assert len(cluster.pods) == 1
+    process.send_signal(signal.SIGINT)
+    process.wait(PATIENCE)
+    assert cluster.pods == {} and any(call.startswith("DELETE") for call in cluster.calls)
+
+
+def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, cluster: Cluster) -> None:
+    process = worker(tmp_path)
+    process.kill()
+    process.wait()
+    (left,) = cluster.pods
+    with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
+        # As long as Dagster takes the run for a living one, its pod is not touched.
+        with pytest.raises(dg.Failure, match=rf"trains the same in pod {left}; wait for it"):
+            train(tmp_path, instance=instance)
+        assert list(cluster.pods) == [left]
+        instance.report_run_failed(instance.get_runs()[-1])
+        (tmp_path / "go").touch()
+        assert train(tmp_path, instance=instance).done is not None
+    assert cluster.pods == {} and len(cluster.created) == 2
+
+
+def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: Cluster) -> None:
+    assert check_kubernetes(settings(tmp_path)) == "kubernetes: namespace lab, image textalign:1"
+    elsewhere = settings(tmp_path).model_copy(update={"mount_path": "/data"})
+    with pytest.raises(SettingsError, match=r"mount_path: .* is not below /data: the pod could not see it"):
+        KubernetesLauncher(elsewhere, "key", tmp_path).train(
+            None,  # type: ignore[arg-type]
+            lambda name: tmp_path / name,
+            lambda place: [],
+            extras={},
+            env={},
+            on_progress=lambda _: None,
+            log=tmp_path / "log",
+        )
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        config = re.sub(
+            r"127.0.0.1:\d+", f"127.0.0.1:{nobody.getsockname()[1]}", cluster.kubeconfig.read_text()
+        )
+    cluster.kubeconfig.write_text(config)
+    with pytest.raises(SettingsError, match="does not answer"):
+        check_kubernetes(settings(tmp_path))
+    cluster.kubeconfig.unlink()
+    with pytest.raises(
+        SettingsError, match=r"nothing says where the Kubernetes cluster is .* set KUBECONFIG"
+    ):
+        check_kubernetes(settings(tmp_path))
+
+
+def test_settings() -> None:
+    def refusal(**k8s: Any) -> str:
+        with pytest.raises(SettingsError) as error:
+            validate(Training, {"launcher": "k8s", "k8s": k8s}, "here")
+        return str(error.value)
+
+    assert "k8s.image: missing" in refusal(volume_claim="data")
+    assert "k8s.volume_claim: missing" in refusal(image="x")
+    assert "set it to 4, one for each" in refusal(image="x", volume_claim="data", gpus=4)
+    assert "from / on" in refusal(image="x", volume_claim="data", mount_path="data")
+    assert json.dumps(Training().k8s.model_dump())
+
+
+def manifests() -> list[dict[str, Any]]:
+    text = (PROJECT / "deploy/kubernetes/textalign.yaml").read_text(encoding="utf-8")
+    return list(yaml.safe_load_all(text))
+
+
+@pytest.mark.parametrize("manifest", manifests(), ids=lambda m: f"{m['kind']} {m['metadata']['name']}")
+def test_manifests_are_what_kubernetes_reads(manifest: dict[str, Any]) -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    validator.validate(manifest, validator.latest_version(), strict=True)
+
+
+def test_manifests_agree_with_each_other() -> None:
+    every: dict[str, dict[str, Any]] = {}
+    for manifest in manifests():
+        every.setdefault(manifest["kind"], {})[manifest["metadata"]["name"]] = manifest
+    config = every["ConfigMap"]["textalign"]["data"]
+    instance = (PROJECT / "deploy/compose/dagster.yaml").read_text(encoding="utf-8")  # of the image
+    wanted = set(re.findall(r"env: (\w+)", instance))
+    assert wanted - config.keys() == {"TEXTALIGN_POSTGRES_PASSWORD"}  # in the secret
+    workspace = yaml.safe_load((PROJECT / "deploy/compose/workspace.yaml").read_text(encoding="utf-8"))
+    server = workspace["load_from"][0]["grpc_server"]
+    assert every["Service"][server["host"]]["spec"]["ports"] == [{"port": server["port"]}]
+    assert config["TEXTALIGN_POSTGRES_HOST"] in every["Service"]
+    for name, deployment in every["Deployment"].items():
+        pod = deployment["spec"]["template"]["spec"]
+        claims = {
+            v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v
+        }
+        assert claims <= every["PersistentVolumeClaim"].keys()
+        (container,) = pod["containers"]
+        if name != "postgres":
+            assert {"name": "data", "mountPath": config["TEXTALIGN_HOME"]} in container["volumeMounts"]
+    settings = (
+        Library((PROJECT / "deploy/kubernetes", PROJECT / "experiments")).load("my_cluster").training.k8s
+    )
+    assert settings.volume_claim in every["PersistentVolumeClaim"]
+    assert settings.mount_path == config["TEXTALIGN_HOME"]

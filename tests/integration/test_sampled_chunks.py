@@ -1,0 +1,69 @@
+"""kill -9 in the middle of sampling: chunks that were finished are not sampled again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from resources.sampled_chunks import CHUNK
+from tests.integration.conftest import Place, new_place
+from tests.toy import PROJECT
+from textalign_dagster.settings import write_yaml
+
+SAMPLING = str(Path(__file__).with_name("sampling_killed.py"))
+
+
+def place_with_chunks(folder: Path) -> Place:
+    """A place with the toy in chunks of five: of its four prompts with three samples each, 3, 3, 3 and 3."""
+    place = new_place(folder)
+    content = {"extends": "toy", "control": None, "sampling": {"chunk": 5}}
+    (place.experiments / "chunked.yaml").write_text(write_yaml(content), encoding="utf-8")
+    return place
+
+
+def sample(place: Place, *, dies_in: int = 0) -> list[int]:
+    """What the engine was asked for, call by call; in call ``dies_in`` the process was killed."""
+    log = place.folder / "calls"
+    log.unlink(missing_ok=True)
+    done = subprocess.run(
+        [sys.executable, SAMPLING, str(log), str(dies_in), "chunked|001"],
+        env=place.env,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == (-9 if dies_in else 0), done.stdout + done.stderr
+    return list(map(int, log.read_text().split()))
+
+
+def chunks(place: Place) -> list[str]:
+    """The chunks that are kept."""
+    return sorted(p.parent.name for p in (place.home / "store").glob(f"artifacts/{CHUNK}/*/manifest.json"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    place = place_with_chunks(tmp_path_factory.mktemp("whole") / "place")
+    assert sample(place) == [3] * 4
+    return place
+
+
+def test_a_kill_costs_one_chunk(uninterrupted: Place, tmp_path: Path) -> None:
+    place = place_with_chunks(tmp_path / "place")
+    assert sample(place, dies_in=2) == [3, 3]
+    assert len(chunks(place)) == 1
+    assert place.store.pointer("chunked", 1, "generations") is None  # a chunk is nobody's output
+
+    assert sample(place) == [3] * 3  # the first is found, the second is made anew
+    assert chunks(place) == []
+    mine, theirs = (p.artifact("chunked", 1, "generations") for p in (place, uninterrupted))
+    assert mine.key == theirs.key
+    assert mine.tables["generations"]["sha256"] == theirs.tables["generations"]["sha256"]
+    facts, other = mine.manifest["facts"], theirs.manifest["facts"]
+    assert (facts["found_samples"], other["found_samples"]) == (3, 0)
+    assert facts["chunks"] == other["chunks"] and len(facts["chunks"]) == 4
+    assert set(facts["part_seconds"]) == {"load", "generate"} and min(facts["part_seconds"].values()) > 0

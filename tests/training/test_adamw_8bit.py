@@ -1,0 +1,86 @@
+"""AdamW with moments in 8 bits: which moments are, what they cost, and that it trains as AdamW does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import training.model_folder
+from tests.training.tiny import make_model, make_tokenizer, write_job
+from training.train import main
+
+pytest.importorskip("bitsandbytes", reason="the extra `8bit` is not installed")
+
+SMALLEST = 4096  # weights of fewer numbers keep whole moments
+
+
+@pytest.fixture
+def wide(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """A job whose policy has matrices of more numbers than that."""
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), width=64).save_pretrained(tmp_path / "wide")
+    tokenizer.save_pretrained(tmp_path / "wide")
+    return job | {"policy": str(tmp_path / "wide")}
+
+
+def train(
+    folder: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> tuple[list[float], dict[str, dict[str, Any]]]:
+    """The losses, and the optimizer's state by the name of the weight."""
+    states: dict[str, dict[str, Any]] = {}
+    save = training.model_folder.save
+
+    def look(trainer: Any, *others: Any) -> None:
+        optimizer = trainer.optimizer.optimizer
+        states.update({name: dict(optimizer.state[p]) for name, p in trainer.model.named_parameters()})
+        save(trainer, *others)
+
+    monkeypatch.setattr(training.model_folder, "save", look)
+    job = job | {"training": job["training"] | settings}
+    assert main([str(write_job(folder, job))]) == 0
+    monkeypatch.setattr(training.model_folder, "save", save)
+    return json.loads((Path(job["out"]) / "done.json").read_text())["losses"], states
+
+
+def size(state: dict[str, Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in state.values() if isinstance(x, torch.Tensor))
+
+
+def test_large_matrices_keep_their_moments_in_8_bits(
+    tmp_path: Path, wide: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, full = train(tmp_path, wide, monkeypatch)
+    losses, eighth = train(tmp_path, wide, monkeypatch, optimizer="adamw_8bit")
+    assert losses != whole and losses == pytest.approx(whole, abs=0.02) and losses[-1] < losses[0] - 1
+    assert full.keys() == eighth.keys()
+    short = {name for name, state in eighth.items() if state["state1"].dtype == torch.uint8}
+    # Embeddings keep theirs whole, as does whatever is small.
+    expected = {
+        name for name, state in full.items() if state["exp_avg"].numel() >= SMALLEST and "embed" not in name
+    }
+    assert short == expected != set()
+    for name in short:
+        assert size(eighth[name]) < 0.35 * size(full[name])  # blocks' maxima and the two code books, too
+
+
+def test_it_trains_beside_adapters_and_packed_rows(
+    tmp_path: Path, wide: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="the extra `lora` is not installed")
+    settings: dict[str, Any] = {"optimizer": "adamw_8bit", "lora": {"rank": 64}, "packing": True}
+    losses, states = train(tmp_path, wide, monkeypatch, **settings)
+    assert losses[-1] < losses[0] - 0.5
+    assert all("lora" in name for name, state in states.items() if state)
+
+
+def test_refusals(tmp_path: Path, wide: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    wide["training"] |= {"optimizer": "adamw_8bit"}
+    assert main([str(write_job(tmp_path, wide | {"sharing": "DEEPSPEED"}))]) == 1
+    assert "adamw_8bit does not go with DEEPSPEED; set it to adamw" in capsys.readouterr().err
+    wide["training"] |= {"optimizer_state": "carried"}
+    assert main([str(write_job(tmp_path, wide))]) == 1
+    assert "moments in 8 bits (optimizer: adamw_8bit) are not carried over" in capsys.readouterr().err

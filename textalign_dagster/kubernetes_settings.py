@@ -1,0 +1,44 @@
+"""Trainings as pods of a Kubernetes cluster: the section ``training.k8s``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from textalign_dagster.settings import Settings
+
+
+class Kubernetes(Settings):
+    """One pod, with all processes of a training in it."""
+
+    image: str = Field("", description="Image with textalign in it (deploy/compose/Dockerfile builds one).")
+    python: str = Field("python", description="The interpreter in the image.")
+    namespace: str = Field("default", description="Namespace of the pods.")
+    context: str | None = Field(
+        None, description="Context of the kubeconfig; null: its current one, or the pod's own cluster."
+    )
+    volume_claim: str = Field(
+        "", description="Claim of the volume with TEXTALIGN_HOME, which Dagster mounts, too."
+    )
+    mount_path: str = Field("/data", description="Where it is mounted, in the pods and where Dagster runs.")
+    gpus: int = Field(0, ge=0, description="GPUs of the pod (nvidia.com/gpu), one for each process; 0: CPUs.")
+    cpu: str | None = Field(None, description="CPUs asked for: 8, 500m; null: the namespace's default.")
+    memory: str | None = Field(None, description="Memory asked for, which is its limit, too: 64Gi.")
+    node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
+    tolerations: list[dict[str, Any]] = Field(
+        [], description="Taints that the pod bears, as in a pod's spec."
+    )
+    service_account: str | None = Field(
+        None, description="Service account of the pods; null: the default one."
+    )
+    env_from_secrets: list[str] = Field(
+        [], description="Secrets of the namespace whose keys become variables of the pod."
+    )
+
+    @field_validator("mount_path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if not path.startswith("/"):
+            raise ValueError(f"{path}: pods know no relative paths; give it from / on")
+        return path.rstrip("/") or "/"

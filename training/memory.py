@@ -1,0 +1,39 @@
+"""A machine that is too small says so in one sentence, not in a trace through the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from training.job import Job, JobError
+
+
+@contextmanager
+def enough_memory(job: Job) -> Iterator[None]:
+    """What is out of memory in here becomes an error with the settings that help.
+
+    Raises:
+        JobError: no memory is left, on an accelerator or on this machine.
+    """
+    import torch
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        settings = job.training
+        where = "the accelerator" if on_gpu else "this machine"
+        remedies = [
+            f"lower training.batch_size ({settings.batch_size}) and raise training.gradient_accumulation"
+            if settings.batch_size > 1
+            else f"lower training.max_length ({settings.max_length})",
+            *(["set training.gradient_checkpointing"] if not settings.gradient_checkpointing else []),
+            *(["train adapters (training.lora)"] if settings.lora is None else []),
+            *(["spread it (training.accelerate: zero2_offload, zero3)"] if job.sharing is None else []),
+        ]
+        raise JobError(
+            f"out of memory: {where} has too little for this training ({str(error).splitlines()[0][:200]}); "
+            + ", or ".join(remedies)
+        ) from error
