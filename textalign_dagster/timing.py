@@ -13,7 +13,11 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.stages import STAGES
 
 REST = "rest"
-"""The part of a stage that it does not name: reading its inputs, checks, writing to the store."""
+"""The part of a stage that it does not name: reading its inputs, starting processes, writing to the store."""
+
+
+SHORT = 0.05
+"""Seconds below which a part is not shown to people, unless the stage has no other."""
 
 
 def timings(store: ArtifactStore, name: str) -> list[dict[str, Any]]:
@@ -26,16 +30,14 @@ def timings(store: ArtifactStore, name: str) -> list[dict[str, Any]]:
         SettingsError: nothing of the experiment was made yet.
     """
     rows = []
-    made = store.cells()
-    made = made.filter(experiment=name).select("iteration", "stage", "reused")
-    done = {(k, stage): reused for k, stage, reused in made.iter_rows()}
-    for k in sorted({k for k, _ in done}):
+    for k in sorted(store.cells().filter(experiment=name)["iteration"].unique()):
         for stage in STAGES:
-            pointer = store.pointer(name, k, stage) if (k, stage) in done else None
+            pointer = store.pointer(name, k, stage)
             if pointer is None:
                 continue
             manifest = pointer.artifact.manifest
-            parts = {part: float(took) for part, took in manifest["facts"].get("part_seconds", {}).items()}
+            named = manifest["facts"].get("part_seconds", {})
+            parts = {part: float(named[part]) for part in sorted(named, key=_order)}
             parts[REST] = max(0.0, float(manifest["seconds"]) - sum(parts.values()))
             rows += [
                 {
@@ -51,6 +53,11 @@ def timings(store: ArtifactStore, name: str) -> list[dict[str, Any]]:
     if not rows:
         raise SettingsError(f"{name} has no finished stage yet: textalign run {name}")
     return rows
+
+
+def _order(part: str) -> tuple[int, str]:
+    """Manifests keep no order: loading comes first, saving last."""
+    return {"load": 0, "sampling": 1, "fluency": 2, "save": 4}.get(part, 3), part
 
 
 def bottleneck(rows: Sequence[dict[str, Any]]) -> str:
@@ -73,9 +80,13 @@ def timing_table(rows: Sequence[dict[str, Any]]) -> Table:
         table.add_column(f"iteration {k}", justify="right")
     took = {(row["stage"], row["part"], row["iteration"]): row for row in rows}
     for stage in STAGES:
+        own = [row for row in rows if row["stage"] == stage]
+        if not own:
+            continue
         table.add_section()
         shown = stage
-        for part in dict.fromkeys(row["part"] for row in rows if row["stage"] == stage):
+        parts = dict.fromkeys(row["part"] for row in own if row["seconds"] >= SHORT)
+        for part in parts or [REST]:
             table.add_row(shown, part, *(_cell(took.get((stage, part, k))) for k in iterations))
             shown = ""
     table.add_section()
