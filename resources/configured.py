@@ -9,11 +9,11 @@ from pydantic import Field
 
 from resources.endpoints_sampler import EndpointsSampler
 from resources.sampler import Sampler
-from resources.slurm_worker import SlurmHost
 from resources.store import ArtifactStore
 from resources.transformers_sampler import TransformersSampler
 from resources.vllm_sampler import VllmSampler
-from textalign_dagster.cluster_settings import SlurmNode
+from resources.worker_host import host_of
+from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.experiment import Experiment, Vllm
 from textalign_dagster.experiment_files import store_url
 from textalign_dagster.ids import canonical_json
@@ -48,7 +48,9 @@ class SamplerResource(dg.ConfigurableResource):
             sampling.batch_size,
             policy.trust_remote_code,
             canonical_json(own),
-            canonical_json(sampling.slurm.model_dump()) if sampling.launcher == "slurm" else None,
+            sampling.launcher,
+            canonical_json(sampling.slurm.model_dump()),
+            canonical_json(sampling.ray.model_dump()),
         )
         _make_room(engine)
         return engine
@@ -74,12 +76,19 @@ def _engine(
     batch_size: int,
     trust_remote_code: bool,
     own: str,
-    slurm: str | None,
+    launcher: str,
+    slurm: str,
+    ray: str,
 ) -> Sampler:
     kinds = {"transformers": TransformersSampler, "vllm": VllmSampler, "endpoints": EndpointsSampler}
-    host = {} if slurm is None else {"host": SlurmHost(SlurmNode.model_validate_json(slurm))}
+    host = host_of(launcher, SlurmNode.model_validate_json(slurm), RayNode.model_validate_json(ray))
+    elsewhere = {} if host is None else {"host": host}
     engine: Sampler = kinds[name](
-        dtype=dtype, batch_size=batch_size, trust_remote_code=trust_remote_code, **json.loads(own), **host
+        dtype=dtype,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+        **json.loads(own),
+        **elsewhere,
     )
     _engines.append(engine)
     return engine

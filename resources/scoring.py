@@ -18,9 +18,8 @@ from typing import Any
 import polars as pl
 
 from resources.reward_folder import find_folder
-from resources.slurm import check_slurm
-from resources.slurm_worker import SlurmHost
 from resources.worker import Channel, processors
+from resources.worker_host import check_host, host_of
 from textalign_dagster.judging.convert import read_feedback
 from textalign_dagster.judging.imported import Imported
 from textalign_dagster.scorers import ClassifierScorer, ImportedScorer, ModelScorer, RewardModelScorer, Scorer
@@ -102,8 +101,7 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
         return f"{found}, from {scorer.path}"
     if not isinstance(scorer, ModelScorer):
         return found
-    if scorer.launcher == "slurm":
-        check_slurm(scorer.slurm, field)
+    check_host(scorer.launcher, scorer.slurm, field)
     try:
         settings, _ = _settings_of(scorer)
         pairs = 0 if scorer.check is None else len(read_pairs(Path(scorer.check.path)))
@@ -172,7 +170,7 @@ def _by_model(
         error=ScoringError,
         what="scoring worker",
         offline=not trusted,
-        host=SlurmHost(scorer.slurm) if scorer.launcher == "slurm" else None,
+        host=host_of(scorer.launcher, scorer.slurm, scorer.ray),
     )
     try:
         if scorer.check is not None:

@@ -23,9 +23,14 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class SlurmHost:
-    """Where a worker runs; see `worker.Channel`."""
+    """A node of a Slurm cluster; see `worker_host.Host`."""
 
     settings: SlurmNode
+
+    @property
+    def cpus(self) -> int | None:
+        """CPUs of a worker; None: what the cluster gives."""
+        return self.settings.cpus_per_task
 
     def start(
         self, command: list[str], environment: Mapping[str, str]

@@ -13,8 +13,8 @@ import importlib.metadata
 from typing import Literal
 
 from resources.sampler import SamplerError
-from resources.slurm_worker import SlurmHost
 from resources.worker import Channel
+from resources.worker_host import Host
 from resources.worker_sampler import WorkerSampler
 
 LOOP_VERSION = 1  # to be raised with any change after which a seed gives another sample
@@ -40,7 +40,7 @@ class TransformersSampler(WorkerSampler):
         batch_size: int = 256,
         threads: int | None = None,
         trust_remote_code: bool = False,
-        host: SlurmHost | None = None,
+        host: Host | None = None,
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16")

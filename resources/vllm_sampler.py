@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from resources.sampler import SamplerError
-from resources.slurm_worker import SlurmHost
 from resources.worker import Channel
+from resources.worker_host import Host
 from resources.worker_sampler import WorkerSampler, model_folder
 from resources.worker_shares import visible_devices
 from textalign_dagster.experiment_files import home
@@ -76,7 +76,7 @@ class VllmSampler(WorkerSampler):
         max_model_len: int | None = None,
         enforce_eager: bool | None = None,
         threads: int | None = None,
-        host: SlurmHost | None = None,
+        host: Host | None = None,
     ) -> None:
         self.settings = {
             "dtype": dtype,
@@ -91,7 +91,7 @@ class VllmSampler(WorkerSampler):
         self._frame: str | None = None  # of the model in the engines
         own: list[dict[str, str]] = [{}]
         if host is not None:
-            own *= data_parallel  # Slurm gives each its GPUs
+            own *= data_parallel  # the cluster gives each its GPUs
         elif data_parallel > 1:
             try:
                 devices = visible_devices(data_parallel, tensor_parallel)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from resources.slurm_worker import SlurmHost
+from resources.worker_host import Host
 
 CLOSE_SECONDS = 5.0  # for a worker to leave by itself
 STDERR_TAIL = 2000  # characters shown of a worker that died
@@ -59,7 +59,7 @@ class Channel:
         offline: bool = True,
         environment: Mapping[str, str] | None = None,
         python: str | None = None,
-        host: SlurmHost | None = None,
+        host: Host | None = None,
     ) -> None:
         self.module, self.settings, self.error, self.what = module, dict(settings), error, what
         self.threads, self.offline = threads, offline
@@ -153,9 +153,10 @@ class Worker:
         if host is None:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads or processors()), **environment}
         else:
-            if threads or host.settings.cpus_per_task:
-                environment["OMP_NUM_THREADS"] = str(threads or host.settings.cpus_per_task)
-            self.job, command, environment = host.start(command, environment)
+            if threads or host.cpus:
+                environment["OMP_NUM_THREADS"] = str(threads or host.cpus)
+            self.job, command, own = host.start(command, environment)
+            environment = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]} if own is None else own
         try:
             self.process = subprocess.Popen(
                 command,
@@ -225,7 +226,7 @@ class Worker:
     def _death(self) -> Exception:
         code = self.process.wait()
         if self.channel.host is not None and code > 128:
-            code = 128 - code  # srun's, of a worker that was killed
+            code = 128 - code  # of a worker that was killed there
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             how += " (often for lack of memory)" if -code == signal.SIGKILL else ""

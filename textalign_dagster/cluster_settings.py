@@ -1,4 +1,4 @@
-"""Where trainings and workers run other than on this machine: sections ``slurm``."""
+"""Where trainings and workers run other than on this machine: sections ``slurm`` and ``ray``."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ class SlurmNode(Settings):
             if name in OURS if option.startswith("--") else name[:1] in OURS_SHORT:
                 raise ValueError(f"{option}: is set by textalign (nodes: training.slurm.nodes); remove it")
         return extra
+
+
+class RayNode(Settings):
+    """A place on a Ray cluster for a worker that samples or scores."""
+
+    address: str = Field(
+        "auto",
+        description="Of the cluster's head, as host:port; auto: $RAY_ADDRESS, or the cluster on this machine.",
+    )
+    cpus: float = Field(1, ge=0, description="CPUs that a worker takes.")
+    gpus: float = Field(0, ge=0, description="GPUs that a worker takes.")
+    resources: dict[str, float] = Field(
+        {}, description="Resources of the site's own that it takes: {a100: 1}."
+    )
 
 
 class Slurm(SlurmNode):

@@ -193,6 +193,7 @@ def _extras() -> Iterator[Finding]:
         ("peft", "lora", "LoRA"),
         ("bitsandbytes", "8bit", "AdamW with moments in 8 bits"),
         ("dagster-k8s", "k8s", "trainings on Kubernetes"),
+        ("ray", "ray", "sampling and scoring on Ray"),
     ):
         found = _version(package)
         remedy = "" if found else f"for {what}: pip install -e '.[{extra}]'"

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from textalign_dagster.cluster_settings import SlurmNode
+from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.datapool import PoolSettings
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.methods import AnyMethod, FeedbackKind
@@ -111,12 +111,13 @@ class Sampling(Settings):
     )
     vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: as by default.")
     endpoints: Endpoints | None = Field(None, description="`engine: endpoints`: where the servers are.")
-    launcher: Literal["local", "slurm"] = Field(
-        "local", description="Where the engine runs: on this machine, or as a job of a Slurm cluster."
+    launcher: Literal["local", "slurm", "ray"] = Field(
+        "local", description="Where the engine runs: on this machine, as a job of a Slurm cluster, or on Ray."
     )
     slurm: SlurmNode = Field(
         SlurmNode(), description="The job, where the launcher is slurm: one node for each engine."
     )
+    ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray: one for each engine.")
     samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
     temperature: float = Field(
         1.0,

@@ -15,6 +15,7 @@ from urllib.request import urlopen
 
 from resources.policies import BasePolicy, base_policy, evaluation_models
 from resources.slurm import check_slurm
+from resources.worker_host import check_host
 from textalign_dagster.acceleration import accelerators, check_training
 from textalign_dagster.conditioning import render
 from textalign_dagster.doctor import VLLM_PROBE, probe
@@ -145,8 +146,9 @@ def _engine(experiment: Experiment) -> list[str]:
     """Whether the engine can run on this machine at all, or runs elsewhere."""
     if experiment.sampling.endpoints is not None:
         return _endpoints(experiment.sampling.endpoints)
-    if experiment.sampling.launcher == "slurm":  # what nodes have cannot be known here
-        return [f"sampling: {check_slurm(experiment.sampling.slurm, 'sampling')}"]
+    elsewhere = check_host(experiment.sampling.launcher, experiment.sampling.slurm, "sampling")
+    if elsewhere is not None:  # what nodes have cannot be known here
+        return [f"sampling: {elsewhere}"]
     if experiment.sampling.engine != "vllm":
         return []
     found = _vllm()

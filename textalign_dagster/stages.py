@@ -50,7 +50,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         chosen = {
             # How and where the engine runs changes no sample.
             "sampling": _without(
-                plain["sampling"], "batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm"
+                plain["sampling"], "batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm", "ray"
             ),
             "dtype": experiment.policy.dtype,
             **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),

@@ -65,14 +65,24 @@ def worker_of(found: Cluster) -> int:
     (pid,) = [
         int(entry.name)
         for entry in Path("/proc").glob("[0-9]*")
-        if b"resources.transformers_worker" in command_of(entry) and b"srun" not in command_of(entry)
+        if b"resources.transformers_worker" in command_of(entry)
+        and b"srun" not in command_of(entry)
+        and found.env["SLURM_CONF"].encode() in environment_of(entry)  # others test at the same time
     ]
     return pid
 
 
 def command_of(entry: Path) -> bytes:
+    return _read(entry / "cmdline")
+
+
+def environment_of(entry: Path) -> bytes:
+    return _read(entry / "environ")
+
+
+def _read(path: Path) -> bytes:
     try:
-        return (entry / "cmdline").read_bytes()
+        return path.read_bytes()
     except OSError:
         return b""
 

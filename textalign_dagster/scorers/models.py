@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from textalign_dagster.cluster_settings import SlurmNode
+from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.ids import content_hash
 from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.scorers.file_stamps import model_hash
@@ -75,10 +75,11 @@ class ModelScorer(Scorer):
         16384, ge=1, description="Tokens scored together, padding included; less needs less memory."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
-    launcher: Literal["local", "slurm"] = Field(
-        "local", description="Where the model runs: on this machine, or as a job of a Slurm cluster."
+    launcher: Literal["local", "slurm", "ray"] = Field(
+        "local", description="Where the model runs: on this machine, as a job of a Slurm cluster, or on Ray."
     )
     slurm: SlurmNode = Field(SlurmNode(), description="The job, where the launcher is slurm.")
+    ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray.")
     check: ModelCheck | None = Field(None, description="What the model must pass before it is trusted.")
 
     @field_validator("template")
@@ -117,7 +118,7 @@ class ModelScorer(Scorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        where = {"device", "batch_tokens", "launcher", "slurm"}
+        where = {"device", "batch_tokens", "launcher", "slurm", "ray"}
         kept = self.model_dump(mode="json", exclude={*where, "check", "model", "revision"})
         return {**kept, **self._source("model", self.model, self.revision), "reader": MODELS_VERSION}
 
