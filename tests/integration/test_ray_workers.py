@@ -172,4 +172,4 @@ def test_a_loop_that_samples_on_ray(address: str, ran: Ran, place: Place) -> Non
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
     here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
     assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))
-    assert not workers()
+    until(lambda: not workers())
