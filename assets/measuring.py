@@ -204,11 +204,12 @@ class Measuring:
         with seconds.of("judging"):
             samples = judged(self.stage, samples, draft)
         scores, kept = [], []
-        for subject, frame in zip(subjects, frames, strict=True):
-            own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
-            table, numbered = self._tables(subject, own)
-            scores += [table, *self._obedience(subject, numbered, table)]
-            kept.append(numbered)
+        with seconds.of("measuring"):
+            for subject, frame in zip(subjects, frames, strict=True):
+                own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
+                table, numbered = self._tables(subject, own)
+                scores += [table, *self._obedience(subject, numbered, table)]
+                kept.append(numbered)
         draft.write("scores", pl.concat(scores), SCORES)
         draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
         draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)

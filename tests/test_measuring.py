@@ -246,7 +246,7 @@ def test_a_cut_of_its_own(place: Place) -> None:
 def test_what_took_how_long_is_recorded(place: Place) -> None:
     for made in place.evaluate():
         facts = made.manifest["facts"]
-        assert set(facts["part_seconds"]) == {"sampling", "fluency", "scoring", "judging"}
+        assert set(facts["part_seconds"]) == {"sampling", "fluency", "scoring", "judging", "measuring"}
         assert facts["work_seconds"] == pytest.approx(sum(facts["part_seconds"].values()))
         assert facts["unscored"] == 0
 

@@ -219,7 +219,7 @@ def test_timing_names_every_part_and_what_took_longest(ran: Ran) -> None:
     for row in rows:
         parts.setdefault(row["stage"], set()).add(row["part"])
     assert list(parts) == ["evaluation", *STAGES[:5]]  # iteration 0 has nothing but an evaluation
-    assert parts["evaluation"] == {"sampling", "fluency", "scoring", "judging", "rest"}
+    assert parts["evaluation"] == {"sampling", "fluency", "scoring", "judging", "measuring", "rest"}
     for name, k in (("toy", 1), ("toy", 2)):
         for stage in STAGES[:5]:
             took = sum(row["seconds"] for row in rows if (row["iteration"], row["stage"]) == (k, stage))
