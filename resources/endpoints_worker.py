@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from resources.endpoints import EndpointError, Endpoints, Server, ServerFault, connected
-from resources.prompt_room import check
+from resources.engine_text import banned_of, check_embeddings, pairs_of, prompts_of
 from resources.served_weights import (
     ALIKE,
     APART,
@@ -38,7 +38,7 @@ from resources.served_weights import (
     still_has,
     token_logprobs,
 )
-from resources.vllm_worker import check_temperature, vllm_seed
+from resources.vllm_requests import Drawn, completions, decoding, end_ids_of, finite, seed_of
 from resources.worker_process import (
     CallError,
     Report,
@@ -82,7 +82,7 @@ class Engine:
 
     def read(self, folder: Path) -> None:
         """Read what is needed of a policy on this side."""
-        from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+        from transformers import AutoConfig, AutoTokenizer
 
         from textalign_dagster import tokenisation
 
@@ -98,15 +98,8 @@ class Engine:
         except Exception as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise CallError(f"tokenizer or config of {folder} cannot be loaded ({said})") from error
-        if len(self.tokenizer) > self.outputs:
-            raise CallError(
-                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {self.outputs} "
-                "embeddings; resize the model's embeddings before saving it"
-            )
-        generation = None
-        if (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder)
-        self.end_ids = tokenisation.end_ids(self.tokenizer, generation)
+        check_embeddings(folder, self.tokenizer, self.outputs)
+        self.end_ids = end_ids_of(folder, self.tokenizer)
         self.probed = tokenisation.encode_prompts(self.tokenizer, [TEXT])[0][:PROBED]
         self.expected = None
         self.label, self.folder, self.identity = label_of(folder, identity), folder, identity
@@ -243,79 +236,46 @@ async def generate(
     engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
 ) -> list[list[dict[str, Any]]]:
     """For each request, a dictionary of `sampler.Completion` for each seed."""
-    from textalign_dagster import tokenisation
-
-    tokenizer, wanted = engine.tokenizer, call["decoding"]
-    check_temperature(wanted["temperature"])
-    texts = [prompt for prompt, _ in call["requests"]]
-    prompts = tokenisation.encode_prompts(tokenizer, texts)
-    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)
-    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
-    banned = set(range(engine.outputs)).difference(tokenizer.get_vocab().values())
-    banned |= set(tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]))
-    common: dict[str, Any] = {
+    common = decoding(engine, call["decoding"])
+    prompts, banned = prompts_of(engine, call), banned_of(engine, call)
+    common |= {
         "n": 1,
-        "temperature": wanted["temperature"],
-        "top_k": wanted["top_k"],
-        "top_p": wanted["top_p"],
         # What is not said here, a server takes from its model's generation_config.json.
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "max_tokens": wanted["max_new_tokens"],
-        # An end token that must not be drawn before the last place cannot be drawn at all.
-        "min_tokens": wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
-        "ignore_eos": True,  # the end tokens are those of `tokenisation`, as stop_token_ids
-        "stop_token_ids": list(engine.end_ids),
         "logit_bias": {str(token): NEVER for token in sorted(banned)} or None,
-        "logprobs": 0,  # the drawn token's own, under the model
         "return_token_ids": True,
     }
     bodies = [
-        {**common, "prompt": prompt, "seed": vllm_seed(seed)}
+        {**common, "prompt": prompt, "seed": seed_of(seed)}
         for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
         for seed in seeds
     ]
 
-    def drawn(choice: dict[str, Any], _: int) -> tuple[list[int], bool, float]:
+    def drawn(choice: dict[str, Any], _: int) -> Drawn:
         ids, terms = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or terms is None or len(ids) != len(terms):
             raise EndpointError("a server gives no token ids; it must be vLLM, of a version that knows them")
         if not banned.isdisjoint(ids):
             raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm bans it for good")
-        return ids, choice["finish_reason"] == "stop", finite(engine, terms)
+        return ids, choice["finish_reason"] == "stop", summed(engine, terms)
 
-    found = await every(engine, endpoints, bodies, drawn, report)
-    decoded = tokenisation.decode(tokenizer, [ids[:-1] if ended else ids for ids, ended, _ in found])
-    completions = iter(
-        {
-            "text": text,
-            "n_tokens": len(ids),
-            "finish_reason": "stop" if ended else "length",
-            "logprob": logprob,
-        }
-        for (ids, ended, logprob), text in zip(found, decoded, strict=True)
-    )
-    return [[next(completions) for _ in seeds] for _, seeds in call["requests"]]
+    return completions(engine, call, await every(engine, endpoints, bodies, drawn, report))
 
 
 async def logprobs(
     engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
 ) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
-    from textalign_dagster import tokenisation
-
-    pairs = call["pairs"]
-    prompts = tokenisation.encode_prompts(engine.tokenizer, [prompt for prompt, _ in pairs])
-    texts = tokenisation.encode_texts(engine.tokenizer, [text for _, text in pairs])
-    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
+    prompts, texts = pairs_of(engine, call)
     some = [index for index, text in enumerate(texts) if text]
     nothing = len(texts) - len(some)
 
     def scored(choice: dict[str, Any], place: int) -> float:
         prompt, text = prompts[some[place]], texts[some[place]]
-        return finite(engine, token_logprobs(choice, prompt + text, len(prompt)))
+        return summed(engine, token_logprobs(choice, prompt + text, len(prompt)))
 
     bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in some]
     sums = await every(engine, endpoints, bodies, scored, lambda done: report(nothing + done))
@@ -350,14 +310,10 @@ async def every(
     return [results[index] for index in range(len(bodies))]
 
 
-def finite(engine: Engine, terms: Sequence[float | None]) -> float:
+def summed(engine: Engine, terms: Sequence[float | None]) -> float:
     """The sum of the log-probabilities; raises `CallError` where the model gave none."""
-    if any(term is None or not math.isfinite(term) or term <= LOST for term in terms):
-        raise CallError(
-            f"{engine.folder}: the model's logits are not finite; its training has diverged, or its numbers "
-            f"overflow in {engine.settings['dtype']}"
-        )
-    return math.fsum(term for term in terms if term is not None)
+    good = [term for term in terms if term is not None and math.isfinite(term) and term > LOST]
+    return finite(engine, math.fsum(good) if len(good) == len(terms) else math.nan)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resources.prompt_room import check
+from resources.engine_text import banned_of, check_embeddings, pairs_of, prompts_of
 from resources.worker_process import (
     CallError,
     Report,
@@ -93,11 +93,7 @@ class LoadedModel:
                 f"be random (e.g. {missing[0]}); save the whole model again"
             )
         rows = model.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise CallError(
-                f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {rows} "
-                "embeddings; resize the model's embeddings before saving it"
-            )
+        check_embeddings(folder, tokenizer, rows)
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             raise CallError(
                 f"{folder}: {type(model).__name__} keeps no keys and values, as attention does; "
@@ -168,12 +164,8 @@ def generate(
     from textalign_dagster import tokenisation
 
     tokenizer, wanted = loaded.tokenizer, call["decoding"]
-    prompts = tokenisation.encode_prompts(tokenizer, [prompt for prompt, _ in call["requests"]])
-    check(loaded, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts),
-          [prompt for prompt, _ in call["requests"]])  # fmt: skip
+    prompts = prompts_of(loaded, call)
     ends = tokenisation.end_ids(tokenizer, loaded.model.generation_config)
-    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
-    wordless = set(range(loaded.outputs)).difference(tokenizer.get_vocab().values())
     rule = Rule(
         temperature=wanted["temperature"],
         top_k=wanted["top_k"],
@@ -181,7 +173,7 @@ def generate(
         max_new_tokens=wanted["max_new_tokens"],
         min_new_tokens=wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
         end_ids=ends,
-        banned_ids=tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]) + tuple(sorted(wordless)),
+        banned_ids=tuple(sorted(banned_of(loaded, call))),
     )
 
     # A request with more seeds than a batch has rows is split, and its prompt read again.
@@ -223,12 +215,8 @@ def logprobs(
 ) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
     from resources.decoding import batches, score
-    from textalign_dagster import tokenisation
 
-    pairs = call["pairs"]
-    prompts = tokenisation.encode_prompts(loaded.tokenizer, [prompt for prompt, _ in pairs])
-    texts = tokenisation.encode_texts(loaded.tokenizer, [text for _, text in pairs])
-    check(loaded, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
+    prompts, texts = pairs_of(loaded, call)
     results = [(0.0, len(text)) for text in texts]
     some = [i for i, text in enumerate(texts) if text]
     lengths = [len(prompts[i]) + len(texts[i]) for i in some]

@@ -22,7 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from resources.prompt_room import check
+from resources.engine_text import banned_of, check_embeddings, pairs_of, prompts_of
+from resources.vllm_requests import completions, decoding, end_ids_of, finite, seed_of
 from resources.worker_process import (
     CallError,
     Report,
@@ -33,7 +34,6 @@ from resources.worker_process import (
     version_of,
 )
 
-LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # that vLLM samples at; 0 is greedy
 CPU_CACHE_GIB = 1.0
 NEVER = -float("inf")
 
@@ -90,17 +90,11 @@ class Engine:
                 self.llm.reset_prefix_cache()
         except Exception as error:
             raise EngineError(f"vLLM cannot run {folder} here ({reason(error)}); {remedy(error)}") from error
-        if len(self.tokenizer) > self.outputs:
-            raise CallError(
-                f"{folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {self.outputs} "
-                "embeddings; resize the model's embeddings before saving it"
-            )
+        check_embeddings(folder, self.tokenizer, self.outputs)
         self.identity, self.folder = identity, folder
 
     def read_tokenizer(self, folder: Path) -> None:
-        from transformers import AutoTokenizer, GenerationConfig
-
-        from textalign_dagster import tokenisation
+        from transformers import AutoTokenizer
 
         trusted = self.settings["trust_remote_code"]
         try:
@@ -109,10 +103,7 @@ class Engine:
             raise CallError(
                 f"the tokenizer of {folder} cannot be loaded ({reason(error)}); save the model's there"
             ) from error
-        generation = None
-        if (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder)
-        self.end_ids = tokenisation.end_ids(self.tokenizer, generation)
+        self.end_ids = end_ids_of(folder, self.tokenizer)
 
     @property
     def context(self) -> int:
@@ -193,53 +184,26 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     """
     from vllm import SamplingParams
 
-    from textalign_dagster import tokenisation
-
-    tokenizer, wanted = engine.tokenizer, call["decoding"]
-    check_temperature(wanted["temperature"])
-    texts = [prompt for prompt, _ in call["requests"]]
-    prompts = tokenisation.encode_prompts(tokenizer, texts)
-    check(engine, "prompt", prompts, [wanted["max_new_tokens"]] * len(prompts), texts)
-    # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
-    banned = set(range(engine.outputs)).difference(tokenizer.get_vocab().values())
-    banned |= set(tokenisation.banned_ids(tokenizer, wanted["banned_tokens"]))
-    common: dict[str, Any] = {
-        "temperature": wanted["temperature"],
-        "top_k": wanted["top_k"],
-        "top_p": wanted["top_p"],
-        "max_tokens": wanted["max_new_tokens"],
-        # An end token that must not be drawn before the last place cannot be drawn at all.
-        "min_tokens": wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
-        "ignore_eos": True,  # the end tokens are those of `tokenisation`, as stop_token_ids
-        "stop_token_ids": list(engine.end_ids),
-        "logit_bias": dict.fromkeys(sorted(banned), NEVER) or None,
-        "logprobs": 0,  # the drawn token's own, under the model
-        "detokenize": False,
-    }
+    common = {**decoding(engine, call["decoding"]), "detokenize": False}
+    prompts = prompts_of(engine, call)
+    common["logit_bias"] = dict.fromkeys(sorted(banned_of(engine, call)), NEVER) or None
     asked = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
              for seed in seeds]  # fmt: skip
     outputs = run(
         engine,
         [prompt for prompt, _ in asked],
-        [SamplingParams(**common, seed=vllm_seed(seed)) for _, seed in asked],
+        [SamplingParams(**common, seed=seed_of(seed)) for _, seed in asked],
         report,
     )
     drawn = [output.outputs[0] for output in outputs]
-    ended = [one.finish_reason == "stop" for one in drawn]
-    rows = [list(one.token_ids) for one in drawn]
-    decoded = tokenisation.decode(
-        tokenizer, [ids[:-1] if end else ids for ids, end in zip(rows, ended, strict=True)]
+    return completions(
+        engine,
+        call,
+        (
+            (list(one.token_ids), one.finish_reason == "stop", finite(engine, one.cumulative_logprob))
+            for one in drawn
+        ),
     )
-    completions = iter(
-        {
-            "text": text,
-            "n_tokens": len(ids),
-            "finish_reason": "stop" if end else "length",
-            "logprob": finite(engine, one.cumulative_logprob),
-        }
-        for one, ids, end, text in zip(drawn, rows, ended, decoded, strict=True)
-    )
-    return [[next(completions) for _ in seeds] for _, seeds in call["requests"]]
 
 
 def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple[float, int]]:
@@ -250,12 +214,7 @@ def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple
     """
     from vllm import SamplingParams
 
-    from textalign_dagster import tokenisation
-
-    pairs = call["pairs"]
-    prompts = tokenisation.encode_prompts(engine.tokenizer, [prompt for prompt, _ in pairs])
-    texts = tokenisation.encode_texts(engine.tokenizer, [text for _, text in pairs])
-    check(engine, "pair", prompts, list(map(len, texts)), [prompt for prompt, _ in pairs])
+    prompts, texts = pairs_of(engine, call)
     some = [index for index, text in enumerate(texts) if text]
     nothing = len(texts) - len(some)
     outputs = run(
@@ -305,30 +264,6 @@ def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Rep
             raise EngineError(
                 f"vLLM failed with {engine.folder} ({reason(error)}); {remedy(error)}"
             ) from error
-
-
-def check_temperature(temperature: float) -> None:
-    """Whether vLLM samples at a temperature; it would take another one without a word."""
-    if temperature and not LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE:
-        raise CallError(
-            f"temperature is {temperature:g}, but vLLM samples at 0 (greedy) or from "
-            f"{LOWEST_TEMPERATURE:g} to {HIGHEST_TEMPERATURE:g}; choose one of these, or engine transformers"
-        )
-
-
-def vllm_seed(seed: int) -> int:
-    """A seed in [0, 2**64) in vLLM's range, that of a signed 64-bit number."""
-    return seed % 2**63
-
-
-def finite(engine: Engine, logprob: float) -> float:
-    """The log-probability; raises `CallError` where the model gave none."""
-    if not math.isfinite(logprob):
-        raise CallError(
-            f"{engine.folder}: the model's logits are not finite; its training has diverged, or its numbers "
-            f"overflow in {engine.settings['dtype']}"
-        )
-    return logprob
 
 
 def reason(error: Exception) -> str:
