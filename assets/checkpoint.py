@@ -20,6 +20,7 @@ from resources.launcher import (
     Folder,
     Launcher,
     LocalLauncher,
+    Work,
     accelerate_command,
     accelerate_env,
 )
@@ -70,7 +71,11 @@ def checkpoint(
         if base in (parent, reference):
             inputs["base_policy"] = base.policy_hash
 
-        where = launcher_of(stage, launcher, inputs)
+        key = artifact_key(
+            stage.name, stage_settings(stage.experiment, stage.name, stage.cell.iteration), inputs
+        )
+        where = launcher_of(stage, launcher, key)
+        unfinished = home() / "unfinished" / key
 
         def produce(draft: Draft) -> None:
             # What other machines have cannot be known here.
@@ -110,17 +115,17 @@ def checkpoint(
 
             sampler.make_room()
             report = stage.report()
-            launched = where.train(
-                context,
-                draft.folder,
-                write,
+            name = f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}"
+            work = Work(
+                folder=draft.folder,
+                unfinished=unfinished,
+                write=write,
                 extras={"cell": str(stage.cell.key)},
                 env=accelerate_env(acceleration),
                 on_progress=lambda p: report(p["done"], p["total"], f"loss {p['loss']:.3f}"),
-                log=home()
-                / "logs"
-                / f"{stage.cell.experiment}-{stage.cell.iteration:03d}-{draft.attempt}.log",
+                log=home() / "logs" / f"{name}.log",
             )
+            launched = where.train(context, work)
             job, out = job_in(draft.folder), draft.folder("model")
             done: dict[str, Any] = launched.done or {}
             gpu_seconds = launched.seconds * done["accelerators"] or None
@@ -184,12 +189,11 @@ def checkpoint(
         )
 
 
-def launcher_of(stage: Stage, local: Launcher, inputs: Mapping[str, str]) -> Launcher:
-    """Where the experiment's trainings run."""
+def launcher_of(stage: Stage, local: Launcher, key: str) -> Launcher:
+    """Where the experiment's trainings run; ``key`` is that of what is trained."""
     settings = stage.experiment.training
     if settings.launcher == "local":
         return local
-    key = artifact_key(stage.name, stage_settings(stage.experiment, stage.name, stage.cell.iteration), inputs)
     if settings.launcher == "k8s":
         return KubernetesLauncher(settings.k8s, key=key, home=home())
     shared = settings.slurm.shared_folder

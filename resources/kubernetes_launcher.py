@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from resources.launcher import Folder, Launched, end_of_log, read_marker, told_seconds
-from resources.pipes_messages import FileReader, Heard, OnProgress
+from resources.launcher import Launched, Work, end_of_log, read_marker, told_seconds
+from resources.pipes_messages import FileReader, Heard
 from textalign_dagster.kubernetes_settings import Kubernetes
 from textalign_dagster.settings import SettingsError
 
@@ -39,17 +38,7 @@ class KubernetesLauncher:
     every: float = 5.0  # seconds between two looks at the pod
     settling: float = 120.0  # seconds until a deleted pod is gone, or a node's files show
 
-    def train(
-        self,
-        context: dg.AssetExecutionContext,
-        folder: Folder,
-        write: Callable[[Folder], list[str]],
-        *,
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        log: Path,
-    ) -> Launched:
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
         """See `resources.launcher.Launcher`.
 
         Raises:
@@ -57,7 +46,7 @@ class KubernetesLauncher:
             dg.Failure: it failed, in the trainer's words where it had some, and Kubernetes' own.
         """
         check_kubernetes(self.settings)
-        out = folder("model")
+        out = work.folder("model")
         for path in (out, self.home):
             if not path.is_relative_to(self.settings.mount_path):
                 raise SettingsError(
@@ -68,11 +57,11 @@ class KubernetesLauncher:
 
         api = _api(self.settings)
         self._make_way(context, api)
-        command = write(folder)
-        messages = log.with_suffix(".messages")
+        command = work.write(work.place)
+        messages = work.log.with_suffix(".messages")
         messages.parent.mkdir(parents=True, exist_ok=True)
         messages.touch()
-        heard = Heard(on_progress)
+        heard = Heard(work.on_progress)
         client = PipesK8sClient(
             message_reader=FileReader(heard, messages),
             kube_context=self.settings.context,
@@ -83,10 +72,10 @@ class KubernetesLauncher:
             try:
                 client.run(
                     context=context,
-                    extras=dict(extras),
+                    extras=dict(work.extras),
                     command=[self.settings.python, *command[1:]],
                     namespace=self.settings.namespace,
-                    env=dict(env),
+                    env=dict(work.env),
                     base_pod_meta={"labels": self._labels(context)},
                     base_pod_spec=pod_spec(self.settings),
                     pod_wait_timeout=0,
@@ -95,13 +84,13 @@ class KubernetesLauncher:
             except Exception as error:  # noqa: BLE001 dagster-k8s, kubernetes and urllib3 have their own
                 problem = error
             pod = self._look(api)
-            self._keep_log(api, pod, log)
+            self._keep_log(api, pod, work.log)
         finally:
             self._delete(api)
             messages.unlink(missing_ok=True)
         done = self._marker(out / "done.json", wait=problem is None)
         if problem is not None or done is None:
-            raise self._failure(pod, problem, heard, log) from problem
+            raise self._failure(pod, problem, heard, work.log) from problem
         if heard.error is not None:
             raise heard.error
         return Launched(told_seconds(done), done)

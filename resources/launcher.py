@@ -24,7 +24,8 @@ from resources.pipes_messages import Heard, LiveReader, OnProgress
 from resources.processes import Supervised
 
 Folder = Callable[[str], Path]
-"""The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes)."""
+"""The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
+``snapshots`` (what it goes on from when it is started again)."""
 TAIL = 2000  # bytes of a log that an error shows
 
 NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
@@ -98,27 +99,32 @@ class Launched:
     done: dict[str, Any] | None  # the done marker, where one was asked for
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a launcher is given to train."""
+
+    folder: Folder
+    """Makes the folders in which everything is in the end."""
+    unfinished: Path
+    """Where the trainer's snapshots outlive it, on this machine; other places have one of their own."""
+    write: Callable[[Folder], list[str]]
+    """Writes what the trainer reads into the folder ``job``; returns the command. It is given the
+    folders in which the trainer will work, which may be others."""
+    extras: Mapping[str, Any]  # for the trainer, in its Pipes context
+    env: Mapping[str, str]  # added to the environment
+    on_progress: OnProgress
+    log: Path  # file to append stdout and stderr to
+
+    def place(self, name: str) -> Path:
+        """The folder of a name for a trainer that works on this machine's files."""
+        return self.unfinished if name == "snapshots" else self.folder(name)
+
+
 class Launcher(Protocol):
     """Where a training runs."""
 
-    def train(
-        self,
-        context: dg.AssetExecutionContext,
-        folder: Folder,
-        write: Callable[[Folder], list[str]],
-        *,
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        log: Path,
-    ) -> Launched:
-        """Trains to the end; see `LocalLauncher.launch`.
-
-        Args:
-            folder: makes the folders in which everything is in the end.
-            write: writes what the trainer reads into the folder ``job``; returns the command. It is
-                given the folders in which the trainer will work, which may be others.
-        """
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        """Trains to the end; see `LocalLauncher.launch`."""
         ...
 
 
@@ -128,21 +134,18 @@ class LocalLauncher:
 
     grace: float = 10.0  # seconds between SIGTERM and SIGKILL
 
-    def train(
-        self,
-        context: dg.AssetExecutionContext,
-        folder: Folder,
-        write: Callable[[Folder], list[str]],
-        *,
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        log: Path,
-    ) -> Launched:
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
         """See `Launcher`."""
-        done = folder("model") / "done.json"
-        command = write(folder)
-        return self.launch(context, command, extras, env, on_progress=on_progress, log=log, done=done)
+        command = work.write(work.place)
+        return self.launch(
+            context,
+            command,
+            work.extras,
+            work.env,
+            work.on_progress,
+            log=work.log,
+            done=work.folder("model") / "done.json",
+        )
 
     def launch(
         self,

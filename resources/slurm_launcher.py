@@ -22,14 +22,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import dagster as dg
 from dagster._core.errors import DagsterExecutionInterruptedError
 
 from resources import slurm
-from resources.launcher import Folder, Launched, read_marker
-from resources.pipes_messages import Heard, OnProgress
+from resources.launcher import Folder, Launched, Work, read_marker
+from resources.pipes_messages import Heard
 from resources.slurm_failure import failure
 from resources.slurm_job import DONE, Follower, SlurmJob, each_launch, ended
 from resources.slurm_script import job_script, node_script
@@ -65,17 +64,7 @@ class SlurmLauncher:
         """Where its submissions lie."""
         return self.root / self.name
 
-    def train(
-        self,
-        context: dg.AssetExecutionContext,
-        folder: Folder,
-        write: Callable[[Folder], list[str]],
-        *,
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        log: Path,
-    ) -> Launched:
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
         """See `resources.launcher.Launcher`.
 
         Raises:
@@ -86,32 +75,23 @@ class SlurmLauncher:
         with _readable(self.root):
             self.folder.mkdir(parents=True, exist_ok=True)
         with _locked(self.folder / ".used", fcntl.LOCK_SH):
-            return self._train(context, folder, write, extras, env, on_progress, log)
+            return self._train(context, work)
 
-    def _train(
-        self,
-        context: dg.AssetExecutionContext,
-        folder: Folder,
-        write: Callable[[Folder], list[str]],
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        log: Path,
-    ) -> Launched:
-        heard = Heard(on_progress)
-        follower = Follower(heard, log)
+    def _train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        heard = Heard(work.on_progress)
+        follower = Follower(heard, work.log)
         try:
             with dg.open_pipes_session(
                 context=context,
                 # In the environment: a file would be gone when this process ends, not when the job does.
                 context_injector=dg.PipesEnvContextInjector(),
                 message_reader=follower,
-                extras=dict(extras),
+                extras=dict(work.extras),
             ) as session:
                 # Look and submit in one: of several processes with one training, one submits it.
                 with _locked(self.folder / ".submitting", fcntl.LOCK_EX):
                     job, job_id = self._find(context) or self._submit(
-                        context, write, {**env, **session.get_bootstrap_env_vars()}
+                        context, work.write, {**work.env, **session.get_bootstrap_env_vars()}
                     )
                 follower.job = job
                 state = self._follow(context, job, job_id, follower)
@@ -120,10 +100,10 @@ class SlurmLauncher:
             raise
         life = self._finished(job, state)
         if life is None:
-            raise failure(job, job_id, state, heard, log)
+            raise failure(job, job_id, state, heard, work.log)
         if heard.error is not None:
             raise heard.error
-        job.hand_over(life, folder)
+        job.hand_over(life, work.folder)
         end = ended(life)
         return Launched(end.seconds if end else 0.0, read_marker(life / DONE))
 
@@ -175,7 +155,9 @@ class SlurmLauncher:
         launch = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
         job = SlurmJob(self.folder / launch)
         (job.folder / "job").mkdir(parents=True)
-        command = write(lambda name: job.folder / "job" if name == "job" else Path(name))
+        # Snapshots are common to all lives and submissions; what is written, each life has for itself.
+        shared = {"job": job.folder / "job", "snapshots": self.folder / "snapshots"}
+        command = write(lambda name: shared.get(name, Path(name)))
         path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
         script = job.folder / "job.sh"
         script.write_text(

@@ -20,7 +20,7 @@ import yaml
 pytest.importorskip("dagster_k8s", reason="needs the extra `k8s`")
 
 from resources.kubernetes_launcher import KubernetesLauncher, check_kubernetes
-from resources.launcher import Launched
+from resources.launcher import Launched, Work
 from tests.integration.fake_kubernetes import Cluster, fake_kubernetes
 from tests.toy import PROJECT
 from textalign_dagster.experiment_files import Library
@@ -119,12 +119,15 @@ def train(
         found.append(
             launcher.train(
                 context,
-                place,
-                write,
-                extras={"cell": "toy|001"},
-                env={"FROM_TEST": "it's"},
-                on_progress=heard,
-                log=folder / "logs" / "train.log",
+                Work(
+                    folder=place,
+                    unfinished=folder / "unfinished",
+                    write=write,
+                    extras={"cell": "toy|001"},
+                    env={"FROM_TEST": "it's"},
+                    on_progress=heard,
+                    log=folder / "logs" / "train.log",
+                ),
             )
         )
         return dg.MaterializeResult()
@@ -232,12 +235,15 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: 
     with pytest.raises(SettingsError, match=r"mount_path: .* is not below /data: the pod could not see it"):
         KubernetesLauncher(elsewhere, "key", tmp_path).train(
             None,  # type: ignore[arg-type]
-            lambda name: tmp_path / name,
-            lambda place: [],
-            extras={},
-            env={},
-            on_progress=lambda _: None,
-            log=tmp_path / "log",
+            Work(
+                folder=lambda name: tmp_path / name,
+                unfinished=tmp_path / "unfinished",
+                write=lambda place: [],
+                extras={},
+                env={},
+                on_progress=lambda _: None,
+                log=tmp_path / "log",
+            ),
         )
     with socket.socket() as nobody:  # bound, and not listening
         nobody.bind(("127.0.0.1", 0))

@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from resources import slurm
-from resources.launcher import HEAD, NODE, PORT, Launched
+from resources.launcher import HEAD, NODE, PORT, Launched, Work
 from resources.slurm_launcher import SlurmLauncher
 from tests.integration.conftest import Place
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
@@ -158,12 +158,15 @@ def train(
         found.append(
             launcher(folder, **options).train(
                 context,
-                place,
-                write,
-                extras={"cell": "toy|001"},
-                env={"FROM_TEST": "it's $HOME"},
-                on_progress=heard,
-                log=folder / "train.log",
+                Work(
+                    folder=place,
+                    unfinished=folder / "unfinished",
+                    write=write,
+                    extras={"cell": "toy|001"},
+                    env={"FROM_TEST": "it's $HOME"},
+                    on_progress=heard,
+                    log=folder / "train.log",
+                ),
             )
         )
         return dg.MaterializeResult()
