@@ -1,6 +1,7 @@
 """The fifth stage: the policy trained on the drawn rows."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from textalign_dagster.ids import derive_seed
 from textalign_dagster.stages import artifact_key, stage_settings
 from textalign_dagster.tables import CHECKPOINTS
 from textalign_dagster.training_settings import Training
-from training.job import Job
+from training.job import PLACES, Job
 
 
 @dg.asset(
@@ -60,15 +61,18 @@ def checkpoint(
         pool = stage.require("datapool")
         sampled_from, base = stage.policy(stage.cell.iteration), stage.policy(1)
         parent = sampled_from if settings.start_from == "parent" else base
+        # One adapter beside the base policy is the parent, too.
+        start = base if settings.carries_adapter else parent
         reference = None
         if settings.objective.kl_coef > 0:
             reference = base if settings.objective.kl_reference == "base" else sampled_from
         inputs = {"datapool": pool.key, "policy": sampled_from.policy_hash}
         before = None
-        if settings.optimizer_state == "carried" and stage.cell.iteration > 1:
+        carries = settings.optimizer_state == "carried" or settings.carries_adapter
+        if carries and stage.cell.iteration > 1:
             before = stage.require("checkpoint", stage.cell.iteration - 1)
             inputs[f"checkpoint@{stage.cell.iteration - 1}"] = before.key
-        if base in (parent, reference):
+        if base in (start, reference):
             inputs["base_policy"] = base.policy_hash
 
         key = artifact_key(
@@ -99,11 +103,12 @@ def checkpoint(
                     rows=folder("job") / "rows.parquet",
                     out=folder("model"),
                     seed=seed,
-                    parent=parent,
+                    start=start,
                     reference=reference,
                     sharing=sharing_of(config),
                     beside=folder("beside") if keeps_beside(settings) else None,
-                    optimizer=before.path("beside") if before else None,
+                    before=before.path("beside") if before else None,
+                    snapshots=folder("snapshots"),
                 )
 
             def write(folder: Folder) -> list[str]:
@@ -128,24 +133,21 @@ def checkpoint(
             launched = where.train(context, work)
             job, out = job_in(draft.folder), draft.folder("model")
             done: dict[str, Any] = launched.done or {}
-            gpu_seconds = launched.seconds * done["accelerators"] or None
+            seconds = launched.seconds + done["earlier_seconds"]
+            gpu_seconds = seconds * done["accelerators"] or None
             row = {
                 "policy_hash": policy_hash(out),
                 "parent": parent.policy_hash,
                 "reference": reference.policy_hash if reference else None,
                 "pool_hash": rows["pool_hash"][0],
-                "config": json.dumps(
-                    job.model_dump(
-                        mode="json", exclude={"rows", "policy", "reference", "out", "beside", "optimizer"}
-                    )
-                ),
+                "config": json.dumps(job.model_dump(mode="json", exclude=set(PLACES))),
                 "code_revision": code_revision(),
                 "environment_hash": environment_hash(),
                 "seed": seed,
                 "rows": rows.height,
                 "steps": done["steps"],
                 "final_loss": done["final_loss"],
-                "seconds": launched.seconds,
+                "seconds": seconds,
                 "gpu_seconds": gpu_seconds,
                 "usd": None,
             }
@@ -159,17 +161,20 @@ def checkpoint(
                 tokens=done["tokens"],
                 peak_memory=done["peak_memory"],
                 coefficients=done["coefficients"],
+                resumed_at=done["resumed_at"],
                 **({} if gpu_seconds is None else {"gpu_seconds": gpu_seconds}),
             )
 
         made = stage.make(inputs, produce)
+        shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(where, SlurmLauncher):
             where.forget()  # only now: until it is published, the job's folder is the only copy
         facts, row = made.manifest["facts"], made.frame("checkpoints").row(0, named=True)
+        resumed = (facts.get("resumed_at") or [None])[-1]  # earlier versions have not said it
         hand_over(context, stage.cell.next, facts["policy_hash"], made.path("model"))
         return stage.publish(
             made,
-            headline=f"{row['steps']} steps, loss {row['final_loss']:.3f}",
+            headline=f"{row['steps']} steps{f' (resumed at {resumed})' if resumed else ''}, loss {row['final_loss']:.3f}",
             metadata={
                 "final loss": row["final_loss"],
                 "steps": row["steps"],
@@ -181,6 +186,7 @@ def checkpoint(
                     if "first_step_seconds" in facts
                     else {}
                 ),
+                **({"resumed at step": resumed} if resumed else {}),
                 **peak_memory(facts["peak_memory"]),
                 "policy": row["policy_hash"],
                 "parent": row["parent"],
@@ -255,21 +261,26 @@ def job_of(
     rows: Path,
     out: Path,
     seed: int,
-    parent: PolicyFolder,
+    start: PolicyFolder,
     reference: PolicyFolder | None,
     sharing: Literal["DEEPSPEED", "FSDP"] | None,
     beside: Path | None,
-    optimizer: Path | None,
+    before: Path | None,
+    snapshots: Path,
 ) -> Job:
-    """What the trainer is told."""
+    """What the trainer is told. ``before``: what the iteration before has left in its ``beside``."""
     experiment = stage.experiment
+    carried = experiment.training.optimizer_state == "carried"
+    adapted = experiment.training.carries_adapter
     return Job(
         rows=str(rows),
-        policy=str(parent.path),
+        policy=str(start.path),
         reference=str(reference.path) if reference else None,
         out=str(out),
         beside=str(beside) if beside else None,
-        optimizer=str(optimizer) if optimizer else None,
+        adapter=str(before / "adapter") if before and adapted else None,
+        optimizer=str(before) if before and carried else None,
+        snapshots=str(snapshots),
         template=experiment.method.template,
         special_tokens=list(experiment.method.special_tokens),
         seed=seed,

@@ -18,6 +18,7 @@ from resources.store import Draft
 from textalign_dagster import checks
 from textalign_dagster.conditioning import render
 from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.structured import content_of
 from textalign_dagster.tables import GENERATIONS
 
 
@@ -51,6 +52,7 @@ def generations(
             ignore_eos=settings.ignore_eos,
             # Whatever is asked for: from then on the policy has the method's tokens.
             banned_tokens=experiment.method.special_tokens if later else (),
+            structured=content_of(settings.structured),
         )
         engine = sampler.of(experiment)
         drawn = draws.frame("prompt_draws")
@@ -75,7 +77,7 @@ def generations(
             sampled = sampled_chunks.sample(
                 stage.store,
                 engine,
-                model.path,
+                model.sampled,
                 model.policy_hash,
                 requests,
                 decoding,
@@ -121,7 +123,7 @@ def generations(
                 found_samples=sampled.found,  # of an attempt that was interrupted
             )
 
-        decoding_id = content_hash("decoding", vars(decoding), engine.engine)
+        decoding_id = content_hash("decoding", decoding.identity, engine.engine, *settings.served.values())
         made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash, **pools}, produce)
         sampled_chunks.discard(stage.store, made)
         if (left := sampled_chunks.left_over(stage.store)) is not None:

@@ -34,6 +34,7 @@ from textalign_dagster.evaluation import (
 from textalign_dagster.ids import content_hash
 from textalign_dagster.obedience import obedience
 from textalign_dagster.score_table import OBEDIENCE, reported, score_row, score_table
+from textalign_dagster.structured import content_of
 from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
 
 SAMPLING, FLUENCY = "evaluation_sampling", "evaluation_fluency"
@@ -142,15 +143,17 @@ class Measuring:
             min_new_tokens=experiment.sampling.min_new_tokens,
             ignore_eos=experiment.sampling.ignore_eos,
             banned_tokens=subject.banned_tokens,
+            structured=content_of(experiment.sampling.structured),
         )
         conditioned = any(ask.condition is not None for ask in subject.asked)
         settings: dict[str, Any] = {"asked": [vars(ask) for ask in subject.asked]}
         if subject.model is not None:
             settings |= {
-                "decoding": {**vars(decoding), "banned_tokens": list(decoding.banned_tokens)},
+                "decoding": decoding.identity,
                 "template": experiment.method.template if conditioned else None,
                 "engine": experiment.sampling.engine,
                 "dtype": experiment.policy.dtype,
+                **experiment.sampling.served,
             }
         asked_of = self.prompts.select("prompt_id", "seeds").rows()
 
@@ -284,7 +287,7 @@ class Measuring:
             sampled = sampled_chunks.sample(
                 self.stage.store,
                 self.engine,
-                model.path,
+                model.sampled,
                 model.policy_hash,
                 requests,
                 decoding,
@@ -296,7 +299,7 @@ class Measuring:
                 condition = ask.text(prompt["prompt_id"])
                 conditioning = {"condition": condition, "role": ask.role}
                 for seed, completion in zip(prompt["seeds"], several, strict=True):
-                    key = (prompt["prompt_id"], model.policy_hash, vars(decoding), conditioning, seed)
+                    key = (prompt["prompt_id"], model.policy_hash, decoding.identity, conditioning, seed)
                     yield {
                         "sample_id": content_hash("evaluation", *key),
                         "prompt_id": prompt["prompt_id"],

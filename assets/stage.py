@@ -14,7 +14,7 @@ import dagster as dg
 from assets.figures import figure
 from resources.freshness import Freshness
 from resources.policies import base_policy
-from resources.sampler import SamplerError
+from resources.sampler import Adapted, Model, SamplerError
 from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
 from textalign_dagster.abandoned import mark
 from textalign_dagster.experiment import Experiment
@@ -34,6 +34,12 @@ class PolicyFolder:
 
     path: Path
     policy_hash: str
+    adapted: Adapted | None = None  # the same, as the base policy and an adapter: where adapters are served
+
+    @property
+    def sampled(self) -> Model:
+        """What an engine is given."""
+        return self.adapted or self.path
 
 
 @dataclass
@@ -94,11 +100,13 @@ class Stage:
 
     def policy(self, iteration: int) -> PolicyFolder:
         """The policy that an iteration samples from: the base, or the checkpoint of the one before."""
+        base = base_policy(self.experiment)
         if iteration == 1:
-            base = base_policy(self.experiment)
             return PolicyFolder(base.path, base.policy_hash)
-        checkpoint = self.require("checkpoint", iteration - 1)
-        return PolicyFolder(checkpoint.path("model"), checkpoint.manifest["facts"]["policy_hash"])
+        checkpoint, adapted = self.require("checkpoint", iteration - 1), None
+        if self.experiment.sampling.adapters == "served":
+            adapted = Adapted(base.path, checkpoint.path("beside") / "adapter")
+        return PolicyFolder(checkpoint.path("model"), checkpoint.manifest["facts"]["policy_hash"], adapted)
 
     def make(
         self,

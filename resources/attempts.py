@@ -151,6 +151,18 @@ def sweep(parent: Path, published: Callable[[], str | None]) -> list[Path]:
     return removed + sweep_temporary(parent, entries)
 
 
+def living(parent: Path) -> set[str]:
+    """The attempts in an artifact's folder whose processes live; nothing is changed."""
+    found = set()
+    for path in parent.glob(".*.lock"):
+        lock = _open_lock(path)
+        if lock is not None:
+            os.close(lock)
+        elif path.exists() and NAME.fullmatch(path.name[1:-5]):
+            found.add(path.name[1:-5])
+    return found
+
+
 def sweep_temporary(folder: Path, names: set[str]) -> list[Path]:
     """Remove temporary files that are too old to be in use."""
     removed = []

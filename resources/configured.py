@@ -17,6 +17,7 @@ from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.experiment import Experiment, Vllm
 from textalign_dagster.experiment_files import store_url
 from textalign_dagster.ids import canonical_json
+from textalign_dagster.kubernetes_settings import KubernetesPod
 
 
 class StoreResource(dg.ConfigurableResource):
@@ -39,9 +40,9 @@ class SamplerResource(dg.ConfigurableResource):
         policy, sampling = experiment.policy, experiment.sampling
         own: dict[str, Any] = {}
         if sampling.engine == "vllm":
-            own = (sampling.vllm or Vllm()).model_dump()
+            own = (sampling.vllm or Vllm()).model_dump() | _served(experiment)
         elif sampling.endpoints is not None:
-            own = sampling.endpoints.model_dump()
+            own = sampling.endpoints.model_dump() | {"adapters": sampling.adapters == "served"}
         engine = _engine(
             sampling.engine,
             policy.dtype,
@@ -51,6 +52,7 @@ class SamplerResource(dg.ConfigurableResource):
             sampling.launcher,
             canonical_json(sampling.slurm.model_dump()),
             canonical_json(sampling.ray.model_dump()),
+            canonical_json(sampling.k8s.model_dump()),
         )
         _make_room(engine)
         return engine
@@ -58,6 +60,14 @@ class SamplerResource(dg.ConfigurableResource):
     def make_room(self) -> None:
         """Ends the engines that hold a GPU or a node while others work; those on this CPU stay: they cost a start."""
         _make_room(None)
+
+
+def _served(experiment: Experiment) -> dict[str, Any]:
+    """What an engine must know that serves adapters."""
+    lora = experiment.training.lora
+    if experiment.sampling.adapters == "merged" or lora is None:
+        return {}
+    return {"max_lora_rank": lora.rank, "lora_modules": lora.target_modules}
 
 
 _engines: list[Sampler] = []
@@ -79,9 +89,15 @@ def _engine(
     launcher: str,
     slurm: str,
     ray: str,
+    k8s: str,
 ) -> Sampler:
     kinds = {"transformers": TransformersSampler, "vllm": VllmSampler, "endpoints": EndpointsSampler}
-    host = host_of(launcher, SlurmNode.model_validate_json(slurm), RayNode.model_validate_json(ray))
+    host = host_of(
+        launcher,
+        SlurmNode.model_validate_json(slurm),
+        RayNode.model_validate_json(ray),
+        KubernetesPod.model_validate_json(k8s),
+    )
     elsewhere = {} if host is None else {"host": host}
     engine: Sampler = kinds[name](
         dtype=dtype,

@@ -29,6 +29,10 @@ class EndpointError(Exception):
     """The servers cannot do what they are asked for; the message is for the user."""
 
 
+class Refused(EndpointError):
+    """A server refuses a request for what it says."""
+
+
 class ServerFault(Exception):
     """A server has failed; another one may be asked. ``gone``: it does not answer at all."""
 
@@ -64,11 +68,18 @@ class Server:
         """
         return await self._answer(self.client.post(path, cast_to=httpx2.Response, body=body or {}))
 
-    async def _answer(self, asked: Awaitable[httpx2.Response]) -> Any:
+    async def tell(self, path: str, body: dict[str, Any]) -> bool:
+        """Whether there is a path that takes a body, whatever it answers; raises as `post`."""
+        asked = self.client.post(path, cast_to=httpx2.Response, body=body)
+        return await self._answer(asked, read=lambda content: True) is not None
+
+    async def _answer(
+        self, asked: Awaitable[httpx2.Response], read: Callable[[bytes], Any] = json.loads
+    ) -> Any:
         try:
             async with asyncio.timeout(self.timeout_s):
                 response = await asked
-            return json.loads(response.content or b"{}")
+            return read(response.content or b"{}")
         except (TimeoutError, openai.APITimeoutError):
             raise ServerFault(f"no reply within {self.timeout_s:g} s", gone=True) from None
         except openai.APIStatusError as error:
@@ -82,7 +93,7 @@ class Server:
             remedy = (
                 "; check the key in sampling.endpoints.api_key_env" if error.status_code in (401, 403) else ""
             )
-            raise EndpointError(
+            raise Refused(
                 f"{self.url} refuses a request (HTTP {error.status_code}: {said}){remedy}"
             ) from None
         except openai.APIConnectionError as error:

@@ -32,6 +32,7 @@ class EndpointsSampler(WorkerSampler):
     api_key_env: the environment variable with the servers' key, if they want one.
     timeout_s: for one request.
     verify: whether log-probabilities are compared with those of transformers on this machine.
+    adapters: whether the servers are to have adapters beside their weights.
     """
 
     engine = "endpoints"
@@ -46,6 +47,7 @@ class EndpointsSampler(WorkerSampler):
         api_key_env: str | None = None,
         timeout_s: float = 600.0,
         verify: bool = True,
+        adapters: bool = False,
     ) -> None:
         self.settings = {
             "urls": [url.rstrip("/").removesuffix("/v1") for url in urls],
@@ -55,6 +57,7 @@ class EndpointsSampler(WorkerSampler):
             "api_key_env": api_key_env,
             "timeout_s": timeout_s,
             "verify": verify,
+            "adapters": adapters,
         }
         self.left_out: dict[str, str] = {}  # URL → why, in the last call
         self._version: str | None = None
@@ -69,6 +72,7 @@ class EndpointsSampler(WorkerSampler):
                 )
             ]
         )
+        self.serves_adapters = adapters
 
     @property
     def engine_version(self) -> str:
@@ -77,7 +81,8 @@ class EndpointsSampler(WorkerSampler):
             (self._version,) = self._rows_of(self.channels[0].call({"op": "version", "total": 0}))
         names = ("transformers", "tokenizers")
         found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
-        return f"vllm-{self._version}+{found}+endpoints-{WORKER_VERSION}+{self.settings['dtype']}"
+        adapters = "+adapters" if self.serves_adapters else ""
+        return f"vllm-{self._version}+{found}+endpoints-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
 
     def close(self) -> None:
         """End the worker; the servers stay."""

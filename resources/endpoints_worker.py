@@ -21,8 +21,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resources.endpoints import EndpointError, Endpoints, Server, ServerFault, connected
-from resources.engine_text import banned_of, check_embeddings, pairs_of, prompts_of
+from resources.endpoints import EndpointError, Endpoints, Refused, Server, ServerFault, connected
+from resources.engine_text import check_embeddings, pairs_of, prompts_of
+from resources.served_adapters import Adapter, give_adapter, have_adapter, takes_adapters
 from resources.served_weights import (
     ALIKE,
     APART,
@@ -38,7 +39,16 @@ from resources.served_weights import (
     still_has,
     token_logprobs,
 )
-from resources.vllm_requests import Drawn, completions, decoding, end_ids_of, finite, seed_of
+from resources.vllm_requests import (
+    Drawn,
+    banned,
+    completions,
+    decoding,
+    end_ids_of,
+    finite,
+    seed_of,
+    structure,
+)
 from resources.worker_process import (
     CallError,
     Report,
@@ -48,6 +58,7 @@ from resources.worker_process import (
     serve,
     version_of,
 )
+from textalign_dagster.structured import WHERE
 
 NEVER = -100.0  # the lowest bias that the interface takes; what is drawn all the same is refused
 LOST = -9999.0  # what a server says instead of minus infinity
@@ -79,9 +90,24 @@ class Engine:
         self.probed: list[int] = []
         self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
         self.known: dict[tuple[str, str], list[float]] = {}  # by server and policy: what it said of the probe
+        self.adapter: Adapter | None = None  # beside the weights
+        self._adapter: object = None  # its files
+        self.taking: set[str] = set()  # servers that can be given adapters
 
-    def read(self, folder: Path) -> None:
+    def read(self, folder: Path, adapter: Path | None = None) -> None:
         """Read what is needed of a policy on this side."""
+        found = None if adapter is None else version_of(adapter)
+        if found != self._adapter:
+            self.adapter = None if adapter is None else Adapter.of(adapter)
+            self._adapter, self.expected = found, None
+        self._read(folder)
+
+    @property
+    def policy(self) -> str:
+        """A name for what is sampled from."""
+        return self.label if self.adapter is None else f"{self.label}+{self.adapter.name}"
+
+    def _read(self, folder: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         from textalign_dagster import tokenisation
@@ -114,15 +140,24 @@ class Engine:
 
         async def prepare(server: Server) -> None:
             await have(server, self.folder, self.label)
+            if self.settings["adapters"] and server.url not in self.taking:
+                await takes_adapters(server)
+                self.taking.add(server.url)
+            if self.adapter is not None:
+                await have_adapter(server, self.adapter)
             said[server.url] = await probe(server, self.probed)
             if self._changed(server.url, said[server.url]):  # by somebody, under the same name
                 with contextlib.suppress(ServerFault):  # which cannot be given any: told below
                     await give(server, self.folder, self.label)
+                with contextlib.suppress(ServerFault):
+                    if self.adapter is not None:
+                        await give_adapter(server, self.adapter)
                     said[server.url] = await probe(server, self.probed)
 
         if self.settings["verify"] and self.expected is None:
             arguments = (self.folder, self.settings["dtype"], self.settings["trust_remote_code"], self.probed)
-            self.expected = await asyncio.to_thread(reference, *arguments)
+            beside = None if self.adapter is None else self.adapter.folder
+            self.expected = await asyncio.to_thread(reference, *arguments, beside)
         await endpoints.each(prepare)
         if not endpoints.live:
             raise endpoints.nobody()
@@ -137,7 +172,7 @@ class Engine:
                         f"{self.settings['dtype']} (policy.dtype), let nobody else change its weights, and use a "
                         "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
                     )
-        self.known |= {(url, self.label): said[url] for url in live}
+        self.known |= {(url, self.policy): said[url] for url in live}
         self.context = min(server.room for server in endpoints.live)
         return said
 
@@ -161,7 +196,7 @@ class Engine:
 
     def _changed(self, url: str, said: list[float]) -> bool:
         """Whether a server cannot have the weights it had under this name, or those of the policy."""
-        dtype, before = self.settings["dtype"], self.known.get((url, self.label))
+        dtype, before = self.settings["dtype"], self.known.get((url, self.policy))
         if before is not None and apart(said, before) > ALIKE[dtype]:
             return True
         return self.expected is not None and apart(said, self.expected) > APART[dtype]
@@ -174,7 +209,7 @@ def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, An
     try:
         if call["op"] == "version":
             return asyncio.run(with_servers(engine, versions))
-        engine.read(Path(call["model"]))
+        engine.read(Path(call["model"]), Path(call["adapter"]) if "adapter" in call else None)
         work = generate if call["op"] == "generate" else logprobs
 
         async def checked(endpoints: Endpoints) -> list[Any]:
@@ -237,7 +272,8 @@ async def generate(
 ) -> list[list[dict[str, Any]]]:
     """For each request, a dictionary of `sampler.Completion` for each seed."""
     common = decoding(engine, call["decoding"])
-    prompts, banned = prompts_of(engine, call), banned_of(engine, call)
+    prompts, never = prompts_of(engine, call), banned(engine, call)
+    structured = structure(engine, call["decoding"])
     common |= {
         "n": 1,
         # What is not said here, a server takes from its model's generation_config.json.
@@ -245,7 +281,8 @@ async def generate(
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
-        "logit_bias": {str(token): NEVER for token in sorted(banned)} or None,
+        "logit_bias": {str(token): NEVER for token in sorted(never)} or None,
+        "structured_outputs": structured,
         "return_token_ids": True,
     }
     bodies = [
@@ -258,11 +295,28 @@ async def generate(
         ids, terms = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or terms is None or len(ids) != len(terms):
             raise EndpointError("a server gives no token ids; it must be vLLM, of a version that knows them")
-        if not banned.isdisjoint(ids):
+        if not never.isdisjoint(ids):
             raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm bans it for good")
-        return ids, choice["finish_reason"] == "stop", summed(engine, terms)
+        total = 0.0 if structured is not None else summed(engine, terms)
+        return ids, choice["finish_reason"] == "stop", total
 
-    return completions(engine, call, await every(engine, endpoints, bodies, drawn, report))
+    if structured is None:
+        return completions(engine, call, await every(engine, endpoints, bodies, drawn, report))
+    try:
+        found = await every(engine, endpoints, bodies, drawn, report)
+    except Refused as error:
+        raise EndpointError(f"{WHERE}: {error}") from None
+    # What was said of the tokens is how likely they are among those that the structure leaves.
+    sums = await text_logprobs(
+        engine,
+        endpoints,
+        [body["prompt"] for body in bodies],
+        [ids for ids, _, _ in found],
+        lambda done: None,
+    )
+    return completions(
+        engine, call, ((ids, ended, total) for (ids, ended, _), total in zip(found, sums, strict=True))
+    )
 
 
 async def logprobs(
@@ -270,6 +324,18 @@ async def logprobs(
 ) -> list[tuple[float, int]]:
     """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
     prompts, texts = pairs_of(engine, call)
+    sums = await text_logprobs(engine, endpoints, prompts, texts, report)
+    return list(zip(sums, map(len, texts), strict=True))
+
+
+async def text_logprobs(
+    engine: Engine,
+    endpoints: Endpoints,
+    prompts: Sequence[list[int]],
+    texts: Sequence[list[int]],
+    report: Report,
+) -> list[float]:
+    """The log-probability of each text's tokens after its prompt, summed."""
     some = [index for index, text in enumerate(texts) if text]
     nothing = len(texts) - len(some)
 
@@ -279,9 +345,9 @@ async def logprobs(
 
     bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in some]
     sums = await every(engine, endpoints, bodies, scored, lambda done: report(nothing + done))
-    results = [(0.0, len(text)) for text in texts]
+    results = [0.0] * len(texts)
     for index, total in zip(some, sums, strict=True):
-        results[index] = (total, len(texts[index]))
+        results[index] = total
     return results
 
 

@@ -4,7 +4,8 @@ Messages go through a file on the volume, not through the pod's log, which is ro
 off. Exit code 0 is not believed without the marker the trainer writes last.
 
 A pod does not outlive the run that waits for it: it is deleted when that ends, in whichever way. Where
-the run's process was killed, the next run of the same training deletes the pod and starts anew.
+the run's process was killed, the next run of the same training deletes the pod and goes on from the
+newest snapshot.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import dagster as dg
 
 from resources.launcher import Launched, Work, end_of_log, read_marker, told_seconds
 from resources.pipes_messages import FileReader, Heard
+from resources.pods import OUT_OF_MEMORY, check_folders, check_kubernetes, cluster, ended, pod_spec
 from textalign_dagster.kubernetes_settings import Kubernetes
-from textalign_dagster.settings import SettingsError
+from training.snapshot_folder import kept
 
 LABEL = "textalign/training"
 RUN = "textalign/run"
 SEARCHED = 200_000  # bytes of a log in which a signal is looked for
-OUT_OF_MEMORY = "OOMKilled"
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,10 @@ class KubernetesLauncher:
         """
         check_kubernetes(self.settings)
         out = work.folder("model")
-        for path in (out, self.home):
-            if not path.is_relative_to(self.settings.mount_path):
-                raise SettingsError(
-                    f"training.k8s.mount_path: {path} is not below {self.settings.mount_path}: the pod could not "
-                    "see it; put TEXTALIGN_HOME (and TEXTALIGN_CACHE) onto the volume"
-                )
+        check_folders(self.settings, (out, self.home), "training")
         from dagster_k8s import PipesK8sClient
 
-        api = _api(self.settings)
+        api = cluster(self.settings)
         self._make_way(context, api)
         command = work.write(work.place)
         messages = work.log.with_suffix(".messages")
@@ -77,7 +73,7 @@ class KubernetesLauncher:
                     namespace=self.settings.namespace,
                     env=dict(work.env),
                     base_pod_meta={"labels": self._labels(context)},
-                    base_pod_spec=pod_spec(self.settings),
+                    base_pod_spec=pod_spec(self.settings, "training"),
                     pod_wait_timeout=0,
                     delete_pod_on_completion=False,
                 )
@@ -90,7 +86,7 @@ class KubernetesLauncher:
             messages.unlink(missing_ok=True)
         done = self._marker(out / "done.json", wait=problem is None)
         if problem is not None or done is None:
-            raise self._failure(pod, problem, heard, work.log) from problem
+            raise self._failure(pod, problem, heard, work) from problem
         if heard.error is not None:
             raise heard.error
         return Launched(told_seconds(done), done)
@@ -152,7 +148,8 @@ class KubernetesLauncher:
             time.sleep(min(self.every, 1.0))
         return found
 
-    def _failure(self, pod: Any, problem: Exception | None, heard: Heard, log: Path) -> dg.Failure:
+    def _failure(self, pod: Any, problem: Exception | None, heard: Heard, work: Work) -> dg.Failure:
+        log, left = work.log, kept(work.unfinished)
         end = end_of_log(log) if log.exists() else ""
         name = pod.metadata.name if pod is not None else "?"
         state = ended(pod)
@@ -167,7 +164,7 @@ class KubernetesLauncher:
             metadata["exception"] = dg.MetadataValue.text(kind)
             # Bad input is as bad the next time.
             return dg.Failure(
-                f"{kind}: {message} (pod {name}: {state})",
+                f"{kind}: {message} (pod {name}: {state}){left}",
                 metadata=metadata,
                 allow_retries=kind != "JobError",
             )
@@ -178,94 +175,4 @@ class KubernetesLauncher:
         else:
             first = re.sub(r"\s+", " ", str(problem)).strip()[:300]
             why = f"failed ({state})" if pod is not None and state else f"failed: {first}"
-        return dg.Failure(f"pod {name} {why}; see the log {log}", metadata=metadata)
-
-
-def pod_spec(settings: Kubernetes) -> dict[str, Any]:
-    """The pod, but for what dagster-k8s adds: name, command and environment."""
-    limits: dict[str, str] = {}
-    if settings.gpus:
-        limits["nvidia.com/gpu"] = str(settings.gpus)
-    if settings.memory is not None:
-        limits["memory"] = settings.memory
-    requests = {name: value for name, value in (("cpu", settings.cpu), ("memory", settings.memory)) if value}
-    container: dict[str, Any] = {
-        "name": "training",
-        "image": settings.image,
-        "resources": {"limits": limits, "requests": requests},
-        "volumeMounts": [
-            {"name": "data", "mountPath": settings.mount_path},
-            # Processes of one machine talk through shared memory, of which a pod has 64 MiB otherwise.
-            {"name": "shared-memory", "mountPath": "/dev/shm"},
-        ],
-        "envFrom": [{"secretRef": {"name": name}} for name in settings.env_from_secrets],
-    }
-    spec: dict[str, Any] = {
-        "restartPolicy": "Never",
-        "containers": [container],
-        "volumes": [
-            {"name": "data", "persistentVolumeClaim": {"claimName": settings.volume_claim}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        ],
-        "nodeSelector": dict(settings.node_selector),
-        "tolerations": [dict(toleration) for toleration in settings.tolerations],
-    }
-    if settings.service_account is not None:
-        spec["serviceAccountName"] = settings.service_account
-    return spec
-
-
-def ended(pod: Any) -> str:
-    """How a pod's container ended, in Kubernetes' words."""
-    if pod is None:
-        return "it is gone"
-    told = [pod.status.phase, pod.status.reason]
-    for status in pod.status.container_statuses or []:
-        if status.state.terminated is not None:
-            told += [status.state.terminated.reason, f"exit code {status.state.terminated.exit_code}"]
-        elif status.state.waiting is not None:
-            told.append(status.state.waiting.reason)
-    return ", ".join(filter(None, told))
-
-
-def check_kubernetes(settings: Kubernetes) -> str:
-    """Whether pods can be asked for; what was found, in words.
-
-    Raises:
-        SettingsError: dagster-k8s is not installed, nothing says where the cluster is, or it does not answer.
-    """
-    try:
-        import dagster_k8s  # noqa: F401
-    except ImportError:
-        raise SettingsError("training.launcher: k8s needs dagster-k8s: pip install -e '.[k8s]'") from None
-    from kubernetes.client.exceptions import ApiException
-    from kubernetes.config import ConfigException
-    from urllib3.exceptions import HTTPError
-
-    try:
-        _api(settings).list_namespaced_pod(settings.namespace, limit=1, _request_timeout=10)
-    except ConfigException as error:
-        raise SettingsError(
-            f"training.launcher: nothing says where the Kubernetes cluster is ({error}); set KUBECONFIG"
-        ) from None
-    except ApiException as error:
-        raise SettingsError(
-            f"training.k8s.namespace: pods of {settings.namespace} cannot be listed (HTTP {error.status} "
-            f"{error.reason}); the user of the kubeconfig needs that right"
-        ) from None
-    except HTTPError as error:
-        raise SettingsError(f"training.launcher: the Kubernetes cluster does not answer ({error})") from None
-    return f"kubernetes: namespace {settings.namespace}, image {settings.image}"
-
-
-def _api(settings: Kubernetes) -> Any:
-    """The cluster's interface, found as dagster-k8s finds it."""
-    import os
-
-    import kubernetes
-
-    if settings.context is None and os.environ.get("KUBERNETES_SERVICE_HOST"):
-        kubernetes.config.load_incluster_config()
-    else:
-        kubernetes.config.load_kube_config(context=settings.context)
-    return kubernetes.client.CoreV1Api()
+        return dg.Failure(f"pod {name} {why}{left}; see the log {log}", metadata=metadata)

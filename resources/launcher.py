@@ -22,6 +22,7 @@ import dagster as dg
 
 from resources.pipes_messages import Heard, LiveReader, OnProgress
 from resources.processes import Supervised
+from training.snapshot_folder import kept
 
 Folder = Callable[[str], Path]
 """The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
@@ -145,6 +146,7 @@ class LocalLauncher:
             work.on_progress,
             log=work.log,
             done=work.folder("model") / "done.json",
+            unfinished=work.unfinished,
         )
 
     def launch(
@@ -157,6 +159,7 @@ class LocalLauncher:
         *,
         log: Path | None = None,
         done: Path | None = None,
+        unfinished: Path | None = None,
     ) -> Launched:
         """Runs the command to its end.
 
@@ -168,6 +171,7 @@ class LocalLauncher:
             log: file to append stdout and stderr to; None: this process's own (a step's compute logs).
             done: the JSON file that the child writes last. It is removed first, and exit code 0 is
                 not believed without it.
+            unfinished: the folder of its snapshots, of which a failure tells.
 
         Raises:
             dg.Failure: the command failed, with its own words where it had some; command, exit code
@@ -200,7 +204,7 @@ class LocalLauncher:
         # All messages have been read now.
         marker = read_marker(done)
         if code != 0 or (done is not None and marker is None):
-            raise _failure(command, code, heard, done, log)
+            raise _failure(command, code, heard, done, log, kept(unfinished) if unfinished else "")
         if heard.error is not None:
             raise heard.error
         return Launched(time.monotonic() - started, marker)
@@ -222,8 +226,9 @@ def read_marker(done: Path | None) -> dict[str, Any] | None:
 
 
 def _failure(
-    command: Sequence[str], code: int, heard: Heard, done: Path | None, log: Path | None
+    command: Sequence[str], code: int, heard: Heard, done: Path | None, log: Path | None, left: str
 ) -> dg.Failure:
+    """What failed, and what it ``left`` for the next run."""
     words = shlex.join(command)
     metadata: dict[str, dg.MetadataValue] = {
         "command": dg.MetadataValue.text(words),
@@ -237,17 +242,19 @@ def _failure(
         name, message = heard.exception
         metadata["exception"] = dg.MetadataValue.text(name)
         # Bad input is as bad the next time.
-        return dg.Failure(f"{name}: {message}", metadata=metadata, allow_retries=name != "JobError")
+        return dg.Failure(f"{name}: {message}{left}", metadata=metadata, allow_retries=name != "JobError")
     if code == 0:
         return dg.Failure(
-            f"the command exited with 0 but did not write {done}: it did not finish; see {where}",
+            f"the command exited with 0 but did not write {done}: it did not finish{left}; see {where}",
             metadata=metadata,
         )
     if code > 128:
         reason = f"the command was ended by signal {code - 128}"
         hint = " (out of memory?)" if code == 128 + 9 else ""
-        return dg.Failure(f"{reason}{hint}; see {where}", metadata=metadata)
-    return dg.Failure(f"the command exited with {code} and did not say why; see {where}", metadata=metadata)
+        return dg.Failure(f"{reason}{hint}{left}; see {where}", metadata=metadata)
+    return dg.Failure(
+        f"the command exited with {code} and did not say why{left}; see {where}", metadata=metadata
+    )
 
 
 def told_seconds(done: Mapping[str, Any]) -> float:

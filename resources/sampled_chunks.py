@@ -14,13 +14,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import polars as pl
 
 from resources.artifact import Artifact
 from resources.attempts import Draft
-from resources.sampler import Completion, Decoding, Progress, Request, Sampler
+from resources.sampler import Completion, Decoding, Model, Progress, Request, Sampler
 from resources.store import ArtifactStore
 from textalign_dagster.ids import content_hash
 
@@ -45,7 +44,7 @@ class Sampled:
 def sample(
     store: ArtifactStore,
     engine: Sampler,
-    model: Path,
+    model: Model,
     policy_hash: str,
     requests: Sequence[Request],
     decoding: Decoding,
@@ -99,7 +98,7 @@ def cut(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
 def chunk(
     store: ArtifactStore,
     engine: Sampler,
-    model: Path,
+    model: Model,
     policy_hash: str,
     requests: Sequence[Request],
     decoding: Decoding,
@@ -114,7 +113,7 @@ def chunk(
         draft.record(part_seconds=seconds)
 
     settings = {
-        "decoding": {**vars(decoding), "banned_tokens": list(decoding.banned_tokens)},
+        "decoding": decoding.identity,
         "engine": engine.engine,
         "engine_version": engine.engine_version,
         "requests": content_hash("requests", [[request.prompt, list(request.seeds)] for request in requests]),
@@ -131,7 +130,7 @@ def completions_of(made: Artifact, requests: Sequence[Request]) -> list[list[Com
 
 
 def timed(
-    engine: Sampler, model: Path, requests: Sequence[Request], decoding: Decoding, progress: Progress
+    engine: Sampler, model: Model, requests: Sequence[Request], decoding: Decoding, progress: Progress
 ) -> tuple[list[list[Completion]], dict[str, float]]:
     """What the engine gives, and the seconds until its model was ready, and then."""
     started, before = time.monotonic(), engine.load_seconds
@@ -155,5 +154,5 @@ def left_over(store: ArtifactStore) -> str | None:
     mib = sum(size for size, _ in files.values()) / 2**20
     return (
         f"{count} chunks of samplings that are under way, or were interrupted and never went on, are in "
-        f"{store.storage.place(f'artifacts/{CHUNK}')} ({mib:.1f} MiB); while nothing runs, that folder may be removed"
+        f"{store.storage.place(f'artifacts/{CHUNK}')} ({mib:.1f} MiB); `textalign clean --apply` removes them"
     )

@@ -7,11 +7,11 @@ worker process that outlives many calls and swaps the weights when it is asked f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 SEED_LIMIT = 2**64
 
@@ -21,6 +21,18 @@ Progress = Callable[[int, int], None]
 
 class SamplerError(RuntimeError):
     """Sampling failed; the message is one readable sentence (or two) with the remedy."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model that is another one's weights and a LoRA adapter (a folder that peft wrote) beside them."""
+
+    base: Path
+    adapter: Path
+
+
+Model = Path | Adapted
+"""A transformers folder, or one with an adapter: for engines that serve adapters."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +61,7 @@ class Decoding:
     The order is that of transformers and vLLM: end and banned tokens are removed, the logits are
     divided by ``temperature``, ``top_k`` keeps the k most likely, ``top_p`` keeps the smallest set
     of the remaining ones with at least that mass. Tokens that tie with the last one kept are kept.
+    ``structured`` comes before all of them: tokens that cannot go on as it says are removed.
     """
 
     temperature: float  # 0 is greedy
@@ -58,6 +71,7 @@ class Decoding:
     min_new_tokens: int = 0  # the end token cannot be drawn before
     ignore_eos: bool = False  # the end token cannot be drawn at all: exactly max_new_tokens
     banned_tokens: tuple[str, ...] = ()  # each must be one token of the model's tokenizer
+    structured: Mapping[str, Any] | None = None  # as `textalign_dagster.structured` says it; None: free text
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -73,6 +87,18 @@ class Decoding:
                 f"min_new_tokens is {self.min_new_tokens}; give a number from 0 to "
                 f"max_new_tokens ({self.max_new_tokens})"
             )
+        if self.structured is not None and (self.min_new_tokens or self.ignore_eos):
+            raise ValueError(
+                "structured output ends where its structure does; leave out min_new_tokens and ignore_eos"
+            )
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What samples are known by, as plain JSON; without a structure, what it was before there were any."""
+        known = {**vars(self), "banned_tokens": list(self.banned_tokens)}
+        if self.structured is None:
+            del known["structured"]
+        return known
 
 
 @dataclass(frozen=True)
@@ -106,7 +132,7 @@ class Sampler(AbstractContextManager["Sampler"], Protocol):
 
     def generate(
         self,
-        model: Path,
+        model: Model,
         requests: Sequence[Request],
         decoding: Decoding,
         progress: Progress | None = None,
@@ -119,7 +145,7 @@ class Sampler(AbstractContextManager["Sampler"], Protocol):
 
     def logprobs(
         self,
-        model: Path,
+        model: Model,
         pairs: Sequence[tuple[str, str]],
         progress: Progress | None = None,
     ) -> list[tuple[float, int]]:

@@ -101,12 +101,13 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
         return f"{found}, from {scorer.path}"
     if not isinstance(scorer, ModelScorer):
         return found
-    check_host(scorer.launcher, scorer.slurm, field)
     try:
         settings, _ = _settings_of(scorer)
         pairs = 0 if scorer.check is None else len(read_pairs(Path(scorer.check.path)))
     except ScoringError as error:
         raise SettingsError(f"{field}: {error}") from None
+    read = [Path(settings[name]) for name in ("folder", "weights_folder") if settings[name]]
+    check_host(scorer.launcher, scorer.slurm, scorer.k8s, field, read)
     checked = f", checked on {pairs} pairs" if pairs else ", not checked before it is trusted"
     return f"{found}, {settings['weights_folder'] or settings['folder']}{checked}"
 
@@ -170,7 +171,7 @@ def _by_model(
         error=ScoringError,
         what="scoring worker",
         offline=not trusted,
-        host=host_of(scorer.launcher, scorer.slurm, scorer.ray),
+        host=host_of(scorer.launcher, scorer.slurm, scorer.ray, scorer.k8s),
     )
     try:
         if scorer.check is not None:

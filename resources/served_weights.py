@@ -119,8 +119,14 @@ def read_choice(reply: Any) -> dict[str, Any]:
     return dict(reply["choices"][0])
 
 
-def reference(folder: Path, dtype: str, trust_remote_code: bool, ids: Sequence[int]) -> list[float]:
-    """What transformers gives, on this machine's CPU, to each of some tokens but the first."""
+def reference(
+    folder: Path, dtype: str, trust_remote_code: bool, ids: Sequence[int], adapter: Path | None = None
+) -> list[float]:
+    """What transformers gives, on this machine's CPU, to each of some tokens but the first.
+
+    Args:
+        adapter: beside the folder's weights, by peft.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -128,10 +134,14 @@ def reference(folder: Path, dtype: str, trust_remote_code: bool, ids: Sequence[i
         model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trust_remote_code
         )
+        if adapter is not None:
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise EndpointError(
-            f"{folder} cannot be loaded to compare it with what is served ({said}); mend it, or set "
+            f"{adapter or folder} cannot be loaded to compare it with what is served ({said}); mend it, or set "
             "sampling.endpoints.verify: false"
         ) from error
     with torch.inference_mode():

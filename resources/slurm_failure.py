@@ -11,8 +11,9 @@ import dagster as dg
 from resources.launcher import end_of_log
 from resources.pipes_messages import Heard
 from resources.slurm import State
-from resources.slurm_job import SlurmJob
+from resources.slurm_job import SNAPSHOTS, SlurmJob
 from resources.slurm_script import NO_PYTHON, NOT_SHARED
+from training.snapshot_folder import kept
 
 KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")  # torchrun, of a rank
 MUCH = 200_000  # bytes of a log in which that is looked for
@@ -29,6 +30,7 @@ def failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -
         "log": dg.MetadataValue.path(str(log)),
         "end of log": dg.MetadataValue.md(f"```\n{end}\n```"),
     }
+    left = kept(job.folder.parent / SNAPSHOTS)
     who, node = f"Slurm job {job_id}", job.failed_node()
     how = _how(node.code, end_of_log(log, MUCH) if log.exists() else "") if node else ""
     if heard.exception is not None and state.name in ("FAILED", "COMPLETED"):
@@ -37,7 +39,7 @@ def failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -
         first = f"; node {node.name} failed first: {how}" if node else ""
         # Bad input is as bad the next time.
         return dg.Failure(
-            f"{name}: {message} ({who}: {state}{first})",
+            f"{name}: {message} ({who}: {state}{first}){left}",
             metadata=metadata,
             allow_retries=name != "JobError",
         )
@@ -46,7 +48,7 @@ def failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -
         reason = f"failed on node {node.name}: {how}"
     else:
         reason = reason_of(state, job.folder.parent.parent, said.code if said else None)
-    return dg.Failure(f"{who} {reason}{own}; see the log {log}", metadata=metadata)
+    return dg.Failure(f"{who} {reason}{own}{left}; see the log {log}", metadata=metadata)
 
 
 def reason_of(state: State, root: Path, code: int | None) -> str:

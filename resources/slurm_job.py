@@ -2,6 +2,7 @@
 
 Layout below the shared folder::
 
+    {name}/snapshots/…                       where trainings of any launch and life go on
     {name}/{launch}/job/…                    what the trainer reads
     {name}/{launch}/job.sh, node.sh, log     scripts and output of all its lives
     {name}/{launch}/job_id, submission.json
@@ -36,6 +37,7 @@ LAUNCH = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
 DONE = "model/done.json"
 RESULTS = ("model", "beside")
 MESSAGES = "messages"
+SNAPSHOTS = "snapshots"
 TERMINATED = 128 + signal.SIGTERM
 
 

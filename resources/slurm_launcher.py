@@ -30,7 +30,7 @@ from resources import slurm
 from resources.launcher import Folder, Launched, Work, read_marker
 from resources.pipes_messages import Heard
 from resources.slurm_failure import failure
-from resources.slurm_job import DONE, Follower, SlurmJob, each_launch, ended
+from resources.slurm_job import DONE, SNAPSHOTS, Follower, SlurmJob, each_launch, ended
 from resources.slurm_script import job_script, node_script
 from textalign_dagster.cluster_settings import Slurm
 from textalign_dagster.ids import content_hash
@@ -38,6 +38,7 @@ from textalign_dagster.progress import somebody_waits
 from textalign_dagster.settings import SettingsError
 
 PROJECT = Path(__file__).resolve().parent.parent
+WARNING = 120  # seconds before its time limit in which a training takes a last snapshot
 LOOK = 0.2  # seconds between two looks for messages
 CANCELLING = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
@@ -155,8 +156,8 @@ class SlurmLauncher:
         launch = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
         job = SlurmJob(self.folder / launch)
         (job.folder / "job").mkdir(parents=True)
-        # Snapshots are common to all lives and submissions; what is written, each life has for itself.
-        shared = {"job": job.folder / "job", "snapshots": self.folder / "snapshots"}
+        # Snapshots are common to all lives and submissions; results, each life has for itself.
+        shared = {"job": job.folder / "job", "snapshots": self.folder / SNAPSHOTS}
         command = write(lambda name: shared.get(name, Path(name)))
         path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
         script = job.folder / "job.sh"
@@ -186,6 +187,7 @@ class SlurmLauncher:
             "--open-mode=append",
             "--export=ALL",  # of what sbatch is given, which is not much
             "--requeue",
+            f"--signal=USR1@{WARNING}",  # to the trainers, who then take a snapshot
             "--dependency=singleton",  # never two of this name at a time
             *slurm.options(self.settings),
         ]

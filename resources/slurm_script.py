@@ -1,7 +1,8 @@
 """The two shell scripts of a Slurm training: one for the job, one for each of its nodes.
 
-A job that Slurm starts again begins anew, in a folder of that life: what an earlier life wrote, or still
-writes from a node that came back, is no part of it. Slurm's own count of restarts does not tell lives
+A job that Slurm starts again writes its results into a folder of that life: what an earlier life wrote, or
+still writes from a node that came back, is no part of it. (It goes on from the newest snapshot, which is
+whole whoever wrote it, and of the same training.) Slurm's own count of restarts does not tell lives
 apart: a controller that crashes may start a job twice without counting.
 """
 

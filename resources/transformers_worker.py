@@ -164,6 +164,10 @@ def generate(
     from textalign_dagster import tokenisation
 
     tokenizer, wanted = loaded.tokenizer, call["decoding"]
+    if wanted["structured"] is not None:
+        raise CallError(
+            "engine transformers samples free text only; for structured output choose engine vllm"
+        )
     prompts = prompts_of(loaded, call)
     ends = tokenisation.end_ids(tokenizer, loaded.model.generation_config)
     rule = Rule(

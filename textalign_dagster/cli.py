@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from textalign_dagster import __version__
+from textalign_dagster.cleaning_cli import clean
 from textalign_dagster.command import Refused, library_of, open_console, open_store, print_json, readable
 from textalign_dagster.experiment_files import Library, home, variants_folder
 from textalign_dagster.feedback_cli import COMMANDS
@@ -303,7 +304,7 @@ def _show(library: Library, name: str, console: Console) -> None:
     console.print(f"curves: {path}", highlight=False, soft_wrap=True)
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, clean):
     main.add_command(command)
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
     yield from _deepspeed(probe(DEEPSPEED_PROBE))
     yield from _extras()
     yield _slurm()
+    yield _kubernetes()
     yield from _places()
     yield _port(3000)
     yield from _judges(experiments)
@@ -192,7 +193,7 @@ def _extras() -> Iterator[Finding]:
         ("obstore", "s3", "a store on S3 and other object storage"),
         ("peft", "lora", "LoRA"),
         ("bitsandbytes", "8bit", "AdamW with moments in 8 bits"),
-        ("dagster-k8s", "k8s", "trainings on Kubernetes"),
+        ("dagster-k8s", "k8s", "pods of Kubernetes"),
         ("ray", "ray", "sampling and scoring on Ray"),
     ):
         found = _version(package)
@@ -213,6 +214,17 @@ def _slurm() -> Finding:
         return Finding("slurm", "missing", str(error), "for `launcher: slurm`: mend SLURM_CONF")
     told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
     return Finding("slurm", "ok", f"partitions {told}")
+
+
+def _kubernetes() -> Finding:
+    """Whether pods can be asked for from here; the cluster is asked for its version."""
+    from resources.pods import version
+    from textalign_dagster.kubernetes_settings import KubernetesPod
+
+    try:
+        return Finding("kubernetes", "ok", version(KubernetesPod()))
+    except SettingsError as error:
+        return Finding("kubernetes", "missing", str(error), "for `launcher: k8s`: set KUBECONFIG")
 
 
 def _places() -> Iterator[Finding]:

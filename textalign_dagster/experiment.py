@@ -10,10 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.datapool import PoolSettings
 from textalign_dagster.judge_settings import Judge
+from textalign_dagster.kubernetes_settings import KubernetesPod
 from textalign_dagster.methods import AnyMethod, FeedbackKind
 from textalign_dagster.prompts import Prompts
 from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
+from textalign_dagster.structured import Structured
 from textalign_dagster.tasks import AnyTask
 from textalign_dagster.training_settings import Training
 
@@ -25,6 +27,11 @@ JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "win": ("reward",),
 }
 """What a judge's answers are to a method."""
+
+HIGHEST_RANK = 512
+"""Of adapters that vLLM serves."""
+HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "embed_in"}
+"""Names of embeddings and output heads."""
 
 
 class Policy(Settings):
@@ -111,13 +118,18 @@ class Sampling(Settings):
     )
     vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: as by default.")
     endpoints: Endpoints | None = Field(None, description="`engine: endpoints`: where the servers are.")
-    launcher: Literal["local", "slurm", "ray"] = Field(
-        "local", description="Where the engine runs: on this machine, as a job of a Slurm cluster, or on Ray."
+    launcher: Literal["local", "slurm", "ray", "k8s"] = Field(
+        "local",
+        description="Where the engine runs: on this machine, as a job of a Slurm cluster, on Ray, or as a pod of "
+        "Kubernetes (docs/clusters.md).",
     )
     slurm: SlurmNode = Field(
         SlurmNode(), description="The job, where the launcher is slurm: one node for each engine."
     )
     ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray: one for each engine.")
+    k8s: KubernetesPod = Field(
+        KubernetesPod(), description="The pod, where the launcher is k8s: one for each engine."
+    )
     samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
     temperature: float = Field(
         1.0,
@@ -130,6 +142,16 @@ class Sampling(Settings):
     min_new_tokens: int = Field(0, ge=0, description="Tokens before the end may be sampled.")
     ignore_eos: bool = Field(
         False, description="Always sample max_new_tokens: then short answers cannot win."
+    )
+    structured: Structured | None = Field(
+        None,
+        description="What every completion has to be (one of choice, regex, json_schema, grammar), with "
+        "`engine: vllm` or `endpoints`; null: free text.",
+    )
+    adapters: Literal["merged", "served"] = Field(
+        "merged",
+        description="How checkpoints of training.lora are sampled from: merged, or as the base policy with the adapter "
+        "beside it (served; `engine: vllm` or `endpoints`), so that the engine never reads other weights.",
     )
     batch_size: int = Field(256, ge=1, description="Sequences decoded together.")
     chunk: int = Field(
@@ -145,6 +167,19 @@ class Sampling(Settings):
         return self
 
     @model_validator(mode="after")
+    def _structure(self) -> Sampling:
+        if self.structured is not None and self.engine == "transformers":
+            raise ValueError(
+                "structured: `engine: transformers` samples free text only; set `engine: vllm` or `endpoints`, "
+                "or remove it"
+            )
+        if self.structured is not None and (self.min_new_tokens or self.ignore_eos):
+            raise ValueError(
+                "structured: a completion ends where its structure does; remove min_new_tokens and ignore_eos"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _engine(self) -> Sampling:
         if self.vllm is not None and self.engine != "vllm":
             raise ValueError(f"vllm: only for `engine: vllm`, not {self.engine}; remove it")
@@ -154,7 +189,19 @@ class Sampling(Settings):
             raise ValueError("endpoints: `engine: endpoints` needs `endpoints: {urls: [http://…]}`")
         if self.engine == "endpoints" and self.launcher != "local":
             raise ValueError("launcher: servers run where they were started; remove it")
+        if self.launcher == "k8s":
+            self.k8s.check_complete()
+        if self.adapters == "served" and self.engine == "transformers":
+            raise ValueError(
+                "adapters: `engine: transformers` samples from merged ones; set adapters to merged, or `engine: vllm` "
+                "or `endpoints`"
+            )
         return self
+
+    @property
+    def served(self) -> dict[str, str]:
+        """What samples of served adapters are known by, beside all else: their last digits may be others."""
+        return {} if self.adapters == "merged" else {"adapters": self.adapters}
 
 
 class Evaluation(Settings):
@@ -280,6 +327,38 @@ class Experiment(Settings):
                 f"datapool.shares: {', '.join(sorted(unknown))} is no bucket of method "
                 f"{self.method.name} (buckets: {', '.join(self.method.buckets)}); weigh these, or set "
                 "`datapool.shares: null`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servable(self) -> Experiment:
+        training, lora = self.training, self.training.lora
+        if self.sampling.adapters == "merged":
+            return self
+        if lora is None:
+            raise ValueError(
+                "sampling.adapters: there are none to be served; give training.lora, or remove it"
+            )
+        if not training.adapts_base:
+            raise ValueError(
+                "sampling.adapters: what is served stands beside the base policy, but each of these adapters beside "
+                "the checkpoint before (training.lora.adapter: new); set that to carried, or sampling.adapters to merged"
+            )
+        if self.method.special_tokens:
+            raise ValueError(
+                f"sampling.adapters: method {self.method.name} adds tokens, and vLLM takes no trained embeddings from "
+                "an adapter; set it to merged"
+            )
+        if lora.rank > HIGHEST_RANK:
+            raise ValueError(
+                f"training.lora.rank: vLLM serves adapters of up to {HIGHEST_RANK}, not {lora.rank}; lower it, or set "
+                "sampling.adapters to merged"
+            )
+        heads = sorted(HEADS.intersection(name.rpartition(".")[2] for name in lora.target_modules))
+        if lora.target_modules != "all-linear" and heads:
+            raise ValueError(
+                f"training.lora.target_modules: vLLM gives no log-probabilities of a prompt with an adapter beside "
+                f"{heads[0]}; leave it out, or set sampling.adapters to merged"
             )
         return self
 

@@ -220,6 +220,9 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
             _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)
     _scorer_paths(content, folder)
     _absolute(content, "training", "accelerate", folder, only_existing=True)
+    if isinstance(content.get("sampling"), dict):
+        content["sampling"] = dict(content["sampling"])
+        _absolute(content["sampling"], "structured", "json_schema", folder)
     if isinstance(content.get("task"), dict):
         _absolute(content["task"], "data", "path", folder)
         if content["task"].get("chat_template") != "model":

@@ -1,4 +1,4 @@
-"""Trainings as pods of a Kubernetes cluster: the section ``training.k8s``."""
+"""Trainings and workers as pods of a Kubernetes cluster: the sections ``k8s``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field, field_validator
 from textalign_dagster.settings import Settings
 
 
-class Kubernetes(Settings):
-    """One pod, with all processes of a training in it."""
+class KubernetesPod(Settings):
+    """One pod on one node: a worker that samples or scores."""
 
     image: str = Field("", description="Image with textalign in it (deploy/compose/Dockerfile builds one).")
     python: str = Field("python", description="The interpreter in the image.")
@@ -22,7 +22,7 @@ class Kubernetes(Settings):
         "", description="Claim of the volume with TEXTALIGN_HOME, which Dagster mounts, too."
     )
     mount_path: str = Field("/data", description="Where it is mounted, in the pods and where Dagster runs.")
-    gpus: int = Field(0, ge=0, description="GPUs of the pod (nvidia.com/gpu), one for each process; 0: CPUs.")
+    gpus: int = Field(0, ge=0, description="GPUs of the pod (nvidia.com/gpu); 0: CPUs.")
     cpu: str | None = Field(None, description="CPUs asked for: 8, 500m; null: the namespace's default.")
     memory: str | None = Field(None, description="Memory asked for, which is its limit, too: 64Gi.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
@@ -42,3 +42,15 @@ class Kubernetes(Settings):
         if not path.startswith("/"):
             raise ValueError(f"{path}: pods know no relative paths; give it from / on")
         return path.rstrip("/") or "/"
+
+    def check_complete(self) -> None:
+        """Raises ValueError where something is missing that no pod can do without."""
+        missing = [name for name in ("image", "volume_claim") if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"k8s.{missing[0]}: missing; launcher: k8s needs it")
+
+
+class Kubernetes(KubernetesPod):
+    """One pod, with all processes of a training in it."""
+
+    gpus: int = Field(0, ge=0, description="GPUs of the pod (nvidia.com/gpu), one for each process; 0: CPUs.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
@@ -13,25 +13,37 @@ from typing import Any
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
-from resources.policies import BasePolicy, base_policy, evaluation_models
+from resources.pods import check_kubernetes
+from resources.policies import BasePolicy, base_policy, baselines, evaluation_models
 from resources.slurm import check_slurm
+from resources.store import ArtifactStore
 from resources.worker_host import check_host
 from textalign_dagster.acceleration import accelerators, check_training
 from textalign_dagster.conditioning import render
 from textalign_dagster.doctor import VLLM_PROBE, probe
 from textalign_dagster.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
 from textalign_dagster.experiment import Endpoints, Experiment
-from textalign_dagster.experiment_files import Library
+from textalign_dagster.experiment_files import Library, store_url
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import task_of, training_prompts
+from textalign_dagster.structured import WHERE, content_of
 from textalign_dagster.training_settings import Training
 
+PACKAGE = Path(__file__).parent
 LONGEST = 50
 """Prompts, the longest in characters, that are tokenised to see whether they fit the model."""
 ANSWER_SECONDS = 10.0  # for a server to say what it is
+SERVES_PROBE = """
+import json
+from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models.registry import ModelRegistry
+found = [ModelRegistry._try_load_model_cls(kind) for kind in {kinds}]
+print(json.dumps({{"serves": any(map(supports_lora, found)) if all(found) and found else None}}))
+"""
+LONGEST_PROBE = 30_000  # characters of a snippet that runs in a process of its own
 
 
 def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -51,7 +63,8 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
             *(task_of(experiment).notes if experiment.prompts.path is None else ()),
             _evaluation(experiment),
             *_lengths(experiment, base),
-            *_engine(experiment),
+            *_engine(experiment, base),
+            *_structured(experiment),
             *_training(experiment, base),
             *_scorers(experiment),
             *_judge(experiment),
@@ -142,11 +155,14 @@ def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> No
         )
 
 
-def _engine(experiment: Experiment) -> list[str]:
+def _engine(experiment: Experiment, base: BasePolicy) -> list[str]:
     """Whether the engine can run on this machine at all, or runs elsewhere."""
     if experiment.sampling.endpoints is not None:
         return _endpoints(experiment.sampling.endpoints)
-    elsewhere = check_host(experiment.sampling.launcher, experiment.sampling.slurm, "sampling")
+    sampling = experiment.sampling
+    elsewhere = check_host(
+        sampling.launcher, sampling.slurm, sampling.k8s, "sampling", _model_folders(experiment, base)
+    )
     if elsewhere is not None:  # what nodes have cannot be known here
         return [f"sampling: {elsewhere}"]
     if experiment.sampling.engine != "vllm":
@@ -158,7 +174,44 @@ def _engine(experiment: Experiment) -> list[str]:
             f"sampling.engine: vllm cannot be used here ({why}); with a GPU: pip install -e '.[gpu]', without: "
             "see docs/sampling.md; or set `engine: transformers`"
         )
-    return [f"engine: vllm {found['version']} on {found['device']}"]
+    return [f"engine: vllm {found['version']} on {found['device']}", *_served(experiment, base)]
+
+
+def _served(experiment: Experiment, base: BasePolicy) -> list[str]:
+    """Whether vLLM serves adapters of the policy's kind; where that cannot be known here, the engine will tell."""
+    if experiment.sampling.adapters == "merged":
+        return []
+    kinds = json.loads((base.path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    if probe(SERVES_PROBE.format(kinds=list(map(str, kinds)))).get("serves") is False:  # takes seconds
+        raise SettingsError(
+            f"sampling.adapters: vLLM serves no adapters of {', '.join(kinds)} ({experiment.policy.model}); set it to "
+            "merged"
+        )
+    return ["adapters: served beside the base policy"]
+
+
+def _model_folders(experiment: Experiment, base: BasePolicy) -> Iterator[Path]:
+    """Where an engine's models lie, or will."""
+    yield ArtifactStore(store_url()).local
+    for model in (base, *baselines(experiment).values()):
+        # What comes with this package comes with its image.
+        if model is not None and not model.path.is_relative_to(PACKAGE):
+            yield model.path
+
+
+def _structured(experiment: Experiment) -> list[str]:
+    """Whether completions can be what they have to be."""
+    content = content_of(experiment.sampling.structured)
+    if content is None:
+        return []
+    (kind,) = content
+    code = "import json, sys; from resources.structure_check import refusal; "
+    code += f"print(json.dumps({{'why': refusal(json.loads({json.dumps(content)!r}))}}))"
+    # Takes seconds. Where it cannot be known here, or is too long for a command line, the engine will tell.
+    why = probe(code).get("why") if len(code) < LONGEST_PROBE else None
+    if why:
+        raise SettingsError(f"{WHERE}.{kind}: cannot be compiled ({why}); mend it")
+    return [f"samples: structured output by a {kind}"]
 
 
 def _endpoints(settings: Endpoints) -> list[str]:
@@ -250,8 +303,6 @@ def _cluster(training: Training) -> str:
     """Whether the cluster answers and has what is asked for."""
     if training.launcher == "slurm":
         return check_slurm(training.slurm)
-    from resources.kubernetes_launcher import check_kubernetes
-
     return check_kubernetes(training.k8s)
 
 

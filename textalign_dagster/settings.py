@@ -153,7 +153,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
         ) from None
 
 
-ONE_VALUE = frozenset({"shares"})
+ONE_VALUE = frozenset({"shares", "structured"})
 """Fields that hold a mapping which is one value: given anew, it replaces the old one."""
 
 

@@ -17,7 +17,8 @@ from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging import PARSER_VERSION, template_of
-from textalign_dagster.training_settings import Training
+from textalign_dagster.structured import content_of
+from textalign_dagster.training_settings import WITHOUT_EFFECT, Training
 
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
@@ -49,9 +50,15 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     elif stage == "generations":
         chosen = {
             # How and where the engine runs changes no sample.
-            "sampling": _without(
-                plain["sampling"], "batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm", "ray"
-            ),
+            "sampling": {
+                **_without(
+                    plain["sampling"],
+                    *("batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm", "ray", "k8s"),
+                    *("structured", "adapters"),
+                ),
+                **experiment.sampling.served,
+                **_structured(experiment),
+            },
             "dtype": experiment.policy.dtype,
             **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),
         }
@@ -82,6 +89,8 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
             "sampling": {
                 **{field: plain["sampling"][field] for field in ("engine", "min_new_tokens", "ignore_eos")},
                 "max_new_tokens": max_new_tokens(experiment),
+                **experiment.sampling.served,
+                **_structured(experiment),
             },
             "dtype": experiment.policy.dtype,
             "seed": experiment.seed,
@@ -93,14 +102,21 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     return dict(json.loads(canonical_json(chosen)))  # as it comes back from a manifest: no tuples
 
 
+def _structured(experiment: Experiment) -> dict[str, Any]:
+    """What completions have to be, where they are no free text: a schema by what it says."""
+    content = content_of(experiment.sampling.structured)
+    return {} if content is None else {"structured": content}
+
+
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
     """What of the section ``training`` matters: an accelerate configuration by what it says."""
-    # Activations computed twice are the same activations, and a step is the same step on other machines.
-    given = _without(section, "accelerate", "gradient_checkpointing", "launcher", "slurm", "k8s")
+    given = _without(section, "accelerate", *WITHOUT_EFFECT)
     # These came later: what was trained before, without them, is what they leave out.
     for field, without in (("packing", False), ("optimizer", "adamw")):
         if given[field] == without:
             del given[field]
+    if settings.lora is not None and settings.lora.adapter == "new":
+        given["lora"] = _without(given["lora"], "adapter")
     if settings.accelerate is not None:
         given["accelerate"] = accelerate_config(settings.accelerate).identity
     return given

@@ -16,6 +16,11 @@ Count = Annotated[int, Field(ge=0)]
 Target = Annotated[float, Field(gt=0)]
 
 
+WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
+"""Settings of a training that change nothing of what is trained: a step is the same step on other machines,
+activations computed twice are the same activations."""
+
+
 class Objective(Settings):
     """The loss per generated token: −log p + kl_coef·KL − entropy_coef·H."""
 
@@ -66,6 +71,11 @@ class Lora(Settings):
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Names of the modules they stand beside; all-linear: every linear one but the LM head.",
+    )
+    adapter: Literal["new", "carried"] = Field(
+        "new",
+        description="new: each iteration begins a new adapter beside the policy it starts from; carried: one adapter "
+        "beside the base policy goes on training from iteration to iteration.",
     )
 
 
@@ -140,6 +150,12 @@ class Training(Settings):
     processes: int = Field(
         1, ge=1, description="Training processes in all, on however many nodes; one for each GPU."
     )
+    snapshot_minutes: float | None = Field(
+        15.0,
+        gt=0,
+        description="Minutes between two snapshots, from which an interrupted training goes on; null: none, it "
+        "begins anew.",
+    )
     launcher: Literal["local", "slurm", "k8s"] = Field(
         "local",
         description="Where trainings run: on this machine, as jobs of Slurm (docs/clusters.md), or as pods of Kubernetes.",
@@ -151,9 +167,7 @@ class Training(Settings):
     def _on_nodes(self) -> Training:
         pod = self.k8s
         if self.launcher == "k8s":
-            missing = [name for name in ("image", "volume_claim") if not getattr(pod, name)]
-            if missing:
-                raise ValueError(f"k8s.{missing[0]}: missing; launcher: k8s needs it")
+            pod.check_complete()
             if pod.gpus and self.processes != pod.gpus:
                 raise ValueError(
                     f"processes: {self.processes}, but k8s.gpus is {pod.gpus}; set it to {pod.gpus}, one for each"
@@ -174,6 +188,16 @@ class Training(Settings):
         return self
 
     @property
+    def carries_adapter(self) -> bool:
+        """Whether one adapter beside the base policy trains in all iterations."""
+        return self.lora is not None and self.lora.adapter == "carried"
+
+    @property
+    def adapts_base(self) -> bool:
+        """Whether every checkpoint is the base policy with an adapter."""
+        return self.lora is not None and (self.carries_adapter or self.start_from == "base")
+
+    @property
     def machines(self) -> int:
         """On how many machines the processes run."""
         return self.slurm.nodes if self.launcher == "slurm" else 1
@@ -182,15 +206,20 @@ class Training(Settings):
     def _possible(self) -> Training:
         if self.lora is not None and self.trainable_layers is not None:
             raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
+        if self.carries_adapter and self.start_from == "base":
+            raise ValueError(
+                "lora.adapter: carried goes on from the parent's adapter, and start_from: base from no adapter at "
+                "all; set start_from to parent, or lora.adapter to new"
+            )
         if self.optimizer_state == "carried":
             if self.optimizer == "adamw_8bit":
                 raise ValueError(
                     "optimizer_state: moments in 8 bits (optimizer: adamw_8bit) are not carried over; set it to fresh"
                 )
-            if self.lora is not None:
+            if self.lora is not None and not self.carries_adapter:
                 raise ValueError(
-                    "optimizer_state: carried moments belong to the same weights, but each iteration has new "
-                    "adapters (lora); set it to fresh"
+                    "optimizer_state: carried moments belong to the same weights, but each iteration has a new "
+                    "adapter (lora.adapter: new); set it to fresh, or lora.adapter to carried"
                 )
             if self.start_from == "base":
                 raise ValueError(

@@ -17,6 +17,9 @@ from textalign_dagster.conditioning import validate_template
 from textalign_dagster.settings import Settings, SettingsError, validate
 from textalign_dagster.training_settings import Training
 
+PLACES = ("rows", "policy", "reference", "out", "beside", "adapter", "optimizer", "snapshots")
+"""Fields of a job that say where something is: they are no part of what is trained."""
+
 
 class TrainingError(Exception):
     """Training cannot start or go on; the message is written for the user and needs no traceback."""
@@ -28,6 +31,10 @@ class JobError(TrainingError):
 
 class NonFiniteError(TrainingError):
     """The loss or the weights are no longer numbers; the message says at which step."""
+
+
+class EndedError(TrainingError):
+    """Somebody told the training to end; what it has done so far is in its snapshot."""
 
 
 class Job(Settings):
@@ -44,8 +51,17 @@ class Job(Settings):
         None,
         description="Folder for what is no part of the policy: optimizer state, LoRA adapter; None: not kept.",
     )
+    adapter: str | None = Field(
+        None,
+        description="Folder with the LoRA adapter to go on with (`adapter` in an earlier job's `beside`); `policy` "
+        "is then what it stands beside.",
+    )
     optimizer: str | None = Field(
         None, description="Folder with the optimizer state to go on with (an earlier job's `beside`)."
+    )
+    snapshots: str | None = Field(
+        None,
+        description="Folder that outlives the training: where it leaves snapshots, and goes on from the newest one.",
     )
     template: str | None = Field(
         None, description="With {condition} and {prompt}; None: no row has a condition."
@@ -121,6 +137,17 @@ def check(job: Job, where: str) -> None:
             f"{where}: training.optimizer_state: {job.sharing} keeps the optimizer in a form of its own; set it "
             "to fresh"
         )
+    if job.adapter is not None:
+        if job.training.lora is None:
+            raise JobError(
+                f"{where}: adapter: training.lora is null; name its rank and alpha there, or leave it out"
+            )
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (Path(job.adapter) / name).is_file():
+                raise JobError(
+                    f"{where}: adapter: {job.adapter} has no {name}; train the iteration before again, or leave "
+                    "it out (a new adapter)"
+                )
     if job.template is not None:
         try:
             validate_template(job.template)

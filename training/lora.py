@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from textalign_dagster.training_settings import Lora
@@ -40,6 +42,45 @@ def add_adapter(model: PreTrainedModel, settings: Lora, tokens: list[int], seed:
         return get_peft_model(model, config)
     except ValueError as error:
         raise JobError(f"training.lora: {error}") from None
+
+
+def continue_adapter(model: PreTrainedModel, settings: Lora, tokens: list[int], folder: Path) -> Any:
+    """The model with the adapter that an earlier training left in ``folder``, which trains on.
+
+    Args:
+        tokens: ids whose rows train, as in :func:`add_adapter`. Rows that were trained replace the model's.
+
+    Raises:
+        JobError: the adapter cannot be read, or is none of this kind or of this model.
+    """
+    where = f"adapter: {folder}"
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise JobError(f"{where} cannot be read ({error}); train the iteration before again") from None
+    indices: Any = getattr(config, "trainable_token_indices", None) or {}
+    found = {
+        "rank": getattr(config, "r", None),
+        "alpha": getattr(config, "lora_alpha", None),
+        "dropout": getattr(config, "lora_dropout", None),
+    }
+    for name, value in found.items():
+        if value != getattr(settings, name):
+            raise JobError(
+                f"{where} has {name} {value}, but training.lora.{name} is {getattr(settings, name)}; give both the "
+                "same, or begin a new adapter"
+            )
+    if any(list(rows) != sorted(set(tokens)) for rows in indices.values()) or bool(tokens) != bool(indices):
+        raise JobError(f"{where} was trained with other special tokens; begin a new adapter")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # they would begin anew
+            return PeftModel.from_pretrained(model, folder, is_trainable=True, config=config)
+    except (RuntimeError, ValueError, SafetensorError, UserWarning) as error:
+        said = " ".join(str(error).split())[:300]
+        raise JobError(
+            f"{where} does not fit the policy ({said}); give the policy that it was trained beside"
+        ) from None
 
 
 def merge_adapter(model: PeftModel, folder: Path | None) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from training.job import JobError
 
 TENSORS, FACTS = "optimizer.safetensors", "optimizer.json"
-KINDS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class OptimizerState:
     ) -> OptimizerState:
         """The state after a training. Frozen weights have none."""
         tensors = {
-            f"{name}/{kind}": optimizer.state[parameter][kind].detach().cpu().contiguous()
+            f"{name}/{kind}": torch.as_tensor(value).detach().cpu().contiguous()
             for name, parameter in model.named_parameters()
-            for kind in KINDS
             if parameter in optimizer.state
+            for kind, value in optimizer.state[parameter].items()
         }
         return cls(tensors, coefficients, "this training")
 
@@ -75,7 +75,11 @@ class OptimizerState:
             JobError: the state is another model's.
         """
         names = {parameter: name for name, parameter in model.named_parameters()}
-        strangers = {key.rpartition("/")[0] for key in self.tensors} - set(names.values())
+        kept: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            name, _, kind = key.rpartition("/")
+            kept.setdefault(name, {})[kind] = tensor
+        strangers = kept.keys() - set(names.values())
         if strangers:
             raise JobError(
                 f"optimizer: {self.where} is another model's state (it has {min(strangers)}, which the policy "
@@ -85,15 +89,16 @@ class OptimizerState:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for i, parameter in enumerate(parameters):
             name = names[parameter]
-            if f"{name}/step" in self.tensors:
-                state[i] = {kind: self._fitted(name, kind, parameter) for kind in KINDS}
+            if name in kept:
+                state[i] = {kind: self._fitted(f"{name}/{kind}", parameter) for kind in kept[name]}
         # Loading also moves each tensor to where its weight is.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
-    def _fitted(self, name: str, kind: str, parameter: Tensor) -> Tensor:
-        tensor = self.tensors[f"{name}/{kind}"]
-        if kind == "step" or tensor.shape == parameter.shape:
-            return tensor
+    def _fitted(self, key: str, parameter: Tensor) -> Tensor | int:
+        tensor, (name, _, kind) = self.tensors[key], key.rpartition("/")
+        if kind not in MOMENTS or tensor.shape == parameter.shape:
+            # The AdamW of 8 bits counts steps in a plain number, torch's in a tensor of floats.
+            return int(tensor) if tensor.dtype == torch.int64 else tensor
         gained = parameter.shape[0] - tensor.shape[0] if tensor.ndim and parameter.ndim else 0
         if gained <= 0 or tensor.shape[1:] != parameter.shape[1:]:
             raise JobError(

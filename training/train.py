@@ -4,9 +4,10 @@
 
 Writes the job's ``out`` folder: model.safetensors, config.json, generation_config.json, the
 tokenizer, and last ``done.json`` {steps, rows, tokens, tokens_per_s, final_loss, losses, seconds:
-{load, train, save}, first_step_seconds (part of train), world_size, accelerators, peak_memory,
-parameters, trained_parameters, coefficients}. Without that file the folder is not a checkpoint. Nothing
-is evaluated here. On the CPU two runs of one job give the same bytes.
+{load, train, save}, first_step_seconds (part of train), resumed_at, earlier_seconds (of train, before
+that), world_size, accelerators, peak_memory, parameters, trained_parameters, coefficients}. Without that
+file the folder is not a checkpoint. Nothing is evaluated here. On the CPU two runs of one job give the
+same bytes, also when one of them was interrupted and went on from a snapshot (training/snapshots.py).
 """
 
 from __future__ import annotations
@@ -69,29 +70,34 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         trainer, tokenizer = load(job, rows, arguments, reporter)
         loaded = time.monotonic()
         reporter.say(f"training on {rows.height} rows, loaded in {loaded - STARTED:.1f} s")
+        if trainer.before.step:
+            reporter.say(f"going on from the snapshot of step {trainer.before.step}")
         trainer.train()
     trained = time.monotonic()
 
     from training.model_folder import save
 
-    losses, tokens = trainer.losses(), trainer.total_tokens()
+    made = trainer.progress()
     facts = {
-        "steps": len(losses),
+        "steps": made.step,
         "rows": trainer.rows,
-        "tokens": tokens,
-        "tokens_per_s": tokens / max(trained - loaded, 1e-9),
-        "coefficients": trainer.controllers.coefficients(),
+        "tokens": made.tokens,
+        "tokens_per_s": made.tokens / max(made.seconds, 1e-9),
+        "resumed_at": list(made.resumed_at),
+        "earlier_seconds": trainer.before.seconds,
+        "coefficients": made.coefficients,
         **trainer.sizes,
         "peak_memory": trainer.peak_memory(),
     }
     beside = None if job.beside is None else Path(job.beside)
     save(trainer, tokenizer, out, beside)  # by all ranks
     finished = time.monotonic()
+    losses = list(made.losses)
     last = losses[-max(1, len(losses) // 10) :]
     done = facts | {
         "final_loss": sum(last) / len(last),
         "losses": thinned(losses),
-        "seconds": {"load": loaded - STARTED, "train": trained - loaded, "save": finished - trained},
+        "seconds": {"load": loaded - STARTED, "train": made.seconds, "save": finished - trained},
         "first_step_seconds": trainer.first_step_seconds,
         "world_size": arguments.world_size,
         "accelerators": 0 if arguments.device.type == "cpu" else arguments.world_size,
@@ -150,6 +156,7 @@ def load(
     from training.freezing import train_last_blocks
     from training.model_folder import load_model, load_tokenizer
     from training.optimizer_state import OptimizerState
+    from training.snapshots import Snapshots, identity
     from training.special_tokens import add_special_tokens, vocabulary_rows
     from training.trainer import ObjectiveTrainer
 
@@ -205,9 +212,20 @@ def load(
         _pack(job, model, reference, reporter)
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
-        from training.lora import add_adapter
+        from training.lora import add_adapter, continue_adapter
 
-        model = add_adapter(model, settings.lora, added, job.seed)
+        if job.adapter is None:
+            model = add_adapter(model, settings.lora, added, job.seed)
+        else:
+            model = continue_adapter(model, settings.lora, added, Path(job.adapter))
+    snapshots = None
+    if job.sharing == "FSDP":
+        reporter.say("FSDP keeps its optimizer in a form of its own: no snapshots are taken")
+    elif job.snapshots is not None and settings.snapshot_minutes is not None:
+        training = identity(job, [model, reference], examples)
+        snapshots = Snapshots(
+            Path(job.snapshots), training, settings.snapshot_minutes, reporter, arguments.device
+        )
     trainer = ObjectiveTrainer(
         model=model,
         args=arguments,
@@ -221,6 +239,7 @@ def load(
         reporter=reporter,
         reference=reference,
         carried=carried,
+        snapshots=snapshots,
     )
     found = trainer.accelerator.distributed_type.name
     if job.sharing is not None and found != job.sharing:

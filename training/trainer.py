@@ -18,19 +18,19 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from textalign_dagster.training_settings import Objective, Training
 from training import objectives
 from training.batches import Collator, Examples, RankBatches
+from training.callbacks import Adaptation, Reporting, Snapshotting
 from training.controllers import Controllers
 from training.job import NonFiniteError
 from training.optimizer_state import OptimizerState
 from training.packing import packed_logits
 from training.progress import Reporter
-
-REPORT_EVERY = 0.5  # seconds
+from training.snapshots import Progress, Snapshots, loss_scale
 
 
 def lr_factor(
@@ -120,32 +120,45 @@ class ObjectiveTrainer(Trainer):
         reporter: Reporter,
         reference: PreTrainedModel | None = None,
         carried: OptimizerState | None = None,
+        snapshots: Snapshots | None = None,
     ):
         """
         Args:
+            plan: of all steps, also of those that have been made before a snapshot.
             vocabulary: entries from here on are dropped before the KL (added tokens, padding).
             reference: frozen, on any device; None with a KL term: the model itself without its adapter.
             carried: where the optimizer and the adapted coefficients go on; None: they start afresh.
+            snapshots: where the whole training goes on, and leaves others; None: neither.
         """
+        found = snapshots.found if snapshots is not None else None
+        self.before = found.progress if found is not None else Progress()
+        if found is not None:
+            found.restore_weights(model)
+            carried = found.optimizer
         super().__init__(model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator)
         # For transformers before 5.19, which asks this instead of loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
-        self.add_callback(_Adaptation(self))
-        self.add_callback(_Progress(self, reporter))
-        self._examples, self._plan = examples, plan
+        self.add_callback(Adaptation(self))
+        self.add_callback(Reporting(self, reporter))
+        if snapshots is not None:
+            self.add_callback(Snapshotting(self, snapshots))
+        self._examples, self._plan = examples, plan[self.before.step :]
+        self._snapshots, self.snapshot_due, self.ending = snapshots, False, False
         self.settings, self._vocabulary = settings, vocabulary
         self._carried = carried
         self.controllers = Controllers(settings.objective)
         self.measured: dict[str, float] = {}  # what the last step's adaptation answered to
         if carried is not None:
             self.controllers.resume(carried.coefficients)
+        self.controllers.resume(self.before.coefficients)
         self.reference = cast(Any, reference)
         if self.reference is not None:
             self.reference.to(args.device).eval().requires_grad_(False)
+        self.began = time.monotonic()
         self.tokens = 0  # of this rank, padding not counted
         self.first_step_seconds: float | None = None  # kernels are chosen and compiled in it
-        self._losses: list[Tensor] = []  # of this rank, one number a step
+        self.step_losses: list[Tensor] = []  # of this rank, one number a step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches; not sharded by accelerate, which would repeat rows to even out."""
@@ -161,13 +174,12 @@ class ObjectiveTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        settings = self.settings
-        warmup = math.ceil(settings.warmup_ratio * num_training_steps)
+        settings, before = self.settings, self.before.step
+        total = before + num_training_steps
+        warmup = math.ceil(settings.warmup_ratio * total)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
             cast(torch.optim.Optimizer, optimizer or self.optimizer),
-            lambda step: lr_factor(
-                step, num_training_steps, warmup, settings.schedule, settings.final_lr_ratio
-            ),
+            lambda step: lr_factor(before + step, total, warmup, settings.schedule, settings.final_lr_ratio),
         )
         return self.lr_scheduler
 
@@ -176,14 +188,17 @@ class ObjectiveTrainer(Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The micro-batches of a step, and the weight of all its tokens on all ranks."""
         samples = [next(epoch_iterator) for _ in range(num_batches)]
-        sums = torch.zeros(3, dtype=torch.float32)
+        sums = torch.zeros(5, dtype=torch.float32)
         for batch in samples:
             counted, weights = batch["counted"], batch["weights"]
-            sums += torch.stack([(counted * weights).sum(), weights.sum(), (weights > 0).sum()])
+            sums[:3] += torch.stack([(counted * weights).sum(), weights.sum(), (weights > 0).sum()])
             self.tokens += batch["tokens"]
-        self._losses.append(torch.zeros((), device=device))
+        if self._snapshots is not None:
+            sums[3], sums[4] = self._snapshots.due(), self._snapshots.ending()
+        self.step_losses.append(torch.zeros((), device=device))
         self._sums = torch.zeros(2, device=device)
-        mass, self._weight, self._rows = self.accelerator.reduce(sums.to(device), "sum")
+        mass, self._weight, self._rows, due, ending = self.accelerator.reduce(sums.to(device), "sum")
+        self.snapshot_due, self.ending = bool(due > 0), bool(ending > 0)
         return samples, mass
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -204,10 +219,10 @@ class ObjectiveTrainer(Trainer):
         for i, part in enumerate((objective.kl, objective.entropy)):
             if part is not None:
                 self._sums[i] += part
-        self._losses[-1] += share.detach()
+        self.step_losses[-1] += share.detach()
         if not torch.isfinite(share):
             raise NonFiniteError(
-                f"the loss is {share.item()} at step {self.state.global_step + 1}; lower "
+                f"the loss is {share.item()} at step {self.steps_done + 1}; lower "
                 "training.learning_rate (or max_grad_norm), or train in float32"
             )
         # Distributed data parallel averages the ranks' gradients; their sum is what is meant.
@@ -251,6 +266,24 @@ class ObjectiveTrainer(Trainer):
             self.measured = self.controllers.update(kl, entropy, float(self._weight), float(self._rows))
 
     @property
+    def steps_done(self) -> int:
+        """Optimizer steps so far, with those before a snapshot."""
+        return self.before.step + self.state.global_step
+
+    def progress(self) -> Progress:
+        """How far the training has come, by all processes together."""
+        resumed_at = [*self.before.resumed_at, *([self.before.step] if self.before.step else [])]
+        return Progress(
+            step=self.steps_done,
+            losses=self.losses(),
+            tokens=self.total_tokens(),
+            seconds=self.before.seconds + time.monotonic() - self.began,
+            resumed_at=resumed_at,
+            coefficients=self.controllers.coefficients(),
+            loss_scale=loss_scale(self),
+        )
+
+    @property
     def rows(self) -> int:
         """Rows trained on."""
         return len(self._examples)
@@ -275,11 +308,13 @@ class ObjectiveTrainer(Trainer):
 
     def losses(self) -> list[float]:
         """The loss of every step, over all ranks."""
-        return [float(x) for x in self.accelerator.reduce(torch.stack(self._losses), "sum")]
+        now = self.accelerator.reduce(torch.stack(self.step_losses), "sum")
+        return [*self.before.losses, *map(float, now)]
 
     def total_tokens(self) -> int:
         """Tokens read, over all ranks and epochs, padding not counted."""
-        return int(self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum"))
+        now = self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum")
+        return self.before.tokens + int(now)
 
 
 def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Outputs:
@@ -306,51 +341,3 @@ def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Out
         **partly,
     ).logits
     return objectives.labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])
-
-
-class _Adaptation(TrainerCallback):
-    """Adapts the coefficients after every step."""
-
-    def __init__(self, trainer: ObjectiveTrainer):
-        self._trainer = trainer
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.adapt()
-
-
-class _Progress(TrainerCallback):
-    """Reports a step at most every ``REPORT_EVERY`` seconds, and the first and the last one."""
-
-    def __init__(self, trainer: ObjectiveTrainer, reporter: Reporter):
-        self._trainer, self._reporter = trainer, reporter
-        self._time, self._step, self._tokens, self._lr = time.monotonic(), 0, 0, 0.0
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = cast(Any, self._trainer.lr_scheduler)
-        self._lr = float(schedule.get_last_lr()[0])  # of this step, before it changes
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._time = time.monotonic()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        now, trainer = time.monotonic(), self._trainer
-        if state.global_step == 1:
-            trainer.first_step_seconds = now - self._time
-        if now - self._time < REPORT_EVERY and state.global_step not in (1, state.max_steps):
-            return
-        # Rank 0 speaks for all: its loss times the number of ranks, its tokens likewise.
-        ranks = trainer.accelerator.num_processes
-        recent = torch.stack(trainer._losses[self._step :]).mean().item() * ranks
-        rate = (trainer.tokens - self._tokens) * ranks / max(now - self._time, 1e-9)
-        self._reporter.progress(
-            {
-                "done": state.global_step,
-                "total": state.max_steps,
-                "loss": recent,
-                "tokens_per_s": rate,
-                "lr": self._lr,
-                **trainer.measured,
-                **trainer.controllers.coefficients(),
-            }
-        )
-        self._time, self._step, self._tokens = now, state.global_step, trainer.tokens

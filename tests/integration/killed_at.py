@@ -6,6 +6,7 @@ The moments are patched in here, from outside: nothing in the product knows of t
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any
 
 from resources.launcher import LocalLauncher
@@ -27,9 +28,15 @@ def while_generating() -> None:
 
 
 def while_training() -> None:
-    launch = LocalLauncher.launch
-    LocalLauncher.launch = (  # type: ignore[method-assign]
-        lambda self, *args, **named: launch(self, *args, **{**named, "on_progress": die})
+    """In its last step: there are snapshots by then."""
+    train = LocalLauncher.train
+
+    def until_its_end(progress: dict[str, Any]) -> None:
+        if progress["done"] == progress["total"]:
+            die()
+
+    LocalLauncher.train = (  # type: ignore[method-assign]
+        lambda self, context, work: train(self, context, replace(work, on_progress=until_its_end))
     )
 
 

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.integration.conftest import Place, Ran, new_place
 from tests.toy import PROJECT
@@ -71,6 +72,10 @@ def runs(place: Place) -> list[str]:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, list[str]]]:
     """A place where the run was killed at every moment in turn, and what was to be seen after each."""
     place = new_place(tmp_path_factory.mktemp("killed") / "place")
+    experiment = place.folder / "experiments" / "toy.yaml"
+    content = yaml.safe_load(experiment.read_text())
+    content.setdefault("training", {})["snapshot_minutes"] = 1e-9  # after every step; it changes no key
+    experiment.write_text(yaml.safe_dump(content))
     seen = {}
     for moment in MOMENTS:
         mark = f"TEXTALIGN_TEST={uuid.uuid4().hex}"
@@ -122,8 +127,13 @@ def test_the_same_command_goes_on_to_the_same_tables(
             if table != "checkpoints":  # it tells the seconds it took
                 assert mine.tables[table]["sha256"] == theirs.tables[table]["sha256"], f"{stage}: {table}"
         mine.verify()
-    mine, theirs = (p.frame("toy", 1, "checkpoint", "checkpoints").drop("seconds") for p in (place, ran))
-    assert mine.equals(theirs)  # the policy's hash among them
+    mine, theirs = (p.frame("toy", 1, "checkpoint", "checkpoints") for p in (place, ran))
+    apart = ("seconds", "config")  # in which snapshot_minutes stands, too
+    assert mine.drop(apart).equals(theirs.drop(apart))  # the policy's hash among them
+    # The training that was killed was gone on with, to the same weights; its snapshots are gone.
+    (step,) = place.artifact("toy", 1, "checkpoint").manifest["facts"]["resumed_at"]
+    assert step == mine["steps"].item() - 1
+    assert list((place.home / "unfinished").iterdir()) == []
 
     # Nothing is left of the attempts that were killed.
     artifacts = place.home / "store" / "artifacts"

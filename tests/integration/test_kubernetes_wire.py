@@ -19,8 +19,9 @@ import yaml
 
 pytest.importorskip("dagster_k8s", reason="needs the extra `k8s`")
 
-from resources.kubernetes_launcher import KubernetesLauncher, check_kubernetes
+from resources.kubernetes_launcher import KubernetesLauncher
 from resources.launcher import Launched, Work
+from resources.pods import check_kubernetes
 from tests.integration.fake_kubernetes import Cluster, fake_kubernetes
 from tests.toy import PROJECT
 from textalign_dagster.experiment_files import Library
@@ -305,8 +306,10 @@ def test_manifests_agree_with_each_other() -> None:
         (container,) = pod["containers"]
         if name != "postgres":
             assert {"name": "data", "mountPath": config["TEXTALIGN_HOME"]} in container["volumeMounts"]
-    settings = (
-        Library((PROJECT / "deploy/kubernetes", PROJECT / "experiments")).load("my_cluster").training.k8s
-    )
-    assert settings.volume_claim in every["PersistentVolumeClaim"]
-    assert settings.mount_path == config["TEXTALIGN_HOME"]
+    experiment = Library((PROJECT / "deploy/kubernetes", PROJECT / "experiments")).load("my_cluster")
+    assert experiment.sampling.launcher == experiment.training.launcher == "k8s"
+    for settings in (experiment.training.k8s, experiment.sampling.k8s):
+        assert settings.volume_claim in every["PersistentVolumeClaim"]
+        assert settings.mount_path == config["TEXTALIGN_HOME"] and config["HF_HOME"].startswith("/data/")
+    rules = {rule["resources"][0]: set(rule["verbs"]) for rule in every["Role"]["textalign"]["rules"]}
+    assert rules["pods"] >= {"create", "get", "list", "delete"} and rules["pods/attach"] == {"get", "create"}

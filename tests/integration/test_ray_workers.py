@@ -21,6 +21,7 @@ from resources.worker_host import RayHost, check_host
 from tests.integration.conftest import Place, Ran
 from tests.toy import textalign
 from textalign_dagster.cluster_settings import RayNode, SlurmNode
+from textalign_dagster.kubernetes_settings import KubernetesPod
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
 
@@ -161,8 +162,8 @@ def test_a_caller_that_is_killed_leaves_no_worker(address: str, model: Path) -> 
 def test_what_cannot_be_is_one_sentence(address: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with remote(address, gpus=8) as there, pytest.raises(SamplerError, match=r'no node .* has .*"GPU": 8'):
         there.generate(model, REQUESTS, WARM)
-    assert str(check_host("ray", SlurmNode(), "sampling")).startswith("ray 2.")
-    assert check_host("local", SlurmNode(), "sampling") is None
+    assert str(check_host("ray", SlurmNode(), KubernetesPod(), "sampling")).startswith("ray 2.")
+    assert check_host("local", SlurmNode(), KubernetesPod(), "sampling") is None
 
 
 def test_a_loop_that_samples_on_ray(address: str, ran: Ran, place: Place) -> None:

@@ -20,14 +20,25 @@ import pytest
 import yaml
 
 from resources import slurm
-from resources.launcher import HEAD, NODE, PORT, Launched, Work
+from resources.launcher import (
+    HEAD,
+    NODE,
+    PORT,
+    Acceleration,
+    Launched,
+    Work,
+    accelerate_command,
+    accelerate_env,
+)
 from resources.slurm_launcher import SlurmLauncher
 from tests.integration.conftest import Place
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
 from tests.toy import PROJECT, textalign
+from tests.training.tiny import make_model, make_rows, make_tokenizer
 from textalign_dagster.cluster_settings import Slurm
 from textalign_dagster.experiment_files import Library
 from textalign_dagster.settings import SettingsError
+from training.snapshot_folder import names
 
 PATIENCE = 60.0  # seconds
 DEPLOY = PROJECT / "deploy" / "slurm"
@@ -137,13 +148,19 @@ def train(
     *,
     heard: Callable[[dict[str, Any]], None] = lambda _: None,
     instance: dg.DagsterInstance | None = None,
+    write: Callable[[Callable[[str], Path]], list[str]] | None = None,
+    env: dict[str, str] | None = None,
     **options: Any,
 ) -> Launched:
-    """A training inside a step of an asset; raises what the step raises."""
+    """A training inside a step of an asset; raises what the step raises.
+
+    Args:
+        write: writes the job and gives the command; None: those of the trainer above.
+    """
     (folder / "trainer.py").write_text(TRAINER)
     found: list[Launched] = []
 
-    def write(place: Callable[[str], Path]) -> list[str]:
+    def toy(place: Callable[[str], Path]) -> list[str]:
         told = place("job") / "job.json"
         told.write_text(json.dumps({"out": str(place("model")), "rows": str(place("job") / "rows")}))
         command = [sys.executable, str(folder / "trainer.py"), what, NODE, HEAD, PORT, str(folder)]
@@ -161,9 +178,9 @@ def train(
                 Work(
                     folder=place,
                     unfinished=folder / "unfinished",
-                    write=write,
+                    write=write or toy,
                     extras={"cell": "toy|001"},
-                    env={"FROM_TEST": "it's $HOME"},
+                    env={"FROM_TEST": "it's $HOME", **(env or {})},
                     on_progress=heard,
                     log=folder / "train.log",
                 ),
@@ -309,7 +326,48 @@ def test_of_two_at_a_time_one_submits(tmp_path: Path, slurms: Cluster) -> None:
     assert [process.wait(PATIENCE) for process in both] == [0, 0]
 
 
-def test_a_requeued_job_starts_anew(tmp_path: Path, slurms: Cluster) -> None:
+def test_a_requeued_training_goes_on_from_its_snapshot(tmp_path: Path, slurms: Cluster) -> None:
+    """The real trainer, on two nodes: warned as before a time limit, and then requeued."""
+    make_rows().write_parquet(tmp_path / "rows.parquet")
+    tokenizer = make_tokenizer()
+    for one in (tokenizer, make_model(len(tokenizer))):
+        one.save_pretrained(tmp_path / "policy")
+    acceleration = Acceleration(processes=2, machines=2, cpu=True, threads=1)
+    kept: list[int] = []
+
+    def command(place: Callable[[str], Path]) -> list[str]:
+        told = {
+            "rows": str(tmp_path / "rows.parquet"),
+            "policy": str(tmp_path / "policy"),
+            "out": str(place("model")),
+            "snapshots": str(place("snapshots")),
+            "template": "feedback: {condition} input: {prompt}",
+            "world_size": 2,
+            "training": {"epochs": 200, "batch_size": 4, "max_length": 64, "snapshot_minutes": 1000},
+        }
+        path = place("job") / "job.json"
+        path.write_text(json.dumps(told))
+        return [*accelerate_command(acceleration), "training.train", str(path)]
+
+    def heard(values: dict[str, Any]) -> None:
+        if kept:
+            return
+        snapshots = launcher(tmp_path).folder / "snapshots"
+        (job,) = slurms.jobs()
+        slurms.run("scancel", "--signal=USR1", job)
+        until(lambda: names(snapshots), "a snapshot")
+        kept.append(names(snapshots)[0].step)
+        slurms.run("scontrol", "requeue", job)
+        until(lambda: slurms.run("squeue", "--noheader", "--format=%r").strip() == "BeginTime", "requeued")
+        slurms.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
+
+    launched = train(tmp_path, heard=heard, write=command, env=accelerate_env(acceleration))
+    assert launched.done is not None
+    assert launched.done["resumed_at"] == kept and launched.done["steps"] == 600
+    assert submissions(tmp_path) == 1
+
+
+def test_a_requeued_job_has_a_folder_of_its_own(tmp_path: Path, slurms: Cluster) -> None:
     seen: list[tuple[int, int]] = []
 
     def heard(values: dict[str, Any]) -> None:

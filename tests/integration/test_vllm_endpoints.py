@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -132,6 +133,35 @@ def test_end_lengths_and_bans(folders: dict[str, Path], engine: EndpointsSampler
     for one in engine.generate(folders["base"], request, fixed)[0]:
         assert (one.finish_reason, one.n_tokens) == ("length", 30)
         assert "(" not in one.text
+
+
+def test_structured_output(
+    folders: dict[str, Path], engine: EndpointsSampler, embedded: TransformersSampler
+) -> None:
+    def bits(tokens: int) -> Decoding:
+        return Decoding(1.5, max_new_tokens=tokens, structured={"regex": "[01]{6}"})
+
+    rows = engine.generate(folders["base"], REQUESTS, bits(24))
+    assert all(re.fullmatch("[01]{6}", one.text) and one.n_tokens == 7 for row in rows for one in row)
+    assert {one.finish_reason for row in rows for one in row} == {"stop"}
+    assert engine.generate(folders["base"], REQUESTS, bits(24)) == rows
+    for request, row in zip(REQUESTS, engine.generate(folders["base"], REQUESTS, bits(5)), strict=True):
+        theirs = embedded.logprobs(folders["base"], [(request.prompt, one.text) for one in row])
+        assert {one.finish_reason for one in row} == {"length"}
+        assert [one.logprob for one in row] == pytest.approx([total for total, _ in theirs], abs=1e-4)
+    (same,) = engine.generate(
+        folders["base"], REQUESTS[:1], Decoding(1.5, structured={"choice": ["a b", "c"]})
+    )
+    assert {one.text for one in same} <= {"a b", "c"}
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
+    wanted = Decoding(
+        1.0, max_new_tokens=200, structured={"json_schema": {**schema, "additionalProperties": False}}
+    )
+    told = engine.generate(folders["base"], REQUESTS, wanted)
+    parsed = [json.loads(one.text)["n"] for row in told for one in row if one.finish_reason == "stop"]
+    assert parsed and set(parsed) <= {1, 2}
+    with pytest.raises(SamplerError, match=r"^sampling.structured: http.* refuses a request \(HTTP 400"):
+        engine.generate(folders["base"], REQUESTS, Decoding(1.0, structured={"grammar": "root ::= nobody"}))
 
 
 def test_every_checkpoint_is_what_is_sampled_from(

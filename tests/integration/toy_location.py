@@ -12,14 +12,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
 from resources.configured import SamplerResource, StoreResource
-from resources.launcher import Launched, LocalLauncher, OnProgress
+from resources.launcher import Launched, LocalLauncher, Work
 from resources.processes import Supervised
 from resources.sampler import Completion, Decoding, Progress, Request
 from textalign_dagster import automation
@@ -67,20 +67,9 @@ class ToySamplers(SamplerResource):
 class ToyLauncher(LocalLauncher):
     """Copies the policy and counts its trainings; a file ``slow`` in the home makes it last."""
 
-    def launch(
-        self,
-        context: dg.AssetExecutionContext | dg.OpExecutionContext,
-        command: Sequence[str],
-        extras: Mapping[str, Any],
-        env: Mapping[str, str],
-        on_progress: OnProgress,
-        *,
-        log: Path | None = None,
-        done: Path | None = None,
-    ) -> Launched:
-        assert done is not None
-        started, out = time.monotonic(), done.parent
-        job = json.loads(Path(command[-1]).read_text())
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        started, out = time.monotonic(), work.folder("model")
+        job = json.loads(Path(work.write(work.place)[-1]).read_text())
         if (Path(os.environ["TEXTALIGN_HOME"]) / "fail").exists():
             raise dg.Failure("the toy trainer was told to fail")
         if (Path(os.environ["TEXTALIGN_HOME"]) / "slow").exists():
@@ -96,13 +85,15 @@ class ToyLauncher(LocalLauncher):
             (out / name).write_bytes((policy / name).read_bytes())
         trained = {"trainings": _trained(policy) + 1, "seed": job["seed"]}
         (out / "toy.json").write_text(json.dumps(trained))
-        on_progress({"done": 2, "total": 2, "loss": 1.5, "tokens_per_s": 1000.0, "lr": 1e-3})
+        work.on_progress({"done": 2, "total": 2, "loss": 1.5, "tokens_per_s": 1000.0, "lr": 1e-3})
         facts = {
             "steps": 2,
             "rows": 8,
             "tokens": 256,
             "final_loss": 1.5,
             "losses": [2.0, 1.5],
+            "resumed_at": [],
+            "earlier_seconds": 0.0,
             "tokens_per_s": 2560.0,
             "seconds": {"load": 0.1, "train": 0.1, "save": 0.1},
             "first_step_seconds": 0.05,
@@ -110,7 +101,7 @@ class ToyLauncher(LocalLauncher):
             "peak_memory": None,
             "coefficients": {},
         }
-        done.write_text(json.dumps(facts))
+        (out / "done.json").write_text(json.dumps(facts))
         return Launched(time.monotonic() - started, facts)
 
 

@@ -277,7 +277,7 @@ def test_servers_say_by_a_text_which_weights_they_have(
 ) -> None:
     fake = Fake(folders["base"])
     fake.wanted = folders["trained"]
-    engine = Engine({"verify": expected is not None, "dtype": "float32"})
+    engine = Engine({"verify": expected is not None, "dtype": "float32", "adapters": False})
     engine.folder, engine.label, engine.probed = folders["trained"], "trained#1", [7, 8, 9, 6]
     engine.expected = expected
 

@@ -25,6 +25,7 @@ from resources.launcher import (
 )
 from resources.pipes_messages import whole_lines
 from resources.processes import Supervised
+from training.snapshot_folder import SnapshotName
 
 PATIENCE = 30.0  # seconds
 
@@ -122,6 +123,18 @@ def test_a_child_that_says_nothing(tmp_path: Path) -> None:
 def test_a_child_that_is_killed(tmp_path: Path) -> None:
     with pytest.raises(dg.Failure, match=r"signal 9 \(out of memory\?\)"):
         launch(script(tmp_path, "os.kill(os.getpid(), 9)"))
+
+
+def test_a_failure_names_the_step_that_is_kept(tmp_path: Path) -> None:
+    name = SnapshotName(7, 0, "0123456789abcdef01234567")
+    (tmp_path / "snapshots" / str(name)).mkdir(parents=True)
+    for body in (
+        "os.kill(os.getpid(), 9)",
+        "sys.exit(3)",
+        "with open_dagster_pipes():\n    raise ValueError('no')",
+    ):
+        with pytest.raises(dg.Failure, match="; step 7 is kept, and the next run goes on from there"):
+            launch(script(tmp_path, body), unfinished=tmp_path / "snapshots")
 
 
 def test_exit_code_0_is_not_believed(tmp_path: Path) -> None:

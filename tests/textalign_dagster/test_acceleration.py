@@ -182,7 +182,7 @@ def test_combinations_that_mean_nothing() -> None:
         )
     for settings, told in (
         ({"lora": {}, "trainable_layers": 2}, "adapters leave every block frozen"),
-        ({"lora": {}, "optimizer_state": "carried"}, "each iteration has new adapters"),
+        ({"lora": {}, "optimizer_state": "carried"}, "each iteration has a new adapter"),
         ({"start_from": "base", "optimizer_state": "carried"}, "set start_from to parent"),
         ({"trainable_layers": 1.5}, "trainable_layers"),
         ({"trainable_layers": -1}, "trainable_layers"),

@@ -9,10 +9,11 @@ from typing import Any
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.tiny import make_model, make_rows, make_tokenizer, write_job
+from textalign_dagster.training_settings import Training
 from training.train import main
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
@@ -100,6 +101,180 @@ def test_the_policy_without_its_adapter_is_as_good_a_reference_as_a_copy(
     losses = [train(tmp_path, adapted | {"reference": str(one)})["losses"] for one in (policy, copy)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < losses[0][0]
+
+
+def following(job: dict[str, Any], before: str, **more: Any) -> dict[str, Any]:
+    """The job of the iteration after the one that left ``before``: its adapter trains on, beside the base."""
+    lora = job["training"]["lora"] | {"adapter": "carried"}
+    training = job["training"] | {"lora": lora, "learning_rate": 0.003}
+    return job | {"adapter": f"{before}/adapter", "training": training, "seed": job["seed"] - 1} | more
+
+
+def matrices(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def by_hand(policy: str | Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The base's weights with scale · B · A added to each, and trained rows in their places."""
+    weights, found = load_file(Path(policy) / "model.safetensors"), matrices(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for name, a in found.items():
+        if not name.endswith("lora_A.weight"):
+            continue
+        b = found[name.replace("lora_A", "lora_B")]
+        place = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        weights[place] += config["lora_alpha"] / config["r"] * b @ a
+    return weights
+
+
+def test_a_carried_adapter_is_trained_on_beside_the_base(
+    tmp_path: Path, adapted: dict[str, Any], policy: Path
+) -> None:
+    train(tmp_path, adapted)
+    first = tmp_path / "beside" / "adapter"
+    still = {"out": str(tmp_path / "still"), "beside": str(tmp_path / "beside still")}
+    job = following(adapted, adapted["beside"], **still)
+    job["training"] = job["training"] | {"learning_rate": 1e-12}
+    train(tmp_path, job)  # it begins where the first one ended
+    again = matrices(tmp_path / "beside still" / "adapter")
+    assert again.keys() == matrices(first).keys() and len(again) == 28
+    for name, matrix in matrices(first).items():
+        assert torch.allclose(again[name], matrix, atol=1e-7), name
+    assert torch.allclose(logits(job["out"]), logits(adapted["out"]), atol=1e-5)
+
+    more = {"out": str(tmp_path / "second"), "beside": str(tmp_path / "beside second")}
+    done = train(tmp_path, following(adapted, adapted["beside"], **more))
+    second = tmp_path / "beside second" / "adapter"
+    assert any(not torch.equal(matrices(first)[n], m) for n, m in matrices(second).items())
+    start = json.loads((tmp_path / "out" / "done.json").read_text())["losses"][0]
+    assert done["losses"][0] < start - 0.5
+    # One adapter over the base is all there is to it: not the first one's checkpoint and another.
+    merged = load_file(Path(more["out"]) / "model.safetensors")
+    for name, weight in by_hand(policy, second).items():
+        assert torch.allclose(merged[name], weight, atol=1e-6), name
+
+
+def test_a_carried_adapter_trains_as_peft_trains_it(
+    tmp_path: Path, adapted: dict[str, Any], policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same trainer on a model that peft has put together, with the optimizer's state."""
+    adapted["training"] |= {
+        "lora": ADAPTER | {"adapter": "carried"},
+        "optimizer_state": "carried",
+        "objective": {"kl_coef": 0.3, "entropy_coef": 0.0},
+    }
+    adapted["reference"] = str(policy)
+    train(tmp_path, adapted)
+    state = load_file(tmp_path / "beside" / "optimizer.safetensors")
+    assert {name.rpartition("/")[0].split(".")[-3] for name in state} == {"lora_A", "lora_B"}
+    job = following(
+        adapted, adapted["beside"], out=str(tmp_path / "second"), beside=None, optimizer=adapted["beside"]
+    )
+    done = train(tmp_path, job)
+
+    import training.lora
+
+    def put_together(model: Any, settings: Any, tokens: list[int], folder: Path) -> Any:
+        return peft.PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(policy), adapted["beside"] + "/adapter", is_trainable=True
+        )
+
+    monkeypatch.setattr(training.lora, "continue_adapter", put_together)
+    alike = train(tmp_path, job | {"out": str(tmp_path / "by hand")})
+    assert alike["losses"] == done["losses"]
+    one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("second", "by hand"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    # The moments matter: without them the first step is another.
+    fresh = train(tmp_path, job | {"out": str(tmp_path / "fresh"), "optimizer": None})
+    assert fresh["losses"][0] == done["losses"][0] and fresh["losses"][2] != done["losses"][2]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_are_carried_on(tmp_path: Path, adapted: dict[str, Any], tied: bool) -> None:
+    tokenizer = make_tokenizer()
+    start, new = tmp_path / "policy", len(tokenizer)
+    make_model(new, tied=tied).save_pretrained(start)
+    tokenizer.save_pretrained(start)
+    make_rows().with_columns(condition=pl.lit("<|best|>")).write_parquet(tmp_path / "rows.parquet")
+    adapted |= {"policy": str(start), "template": "{condition}{prompt}", "special_tokens": ["<|best|>"]}
+    train(tmp_path, adapted)
+    more = {"out": str(tmp_path / "second"), "beside": str(tmp_path / "beside second")}
+    still = following(adapted, adapted["beside"], out=str(tmp_path / "still"), beside=None)
+    still["training"] = still["training"] | {"learning_rate": 1e-12}
+    train(tmp_path, still)
+    train(tmp_path, following(adapted, adapted["beside"], **more))
+    base = load_file(start / "model.safetensors")
+    first, held, second = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "still", "second"))
+    for name in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
+        assert torch.allclose(held[name][new], first[name][new], atol=1e-7), name  # not drawn anew
+        assert not torch.allclose(second[name][new], first[name][new], atol=1e-4), name
+        assert torch.equal(second[name][:new], base[name]), name
+    other = following(adapted, adapted["beside"], special_tokens=["<|best|>", "<|worst|>"])
+    assert main([str(write_job(tmp_path, other))]) == 1
+
+
+def test_the_parent_is_a_reference_of_its_own(tmp_path: Path, adapted: dict[str, Any], policy: Path) -> None:
+    train(tmp_path, adapted)
+    objective = {"kl_coef": 1000.0, "entropy_coef": 0.0, "kl_reference_sees_condition": True}
+    firsts = []
+    for reference in (adapted["out"], str(policy)):
+        job = following(adapted, adapted["beside"], reference=reference, beside=None)
+        job |= {"out": str(tmp_path / f"second {len(firsts)}")}
+        job["training"] = job["training"] | {"objective": objective}
+        firsts.append(train(tmp_path, job)["losses"][0])
+    assert firsts[0] < 6 and firsts[1] > 20  # at first the policy is its parent, but far from the base
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora": None}, "adapter: training.lora is null"),
+        ({"lora": ADAPTER | {"rank": 3}}, "has rank 2, but training.lora.rank is 3"),
+        ({"lora": ADAPTER | {"alpha": 5.0}}, "has alpha 4.0, but training.lora.alpha is 5.0"),
+    ],
+)
+def test_adapters_of_another_kind_are_refused(
+    tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, says: str
+) -> None:
+    train(tmp_path, adapted)
+    job = adapted | {"adapter": adapted["beside"] + "/adapter"}
+    job["training"] = adapted["training"] | change
+    assert main([str(write_job(tmp_path, job))]) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_adapters_that_lack_something_are_refused(
+    tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, adapted)
+    job, file = (
+        following(adapted, adapted["beside"]),
+        tmp_path / "beside" / "adapter" / "adapter_model.safetensors",
+    )
+    whole = load_file(file)
+    name = min(whole)
+    save_file({n: m for n, m in whole.items() if n != name}, file)
+    assert main([str(write_job(tmp_path, job))]) == 1
+    assert "does not fit the policy (Found missing adapter keys" in capsys.readouterr().err
+    save_file(whole | {name: torch.zeros(5, 5)}, file)
+    assert main([str(write_job(tmp_path, job))]) == 1
+    assert "does not fit the policy" in capsys.readouterr().err
+    file.unlink()
+    assert main([str(write_job(tmp_path, job))]) == 1
+    assert "has no adapter_model.safetensors; train the iteration before again" in capsys.readouterr().err
+
+
+def test_what_goes_with_a_carried_adapter() -> None:
+    carried = ADAPTER | {"adapter": "carried"}
+    with pytest.raises(
+        ValueError, match=r"start_from: base from no adapter at all; set start_from to parent"
+    ):
+        Training.model_validate({"lora": carried, "start_from": "base"})
+    with pytest.raises(ValueError, match=r"lora.adapter: new\); set it to fresh, or lora.adapter to carried"):
+        Training.model_validate({"lora": ADAPTER, "optimizer_state": "carried"})
+    assert Training.model_validate({"lora": carried, "optimizer_state": "carried"}).adapts_base
+    assert Training.model_validate({"lora": ADAPTER, "start_from": "base"}).adapts_base
+    assert not Training.model_validate({"lora": ADAPTER}).adapts_base
 
 
 def test_modules_that_are_not_there(

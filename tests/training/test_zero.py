@@ -6,13 +6,15 @@ Runs on CPUs (gloo). ZeRO-1 differs from ZeRO-2 in what is spread only and is no
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from resources.launcher import Acceleration
+from resources.launcher import Acceleration, accelerate_command
+from tests.training.test_snapshots import keep, killed_once_kept
 from tests.training.test_train import by_hand, done, weights
 from tests.training.tiny import make_rows, write_job
 from textalign_dagster.acceleration import accelerate_config
@@ -44,6 +46,20 @@ def test_two_processes_under_zero_do_what_one_does(
     facts, shared = done(job), weights(job)
     sharded = tmp_path / "sharded"
     Path(job["out"]).rename(sharded)
+
+    # One whose processes are killed goes on to the same numbers.
+    snapshots = keep(two)
+    path = write_job(tmp_path, two)
+    step = killed_once_kept(
+        [*accelerate_command(acceleration), "training.train", str(path)], acceleration, two
+    )
+    result = by_hand(acceleration, path)
+    assert result.returncode == 0, result.stderr
+    assert done(job)["resumed_at"] == [step]
+    assert done(job)["losses"] == facts["losses"] and done(job)["coefficients"] == facts["coefficients"]
+    assert all(torch.equal(weight, shared[name]) for name, weight in weights(job).items())
+    shutil.rmtree(job["out"])
+    shutil.rmtree(snapshots)
 
     job["training"] |= {"batch_size": 4}
     assert main([str(write_job(tmp_path, job))]) == 0

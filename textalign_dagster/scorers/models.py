@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.ids import content_hash
+from textalign_dagster.kubernetes_settings import KubernetesPod
 from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.scorers.file_stamps import model_hash
 from textalign_dagster.settings import Settings
@@ -75,11 +76,14 @@ class ModelScorer(Scorer):
         16384, ge=1, description="Tokens scored together, padding included; less needs less memory."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
-    launcher: Literal["local", "slurm", "ray"] = Field(
-        "local", description="Where the model runs: on this machine, as a job of a Slurm cluster, or on Ray."
+    launcher: Literal["local", "slurm", "ray", "k8s"] = Field(
+        "local",
+        description="Where the model runs: on this machine, as a job of a Slurm cluster, on Ray, or as a pod of "
+        "Kubernetes (docs/clusters.md).",
     )
     slurm: SlurmNode = Field(SlurmNode(), description="The job, where the launcher is slurm.")
     ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray.")
+    k8s: KubernetesPod = Field(KubernetesPod(), description="The pod, where the launcher is k8s.")
     check: ModelCheck | None = Field(None, description="What the model must pass before it is trusted.")
 
     @field_validator("template")
@@ -102,6 +106,12 @@ class ModelScorer(Scorer):
             raise ValueError("cue: only a template writes it again; give a template, or leave the cue out")
         return self
 
+    @model_validator(mode="after")
+    def _complete_pod(self) -> ModelScorer:
+        if self.launcher == "k8s":
+            self.k8s.check_complete()
+        return self
+
     @property
     def shown_template(self) -> str | None:
         """The template in force."""
@@ -118,7 +128,7 @@ class ModelScorer(Scorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        where = {"device", "batch_tokens", "launcher", "slurm", "ray"}
+        where = {"device", "batch_tokens", "launcher", "slurm", "ray", "k8s"}
         kept = self.model_dump(mode="json", exclude={*where, "check", "model", "revision"})
         return {**kept, **self._source("model", self.model, self.revision), "reader": MODELS_VERSION}
 

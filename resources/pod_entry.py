@@ -1,0 +1,49 @@
+"""What the pod of a worker runs first: it waits until somebody speaks to it, then becomes the worker.
+
+    python -P -c TEXT '{"transformers": "5.19.0"}' COMMAND…
+
+What a container says before somebody is attached is lost; so nothing happens before a first line has come.
+A pod to which nobody ever speaks ends, and gives its node back.
+
+Its text is sent along, so it runs in images with any textalign, and imports none.
+"""
+
+import json
+import os
+import select
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+ALONE = 600.0  # seconds without a word, after which it ends
+
+
+def main() -> str:
+    if not select.select([0], [], [], ALONE)[0]:
+        return f"nobody spoke to this pod for {ALONE:.0f} s; it ends"
+    while (byte := os.read(0, 1)) != b"\n":  # byte by byte: what follows is the worker's
+        if not byte:
+            return "whoever wanted this pod is gone; it ends"
+    expected, command = json.loads(sys.argv[1]), sys.argv[2:]
+    other = [
+        f"{name} {there} and not {here}"
+        for name, here in expected.items()
+        if (there := installed(name)) != here
+    ]
+    if other:
+        return (
+            f"the image has {', '.join(other)} as where Dagster runs, which would record its own: "
+            "use an image with the same versions"
+        )
+    os.execvp(command[0], command)
+
+
+def installed(name: str) -> str | None:
+    """Version of a distribution, without what says how it was built (+cpu, +cu130)."""
+    try:
+        return version(name).partition("+")[0]
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""``textalign`` that writes a line into a file for each call to a worker: ``called.py FILE run …``.
+
+A line is JSON: {"worker": module, "pid": its process, "model": …, "adapter": …}.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from resources import worker
+from textalign_dagster.cli import main
+
+if __name__ == "__main__":
+    log = Path(sys.argv.pop(1))
+    send = worker.Worker.send
+
+    def told(self: worker.Worker, call: Any) -> None:
+        line = {"worker": self.channel.module, "pid": self.process.pid}
+        with log.open("a") as stream:
+            stream.write(
+                json.dumps({**line, "model": call.get("model"), "adapter": call.get("adapter")}) + "\n"
+            )
+        send(self, call)
+
+    worker.Worker.send = told  # type: ignore[method-assign]
+    main()

@@ -1,0 +1,156 @@
+"""Workers in real containers: what a pod's attached connection, its end and its memory limit are is up to a real
+container runtime here; the API server and the kubelet are the test's own (see `container_runtime`)."""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
+
+from resources.kubernetes_worker import GRACE, KubernetesHost
+from resources.sampler import SamplerError
+from resources.transformers_sampler import TransformersSampler
+from resources.worker import Channel
+from tests.integration import test_kubernetes_workers as wire
+from tests.integration.container_runtime import (
+    ContainerPod,
+    Containers,
+    Runtime,
+    container_runtime,
+    impossible,
+)
+from tests.integration.fake_kubernetes import fake_kubernetes
+from tests.integration.test_kubernetes_workers import LONG, REQUESTS, WARM, echo, model, settings
+
+__all__ = ["model"]  # a fixture
+
+HUNGRY = """
+import sys
+print('{"ready": {}}', flush=True)
+for line in sys.stdin:
+    taken = bytearray(600_000_000)
+    print('{"result": 1}', flush=True)
+"""
+
+OFTEN = """
+import sys
+from resources import kubernetes_relay
+kubernetes_relay.IDLE_SECONDS = 0.05
+sys.exit(kubernetes_relay.main())
+"""
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    why = impossible()
+    if why is not None:
+        pytest.skip(why)
+    with container_runtime(tmp_path_factory.mktemp("runtime")) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Containers]:
+    with fake_kubernetes(tmp_path, Containers) as found:
+        found.runtime = runtime
+        monkeypatch.setenv("KUBECONFIG", str(found.kubeconfig))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        # Where the client looks is decided when it is imported.
+        monkeypatch.setattr(
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(found.kubeconfig)
+        )
+        yield found
+    for end in found.ends:
+        end.join()
+
+
+def only(cluster: Containers) -> ContainerPod:
+    (pod,) = cluster.pods.values()
+    assert isinstance(pod, ContainerPod)
+    return pod
+
+
+def test_a_container_says_what_this_machine_says(cluster: Containers, model: Path) -> None:
+    with TransformersSampler(threads=1) as here:
+        expected = here.generate(model, REQUESTS, WARM)
+    with TransformersSampler(threads=1, host=KubernetesHost(settings(cpu="1"))) as there:
+        assert there.generate(model, REQUESTS, WARM) == expected and len(cluster.created) == 1
+        with pytest.raises(SamplerError, match=r"was killed by SIGKILL .* Failed, Error, exit code 137"):
+            there.generate(model, LONG, WARM, lambda *_: only(cluster).kill())
+        assert there.generate(model, REQUESTS, WARM) == expected
+    assert cluster.pods == {}
+
+
+def test_long_lines_pass_and_a_worker_ends_when_it_is_no_longer_wanted(cluster: Containers) -> None:
+    long = "ä€𝄞x" * 500_000
+    channel = echo()
+    assert channel.call(long) == [len(long), long[::-1]]  # type: ignore[arg-type]
+    started = time.monotonic()
+    channel.close()
+    assert cluster.pods == {}
+    (end,) = cluster.ends
+    end.join()  # a container that does not end by itself is killed after that
+    assert time.monotonic() - started < GRACE
+
+
+@pytest.mark.parametrize("what", ["cut", "relay"])
+def test_a_container_ends_with_its_connection(cluster: Containers, what: str) -> None:
+    channel = echo(patience=5)
+    assert channel.call("x")[0] == 1  # type: ignore[arg-type]
+    pod = only(cluster)
+    if what == "cut":
+        pod.cut()
+        words = "the connection to pod .* broke off, and the worker ended with it"
+    else:
+        assert channel.worker is not None
+        os.kill(channel.worker.process.pid, signal.SIGKILL)
+        wire.until(lambda: not pod.runs)  # by itself: nobody has deleted it
+        assert pod.described()["status"]["phase"] == "Succeeded"
+        words = "was killed by SIGKILL"
+    with pytest.raises(SamplerError, match=words):
+        channel.call("x")  # type: ignore[arg-type]
+    assert cluster.pods == {}
+
+
+def test_how_a_container_ended_is_told(cluster: Containers) -> None:
+    channel = echo()
+    assert channel.call("x")[0] == 1  # type: ignore[arg-type]
+    told = (
+        r"ended with exit code 3; its last output: what it says at last\npod \S+: Failed, Error, exit code 3$"
+    )
+    with pytest.raises(SamplerError, match=told):
+        channel.call("fail")  # type: ignore[arg-type]
+
+    cluster.memory = 200 * 2**20
+    hungry = host(lambda name, command, own: (name, command, own), HUNGRY)
+    channel = Channel("unused", {}, error=SamplerError, what="hungry worker", host=hungry)
+    told = r"hungry worker was killed by SIGKILL .*OOMKilled, exit code 137; .* raise k8s.memory"
+    with pytest.raises(SamplerError, match=told):
+        channel.call({})
+
+
+def test_empty_words_change_nothing(cluster: Containers) -> None:
+    def often(name: str, command: list[str], own: None) -> tuple[str, list[str], None]:
+        return name, [command[0], "-P", "-c", OFTEN, command[-1]], own
+
+    channel = Channel("unused", {}, error=SamplerError, what="echo", host=host(often, wire.ECHO))
+    assert channel.call("x")[0] == 1  # type: ignore[arg-type]
+    before = only(cluster).passed
+    wire.until(lambda: only(cluster).passed > before + 10)
+    assert channel.call("abc") == [3, "cba"]  # type: ignore[arg-type]
+    channel.close()
+
+
+def host(change: Callable[[str, list[str], None], Any], code: str) -> KubernetesHost:
+    """Pods that run code; ``change`` is what becomes of the relay's command."""
+
+    class Changed(KubernetesHost):
+        def start(self, command: list[str], environment: Any) -> Any:
+            return change(*super().start([command[0], "-c", code], environment))
+
+    return Changed(settings())

@@ -1,0 +1,97 @@
+"""The loop with one adapter that trains on in every iteration, and an engine that serves it beside the base."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
+import vllm_models
+
+from resources.transformers_sampler import TransformersSampler
+from tests.integration.conftest import Place, new_place
+from textalign_dagster.conditioning import render
+from textalign_dagster.experiment_files import PROJECT, Library
+
+CALLED = Path(__file__).with_name("called.py")
+OWN = """extends: toy
+control: null
+sampling: {engine: vllm, adapters: served}
+training:
+  learning_rate: 0.01
+  lora: {rank: 4, alpha: 8.0, adapter: carried}
+  optimizer_state: carried
+"""
+peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[dict[str, Any]]]:
+    """Two iterations, and the calls to workers meanwhile."""
+    vllm_models.needed()
+    place = new_place(tmp_path_factory.mktemp("adapters") / "place")
+    (place.experiments / "own.yaml").write_text(OWN)
+    log = place.folder / "calls"
+    place.textalign(str(log), "run", "own", program=(str(CALLED),))
+    return place, [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_one_engine_and_one_base_for_all_iterations(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
+    place, calls = sampled
+    assert {call["worker"] for call in calls} == {"vllm_worker"}
+    assert len({call["pid"] for call in calls}) == 1  # one start
+    assert len({call["model"] for call in calls}) == 1  # and the weights are never read again
+    checkpoints = [place.artifact("own", k, "checkpoint").path("beside") / "adapter" for k in (1, 2)]
+    asked = list(dict.fromkeys(call["adapter"] for call in calls))
+    assert set(asked) == {None, *map(str, checkpoints)} and asked[0] is None
+    assert calls[-1]["adapter"] is None  # the fluency of the second iteration's samples, by the base
+    for k in (1, 2):
+        assert place.frame("own", k, "generations")["engine_version"].str.ends_with("+adapters").all()
+
+
+def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
+    place, calls = sampled
+    rows = place.frame("own", 2, "generations")
+    checkpoint = place.artifact("own", 1, "checkpoint")
+    assert set(rows["policy_hash"]) == {checkpoint.manifest["facts"]["policy_hash"]}
+    template = Library((place.experiments, PROJECT / "experiments")).load("own").method.template
+    pairs = [
+        (render(template, condition, prompt), text)
+        for condition, prompt, text in rows.select("condition", "prompt", "text").rows()
+    ]
+    with TransformersSampler(threads=1) as embedded:
+        found = embedded.logprobs(checkpoint.path("model"), pairs)
+        base = embedded.logprobs(Path(calls[0]["model"]), pairs)
+    same = [  # whose text gives the tokens again that were drawn
+        (logprob, total, before)
+        for logprob, tokens, (total, count), (before, _) in zip(
+            rows["logprob"], rows["n_tokens"], found, base, strict=True
+        )
+        if tokens == count
+    ]
+    assert len(same) >= 3
+    assert [one for one, _, _ in same] == pytest.approx([other for _, other, _ in same], abs=1e-3)
+    assert max(abs(one - before) for one, _, before in same) > 0.01  # the base finds them otherwise
+
+
+def test_both_checkpoints_are_the_base_with_an_adapter(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
+    place, calls = sampled
+    ids = torch.arange(2, 40)[None]
+    said = []
+    for k in (1, 2):
+        checkpoint = place.artifact("own", k, "checkpoint")
+        base = AutoModelForCausalLM.from_pretrained(calls[0]["model"])
+        with torch.no_grad():
+            merged = AutoModelForCausalLM.from_pretrained(checkpoint.path("model"))(ids).logits
+            adapted = peft.PeftModel.from_pretrained(base, checkpoint.path("beside") / "adapter")(ids).logits
+        assert torch.allclose(merged, adapted, atol=1e-4)
+        said.append(merged)
+    assert not torch.allclose(said[0], said[1], atol=1e-3)
+    assert "checkpoint@1" in place.artifact("own", 2, "checkpoint").manifest["inputs"]
+    assert "base_policy" in place.artifact("own", 2, "checkpoint").manifest["inputs"]

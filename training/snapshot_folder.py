@@ -1,0 +1,55 @@
+"""The folder with a training's snapshots: their names, and which of them is the newest. No torch in here.
+
+::
+
+    {training}-{step:08d}-{life:08x}/    what `training.snapshots` writes
+
+``training`` is a hash of all that the training follows from, so that nothing is ever taken for a snapshot
+of another one; ``life`` is the process, or group of processes, that wrote it. A snapshot is written under
+a name that begins with a dot, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+NAME = re.compile(r"(?P<training>[0-9a-f]{24})-(?P<step>\d{8,})-(?P<life>[0-9a-f]{8})")
+
+
+@dataclass(frozen=True, order=True)
+class SnapshotName:
+    """A snapshot: after how many steps, and by whom it was written."""
+
+    step: int
+    life: int
+    training: str
+
+    def __str__(self) -> str:
+        return f"{self.training}-{self.step:08d}-{self.life:08x}"
+
+
+def names(folder: Path, training: str | None = None) -> list[SnapshotName]:
+    """The whole snapshots in a folder, of one training or of all, oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = NAME.fullmatch(path.name)
+        if match and training in (None, match["training"]):
+            found.append(SnapshotName(int(match["step"]), int(match["life"], 16), match["training"]))
+    return sorted(found)
+
+
+def publish(folder: Path, draft: Path, name: SnapshotName) -> None:
+    """Gives a whole snapshot its name, and removes the older ones of its training, and half ones of others' lives."""
+    draft.replace(folder / str(name))
+    older = [folder / str(old) for old in names(folder, name.training) if old.step < name.step]
+    for path in (*older, *folder.glob(f".{name.training}-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def kept(folder: Path) -> str:
+    """What is to be said of an interrupted training; nothing where it left no snapshot."""
+    found = names(folder)
+    return f"; step {found[-1].step} is kept, and the next run goes on from there" if found else ""
