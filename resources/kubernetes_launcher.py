@@ -26,6 +26,16 @@ from training.snapshot_folder import kept
 
 LABEL = "textalign/training"
 RUN = "textalign/run"
+FIRST = """
+trap 'trap : TERM; kill -TERM 0' TERM
+(trap '' TERM; exec "$@") &
+wait $!
+code=$?
+while kill -0 $! 2> /dev/null; do wait $!; code=$?; done
+exit $code
+"""
+"""What a pod runs first: the trainer is told when the pod has to go, and takes a last snapshot. Otherwise only the
+first process would be, and `accelerate launch` would end at once, and everybody with it."""
 SEARCHED = 200_000  # bytes of a log in which a signal is looked for
 
 
@@ -69,7 +79,7 @@ class KubernetesLauncher:
                 client.run(
                     context=context,
                     extras=dict(work.extras),
-                    command=[self.settings.python, *command[1:]],
+                    command=["/bin/sh", "-c", FIRST, "textalign", self.settings.python, *command[1:]],
                     namespace=self.settings.namespace,
                     env=dict(work.env),
                     base_pod_meta={"labels": self._labels(context)},

@@ -59,7 +59,8 @@ if ! command -v {python} > /dev/null; then
 fi
 export {node}=$SLURM_NODEID
 {exports}
-{command}
+# The trainer takes a last snapshot; accelerate, which tells nobody, would end at once, and it with it.
+(trap '' TERM; exec {command})
 code=$?
 printf '%s %s' "$code" "$SLURMD_NODENAME" > ".node_$SLURM_NODEID" && mv ".node_$SLURM_NODEID" "node_$SLURM_NODEID"
 exit "$code"

@@ -264,6 +264,11 @@ class ContainerPod(Pod):
         assert self.runtime is not None
         self.runtime("StopContainer", container_id=self.container, timeout=0)
 
+    def evict(self) -> None:
+        """Tells it to end, as a kubelet does that wants its place."""
+        assert self.runtime is not None
+        self.runtime("StopContainer", container_id=self.container, timeout=30)
+
     def cut(self) -> None:
         """Breaks the attached connection off."""
         assert self.connection is not None
@@ -342,7 +347,7 @@ class Containers(Cluster):
 
     def _take_away(self, pod: ContainerPod) -> None:
         assert self.runtime is not None
-        grace = pod.body["spec"]["terminationGracePeriodSeconds"]
+        grace = pod.body["spec"].get("terminationGracePeriodSeconds", 30)
         self.runtime("StopContainer", container_id=pod.container, timeout=grace)
         self.runtime("StopPodSandbox", pod_sandbox_id=pod.sandbox)
         self.runtime("RemovePodSandbox", pod_sandbox_id=pod.sandbox)

@@ -65,7 +65,8 @@ class Pod:
         if code is None:
             phase, state = "Running", {"running": {"startedAt": STARTED}}
         else:
-            reason = "Completed" if code == 0 else "OOMKilled" if code == -signal.SIGKILL else "Error"
+            killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # the first process, or one of its own
+            reason = "Completed" if code == 0 else "OOMKilled" if killed else "Error"
             exit_code = code if code >= 0 else 128 - code
             phase = "Succeeded" if code == 0 else "Failed"
             state = {"terminated": {"exitCode": exit_code, "reason": reason, "finishedAt": self.ended}}

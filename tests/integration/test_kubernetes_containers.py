@@ -1,18 +1,24 @@
 """Workers in real containers: what a pod's attached connection, its end and its memory limit are is up to a real
 container runtime here; the API server and the kubelet are the test's own (see `container_runtime`)."""
 
+import json
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 
+from resources.kubernetes_launcher import KubernetesLauncher
 from resources.kubernetes_worker import GRACE, KubernetesHost
+from resources.launcher import Acceleration, Launched, Work, accelerate_command, accelerate_env
 from resources.sampler import SamplerError
 from resources.transformers_sampler import TransformersSampler
 from resources.worker import Channel
@@ -26,6 +32,9 @@ from tests.integration.container_runtime import (
 )
 from tests.integration.fake_kubernetes import fake_kubernetes
 from tests.integration.test_kubernetes_workers import LONG, REQUESTS, WARM, echo, model, settings
+from tests.training.tiny import make_model, make_rows, make_tokenizer
+from textalign_dagster.kubernetes_settings import Kubernetes
+from training.snapshot_folder import names
 
 __all__ = ["model"]  # a fixture
 
@@ -144,6 +153,64 @@ def test_empty_words_change_nothing(cluster: Containers) -> None:
     wire.until(lambda: only(cluster).passed > before + 10)
     assert channel.call("abc") == [3, "cba"]  # type: ignore[arg-type]
     channel.close()
+
+
+def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, tmp_path: Path) -> None:
+    make_rows().write_parquet(tmp_path / "rows.parquet")
+    tokenizer = make_tokenizer()
+    for one in (tokenizer, make_model(len(tokenizer))):
+        one.save_pretrained(tmp_path / "policy")
+    acceleration = Acceleration(cpu=True, threads=1)
+    found: list[Launched] = []
+
+    def place(name: str) -> Path:
+        (tmp_path / "draft" / name).mkdir(parents=True, exist_ok=True)
+        return tmp_path / "draft" / name
+
+    def write(place: Callable[[str], Path]) -> list[str]:
+        told = {
+            "rows": str(tmp_path / "rows.parquet"),
+            "policy": str(tmp_path / "policy"),
+            "out": str(place("model")),
+            "snapshots": str(place("snapshots")),
+            "template": "feedback: {condition} input: {prompt}",
+            "training": {"epochs": 300, "max_length": 64, "snapshot_minutes": 1000},
+        }
+        path = place("job") / "job.json"
+        path.write_text(json.dumps(told))
+        return [*accelerate_command(acceleration), "training.train", str(path)]
+
+    def heard(values: dict[str, Any]) -> None:
+        if not names(tmp_path / "snapshots") and values["done"] < values["total"]:
+            only(cluster).evict()
+
+    @dg.asset
+    def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        pod = Kubernetes(
+            image="textalign:1",
+            python=sys.executable,
+            namespace="lab",
+            volume_claim="data",
+            mount_path=str(tmp_path),
+        )
+        work = Work(
+            folder=place,
+            unfinished=tmp_path / "snapshots",
+            write=write,
+            extras={},
+            env=accelerate_env(acceleration),
+            on_progress=heard,
+            log=tmp_path / "train.log",
+        )
+        found.append(KubernetesLauncher(pod, "key", tmp_path, every=0.1, settling=20.0).train(context, work))
+        return dg.MaterializeResult()
+
+    told = r"EndedError: the training was told to end \(SIGTERM\) .*; step (\d+) is kept"
+    with pytest.raises(dg.Failure, match=told) as failure:
+        dg.materialize([checkpoint])
+    (step,) = map(int, re.findall(told, str(failure.value.description)))
+    dg.materialize([checkpoint])
+    assert found[0].done is not None and found[0].done["resumed_at"] == [step]
 
 
 def host(change: Callable[[str, list[str], None], Any], code: str) -> KubernetesHost:

@@ -363,7 +363,8 @@ def test_a_requeued_training_goes_on_from_its_snapshot(tmp_path: Path, slurms: C
 
     launched = train(tmp_path, heard=heard, write=command, env=accelerate_env(acceleration))
     assert launched.done is not None
-    assert launched.done["resumed_at"] == kept and launched.done["steps"] == 600
+    (resumed_at,) = launched.done["resumed_at"]
+    assert kept[0] <= resumed_at < 600 == launched.done["steps"]  # it was told to end, too
     assert submissions(tmp_path) == 1
 
 

@@ -1,0 +1,175 @@
+"""What the checkpoint of an iteration is trained from, on which rows, and where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from assets.stage import PolicyFolder, Stage
+from resources.kubernetes_launcher import KubernetesLauncher
+from resources.launcher import Acceleration, Folder, Launcher
+from resources.slurm_launcher import SlurmLauncher
+from resources.store import Artifact, ArtifactError
+from textalign_dagster.acceleration import AccelerateConfig, accelerators, check_training
+from textalign_dagster.experiment_files import home
+from textalign_dagster.ids import derive_seed
+from textalign_dagster.stages import artifact_key, stage_settings
+from textalign_dagster.training_settings import Training
+from training.job import Job
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What one training follows from."""
+
+    stage: Stage
+    pool: Artifact
+    parent: PolicyFolder  # of which the checkpoint is a child
+    start: PolicyFolder  # whose weights are loaded
+    reference: PolicyFolder | None  # of the KL
+    before: Artifact | None  # the checkpoint whose optimizer or adapter goes on
+    inputs: dict[str, str]
+
+    @classmethod
+    def of(cls, stage: Stage) -> TrainingPlan:
+        """The plan for a stage's cell.
+
+        Raises:
+            dg.Failure: something that it needs is not there yet.
+        """
+        settings, iteration = stage.experiment.training, stage.cell.iteration
+        pool = stage.require("datapool")
+        sampled_from, base = stage.policy(iteration), stage.policy(1)
+        parent = sampled_from if settings.start_from == "parent" else base
+        # One adapter beside the base policy is the parent, too.
+        start = base if settings.carries_adapter else parent
+        reference = None
+        if settings.objective.kl_coef > 0:
+            reference = base if settings.objective.kl_reference == "base" else sampled_from
+        inputs = {"datapool": pool.key, "policy": sampled_from.policy_hash}
+        before = None
+        if iteration > 1 and (settings.optimizer_state == "carried" or settings.carries_adapter):
+            before = stage.require("checkpoint", iteration - 1)
+            inputs[f"checkpoint@{iteration - 1}"] = before.key
+        if base in (start, reference):
+            inputs["base_policy"] = base.policy_hash
+        return cls(stage, pool, parent, start, reference, before, inputs)
+
+    @property
+    def settings(self) -> Training:
+        """The experiment's section `training`."""
+        return self.stage.experiment.training
+
+    @property
+    def key(self) -> str:
+        """What is trained: the key of the artifact that comes of it."""
+        stage = self.stage
+        settings = stage_settings(stage.experiment, stage.name, stage.cell.iteration)
+        return artifact_key(stage.name, settings, self.inputs)
+
+    @property
+    def unfinished(self) -> Path:
+        """Where its snapshots are kept as long as it is not published."""
+        return home() / "unfinished" / self.key
+
+    def launcher(self, local: Launcher) -> Launcher:
+        """Where it runs."""
+        if self.settings.launcher == "local":
+            return local
+        if self.settings.launcher == "k8s":
+            return KubernetesLauncher(self.settings.k8s, key=self.key, home=home())
+        slurm, cell = self.settings.slurm, self.stage.cell
+        return SlurmLauncher(
+            slurm,
+            key=self.key,
+            title=f"{cell.experiment}, iteration {cell.iteration}",
+            root=Path(slurm.shared_folder) if slurm.shared_folder else home() / "slurm",
+        )
+
+    def acceleration_config(self) -> AccelerateConfig | None:
+        """How the processes share the work, where they do.
+
+        Raises:
+            SettingsError: it cannot be trained so here.
+        """
+        # What other machines have cannot be known here.
+        devices = accelerators if self.settings.launcher == "local" else None
+        return check_training(self.settings, dtype=self.stage.experiment.policy.dtype, devices=devices)
+
+    def acceleration(self, config: AccelerateConfig | None) -> Acceleration:
+        """How the processes are started, but for the configuration's file."""
+        settings = self.settings
+        cpus = settings.slurm.cpus_per_task if settings.launcher == "slurm" else None
+        return Acceleration(
+            processes=settings.processes,
+            machines=settings.machines,
+            mixed_precision=settings.mixed_precision,
+            threads=None if cpus is None else max(1, cpus * settings.machines // settings.processes),
+            deepspeed=sharing_of(config) == "DEEPSPEED",
+        )
+
+    def rows(self) -> pl.DataFrame:
+        """The drawn rows with their texts, in the pool's order: what the trainer reads.
+
+        Raises:
+            ArtifactError: there are none.
+        """
+        drawn = self.pool.frame("datapool").filter("drawn")
+        if drawn.is_empty():
+            cell = self.stage.cell
+            raise ArtifactError(
+                f"the pool of {cell.experiment}, iteration {cell.iteration}, has no drawn row to train on; see its "
+                "shortfalls and the settings under `datapool`"
+            )
+        texts = pl.concat(
+            self.stage.require("generations", k)
+            .frame("generations")
+            .select("sample_id", "prompt", "text", "finish_reason")
+            for k in sorted(drawn["origin"].unique())
+        )
+        wanted = (
+            "sample_id",
+            "prompt",
+            "condition",
+            "text",
+            "finish_reason",
+            "n_tokens",
+            "weight",
+            "pool_hash",
+        )
+        return drawn.join(texts, on="sample_id", how="left", maintain_order="left").select(wanted)
+
+    def job(self, folder: Folder, config: AccelerateConfig | None) -> Job:
+        """What the trainer is told."""
+        experiment, settings = self.stage.experiment, self.settings
+        before = self.before.path("beside") if self.before else None
+        # Whether it leaves something that is no part of the policy.
+        keeps = settings.optimizer_state == "carried" or settings.lora is not None
+        return Job(
+            rows=str(folder("job") / "rows.parquet"),
+            policy=str(self.start.path),
+            reference=str(self.reference.path) if self.reference else None,
+            out=str(folder("model")),
+            beside=str(folder("beside")) if keeps else None,
+            adapter=str(before / "adapter") if before and settings.carries_adapter else None,
+            optimizer=str(before) if before and settings.optimizer_state == "carried" else None,
+            snapshots=str(folder("snapshots")),
+            template=experiment.method.template,
+            special_tokens=list(experiment.method.special_tokens),
+            seed=derive_seed(experiment.seed, "training", self.stage.cell.iteration) % 2**32,
+            world_size=settings.processes,
+            sharing=sharing_of(config),
+            dtype=experiment.policy.dtype,
+            max_new_tokens=experiment.sampling.max_new_tokens,
+            training=settings,
+        )
+
+
+def sharing_of(config: AccelerateConfig | None) -> Literal["DEEPSPEED", "FSDP"] | None:
+    """What the processes share the weights with, which the trainer makes sure of."""
+    if config is None:
+        return None
+    return config.kind if config.kind in ("DEEPSPEED", "FSDP") else None
