@@ -171,6 +171,21 @@ def container_runtime(folder: Path) -> Iterator[Runtime]:
         daemon.wait(PATIENCE)
 
 
+def refusal(runtime: Runtime) -> str | None:
+    """Why the runtime starts no container here, though it runs itself; None: it does."""
+    config = {
+        "metadata": {"name": "trial", "uid": "trial", "namespace": "lab"},
+        "linux": {"security_context": {"namespace_options": {"network": OF_THE_MACHINE, "pid": OF_ITS_OWN}}},
+    }
+    try:
+        sandbox = runtime("RunPodSandbox", config=config)["pod_sandbox_id"]
+    except importlib.import_module("grpc").RpcError as error:
+        return f"no container can be started here: {error.details()}"
+    runtime("StopPodSandbox", pod_sandbox_id=sandbox)
+    runtime("RemovePodSandbox", pod_sandbox_id=sandbox)
+    return None
+
+
 def with_libraries(program: str) -> list[Path]:
     """A program and the libraries that it loads."""
     found = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout

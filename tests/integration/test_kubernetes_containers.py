@@ -1,7 +1,6 @@
 """Workers in real containers: what a pod's attached connection, its end and its memory limit are is up to a real
 container runtime here; the API server and the kubelet are the test's own (see `container_runtime`)."""
 
-import json
 import os
 import re
 import signal
@@ -18,7 +17,7 @@ pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 
 from resources.kubernetes_launcher import KubernetesLauncher
 from resources.kubernetes_worker import GRACE, KubernetesHost
-from resources.launcher import Acceleration, Launched, Work, accelerate_command, accelerate_env
+from resources.launcher import Acceleration, Launched, Work, accelerate_env
 from resources.sampler import SamplerError
 from resources.transformers_sampler import TransformersSampler
 from resources.worker import Channel
@@ -29,10 +28,11 @@ from tests.integration.container_runtime import (
     Runtime,
     container_runtime,
     impossible,
+    refusal,
 )
 from tests.integration.fake_kubernetes import fake_kubernetes
 from tests.integration.test_kubernetes_workers import LONG, REQUESTS, WARM, echo, model, settings
-from tests.training.tiny import make_model, make_rows, make_tokenizer
+from tests.training.tiny import write_training
 from textalign_dagster.kubernetes_settings import Kubernetes
 from training.snapshot_folder import names
 
@@ -60,6 +60,8 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     if why is not None:
         pytest.skip(why)
     with container_runtime(tmp_path_factory.mktemp("runtime")) as found:
+        if (why := refusal(found)) is not None:
+            pytest.skip(why)
         yield found
 
 
@@ -156,10 +158,6 @@ def test_empty_words_change_nothing(cluster: Containers) -> None:
 
 
 def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, tmp_path: Path) -> None:
-    make_rows().write_parquet(tmp_path / "rows.parquet")
-    tokenizer = make_tokenizer()
-    for one in (tokenizer, make_model(len(tokenizer))):
-        one.save_pretrained(tmp_path / "policy")
     acceleration = Acceleration(cpu=True, threads=1)
     found: list[Launched] = []
 
@@ -168,17 +166,7 @@ def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, t
         return tmp_path / "draft" / name
 
     def write(place: Callable[[str], Path]) -> list[str]:
-        told = {
-            "rows": str(tmp_path / "rows.parquet"),
-            "policy": str(tmp_path / "policy"),
-            "out": str(place("model")),
-            "snapshots": str(place("snapshots")),
-            "template": "feedback: {condition} input: {prompt}",
-            "training": {"epochs": 300, "max_length": 64, "snapshot_minutes": 1000},
-        }
-        path = place("job") / "job.json"
-        path.write_text(json.dumps(told))
-        return [*accelerate_command(acceleration), "training.train", str(path)]
+        return write_training(tmp_path, place, acceleration, epochs=600, snapshot_minutes=1000)
 
     def heard(values: dict[str, Any]) -> None:
         if not names(tmp_path / "snapshots") and values["done"] < values["total"]:

@@ -27,14 +27,13 @@ from resources.launcher import (
     Acceleration,
     Launched,
     Work,
-    accelerate_command,
     accelerate_env,
 )
 from resources.slurm_launcher import SlurmLauncher
 from tests.integration.conftest import Place
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
 from tests.toy import PROJECT, textalign
-from tests.training.tiny import make_model, make_rows, make_tokenizer
+from tests.training.tiny import write_training
 from textalign_dagster.cluster_settings import Slurm
 from textalign_dagster.experiment_files import Library
 from textalign_dagster.settings import SettingsError
@@ -328,26 +327,11 @@ def test_of_two_at_a_time_one_submits(tmp_path: Path, slurms: Cluster) -> None:
 
 def test_a_requeued_training_goes_on_from_its_snapshot(tmp_path: Path, slurms: Cluster) -> None:
     """The real trainer, on two nodes: warned as before a time limit, and then requeued."""
-    make_rows().write_parquet(tmp_path / "rows.parquet")
-    tokenizer = make_tokenizer()
-    for one in (tokenizer, make_model(len(tokenizer))):
-        one.save_pretrained(tmp_path / "policy")
     acceleration = Acceleration(processes=2, machines=2, cpu=True, threads=1)
     kept: list[int] = []
 
     def command(place: Callable[[str], Path]) -> list[str]:
-        told = {
-            "rows": str(tmp_path / "rows.parquet"),
-            "policy": str(tmp_path / "policy"),
-            "out": str(place("model")),
-            "snapshots": str(place("snapshots")),
-            "template": "feedback: {condition} input: {prompt}",
-            "world_size": 2,
-            "training": {"epochs": 200, "batch_size": 4, "max_length": 64, "snapshot_minutes": 1000},
-        }
-        path = place("job") / "job.json"
-        path.write_text(json.dumps(told))
-        return [*accelerate_command(acceleration), "training.train", str(path)]
+        return write_training(tmp_path, place, acceleration, epochs=200, batch_size=4, snapshot_minutes=1000)
 
     def heard(values: dict[str, Any]) -> None:
         if kept:

@@ -74,14 +74,7 @@ def embedded() -> Iterator[TransformersSampler]:
 
 def agree(engine: EndpointsSampler, embedded: TransformersSampler, folder: Path) -> None:
     """Both say the same of a model, as far as no chance is in it."""
-    for ours, theirs in zip(
-        engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY), strict=True
-    ):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one.text, one.n_tokens, one.finish_reason) == (
-                other.text, other.n_tokens, other.finish_reason
-            )  # fmt: skip
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    vllm_models.same(engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY))
     drawn = engine.generate(folder, REQUESTS, WARM)
     ids = tiny_models.tokenizer()("x" * 2 * CONTEXT)["input_ids"][: CONTEXT - 1]
     full = tiny_models.tokenizer().decode(ids)  # fills the context to the last position

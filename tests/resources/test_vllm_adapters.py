@@ -47,24 +47,10 @@ def engine() -> Iterator[VllmSampler]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def embedded() -> Iterator[TransformersSampler]:
-    with TransformersSampler(threads=1, batch_size=64) as opened:
-        yield opened
-
-
-def process(engine: VllmSampler) -> int:
-    worker = engine.channels[0].worker
-    assert worker is not None
-    return worker.process.pid
-
-
 def agree(engine: VllmSampler, embedded: TransformersSampler, served: Model, merged: Path) -> None:
     """Both engines draw the same greedy tokens, as likely, and find the same texts as likely."""
     ours, theirs = engine.generate(served, REQUESTS, GREEDY), embedded.generate(merged, REQUESTS, GREEDY)
-    assert [[one.text for one in row] for row in ours] == [[one.text for one in row] for row in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert [c.logprob for c in one] == pytest.approx([c.logprob for c in other], abs=1e-3)
+    vllm_models.same(ours, theirs, within=1e-3)
     found, wanted = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
     assert [count for _, count in found] == [count for _, count in wanted]
     assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-3)
@@ -76,12 +62,12 @@ def test_what_is_served_is_what_is_merged(
     """Adapters and none in turn, in one engine: nobody reads what another has left in the cache of prompts."""
     one, two, three = adapters
     agree(engine, embedded, base, base)
-    started = process(engine)
+    started = vllm_models.process(engine)
     for which in (one, two, one, three):
         agree(engine, embedded, which.served, which.merged)
     agree(engine, embedded, base, base)
     agree(engine, embedded, two.served, two.merged)
-    assert process(engine) == started
+    assert vllm_models.process(engine) == started
     # The three do differ, and from the base.
     said = [engine.logprobs(which, PAIRS)[0][0] for which in (base, *(a.served for a in adapters))]
     assert min(abs(a - b) for i, a in enumerate(said) for b in said[:i]) > 0.01
@@ -117,20 +103,20 @@ def test_other_weights_below_the_adapter(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
-    started = process(engine)
+    started = vllm_models.process(engine)
     other = vllm_models.save(tmp_path / "other", "llama", tiny_models.tokenizer(), seed=7, context=1024)
     agree(engine, embedded, other, other)
     above = save_adapter(other, tmp_path, 5)
     agree(engine, embedded, above.served, above.merged)
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
-    assert process(engine) == started
+    assert vllm_models.process(engine) == started
 
 
 def test_what_cannot_be_served_is_told(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     engine.generate(base, REQUESTS, GREEDY)
-    started = process(engine)
+    started = vllm_models.process(engine)
     large = save_adapter(base, tmp_path / "large", 0, rank=9)
     with pytest.raises(
         SamplerError, match=r"cannot serve the adapter .*rank 9 is greater than max_lora_rank 8"
@@ -144,7 +130,7 @@ def test_what_cannot_be_served_is_told(
     with pytest.raises(SamplerError, match=r"engine transformers was not started for adapters"):
         embedded.logprobs(adapters[0].served, PAIRS)
     agree(engine, embedded, adapters[2].served, adapters[2].merged)
-    assert process(engine) == started
+    assert vllm_models.process(engine) == started
 
 
 def test_all_linear_is_what_peft_calls_so(base: Path, adapters: list[Adapter]) -> None:

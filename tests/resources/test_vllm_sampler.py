@@ -54,28 +54,9 @@ def engine() -> Iterator[VllmSampler]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def embedded() -> Iterator[TransformersSampler]:
-    with TransformersSampler(threads=1, batch_size=64) as opened:
-        yield opened
-
-
-def process(engine: VllmSampler) -> int:
-    worker = engine.channels[0].worker
-    assert worker is not None
-    return worker.process.pid
-
-
 def agree(engine: VllmSampler, embedded: TransformersSampler, folder: Path) -> None:
     """Both engines say the same of a model, as far as no chance is in it."""
-    for ours, theirs in zip(
-        engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY), strict=True
-    ):
-        for one, other in zip(ours, theirs, strict=True):
-            assert (one.text, one.n_tokens, one.finish_reason) == (
-                other.text, other.n_tokens, other.finish_reason
-            )  # fmt: skip
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    vllm_models.same(engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY))
 
 
 def scored(
@@ -105,7 +86,7 @@ def test_what_is_compiled_is_kept_between_runs(
     folders: dict[str, Path], engine: VllmSampler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine.generate(folders["llama"], REQUESTS, GREEDY)
-    environment = Path(f"/proc/{process(engine)}/environ").read_bytes().split(b"\0")
+    environment = Path(f"/proc/{vllm_models.process(engine)}/environ").read_bytes().split(b"\0")
     assert f"VLLM_CACHE_ROOT={cache_root()}".encode() in environment
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path))
@@ -188,12 +169,12 @@ def test_the_next_iterations_weights_take_their_place(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["llama"], REQUESTS, GREEDY)
-    before = process(engine)
+    before = vllm_models.process(engine)
     agree(engine, embedded, folders["trained"])
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
     scored(engine, embedded, folders["trained"], engine.generate(folders["trained"], REQUESTS, WARM))
     agree(engine, embedded, folders["llama"])  # and back
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
 
 
 def test_diverged_weights_are_told(folders: dict[str, Path], engine: VllmSampler, tmp_path: Path) -> None:
@@ -212,9 +193,9 @@ def test_diverged_weights_are_told(folders: dict[str, Path], engine: VllmSampler
 def test_another_architecture_starts_another_engine(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
-    before = process(engine)
+    before = vllm_models.process(engine)
     agree(engine, embedded, folders["gpt2"])
-    assert process(engine) != before
+    assert vllm_models.process(engine) != before
     scored(engine, embedded, folders["gpt2"], engine.generate(folders["gpt2"], REQUESTS, WARM))
 
 
@@ -222,14 +203,14 @@ def test_weights_take_their_place_in_tied_heads_too(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["gpt2"], REQUESTS, GREEDY)
-    before = process(engine)
+    before = vllm_models.process(engine)
     agree(engine, embedded, folders["trained gpt2"])
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
     scored(
         engine, embedded, folders["trained gpt2"], engine.generate(folders["trained gpt2"], REQUESTS, WARM)
     )
     agree(engine, embedded, folders["gpt2"])
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
 
 
 def test_models_with_one_frame_differ_in_weights_only(folders: dict[str, Path], tmp_path: Path) -> None:

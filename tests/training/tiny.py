@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import polars as pl
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from resources.launcher import Acceleration, accelerate_command
 
 CORPUS = [
     "def add(a, b):\n    return a + b\n",
@@ -85,3 +88,28 @@ def write_job(folder: Path, content: dict[str, Any]) -> Path:
     path = folder / "job.json"
     path.write_text(json.dumps(content))
     return path
+
+
+def write_training(
+    folder: Path, place: Callable[[str], Path], acceleration: Acceleration, **training: Any
+) -> list[str]:
+    """Policy, rows and job for the real trainer; the command.
+
+    Args:
+        place: the folders of a launcher's work.
+        training: settings of the training.
+    """
+    make_rows().write_parquet(folder / "rows.parquet")
+    tokenizer = make_tokenizer()
+    for one in (tokenizer, make_model(len(tokenizer))):
+        one.save_pretrained(folder / "policy")
+    told = {
+        "rows": str(folder / "rows.parquet"),
+        "policy": str(folder / "policy"),
+        "out": str(place("model")),
+        "snapshots": str(place("snapshots")),
+        "template": "feedback: {condition} input: {prompt}",
+        "world_size": acceleration.processes,
+        "training": {"max_length": 64, **training},
+    }
+    return [*accelerate_command(acceleration), "training.train", str(write_job(place("job"), told))]
