@@ -191,14 +191,21 @@ class Snapshots:
             problem = f"{type(error).__name__}: {error}"
         failed = torch.tensor(int(bool(problem)), device=trainer.args.device)
         if int(trainer.accelerator.reduce(failed, "sum")):
-            shutil.rmtree(draft, ignore_errors=True)
-            self._reporter.say(
-                f"no snapshot of step {name.step} in {self._folder}, the training goes on "
-                f"({problem or 'another process could not write its part'})"
-            )
+            problem = problem or "another process could not write its part"
         elif self._first:
-            publish(self._folder, draft, name)
-            self._reporter.say(f"snapshot of step {name.step} is in {self._folder}")
+            try:
+                publish(self._folder, draft, name)
+            except (
+                OSError
+            ) as error:  # somebody has removed the folder: the training is of no more use, or is over
+                problem = str(error)
+        if problem:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._reporter.say(
+            f"no snapshot of step {name.step} in {self._folder}, the training goes on ({problem})"
+            if problem
+            else f"snapshot of step {name.step} is in {self._folder}"
+        )
         self._clock = time.monotonic()
         self._asked.discard(signal.SIGUSR1)
 

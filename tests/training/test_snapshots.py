@@ -248,6 +248,23 @@ def test_a_training_goes_on_without_snapshots_where_none_can_be_written(
     assert done(job)["steps"] == 12
 
 
+def test_a_training_goes_on_where_its_folder_is_removed(
+    tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As whoever publishes the same checkpoint does."""
+
+    def removed(place: Path, draft: Path, name: SnapshotName) -> None:
+        if name.step == 2:
+            shutil.rmtree(place)
+        publish(place, draft, name)
+
+    monkeypatch.setattr(training.snapshots, "publish", removed)
+    snapshots = keep(job)
+    assert main([str(write_job(tmp_path, job))]) == 0
+    assert "no snapshot of step 2 in" in capsys.readouterr().err
+    assert done(job)["steps"] == 12 and [name.step for name in names(snapshots)] == [11]
+
+
 def test_only_whole_snapshots_count(tmp_path: Path) -> None:
     training = "0123456789abcdef01234567"
     assert names(tmp_path / "nowhere") == [] and kept(tmp_path / "nowhere") == ""
