@@ -1,7 +1,7 @@
 """Running vLLM servers: the least busy one is asked, and one that fails is left out.
 
     async with Endpoints(urls, key=None, timeout_s=600, connections=256) as endpoints:
-        reply = await endpoints.complete({"prompt": [1, 2, 3], "max_tokens": 8})
+        server, choice = await endpoints.complete({"prompt": [1, 2, 3], "max_tokens": 8})
 
 Imported by the worker only: it needs the package openai.
 """
@@ -119,8 +119,8 @@ class Endpoints:
         """URL → why."""
         return {server.url: server.failed for server in self.servers if server.failed is not None}
 
-    async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The only choice of a completion, by the least busy server that can give it.
+    async def complete(self, body: dict[str, Any]) -> tuple[Server, dict[str, Any]]:
+        """The only choice of a completion, and the least busy server that could give it.
 
         Raises:
             EndpointError: no server is left, or the request is at fault.
@@ -132,7 +132,7 @@ class Endpoints:
                 reply = await server.post("/v1/completions", {"model": server.model, **body})
                 choice: dict[str, Any] = _choice(reply)
                 server.answered, server.faults = server.answered + 1, 0
-                return choice
+                return server, choice
             except ServerFault as fault:
                 server.faults += 1
                 if fault.gone or server.faults >= FAULTS:

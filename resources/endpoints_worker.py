@@ -17,7 +17,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,6 +90,7 @@ class Engine:
         self.probed: list[int] = []
         self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
         self.known: dict[tuple[str, str], list[float]] = {}  # by server and policy: what it said of the probe
+        self.said: dict[str, list[float]] = {}  # by server: the same, when this call began
         self.adapter: Adapter | None = None  # beside the weights
         self._adapter: object = None  # its files
         self.taking: set[str] = set()  # servers that can be given adapters
@@ -130,8 +131,8 @@ class Engine:
         self.expected = None
         self.label, self.folder, self.identity = label_of(folder, identity), folder, identity
 
-    async def use(self, endpoints: Endpoints) -> dict[str, list[float]]:
-        """Have the policy's weights in every server; URL → what it says of the probe.
+    async def use(self, endpoints: Endpoints) -> None:
+        """Have the policy's weights in every server.
 
         Raises:
             EndpointError: no server can have them, or one has something else.
@@ -173,11 +174,10 @@ class Engine:
                         "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
                     )
         self.known |= {(url, self.policy): said[url] for url in live}
-        self.context = min(server.room for server in endpoints.live)
-        return said
+        self.context, self.said = min(server.room for server in endpoints.live), said
 
-    async def unchanged(self, endpoints: Endpoints, before: dict[str, list[float]]) -> None:
-        """Every server that has answered has still the weights it had ``before``.
+    async def unchanged(self, endpoints: Endpoints) -> None:
+        """Every server that is not left out has still the weights it had when this call began.
 
         Raises:
             EndpointError: one has not.
@@ -186,7 +186,7 @@ class Engine:
         async def again(server: Server) -> None:
             same = await still_has(server, self.label)
             now = await probe(server, self.probed)
-            if not same or apart(before[server.url], now) > ALIKE[self.settings["dtype"]]:
+            if not same or apart(self.said[server.url], now) > ALIKE[self.settings["dtype"]]:
                 raise EndpointError(
                     f"the weights of {server.url} were changed while it sampled from {self.folder}: what it gave "
                     "is thrown away; let one experiment at a time use a server, and run this again"
@@ -213,11 +213,9 @@ def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, An
         work = generate if call["op"] == "generate" else logprobs
 
         async def checked(endpoints: Endpoints) -> list[Any]:
-            before = await engine.use(endpoints)
+            await engine.use(endpoints)
             report(0)
-            rows = await work(engine, endpoints, call, report)
-            await engine.unchanged(endpoints, before)
-            return rows
+            return await work(engine, endpoints, call, report)
 
         return asyncio.run(with_servers(engine, checked))
     except EndpointError as error:
@@ -358,21 +356,32 @@ async def every(
     read: Callable[[dict[str, Any], int], T],
     report: Report,
 ) -> list[T]:
-    """What ``read`` makes of the answer to each body, in their order; many are under way at once."""
+    """What ``read`` makes of the answer to each body, in their order; many are under way at once.
+
+    Nobody knows with which weights a server has answered that has failed since: that is asked of others.
+    """
     results: dict[int, T] = {}
-    left = iter(enumerate(bodies))
+    by: dict[int, Server] = {}
+    wanted = list(range(len(bodies)))
+    while wanted:
+        left = iter(wanted)
 
-    async def work() -> None:
-        for index, body in left:
-            results[index] = read(await endpoints.complete(body), index)
-            report(len(results))
+        async def work(left: Iterator[int] = left) -> None:
+            for index in left:
+                by[index], choice = await endpoints.complete(bodies[index])
+                results[index] = read(choice, index)
+                report(len(results))
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(len(bodies), engine.settings["batch_size"] * len(endpoints.live))):
-                group.create_task(work())
-    except BaseExceptionGroup as several:
-        raise several.exceptions[0] from None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(wanted), engine.settings["batch_size"] * len(endpoints.live))):
+                    group.create_task(work())
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        await engine.unchanged(endpoints)
+        wanted = [index for index, server in by.items() if server.failed is not None]
+        for index in wanted:
+            del results[index], by[index]
     return [results[index] for index in range(len(bodies))]
 
 

@@ -9,14 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 
-from resources.endpoints import EndpointError, Server, ServerFault, connected
-from resources.endpoints_worker import Engine
+from resources.endpoints import EndpointError, Endpoints, Server, ServerFault, connected
+from resources.endpoints_worker import Engine, every
 from resources.retry import RetryPolicy
 from resources.served_weights import have, label_of, still_has
 from textalign_dagster import preflight
@@ -74,7 +74,7 @@ def asked(urls: list[str], count: int, at_once: int) -> tuple[list[str], dict[st
 
         async def work() -> None:
             for index in left:
-                answers[index] = (await endpoints.complete({"prompt": [index]}))["text"]
+                answers[index] = (await endpoints.complete({"prompt": [index]}))[1]["text"]
 
         async with connected(urls, key=None, timeout_s=10, connections=at_once) as endpoints:
             try:
@@ -124,6 +124,36 @@ def test_requests_of_a_server_that_is_gone_go_to_others() -> None:
         assert answers.count("first") == 2 and answers.count("second") == 38
         assert list(left_out) == [one] and left_out[one].startswith("no connection (")
         assert len(seen) <= 2 + 8  # those in flight, and none afterwards
+
+
+@pytest.mark.parametrize("when", ["while it samples", "when it is looked at again"])
+def test_nothing_is_kept_of_a_server_that_has_failed_since(when: str) -> None:
+    """Its weights may have been others when it answered: only what a server is asked in the end tells."""
+    seen: list[int] = []
+
+    def dies(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        seen.append(body["prompt"][0])
+        return completion("first") if when != "while it samples" or len(seen) < 5 else (0, None)
+
+    class Policy:
+        settings: ClassVar = {"batch_size": 2}
+        looks = 0
+
+        async def unchanged(self, endpoints: Endpoints) -> None:
+            self.looks += 1
+            if when != "while it samples" and self.looks == 1:
+                endpoints.servers[0].failed = "no connection"
+
+    async def run(urls: list[str]) -> list[Any]:
+        async with connected(urls, key=None, timeout_s=10, connections=4) as endpoints:
+            bodies = [{"prompt": [index]} for index in range(20)]
+            read: Any = lambda choice, index: (index, choice["text"])  # noqa: E731
+            return await every(policy, endpoints, bodies, read, counted.append)  # type: ignore[arg-type]
+
+    policy, counted = Policy(), list[int]()
+    with server(dies) as one, server(lambda *_: completion("second")) as other:
+        assert asyncio.run(run([one, other])) == [(index, "second") for index in range(20)]
+    assert len(seen) >= 5 and policy.looks == 2 and counted[-1] == 20
 
 
 def test_faults_in_a_row_leave_a_server_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,12 +315,12 @@ def test_servers_say_by_a_text_which_weights_they_have(
         if known is not None:
             engine.known[url, engine.label] = known
         async with connected([url], key=None, timeout_s=10, connections=2) as endpoints:
-            said = await engine.use(endpoints)
-            await engine.unchanged(endpoints, said)
+            await engine.use(endpoints)
+            await engine.unchanged(endpoints)
             fake.version = "somebody else's"
             with pytest.raises(EndpointError, match=r"weights of http.* were changed while it sampled"):
-                await engine.unchanged(endpoints, said)
-            return said
+                await engine.unchanged(endpoints)
+            return engine.said
 
     with server(fake) as url:
         if given is None:
