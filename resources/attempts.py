@@ -21,8 +21,9 @@ from typing import Any
 
 import polars as pl
 
-from resources.durable import ArtifactError, make_folder, sync, temporary_name
+from resources.durable import ArtifactError, make_folder, temporary_name
 from resources.manifest import check_plain, file_facts
+from textalign_dagster.disk import sync
 from textalign_dagster.tables import conform
 
 NAME = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")

@@ -10,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from textalign_dagster.disk import sync
+
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -49,18 +51,6 @@ def readable_errors(root: Path, path: Path, doing: str) -> Iterator[None]:
         raise ArtifactError(
             f"cannot {doing} {path}: {error.strerror or error}; check the store's path and its permissions"
         ) from error
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # some network file systems have no fsync of folders
-        if error.errno != errno.EINVAL or not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
 
 
 def make_folder(path: Path) -> None:

@@ -26,11 +26,12 @@ from typing import Any
 
 import polars as pl
 
-from resources.durable import ArtifactError, make_folder, readable_errors, sync, temporary_name
+from resources.durable import ArtifactError, make_folder, readable_errors, temporary_name
 from resources.ledger_records import CallRecord, first_replies, no_calls, one_row_a_call, parse_lines
 from resources.ledger_writer import SEGMENTS, Writer, new_writer
 from resources.storage import Storage
 from resources.store import ArtifactStore
+from textalign_dagster.disk import sync
 from textalign_dagster.ids import content_hash
 
 COMPACTED = "ledger/compacted"

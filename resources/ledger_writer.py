@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from resources.durable import ArtifactError, make_folder, readable_errors, sync
+from resources.durable import ArtifactError, make_folder, readable_errors
 from resources.storage import LocalStorage, Storage
+from textalign_dagster.disk import sync
 
 SEGMENTS = "ledger/segments"
 GATHER_S = 0.004  # a commit waits so long for company

@@ -23,10 +23,10 @@ from resources.durable import (
     ArtifactError,
     make_folder,
     readable_errors,
-    sync,
     temporary_name,
     write_durably,
 )
+from textalign_dagster.disk import sync
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -25,12 +25,13 @@ from typing import Any
 import duckdb
 import polars as pl
 
-from resources.durable import make_folder, sync, temporary_name
+from resources.durable import make_folder, temporary_name
 from resources.ledger import Ledger
 from resources.ledger_records import STATUS_RANK
 from resources.store import Artifact, ArtifactError, ArtifactStore
 from resources.view_sql import COSTS, LINEAGE, SAMPLES, ledger_doubles, ledger_source, ledger_view, table_view
 from textalign_dagster import tables
+from textalign_dagster.disk import sync
 from textalign_dagster.judging.pairs import PAIRS
 
 TABLES: Mapping[str, pl.Schema] = {

@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -27,11 +26,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, distributed
 from transformers import PreTrainedModel
 
+from textalign_dagster.disk import sync
 from textalign_dagster.ids import canonical_json
 from textalign_dagster.training_settings import WITHOUT_EFFECT
 from training import zero_state
@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from training.trainer import ObjectiveTrainer
 
 WEIGHTS, FACTS = "weights.safetensors", "snapshot.json"
-CPU, ACCELERATOR, SHARE = "generator/cpu", "generator/accelerator", "zero/"
+GENERATORS, SHARE = "generator/", "zero/"
+CPU, ACCELERATOR = f"{GENERATORS}cpu", f"{GENERATORS}accelerator"
 SEEN = 1024  # numbers of each tensor that a model is known by
 
 
@@ -104,8 +105,8 @@ class Snapshot:
         """What a process has for itself, and the scale of the loss; once the trainer is set up."""
         scale = self.progress.loss_scale
         if trainer.is_deepspeed_enabled:
-            kept = _load(self.folder, _of_process(trainer))
-            part = {name.removeprefix(SHARE): value for name, value in kept.items() if name.startswith(SHARE)}
+            kept = _load(self.folder, _of_process(trainer), SHARE)
+            part = {name.removeprefix(SHARE): value for name, value in kept.items()}
             zero_state.restore(trainer.model_wrapped, part)
             zero_state.restore_loss_scale(trainer.model_wrapped, scale)
         elif trainer.accelerator.scaler is not None and scale:
@@ -113,7 +114,7 @@ class Snapshot:
 
     def restore_generators(self, trainer: ObjectiveTrainer) -> None:
         """Dropout goes on where it was; just before the first step, which nothing random precedes then."""
-        kept, device = _load(self.folder, _of_process(trainer)), trainer.args.device
+        kept, device = _load(self.folder, _of_process(trainer), GENERATORS), trainer.args.device
         torch.set_rng_state(kept[CPU])
         if ACCELERATOR in kept:
             torch.get_device_module(device).set_rng_state(kept[ACCELERATOR], device)
@@ -185,8 +186,8 @@ class Snapshots:
                     optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
                     OptimizerState.of(model, optimizer, progress.coefficients).write(draft)
                 (draft / FACTS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
-                for path in (*draft.iterdir(), draft):
-                    _sync(path)
+            for path in (*draft.iterdir(), draft):
+                sync(path)
         except (OSError, SafetensorError, zero_state.NotKept) as error:
             problem = f"{type(error).__name__}: {error}"
         failed = torch.tensor(int(bool(problem)), device=trainer.args.device)
@@ -261,24 +262,16 @@ def _of_process(trainer: ObjectiveTrainer) -> str:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    _sync(path)
 
 
-def _load(folder: Path, name: str) -> dict[str, Tensor]:
+def _load(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file whose names begin so; the others, which may be large, are not read."""
     try:
-        return load_file(folder / name)
+        with safe_open(folder / name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(folder, error) from None
 
 
 def _unreadable(folder: Path, error: Exception) -> JobError:
     return JobError(f"snapshots: {folder} cannot be gone on from ({error}); remove it to begin anew")
-
-
-def _sync(path: Path) -> None:
-    """Forces a file or folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
