@@ -34,11 +34,11 @@ from textalign_dagster.evaluation import (
 from textalign_dagster.ids import content_hash
 from textalign_dagster.obedience import obedience
 from textalign_dagster.score_table import OBEDIENCE, reported, score_row, score_table
+from textalign_dagster.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING
 from textalign_dagster.structured import content_of
 from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
 
-SAMPLING, FLUENCY = "evaluation_sampling", "evaluation_fluency"
-VERSIONS = {SAMPLING: 1, FLUENCY: 1}
+VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1}
 """Raised when a change of code changes what is made of the same inputs and settings."""
 
 SAMPLED = pl.Schema(
@@ -168,7 +168,7 @@ class Measuring:
             draft.record(chunks=chunks)
 
         inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
-        kept = self._kept(SAMPLING, settings, inputs, produce)
+        kept = self._kept(EVALUATION_SAMPLING, settings, inputs, produce)
         sampled_chunks.discard(self.stage.store, kept)
         return kept
 
@@ -191,7 +191,7 @@ class Measuring:
 
         settings = {"engine": self.experiment.sampling.engine, "dtype": self.experiment.policy.dtype}
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
-        return self._kept(FLUENCY, settings, inputs, produce)
+        return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
 
     def write(self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Writes the tables of an evaluation of these subjects."""

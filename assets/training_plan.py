@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -63,7 +64,7 @@ class TrainingPlan:
         """The experiment's section `training`."""
         return self.stage.experiment.training
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What is trained: the key of the artifact that comes of it."""
         stage = self.stage

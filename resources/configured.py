@@ -14,10 +14,11 @@ from resources.transformers_sampler import TransformersSampler
 from resources.vllm_sampler import VllmSampler
 from resources.worker_host import host_of
 from textalign_dagster.cluster_settings import RayNode, SlurmNode
-from textalign_dagster.experiment import Experiment, Vllm
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment_files import store_url
 from textalign_dagster.ids import canonical_json
 from textalign_dagster.kubernetes_settings import KubernetesPod
+from textalign_dagster.sampling_settings import Vllm
 
 
 class StoreResource(dg.ConfigurableResource):
@@ -41,6 +42,7 @@ class SamplerResource(dg.ConfigurableResource):
         own: dict[str, Any] = {}
         if sampling.engine == "vllm":
             own = (sampling.vllm or Vllm()).model_dump() | _served(experiment)
+            own["structured"] = sampling.structured is not None
         elif sampling.endpoints is not None:
             own = sampling.endpoints.model_dump() | {"adapters": sampling.adapters == "served"}
         engine = _engine(

@@ -20,9 +20,7 @@ from resources.cleaning import REMOTE_LEFTOVER, sweep_artifact
 from resources.durable import ArtifactError, readable_errors
 from resources.sampled_chunks import CHUNK
 from resources.store import ArtifactStore
-from textalign_dagster.stages import STAGES
-
-SAMPLING, FLUENCY = "evaluation_sampling", "evaluation_fluency"  # see `assets.measuring`
+from textalign_dagster.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, STAGES
 
 CHUNKS, PARTS, ATTEMPTS, TRAININGS, UNREFERENCED = (
     "chunks of samplings",
@@ -169,7 +167,7 @@ def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
     stage, _ = place
     if stage == CHUNK:
         return CHUNKS
-    if stage in (SAMPLING, FLUENCY):
+    if stage in (EVALUATION_SAMPLING, EVALUATION_FLUENCY):
         return None if place in kept_parts else PARTS
     # What a later version of this project may keep under another name is not this one's to remove.
     return UNREFERENCED if stage in STAGES and place not in kept else None
@@ -189,12 +187,12 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
             policies.update(artifact.frame("scores")["policy_hash"])
     samples = {
         place for place, one in held.items()
-        if place[0] == SAMPLING and one.manifest is not None and one.manifest["inputs"]["policy"] in policies
+        if place[0] == EVALUATION_SAMPLING and one.manifest is not None and one.manifest["inputs"]["policy"] in policies
     }  # fmt: skip
     keys = {key for _, key in samples}
     return samples | {
         place for place, one in held.items()
-        if place[0] == FLUENCY and one.manifest is not None and one.manifest["inputs"]["samples"] in keys
+        if place[0] == EVALUATION_FLUENCY and one.manifest is not None and one.manifest["inputs"]["samples"] in keys
     }  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from resources.worker_process import CallError, version_of
+from textalign_dagster.sampling_settings import HIGHEST_RANK
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, HIGHEST_RANK)
 """What an engine can be built for; adapters of a lower rank fit."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from resources.sampler import Completion, Decoding, Model, Progress, Request, SamplerError
+from resources.sampler import SamplerError
 from resources.worker import Channel
 from resources.worker_host import Host
 from resources.worker_sampler import WorkerSampler, model_folder
@@ -61,6 +61,7 @@ class VllmSampler(WorkerSampler):
     enforce_eager: whether nothing is compiled; None: on a CPU.
     max_lora_rank: the highest rank of adapters that are served beside a model; None: none are.
     lora_modules: the modules that adapters stand beside; all-linear: every linear one but the output head.
+    structured: whether completions can be made to be something: vLLM reads the tokenizer then.
     threads: torch's threads on a CPU; None is OMP_NUM_THREADS if set, else the processors.
     host: where the engines run, each as a job of its own; None: on this machine.
     """
@@ -81,6 +82,7 @@ class VllmSampler(WorkerSampler):
         enforce_eager: bool | None = None,
         max_lora_rank: int | None = None,
         lora_modules: Sequence[str] | Literal["all-linear"] = "all-linear",
+        structured: bool = False,
         threads: int | None = None,
         host: Host | None = None,
     ) -> None:
@@ -95,7 +97,7 @@ class VllmSampler(WorkerSampler):
             "enforce_eager": enforce_eager,
             "max_lora_rank": max_lora_rank,
             "lora_modules": lora_modules,
-            "structured": False,  # whether vLLM reads the tokenizer: once that is asked for
+            "structured": structured,
         }
         self._frame: str | None = None  # of the model in the engines
         own: list[dict[str, str]] = [{}]
@@ -130,21 +132,6 @@ class VllmSampler(WorkerSampler):
         found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
         adapters = "+adapters" if self.serves_adapters else ""
         return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
-
-    def generate(
-        self,
-        model: Model,
-        requests: Sequence[Request],
-        decoding: Decoding,
-        progress: Progress | None = None,
-    ) -> list[list[Completion]]:
-        """The completions of every request; see `WorkerSampler.generate`."""
-        if decoding.structured is not None and not self.settings["structured"]:
-            self.close()
-            self.settings["structured"] = True
-            for channel in self.channels:
-                channel.settings["structured"] = True
-        return super().generate(model, requests, decoding, progress)
 
     def close(self) -> None:
         """End the workers; a later call starts others."""

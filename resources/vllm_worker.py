@@ -209,6 +209,8 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     prompts, structured = prompts_of(engine, call), structure(engine, call["decoding"])
     common["logit_bias"] = dict.fromkeys(sorted(banned(engine, call)), NEVER) or None
     if structured is not None:
+        if not engine.settings["structured"]:
+            raise CallError(f"{WHERE}: engine vllm was not started for it; start it with structured=True")
         common["logprobs"] = None  # they would be those of the tokens that the structure leaves
     asked = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
              for seed in seeds]  # fmt: skip

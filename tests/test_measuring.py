@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 
 from assets.evaluation import evaluate
-from assets.measuring import FLUENCY, SAMPLING, Measuring
+from assets.measuring import Measuring
 from assets.stage import PolicyFolder, Stage
 from resources.policies import base_policy
 from resources.sampled_chunks import CHUNK
@@ -23,6 +23,7 @@ from resources.store import Artifact, ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.partitions import Cell
 from textalign_dagster.settings import SettingsError, merge, validate
+from textalign_dagster.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING
 from textalign_dagster.tables import DATAPOOL
 from textalign_dagster.tasks.pep8 import POLICIES
 
@@ -270,5 +271,5 @@ def test_a_missing_baseline_is_refused_before_anything_is_sampled(place: Place) 
 def test_parts_are_pointed_at_by_no_cell(place: Place) -> None:
     place.evaluate()
     stages = {path.name for path in (place.folder / "store" / "artifacts").iterdir()}
-    assert stages == {"evaluation", SAMPLING, FLUENCY}
+    assert stages == {"evaluation", EVALUATION_SAMPLING, EVALUATION_FLUENCY}
     assert place.store.cells().is_empty()

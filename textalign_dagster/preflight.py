@@ -22,11 +22,12 @@ from textalign_dagster.acceleration import accelerators, check_training
 from textalign_dagster.conditioning import render
 from textalign_dagster.doctor import VLLM_PROBE, probe
 from textalign_dagster.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
-from textalign_dagster.experiment import Endpoints, Experiment
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment_files import Library, store_url
 from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.prompts import draw_prompts
+from textalign_dagster.sampling_settings import Endpoints
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.sources import task_of, training_prompts
 from textalign_dagster.structured import WHERE, content_of

@@ -20,6 +20,9 @@ from textalign_dagster.judging import PARSER_VERSION, template_of
 from textalign_dagster.structured import content_of
 from textalign_dagster.training_settings import WITHOUT_EFFECT, Training
 
+EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
+"""Parts of an evaluation that are kept for later ones, under names of their own."""
+
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
 VERSIONS = {

@@ -27,8 +27,8 @@ from resources.worker import Channel
 from tests.integration.conftest import Place, Ran
 from tests.integration.fake_kubernetes import Attached, Cluster, fake_kubernetes
 from tests.toy import PROJECT, ToyModels, textalign
-from textalign_dagster.experiment import Sampling
 from textalign_dagster.kubernetes_settings import KubernetesPod
+from textalign_dagster.sampling_settings import Sampling
 from textalign_dagster.scorers import ClassifierScorer
 from textalign_dagster.settings import SettingsError, validate
 

@@ -20,8 +20,8 @@ from resources.endpoints_worker import Engine, every
 from resources.retry import RetryPolicy
 from resources.served_weights import have, label_of, still_has
 from textalign_dagster import preflight
-from textalign_dagster.experiment import Sampling
 from textalign_dagster.experiment_files import PROJECT, Library
+from textalign_dagster.sampling_settings import Sampling
 from textalign_dagster.settings import SettingsError
 
 Rule = Callable[[str, dict[str, Any]], tuple[int, Any]]

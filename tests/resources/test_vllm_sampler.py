@@ -22,8 +22,8 @@ from resources.transformers_sampler import TransformersSampler
 from resources.vllm_sampler import VllmSampler, cache_root, frame
 from resources.worker_shares import call_all, shares, together, visible_devices
 from textalign_dagster import preflight
-from textalign_dagster.experiment import Sampling
 from textalign_dagster.experiment_files import PROJECT, Library
+from textalign_dagster.sampling_settings import Sampling
 from textalign_dagster.settings import SettingsError
 
 REQUESTS = [

@@ -45,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def engine() -> Iterator[VllmSampler]:
     """One engine for the module, which starts once."""
     vllm_models.needed()
-    with VllmSampler(threads=1, batch_size=256) as opened:
+    with VllmSampler(threads=1, batch_size=256, structured=True) as opened:
         yield opened
 
 
@@ -55,12 +55,6 @@ def warm(structured: dict[str, Any], max_new_tokens: int = 24, **more: Any) -> D
 
 def flat(rows: list[list[Completion]]) -> list[Completion]:
     return [one for row in rows for one in row]
-
-
-def process(engine: VllmSampler) -> int:
-    worker = engine.channels[0].worker
-    assert worker is not None
-    return worker.process.pid
 
 
 @pytest.mark.parametrize(
@@ -141,17 +135,17 @@ def test_the_next_iterations_weights_take_their_place(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
-    before = process(engine)
+    before = vllm_models.process(engine)
     agree(engine, embedded, folders["trained"], 24, (0,))
     agree(engine, embedded, folders["base"], 24, (0,))  # and back
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
 
 
 def test_free_text_stays_what_it_is(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
-    before, greedy = process(engine), Decoding(0, max_new_tokens=12)
+    before, greedy = vllm_models.process(engine), Decoding(0, max_new_tokens=12)
     ours, theirs = (one.generate(folders["base"], REQUESTS, greedy) for one in (engine, embedded))
     assert [(one.text, one.n_tokens) for one in flat(ours)] == [
         (one.text, one.n_tokens) for one in flat(theirs)
@@ -159,7 +153,7 @@ def test_free_text_stays_what_it_is(
     assert [one.logprob for one in flat(ours)] == pytest.approx(
         [one.logprob for one in flat(theirs)], abs=1e-4
     )
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
 
 
 @pytest.mark.parametrize(
@@ -178,11 +172,11 @@ def test_what_vllm_cannot_do_is_one_sentence(
     folders: dict[str, Path], engine: VllmSampler, structured: dict[str, Any], says: str
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
-    before = process(engine)
+    before = vllm_models.process(engine)
     with pytest.raises(SamplerError, match=f"^sampling.structured: {says}"):
         engine.generate(folders["base"], REQUESTS, warm(structured, banned_tokens=("(",)))
     assert len(flat(engine.generate(folders["base"], REQUESTS, warm(BITS)))) == 11
-    assert process(engine) == before
+    assert vllm_models.process(engine) == before
 
 
 def test_the_embedded_engine_refuses(folders: dict[str, Path], embedded: TransformersSampler) -> None:

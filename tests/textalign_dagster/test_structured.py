@@ -12,9 +12,9 @@ import pytest
 from resources.sampler import Decoding
 from resources.structure_check import refusal
 from textalign_dagster import preflight
-from textalign_dagster.experiment import Sampling
 from textalign_dagster.experiment_files import PROJECT, Library
 from textalign_dagster.ids import content_hash
+from textalign_dagster.sampling_settings import Sampling
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.stages import STAGES, stage_settings
 from textalign_dagster.structured import Structured, content_of
