@@ -15,12 +15,12 @@ from assets.policy import hand_over
 from assets.stage import LOOP, Stage
 from assets.training_plan import TrainingPlan
 from resources.configured import SamplerResource, StoreResource
-from resources.launcher import Folder, LocalLauncher, Work, accelerate_command, accelerate_env
-from resources.policies import policy_hash
-from resources.provenance import code_revision, environment_hash
-from resources.slurm_launcher import SlurmLauncher
+from resources.launchers.launcher import Folder, LocalLauncher, Work, accelerate_command, accelerate_env
+from resources.launchers.slurm import SlurmLauncher
 from resources.store import Draft
-from textalign_dagster.experiment_files import home
+from resources.store.provenance import code_revision, environment_hash
+from textalign_dagster.experiment.files import home
+from textalign_dagster.experiment.policies import policy_hash
 from textalign_dagster.tables import CHECKPOINTS
 from training.job import PLACES
 

@@ -11,9 +11,9 @@ from assets.figures import markdown_table, sample_blocks
 from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
 from resources.store import Draft
-from textalign_dagster import checks
-from textalign_dagster.datapool import SHORTFALLS, build_pool
 from textalign_dagster.ids import content_hash
+from textalign_dagster.loop import checks
+from textalign_dagster.pool.datapool import SHORTFALLS, build_pool
 from textalign_dagster.tables import DATAPOOL
 
 

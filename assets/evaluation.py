@@ -13,11 +13,11 @@ from assets.measuring import Measuring, Seconds, Subject
 from assets.stage import LOOP, Stage
 from resources.configured import SamplerResource, StoreResource
 from resources.store import Artifact, Draft
-from textalign_dagster import checks
-from textalign_dagster.evaluation import evaluation_source
-from textalign_dagster.report import placed, score_rows
-from textalign_dagster.score_table import reported, titles, value_of
-from textalign_dagster.stages import stage_settings
+from textalign_dagster.experiment.evaluation import evaluation_source
+from textalign_dagster.loop import checks
+from textalign_dagster.loop.stages import stage_settings
+from textalign_dagster.reports.report import placed, score_rows
+from textalign_dagster.reports.score_table import reported, titles, value_of
 from textalign_dagster.tables import SCORES, measure
 
 
@@ -112,7 +112,7 @@ def _baselines(at_start: pl.DataFrame) -> dict[str, Any]:
 
 def _curve(stage: Stage, scores: pl.DataFrame) -> dg.MarkdownMetadataValue:
     """The first measure over the iterations so far, beside the null control's."""
-    from textalign_dagster.curves import as_markdown, curves
+    from textalign_dagster.reports.curves import as_markdown, curves
 
     name, now = stage.cell
     before = score_rows(stage.store, stage.experiments, name)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from assets.stage import Stage
 from resources.store import ArtifactError
-from textalign_dagster.exemplars import NoExemplarError, varied_exemplars
 from textalign_dagster.methods.base import VARIED
+from textalign_dagster.pool.exemplars import NoExemplarError, varied_exemplars
 
 
 def exemplars_of(

@@ -14,10 +14,10 @@ from assets.verdicts import readable_failures
 from resources.configured import StoreResource
 from resources.feedback_sources import feedback_of
 from resources.store import Artifact, Draft
-from textalign_dagster import checks
+from resources.stored_feedback import with_references
 from textalign_dagster.judging import PAIRS, Judged
 from textalign_dagster.judging.pairs import pair_figures
-from textalign_dagster.stored_feedback import with_references
+from textalign_dagster.loop import checks
 from textalign_dagster.tables import FEEDBACK
 
 COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}

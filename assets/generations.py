@@ -11,14 +11,14 @@ from assets.figures import sample_blocks
 from assets.policy import policy
 from assets.prompt_draws import prompt_draws
 from assets.stage import LOOP, Stage
-from resources import sampled_chunks
 from resources.configured import SamplerResource, StoreResource
-from resources.sampler import Decoding, Request
+from resources.engines import chunks as sampled_chunks
+from resources.engines.sampler import Decoding, Request
 from resources.store import Draft
-from textalign_dagster import checks
-from textalign_dagster.conditioning import render
 from textalign_dagster.ids import content_hash, derive_seed
-from textalign_dagster.structured import content_of
+from textalign_dagster.loop import checks
+from textalign_dagster.pool.conditioning import render
+from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tables import GENERATIONS
 
 

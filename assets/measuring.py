@@ -17,13 +17,11 @@ import polars as pl
 from assets.exemplars import exemplars_of
 from assets.stage import PolicyFolder, Stage
 from assets.verdicts import judged, scored
-from resources import sampled_chunks
 from resources.configured import SamplerResource
-from resources.policies import baselines, fluency_model
-from resources.sampler import Decoding, Request
+from resources.engines import chunks as sampled_chunks
+from resources.engines.sampler import Decoding, Request
 from resources.store import Artifact, Draft
-from textalign_dagster.conditioning import render
-from textalign_dagster.evaluation import (
+from textalign_dagster.experiment.evaluation import (
     Asked,
     check_evaluation,
     conditions,
@@ -31,11 +29,13 @@ from textalign_dagster.evaluation import (
     max_new_tokens,
     reference_answers,
 )
+from textalign_dagster.experiment.policies import baselines, fluency_model
 from textalign_dagster.ids import content_hash
-from textalign_dagster.obedience import obedience
-from textalign_dagster.score_table import OBEDIENCE, reported, score_row, score_table
-from textalign_dagster.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING
-from textalign_dagster.structured import content_of
+from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING
+from textalign_dagster.pool.conditioning import render
+from textalign_dagster.reports.obedience import obedience
+from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
+from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
 
 VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1}

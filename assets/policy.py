@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 
 from assets.stage import LOOP
-from textalign_dagster.partitions import LAST_ITERATION, Cell
+from textalign_dagster.loop.partitions import LAST_ITERATION, Cell
 
 policy = dg.AssetSpec(
     "policy",

@@ -8,13 +8,13 @@ from assets.figures import markdown_table
 from assets.policy import hand_over
 from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
-from resources.policies import base_policy
 from resources.store import ArtifactStore, Draft
-from textalign_dagster import checks
+from textalign_dagster.experiment.policies import base_policy
+from textalign_dagster.experiment.sources import source_hash, task_of, training_prompts
 from textalign_dagster.ids import content_hash
+from textalign_dagster.loop import checks
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.sources import source_hash, task_of, training_prompts
 from textalign_dagster.tables import PROMPT_DRAWS
 
 

@@ -12,17 +12,17 @@ from typing import Any
 import dagster as dg
 
 from assets.figures import figure
+from resources.engines.sampler import Adapted, Model, SamplerError
 from resources.freshness import Freshness
-from resources.policies import base_policy
-from resources.sampler import Adapted, Model, SamplerError
 from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
-from textalign_dagster.abandoned import mark
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment_files import Library
-from textalign_dagster.partitions import GRID, Cell
+from textalign_dagster.experiment.files import Library
+from textalign_dagster.experiment.policies import base_policy
+from textalign_dagster.loop.abandoned import mark
+from textalign_dagster.loop.partitions import GRID, Cell
+from textalign_dagster.loop.stages import artifact_key, stage_settings
 from textalign_dagster.progress import Finished, announce, reporter
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.stages import artifact_key, stage_settings
 
 LOOP: dict[str, Any] = {"partitions_def": GRID, "group_name": "loop"}
 """What all assets of the loop have in common: one grid, and dependencies by identity only."""

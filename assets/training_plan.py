@@ -10,15 +10,15 @@ from typing import Literal
 import polars as pl
 
 from assets.stage import PolicyFolder, Stage
-from resources.kubernetes_launcher import KubernetesLauncher
-from resources.launcher import Acceleration, Folder, Launcher
-from resources.slurm_launcher import SlurmLauncher
+from resources.launchers.kubernetes import KubernetesLauncher
+from resources.launchers.launcher import Acceleration, Folder, Launcher
+from resources.launchers.slurm import SlurmLauncher
 from resources.store import Artifact, ArtifactError
-from textalign_dagster.acceleration import AccelerateConfig, accelerators, check_training
-from textalign_dagster.experiment_files import home
+from textalign_dagster.experiment.files import home
 from textalign_dagster.ids import derive_seed
-from textalign_dagster.stages import artifact_key, stage_settings
-from textalign_dagster.training_settings import Training
+from textalign_dagster.loop.stages import artifact_key, stage_settings
+from textalign_dagster.settings.acceleration import AccelerateConfig, accelerators, check_training
+from textalign_dagster.settings.training import Training
 from training.job import Job
 
 

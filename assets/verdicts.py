@@ -10,12 +10,12 @@ import polars as pl
 
 from assets.stage import Stage
 from resources.configured import SamplerResource
-from resources.judge_errors import BatchPendingError, JudgeError
-from resources.scoring import ScoringError, score_samples
+from resources.judges.errors import BatchPendingError, JudgeError
+from resources.rewards.scoring import ScoringError, score_samples
 from resources.store import Draft
-from textalign_dagster.abandoned import BATCHES_TAG
-from textalign_dagster.evaluation import evaluation_scorer
+from textalign_dagster.experiment.evaluation import evaluation_scorer
 from textalign_dagster.judging.pairs import pair_figures
+from textalign_dagster.loop.abandoned import BATCHES_TAG
 from textalign_dagster.scorers.base import TextScorer
 from textalign_dagster.tables import FEEDBACK
 
@@ -44,7 +44,7 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
     judge = stage.experiment.evaluation.judge
     if judge is None:
         return samples
-    from resources.judging import ask_judge  # needs the extra `judges`
+    from resources.judges.ask import ask_judge  # needs the extra `judges`
 
     asked = samples.filter(pl.col("role") != "probe")
     if judge.ask == "win":  # a reference against itself says nothing

@@ -23,9 +23,9 @@ from contextlib import contextmanager
 import numpy as np
 import polars as pl
 
-from textalign_dagster.datapool import PoolSettings, QuantileSettings, build_pool, drop_earlier
-from textalign_dagster.quantiles import quantile_labels
-from textalign_dagster.row_order import canonical_order
+from textalign_dagster.pool.datapool import PoolSettings, QuantileSettings, build_pool, drop_earlier
+from textalign_dagster.pool.quantiles import quantile_labels
+from textalign_dagster.pool.row_order import canonical_order
 
 LABELS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
 LIMIT = 64

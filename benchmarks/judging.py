@@ -20,11 +20,11 @@ from pathlib import Path
 
 import openai
 
-from resources.judge_client import Call, judge_calls
-from resources.ledger import Ledger
+from resources.judges.client import Call, judge_calls
+from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
-from tests.judging.fake_endpoint import running
-from textalign_dagster.judge_settings import Judge, JudgeLimits
+from tests.resources.judges.fake_endpoint import running
+from textalign_dagster.settings.judge import Judge, JudgeLimits
 
 RUBRIC = "You are an expert rater of summaries. " + "Judge coherence, accuracy and coverage. " * 30
 SCORE = re.compile(r"Score: ([0-9.]+)")

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
-        command = [sys.executable, "-m", "textalign_dagster.cli", "run", arguments.experiment]
+        command = [sys.executable, "-m", "textalign_dagster.cli.main", "run", arguments.experiment]
         if arguments.iterations:
             command += ["--iterations", str(arguments.iterations)]
         started = time.monotonic()

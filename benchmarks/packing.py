@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import polars as pl
 
-from training.batches import plan_batches
+from training.data.batches import plan_batches
 from training.job import Job
 from training.train import run
 

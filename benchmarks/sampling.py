@@ -116,8 +116,8 @@ def with_generate(
 def with_sampler(
     model: Any, prompts: list[list[int]], options: argparse.Namespace, setting: dict[str, float]
 ) -> float:
-    from resources import attention
-    from resources.decoding import Rule, sample
+    from resources.engines.transformers import attention
+    from resources.engines.transformers.decoding import Rule, sample
 
     attention.install(model)
     rule = Rule(
@@ -135,8 +135,8 @@ def with_sampler(
 
 
 def worker(options: argparse.Namespace) -> None:
-    from resources.sampler import Decoding, Request
-    from resources.transformers_sampler import TransformersSampler
+    from resources.engines.sampler import Decoding, Request
+    from resources.engines.transformers.sampler import TransformersSampler
 
     with TransformersSampler(threads=options.threads) as sampler:
         started = time.perf_counter()

@@ -7,18 +7,18 @@ from typing import Any, Literal
 import dagster as dg
 from pydantic import Field
 
-from resources.endpoints_sampler import EndpointsSampler
-from resources.sampler import Sampler
+from resources.engines.endpoints.sampler import EndpointsSampler
+from resources.engines.sampler import Sampler
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.engines.vllm.sampler import VllmSampler
 from resources.store import ArtifactStore
-from resources.transformers_sampler import TransformersSampler
-from resources.vllm_sampler import VllmSampler
-from resources.worker_host import host_of
-from textalign_dagster.cluster_settings import RayNode, SlurmNode
+from resources.workers.host import host_of
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment_files import store_url
+from textalign_dagster.experiment.files import store_url
 from textalign_dagster.ids import canonical_json
-from textalign_dagster.kubernetes_settings import KubernetesPod
-from textalign_dagster.sampling_settings import Vllm
+from textalign_dagster.settings.clusters import RayNode, SlurmNode
+from textalign_dagster.settings.kubernetes import KubernetesPod
+from textalign_dagster.settings.sampling import Vllm
 
 
 class StoreResource(dg.ConfigurableResource):

@@ -37,12 +37,12 @@ def feedback_of(
     if kind is None:
         return Judged(_rows(_nothing_asked(samples), "none", task.scorer))
     if experiment.judge is not None:
-        from resources.judging import ask_judge  # needs the extra `judges`
+        from resources.judges.ask import ask_judge  # needs the extra `judges`
 
         return ask_judge(experiment.judge, samples, kind=kind, store=store, report=report, purpose=purpose)
     scorer = experiment.sample_scorer
     if scorer is not None:
-        from resources.scoring import score_samples  # models of scorers are loaded there only
+        from resources.rewards.scoring import score_samples  # models of scorers are loaded there only
 
         facts: dict[str, Any] = {}
         scored = score_samples(scorer, samples, report, iteration=iteration, facts=facts)

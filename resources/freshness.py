@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from resources.cells import Pointer
-from resources.policies import base_policy
 from resources.store import ArtifactStore
-from textalign_dagster.evaluation import evaluation_prompts, evaluation_source
+from resources.store.cells import Pointer
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import evaluation_prompts, evaluation_source
+from textalign_dagster.experiment.policies import base_policy
+from textalign_dagster.experiment.sources import source_hash, training_prompts
 from textalign_dagster.ids import settings_diff
-from textalign_dagster.sources import source_hash, training_prompts
-from textalign_dagster.stages import STAGES, stage_settings
+from textalign_dagster.loop.stages import STAGES, stage_settings
 
 CALLED = {
     "source": "prompts",

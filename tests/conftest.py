@@ -15,9 +15,13 @@ LONG = ("integration", "training", "resources")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first: of several processes none is then left with one at the end."""
-    items.sort(
-        key=lambda item: LONG.index(folder) if (folder := item.path.parent.name) in LONG else len(LONG)
-    )
+    here = Path(__file__).parent
+
+    def length(item: pytest.Item) -> int:
+        folder = item.path.relative_to(here).parts[0]
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=length)
 
 
 @pytest.fixture

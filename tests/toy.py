@@ -122,7 +122,7 @@ def textalign(
     ok: bool = True,
     text: str | None = None,
     cwd: Path = PROJECT,
-    program: tuple[str, ...] = ("-m", "textalign_dagster.cli"),
+    program: tuple[str, ...] = ("-m", "textalign_dagster.cli.main"),
 ) -> subprocess.CompletedProcess[str]:
     """``textalign …`` as people run it.
 

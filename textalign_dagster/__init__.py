@@ -1,3 +1,8 @@
 """Aligns language models from textual feedback, iteration by iteration, as Dagster assets."""
 
 __version__ = "0.1.0"
+
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The folder in which the packages of this project lie."""

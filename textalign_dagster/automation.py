@@ -8,9 +8,9 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
-from textalign_dagster.abandoned import BATCHES_TAG, active_runs, release_abandoned
-from textalign_dagster.experiment_files import Library, store_url
-from textalign_dagster.partitions import EXPERIMENTS, Cell
+from textalign_dagster.experiment.files import Library, store_url
+from textalign_dagster.loop.abandoned import BATCHES_TAG, active_runs, release_abandoned
+from textalign_dagster.loop.partitions import EXPERIMENTS, Cell
 from textalign_dagster.settings import SettingsError
 
 iteration_job = dg.define_asset_job(
@@ -22,7 +22,7 @@ iteration_job = dg.define_asset_job(
 
 
 BATCHES = "ledger/batches"
-"""Where jobs of the Batch API lie in the store (resources/batch_jobs.py)."""
+"""Where jobs of the Batch API lie in the store (resources/judges/batch_jobs.py)."""
 
 
 class Next(NamedTuple):
@@ -126,8 +126,8 @@ def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
     if not store.storage.entries(BATCHES):
         yield dg.SkipReason("no batch is under way")
         return
-    from resources.judge_batch import collect_all  # needs the extra `judges`
-    from resources.ledger import Ledger
+    from resources.judges.batch import collect_all  # needs the extra `judges`
+    from resources.judges.ledger import Ledger
 
     with Ledger(store) as ledger:
         jobs, problems = collect_all(store.storage, ledger)

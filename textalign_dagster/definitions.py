@@ -12,7 +12,7 @@ from assets.generations import generations
 from assets.policy import policy
 from assets.prompt_draws import prompt_draws
 from resources.configured import SamplerResource, StoreResource
-from resources.launcher import LocalLauncher
+from resources.launchers.launcher import LocalLauncher
 from textalign_dagster.automation import advance, collect_batches, iteration_job, next_iteration
 
 LOOP = [policy, prompt_draws, generations, feedback, datapool, checkpoint, evaluation]

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from training.job import EndedError
 from training.progress import Reporter
-from training.snapshots import Snapshots
+from training.state.snapshots import Snapshots
 
 if TYPE_CHECKING:
     from training.trainer import ObjectiveTrainer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from textalign_dagster.training_settings import Objective
+from textalign_dagster.settings.training import Objective
 
 LIMIT = 0.2  # of the relative error that a step answers to
 

@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from textalign_dagster.conditioning import validate_template
+from textalign_dagster.pool.conditioning import validate_template
 from textalign_dagster.settings import Settings, SettingsError, validate
-from textalign_dagster.training_settings import Training
+from textalign_dagster.settings.training import Training
 
 PLACES = ("rows", "policy", "reference", "out", "beside", "adapter", "optimizer", "snapshots")
 """Fields of a job that say where something is: they are no part of what is trained."""

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from textalign_dagster.training_settings import Lora
+from textalign_dagster.settings.training import Lora
 from training.job import JobError
 
 

@@ -7,7 +7,7 @@ tokenizer, and last ``done.json`` {steps, rows, tokens, tokens_per_s, final_loss
 {load, train, save}, first_step_seconds (part of train), resumed_at, earlier_seconds (of train, before
 that), world_size, accelerators, peak_memory, parameters, trained_parameters, coefficients}. Without that
 file the folder is not a checkpoint. Nothing is evaluated here. On the CPU two runs of one job give the
-same bytes, also when one of them was interrupted and went on from a snapshot (training/snapshots.py).
+same bytes, also when one of them was interrupted and went on from a snapshot (training/state/snapshots.py).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         JobError: bad input, before any training; or too little memory.
         NonFiniteError: the loss is no number any more; nothing is saved.
     """
-    from training.examples import read_rows
+    from training.data.examples import read_rows
     from training.memory import enough_memory
 
     out = Path(job.out)
@@ -75,7 +75,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         trainer.train()
     trained = time.monotonic()
 
-    from training.model_folder import save
+    from training.state.model_folder import save
 
     made = trainer.progress()
     facts = {
@@ -151,13 +151,13 @@ def load(
     job: Job, rows: Any, arguments: TrainingArguments, reporter: Reporter
 ) -> tuple[ObjectiveTrainer, PreTrainedTokenizerBase]:
     """Model, tokenizer, batches and the trainer that joins them."""
-    from training.batches import Collator, Examples, plan_batches
-    from training.examples import encode
+    from training.data.batches import Collator, Examples, plan_batches
+    from training.data.examples import encode
+    from training.data.special_tokens import add_special_tokens, vocabulary_rows
     from training.freezing import train_last_blocks
-    from training.model_folder import load_model, load_tokenizer
-    from training.optimizer_state import OptimizerState
-    from training.snapshots import Snapshots, identity
-    from training.special_tokens import add_special_tokens, vocabulary_rows
+    from training.state.model_folder import load_model, load_tokenizer
+    from training.state.optimizer_state import OptimizerState
+    from training.state.snapshots import Snapshots, identity
     from training.trainer import ObjectiveTrainer
 
     settings = job.training
@@ -252,7 +252,7 @@ def load(
 
 def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, reporter: Reporter) -> None:
     """Makes sure that policy and reference can read packed rows."""
-    from training.packing import prepare
+    from training.data.packing import prepare
 
     row_by_row = prepare(model, job.policy)
     if reference is not None:

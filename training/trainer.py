@@ -21,16 +21,16 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from textalign_dagster.training_settings import Objective, Training
-from training import objectives
-from training.batches import Collator, Examples, RankBatches
+from textalign_dagster.settings.training import Objective, Training
 from training.callbacks import Adaptation, Reporting, Snapshotting
 from training.controllers import Controllers
+from training.data.batches import Collator, Examples, RankBatches
+from training.data.packing import packed_logits
 from training.job import NonFiniteError
-from training.optimizer_state import OptimizerState
-from training.packing import packed_logits
+from training.objectives import conditional as objectives
 from training.progress import Reporter
-from training.snapshots import Progress, Snapshots, loss_scale
+from training.state.optimizer_state import OptimizerState
+from training.state.snapshots import Progress, Snapshots, loss_scale
 
 
 def lr_factor(

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resources import worker
-from textalign_dagster.cli import main
+from resources.workers import channel as worker
+from textalign_dagster.cli.main import main
 
 if __name__ == "__main__":
     log = Path(sys.argv.pop(1))

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import pytest
 
 from tests.integration.toys import TOY
+from textalign_dagster import PROJECT
 
-PROJECT = Path(__file__).resolve().parents[2]
 LOCATION = {"repositoryLocationName": "textalign", "repositoryName": "__repository__"}
 WORKSPACE = f"""
 load_from:

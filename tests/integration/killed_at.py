@@ -9,10 +9,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from resources.launcher import LocalLauncher
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.launchers.launcher import LocalLauncher
 from resources.store import ArtifactStore
-from resources.transformers_sampler import TransformersSampler
-from textalign_dagster.cli import main
+from textalign_dagster.cli.main import main
 
 
 def die(*_: Any) -> None:

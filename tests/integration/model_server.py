@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.processes import Supervised
+from resources.compute.processes import Supervised
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; unset, it takes much of the memory, and long to do so

@@ -4,8 +4,8 @@ import sys
 
 import dagster as dg
 
+from textalign_dagster.cli.running import dagster_instance
 from textalign_dagster.definitions import defs
-from textalign_dagster.running import dagster_instance
 
 if __name__ == "__main__":
     cell, stage = sys.argv[1:]

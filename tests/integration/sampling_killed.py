@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resources.sampler import Request
-from resources.transformers_sampler import TransformersSampler
+from resources.engines.sampler import Request
+from resources.engines.transformers.sampler import TransformersSampler
 
 if __name__ == "__main__":
     log, last, cell = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

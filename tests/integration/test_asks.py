@@ -20,9 +20,9 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 from resources.store import Artifact, ArtifactStore
 from resources.views import connect
 from tests.integration.toy_location import defs
-from tests.judging.rule_endpoint import RuleEndpoint, judged_by
-from textalign_dagster.cli import main
-from textalign_dagster.partitions import Cell
+from tests.resources.judges.rule_endpoint import RuleEndpoint, judged_by
+from textalign_dagster.cli.main import main
+from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.settings import write_yaml
 
 # The grid is read when it is imported, so the toys take the names of shipped experiments.

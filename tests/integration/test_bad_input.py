@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.integration.conftest import Place, Ran
+from textalign_dagster import PROJECT
 from textalign_dagster.settings import merge, read_yaml, write_yaml
 
 ONE_STAGE = str(Path(__file__).with_name("one_stage.py"))
-POLICY = Path(__file__).parents[2] / "textalign_dagster" / "tasks" / "pep8" / "policy"
+POLICY = PROJECT / "textalign_dagster" / "tasks" / "pep8" / "policy"
 
 
 def edited(place: Place, **changes: object) -> Path:

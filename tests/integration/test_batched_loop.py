@@ -12,7 +12,7 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 
 from resources.store import ArtifactStore
 from tests.integration.test_loop import ONE_STAGE
-from tests.judging.batch_endpoint import KEY, BatchEndpoint
+from tests.resources.judges.batch_endpoint import KEY, BatchEndpoint
 from tests.toy import environment, textalign, toys
 from textalign_dagster.settings import merge, write_yaml
 

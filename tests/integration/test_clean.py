@@ -12,11 +12,11 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from resources.removal import ATTEMPTS, CHUNKS, UNREFERENCED, removable, remove
-from resources.sampled_chunks import CHUNK
+from resources.engines.chunks import CHUNK
 from resources.store import ArtifactStore, Draft
+from resources.store.removal import ATTEMPTS, CHUNKS, UNREFERENCED, removable, remove
 from tests.integration.conftest import Place, Ran
-from textalign_dagster.running import dagster_instance
+from textalign_dagster.cli.running import dagster_instance
 
 ALL = ("clean", "--older-than", "0", "--unreferenced")
 

@@ -16,7 +16,8 @@ from resources.store import ArtifactStore
 from resources.views import connect
 from tests.toy import ToyModels, shipped_overrides
 from tests.toy import environment as toy_environment
-from textalign_dagster.experiment_files import PROJECT, Library
+from textalign_dagster import PROJECT
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import merge, nested, parse_override, read_yaml, write_yaml
 
 DOCS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -73,7 +74,7 @@ def test_the_commands_run(environment: dict[str, str]) -> None:
             continue
         done.add(line)
         result = subprocess.run(
-            [sys.executable, "-m", "textalign_dagster.cli", *shlex.split(line)[1:]],
+            [sys.executable, "-m", "textalign_dagster.cli.main", *shlex.split(line)[1:]],
             env=environment,
             cwd=environment["TEXTALIGN_EXPERIMENTS"].split(os.pathsep)[0],
             capture_output=True,

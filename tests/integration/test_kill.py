@@ -14,7 +14,7 @@ import yaml
 
 from tests.integration.conftest import Place, Ran, new_place
 from tests.toy import PROJECT
-from textalign_dagster.stages import STAGES
+from textalign_dagster.loop.stages import STAGES
 
 KILLER = str(Path(__file__).with_name("killed_at.py"))
 
@@ -58,7 +58,7 @@ def made(place: Place) -> list[str]:
 def runs(place: Place) -> list[str]:
     """The states of Dagster's runs, oldest first."""
     code = (
-        "from textalign_dagster.running import dagster_instance\n"
+        "from textalign_dagster.cli.running import dagster_instance\n"
         "with dagster_instance() as instance:\n"
         "    print(*[run.status.value for run in reversed(instance.get_runs())])\n"
     )

@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 
-from resources.kubernetes_launcher import KubernetesLauncher
-from resources.kubernetes_worker import GRACE, KubernetesHost
-from resources.launcher import Acceleration, Launched, Work, accelerate_env
-from resources.sampler import SamplerError
-from resources.transformers_sampler import TransformersSampler
-from resources.worker import Channel
+from resources.engines.sampler import SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.launchers.kubernetes import KubernetesLauncher
+from resources.launchers.launcher import Acceleration, Launched, Work, accelerate_env
+from resources.workers.channel import Channel
+from resources.workers.kubernetes import GRACE, KubernetesHost
 from tests.integration import test_kubernetes_workers as wire
 from tests.integration.container_runtime import (
     ContainerPod,
@@ -33,8 +33,8 @@ from tests.integration.container_runtime import (
 from tests.integration.fake_kubernetes import fake_kubernetes
 from tests.integration.test_kubernetes_workers import LONG, REQUESTS, WARM, echo, model, settings
 from tests.training.tiny import write_training
-from textalign_dagster.kubernetes_settings import Kubernetes
-from training.snapshot_folder import names
+from textalign_dagster.settings.kubernetes import Kubernetes
+from training.state.snapshot_folder import names
 
 __all__ = ["model"]  # a fixture
 
@@ -48,7 +48,7 @@ for line in sys.stdin:
 
 OFTEN = """
 import sys
-from resources import kubernetes_relay
+from resources.workers import kubernetes_relay
 kubernetes_relay.IDLE_SECONDS = 0.05
 sys.exit(kubernetes_relay.main())
 """

@@ -19,15 +19,15 @@ import yaml
 
 pytest.importorskip("dagster_k8s", reason="needs the extra `k8s`")
 
-from resources.kubernetes_launcher import KubernetesLauncher
-from resources.launcher import Launched, Work
-from resources.pods import check_kubernetes
+from resources.compute.pods import check_kubernetes
+from resources.launchers.kubernetes import KubernetesLauncher
+from resources.launchers.launcher import Launched, Work
 from tests.integration.fake_kubernetes import Cluster, fake_kubernetes
 from tests.toy import PROJECT
-from textalign_dagster.experiment_files import Library
-from textalign_dagster.kubernetes_settings import Kubernetes
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import SettingsError, validate
-from textalign_dagster.training_settings import Training
+from textalign_dagster.settings.kubernetes import Kubernetes
+from textalign_dagster.settings.training import Training
 
 PATIENCE = 60.0  # seconds
 

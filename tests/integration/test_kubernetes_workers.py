@@ -14,23 +14,21 @@ from typing import Any
 import polars as pl
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "resources"))
-import tiny_models
-
-from resources import kubernetes_relay, pod_entry
-from resources.kubernetes_worker import MACHINE, PROCESS, KubernetesHost, machine, process, worker_pod
-from resources.pods import check_folders, version
-from resources.sampler import Decoding, Request, SamplerError
-from resources.scoring import ScoringError, score_samples
-from resources.transformers_sampler import TransformersSampler
-from resources.worker import Channel
+from resources.compute.pods import check_folders, version
+from resources.engines.sampler import Decoding, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.rewards.scoring import ScoringError, score_samples
+from resources.workers import kubernetes_relay, pod_entry
+from resources.workers.channel import Channel
+from resources.workers.kubernetes import MACHINE, PROCESS, KubernetesHost, machine, process, worker_pod
 from tests.integration.conftest import Place, Ran
 from tests.integration.fake_kubernetes import Attached, Cluster, fake_kubernetes
+from tests.resources.engines import tiny_models
 from tests.toy import PROJECT, ToyModels, textalign
-from textalign_dagster.kubernetes_settings import KubernetesPod
-from textalign_dagster.sampling_settings import Sampling
 from textalign_dagster.scorers import ClassifierScorer
 from textalign_dagster.settings import SettingsError, validate
+from textalign_dagster.settings.kubernetes import KubernetesPod
+from textalign_dagster.settings.sampling import Sampling
 
 pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 pytest.importorskip("websockets", reason="the server's end of attached connections")
@@ -242,7 +240,7 @@ def test_a_pod_waits_for_a_node_for_as_long_as_it_is_wanted(cluster: Cluster) ->
     body = worker_pod(settings(image="never/0/3_nodes_are_available:_3_Insufficient_cpu."), "waits", [], {})
     told = {"k8s": settings().model_dump(), "patience": 0.1, "pod": body}
     relay = subprocess.Popen(
-        [sys.executable, "-m", "resources.kubernetes_relay", json.dumps(told)],
+        [sys.executable, "-m", "resources.workers.kubernetes_relay", json.dumps(told)],
         cwd=PROJECT,
         stdin=subprocess.PIPE,
     )
@@ -263,9 +261,9 @@ def test_an_image_with_other_versions_is_refused(cluster: Cluster, monkeypatch: 
 
 CALLER = f"""
 import sys
-from resources.kubernetes_worker import KubernetesHost
-from resources.worker import Channel
-from textalign_dagster.kubernetes_settings import KubernetesPod
+from resources.workers.kubernetes import KubernetesHost
+from resources.workers.channel import Channel
+from textalign_dagster.settings.kubernetes import KubernetesPod
 
 class Echo(KubernetesHost):
     def start(self, command, environment):

@@ -13,9 +13,9 @@ import pytest
 from resources.freshness import Freshness
 from tests.integration.conftest import Place, Ran
 from tests.toy import PROJECT
-from textalign_dagster.experiment_files import Library
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.ids import derive_seed
-from textalign_dagster.stages import STAGES
+from textalign_dagster.loop.stages import STAGES
 from textalign_dagster.tables import (
     CHECKPOINTS,
     DATAPOOL,

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "resources"))
-import tiny_models
-
-from resources.sampler import Decoding, Request, SamplerError
-from resources.transformers_sampler import TransformersSampler
-from resources.worker_host import RayHost, check_host
+from resources.engines.sampler import Decoding, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.workers.host import RayHost, check_host
 from tests.integration.conftest import Place, Ran
+from tests.resources.engines import tiny_models
 from tests.toy import textalign
-from textalign_dagster.cluster_settings import RayNode, SlurmNode
-from textalign_dagster.kubernetes_settings import KubernetesPod
+from textalign_dagster import PROJECT
+from textalign_dagster.settings.clusters import RayNode, SlurmNode
+from textalign_dagster.settings.kubernetes import KubernetesPod
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
 
@@ -94,7 +93,7 @@ def workers() -> list[int]:
     return [
         int(entry.name)
         for entry in Path("/proc").glob("[0-9]*")
-        if words(entry, "cmdline")[3:4] == [b"resources.transformers_worker"]
+        if words(entry, "cmdline")[3:4] == [b"resources.engines.transformers.worker"]
         and MARK.encode() in words(entry, "environ")  # others test at the same time
     ]
 
@@ -148,7 +147,7 @@ remote(sys.argv[2]).generate(Path(sys.argv[1]), LONG, WARM, lambda *now: print("
 def test_a_caller_that_is_killed_leaves_no_worker(address: str, model: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CALLER, str(model), address],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "PYTHONPATH": str(PROJECT)},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from resources.sampled_chunks import CHUNK
+from resources.engines.chunks import CHUNK
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT
 from textalign_dagster.settings import write_yaml

@@ -19,8 +19,8 @@ import dagster as dg
 import pytest
 import yaml
 
-from resources import slurm
-from resources.launcher import (
+from resources.compute import slurm
+from resources.launchers.launcher import (
     HEAD,
     NODE,
     PORT,
@@ -29,15 +29,15 @@ from resources.launcher import (
     Work,
     accelerate_env,
 )
-from resources.slurm_launcher import SlurmLauncher
+from resources.launchers.slurm import SlurmLauncher
 from tests.integration.conftest import Place
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
 from tests.toy import PROJECT, textalign
 from tests.training.tiny import write_training
-from textalign_dagster.cluster_settings import Slurm
-from textalign_dagster.experiment_files import Library
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import SettingsError
-from training.snapshot_folder import names
+from textalign_dagster.settings.clusters import Slurm
+from training.state.snapshot_folder import names
 
 PATIENCE = 60.0  # seconds
 DEPLOY = PROJECT / "deploy" / "slurm"
@@ -84,7 +84,7 @@ DRIVER = """
 import os, signal, sys
 from pathlib import Path
 import dagster as dg
-from resources.slurm_job import SlurmJob
+from resources.launchers.slurm_job import SlurmJob
 from tests.integration.test_slurm import train
 from textalign_dagster.progress import shown_by
 
@@ -460,7 +460,7 @@ def test_the_loop_trains_on_two_nodes(slurms: Cluster, place: Place) -> None:
         [
             sys.executable,
             "-m",
-            "textalign_dagster.cli",
+            "textalign_dagster.cli.main",
             "run",
             "toy",
             "--iterations=1",

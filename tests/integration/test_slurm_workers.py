@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "resources"))
-import tiny_models
-
-from resources.sampler import Decoding, Request, SamplerError
-from resources.slurm_worker import SlurmHost
-from resources.transformers_sampler import TransformersSampler
+from resources.engines.sampler import Decoding, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.workers.slurm import SlurmHost
 from tests.integration.conftest import Place, Ran
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
+from tests.resources.engines import tiny_models
 from tests.toy import ToyModels, textalign
-from textalign_dagster.cluster_settings import SlurmNode
+from textalign_dagster import PROJECT
+from textalign_dagster.settings.clusters import SlurmNode
 
 PATIENCE = 30.0  # seconds
 
@@ -65,7 +64,7 @@ def worker_of(found: Cluster) -> int:
     (pid,) = [
         int(entry.name)
         for entry in Path("/proc").glob("[0-9]*")
-        if b"resources.transformers_worker" in command_of(entry)
+        if b"resources.engines.transformers.worker" in command_of(entry)
         and b"srun" not in command_of(entry)
         and found.env["SLURM_CONF"].encode() in environment_of(entry)  # others test at the same time
     ]
@@ -144,7 +143,7 @@ remote().generate(Path(sys.argv[1]), LONG, WARM, lambda *now: print("progress", 
 
 
 def caller(model: Path) -> subprocess.Popen[str]:
-    root = str(Path(__file__).parents[2])
+    root = str(PROJECT)
     found = subprocess.Popen(
         [sys.executable, "-c", CALLER, str(model)],
         env={**os.environ, "PYTHONPATH": root},

@@ -16,11 +16,12 @@ import pytest
 
 from resources.store import ArtifactError, ArtifactStore, Draft
 from resources.views import connect, write_catalog
+from textalign_dagster import PROJECT
 
 pytest.importorskip("obstore", reason="object stores need the extra s3")
 pytest.importorskip("moto.server", reason="needs moto[server]")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = PROJECT
 NUMBERS = pl.Schema({"n": pl.Int64()})
 FRAME = pl.DataFrame({"n": [3, 1, 2]}, schema=NUMBERS)
 BIG = 11 * 2**20  # bytes; enough for a multipart upload
@@ -121,7 +122,7 @@ RACER = """
 import os, signal, sys
 import polars as pl
 from resources.store import ArtifactStore
-from resources.object_storage import ObjectStorage
+from resources.store.object_storage import ObjectStorage
 url, name = sys.argv[1:]
 if name == "killed":
     upload = ObjectStorage.upload

@@ -9,8 +9,8 @@ import polars as pl
 from resources.freshness import Freshness
 from tests.integration.conftest import Ran
 from tests.toy import PROJECT
-from textalign_dagster.exemplars import candidates
-from textalign_dagster.experiment_files import Library
+from textalign_dagster.experiment.files import Library
+from textalign_dagster.pool.exemplars import candidates
 
 
 def test_varied_exemplars_through_the_loop(ran: Ran, tmp_path: Path) -> None:

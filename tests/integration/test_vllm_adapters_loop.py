@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
-import vllm_models
-
-from resources.transformers_sampler import TransformersSampler
+from resources.engines.transformers.sampler import TransformersSampler
 from tests.integration.conftest import Place, new_place
-from textalign_dagster.conditioning import render
-from textalign_dagster.experiment_files import PROJECT, Library
+from tests.resources.engines import vllm_models
+from textalign_dagster import PROJECT
+from textalign_dagster.experiment.files import Library
+from textalign_dagster.pool.conditioning import render
 
 CALLED = Path(__file__).with_name("called.py")
 OWN = """extends: toy
@@ -44,7 +42,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[dict[
 
 def test_one_engine_and_one_base_for_all_iterations(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
     place, calls = sampled
-    assert {call["worker"] for call in calls} == {"vllm_worker"}
+    assert {call["worker"] for call in calls} == {"resources.engines.vllm.worker"}
     assert len({call["pid"] for call in calls}) == 1  # one start
     assert len({call["model"] for call in calls}) == 1  # and the weights are never read again
     checkpoints = [place.artifact("own", k, "checkpoint").path("beside") / "adapter" for k in (1, 2)]

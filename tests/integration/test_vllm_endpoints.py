@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,16 +12,13 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
-import tiny_models
-import vllm_models
-
-from resources.endpoints_sampler import EndpointsSampler
-from resources.processes import Supervised
-from resources.sampler import Decoding, Request, SamplerError
-from resources.transformers_sampler import TransformersSampler
+from resources.compute.processes import Supervised
+from resources.engines.endpoints.sampler import EndpointsSampler
+from resources.engines.sampler import Decoding, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
 from tests.integration.conftest import new_place
 from tests.integration.model_server import server
+from tests.resources.engines import tiny_models, vllm_models
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 REQUESTS = [

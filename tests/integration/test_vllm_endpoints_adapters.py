@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
-import tiny_models
-import vllm_models
-from random_adapters import Adapter, save_adapter
-
-from resources.endpoints_sampler import EndpointsSampler
-from resources.sampler import Decoding, Model, Request, SamplerError
-from resources.transformers_sampler import TransformersSampler
+from resources.engines.endpoints.sampler import EndpointsSampler
+from resources.engines.sampler import Decoding, Model, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
 from tests.integration.conftest import new_place
 from tests.integration.model_server import server
+from tests.resources.engines import tiny_models, vllm_models
+from tests.resources.engines.random_adapters import Adapter, save_adapter
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 pytest.importorskip("peft", reason="needs the extra `lora`")

@@ -7,7 +7,6 @@ work, and what is in them is not ours to test.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,10 @@ from typing import Any
 import polars as pl
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
-import vllm_models
-
 from resources.views import connect
 from tests.integration.conftest import Place, new_place
 from tests.integration.model_server import save_judge, serving
+from tests.resources.engines import vllm_models
 from tests.toy import OVERRIDES
 from textalign_dagster.settings import merge, nested, parse_override, write_yaml
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "resources"))
-import vllm_models
-
-from resources.transformers_sampler import TransformersSampler
+from resources.engines.transformers.sampler import TransformersSampler
 from tests.integration.conftest import Place, new_place
-from textalign_dagster.conditioning import render
-from textalign_dagster.experiment_files import PROJECT, Library
+from tests.resources.engines import vllm_models
+from textalign_dagster import PROJECT
+from textalign_dagster.experiment.files import Library
+from textalign_dagster.pool.conditioning import render
 
 COUNTED = Path(__file__).with_name("counted.py")
 ENGINE = ("--set", "sampling.engine=vllm")
@@ -31,7 +29,7 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, str]:
 
 def test_one_engine_serves_all_iterations(sampled: tuple[Place, str]) -> None:
     place, name = sampled
-    assert (place.folder / "workers").read_text().split() == ["vllm_worker"]
+    assert (place.folder / "workers").read_text().split() == ["resources.engines.vllm.worker"]
     for iteration in (1, 2):
         rows = place.frame(name, iteration, "generations")
         assert set(rows["engine"]) == {"vllm"} and rows["engine_version"].str.contains("worker-").all()

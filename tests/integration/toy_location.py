@@ -18,10 +18,10 @@ from typing import Any
 
 import dagster as dg
 
+from resources.compute.processes import Supervised
 from resources.configured import SamplerResource, StoreResource
-from resources.launcher import Launched, LocalLauncher, Work
-from resources.processes import Supervised
-from resources.sampler import Completion, Decoding, Progress, Request
+from resources.engines.sampler import Completion, Decoding, Progress, Request
+from resources.launchers.launcher import Launched, LocalLauncher, Work
 from textalign_dagster import automation
 from textalign_dagster.automation import iteration_job, next_iteration
 from textalign_dagster.definitions import LOOP

@@ -9,14 +9,14 @@ import polars as pl
 import pytest
 
 from resources.freshness import Freshness
-from resources.policies import base_policy
 from resources.store import Artifact, ArtifactStore
-from textalign_dagster.evaluation import evaluation_prompts, evaluation_source
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import evaluation_prompts, evaluation_source
+from textalign_dagster.experiment.policies import base_policy
+from textalign_dagster.experiment.sources import source_hash, training_prompts
 from textalign_dagster.ids import content_hash
+from textalign_dagster.loop.stages import STAGES, artifact_key, stage_settings
 from textalign_dagster.settings import SettingsError, merge, validate
-from textalign_dagster.sources import source_hash, training_prompts
-from textalign_dagster.stages import STAGES, artifact_key, stage_settings
 
 
 class Grid:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from textalign_dagster import progress
-from textalign_dagster.console import ProgressLines
+from textalign_dagster.cli.console import ProgressLines
 from textalign_dagster.progress import Finished, Step, announce, reporter, shown_by
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.toy import PROJECT, ToyModels, shipped_overrides
-from textalign_dagster.experiment_files import Library
+from textalign_dagster.experiment.files import Library
 
 LIBRARY = Library((PROJECT / "experiments",))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import training.model_folder
+import training.state.model_folder
 from tests.training.tiny import make_model, make_tokenizer, write_job
 from training.train import main
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from textalign_dagster.settings import SettingsError, validate
-from textalign_dagster.training_settings import Objective
+from textalign_dagster.settings.training import Objective
 from training.controllers import Controllers
 
 KL_AND_ENTROPY = Objective(kl_coef=0.05, entropy_coef=0.06, kl_target=3.0, entropy_target=40.0)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
-from resources.launcher import (
+from resources.launchers.launcher import (
     Acceleration,
     Launched,
     LocalLauncher,
@@ -23,10 +23,11 @@ from resources.launcher import (
     accelerate_env,
 )
 from tests.training.tiny import make_rows, write_job
+from textalign_dagster import PROJECT
 from training.train import main, thinned
 from training.trainer import lr_factor
 
-ROOT = Path(__file__).parents[2]
+ROOT = PROJECT
 ONE = Acceleration(cpu=True, threads=1)
 ADAPTIVE = {
     "kl_coef": 0.05,

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from resources.launcher import Acceleration, accelerate_command
+from resources.launchers.launcher import Acceleration, accelerate_command
 
 CORPUS = [
     "def add(a, b):\n    return a + b\n",

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from textalign_dagster.bootstrap import bootstrap_interval, safe_divide
-from textalign_dagster.statistics import Estimate
+from textalign_dagster.measures.bootstrap import bootstrap_interval, safe_divide
+from textalign_dagster.measures.statistics import Estimate
 
 CLASSES = ("a", "tie", "b")
 _DECISIVE = np.ix_([0, 2], [0, 2])

@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import polars as pl
 
-from textalign_dagster.conditioning import CONDITION, PROMPT, render
 from textalign_dagster.judging.exported import Exported, exported, write_file
 from textalign_dagster.judging.imported import Refusal, Refused, read_text, text_of
 from textalign_dagster.judging.json_records import BrokenLine, json_lines
 from textalign_dagster.judging.readings import excerpt
+from textalign_dagster.pool.conditioning import CONDITION, PROMPT, render
 from textalign_dagster.settings import SettingsError
 
 Stage = Literal["prompts", "samples", "feedback"]

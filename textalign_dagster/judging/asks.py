@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import polars as pl
 
-from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging.asking import Asking, samples_of
 from textalign_dagster.judging.catalogue import template_of
 from textalign_dagster.judging.pair_asks import Ranking, Win
 from textalign_dagster.judging.single_asks import Singles
+from textalign_dagster.settings.judge import Judge
 
 
 def asking(judge: Judge, frame: pl.DataFrame) -> Asking:

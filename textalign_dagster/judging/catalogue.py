@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pydantic
 
-from textalign_dagster.judge_settings import Judge
 from textalign_dagster.judging.parsing import parse
 from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Reply
 from textalign_dagster.settings import SettingsError, nearest, read_yaml, validate
+from textalign_dagster.settings.judge import Judge
 
 FOLDER = Path(__file__).parent / "templates"
 

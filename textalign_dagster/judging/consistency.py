@@ -14,7 +14,7 @@ import polars as pl
 
 from textalign_dagster.judging.agreement import Agreement, agreement
 from textalign_dagster.judging.pairs import oriented
-from textalign_dagster.statistics import Estimate, estimate, mean_sums, ratio_sums
+from textalign_dagster.measures.statistics import Estimate, estimate, mean_sums, ratio_sums
 
 _KEYS = ("sample_a", "sample_b")
 

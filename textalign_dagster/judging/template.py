@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.ids import content_hash
-from textalign_dagster.judge_settings import GROUPWISE, PAIRWISE, SCALED, Ask
 from textalign_dagster.judging.labels import normalise
 from textalign_dagster.settings import Settings, nearest
+from textalign_dagster.settings.judge import GROUPWISE, PAIRWISE, SCALED, Ask
 
 __all__ = [
     "GROUPWISE",

@@ -9,8 +9,8 @@ import polars as pl
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
-from textalign_dagster.conditioning import validate_template
-from textalign_dagster.quantiles import QuantileSettings
+from textalign_dagster.pool.conditioning import validate_template
+from textalign_dagster.pool.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
 FeedbackKind = Literal["reward", "text", "category"]
@@ -55,7 +55,7 @@ class Method(Settings):
         """The condition the policy is asked for from iteration 2 on, and evaluated under.
 
         None: it is asked for nothing. :data:`VARIED`: each prompt for a condition of its own
-        (:mod:`textalign_dagster.exemplars`).
+        (:mod:`textalign_dagster.pool.exemplars`).
         """
 
     @property

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
-from textalign_dagster.quantiles import QuantileSettings
+from textalign_dagster.pool.quantiles import QuantileSettings
 
 
 class QuantileMethod(ClosedConditional):

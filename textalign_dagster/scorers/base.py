@@ -19,7 +19,7 @@ class Span(NamedTuple):
 
 
 class Scorer(Settings):
-    """Declares one way to score samples (prompt, reference, text); ``resources/scoring.py`` does it.
+    """Declares one way to score samples (prompt, reference, text); ``resources/rewards/scoring.py`` does it.
 
     A scorer is one of three: a :class:`TextScorer`, a pure function of the text; a model, which runs
     in a worker process; or a file of judgements that were collected elsewhere.

@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from textalign_dagster.cluster_settings import RayNode, SlurmNode
 from textalign_dagster.ids import content_hash
-from textalign_dagster.kubernetes_settings import KubernetesPod
 from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.scorers.file_stamps import model_hash
 from textalign_dagster.settings import Settings
+from textalign_dagster.settings.clusters import RayNode, SlurmNode
+from textalign_dagster.settings.kubernetes import KubernetesPod
 
 MODELS_VERSION = "1"
 """Raised with every change of what a model is shown, or of how its answer is read."""

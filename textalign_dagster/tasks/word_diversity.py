@@ -1,10 +1,10 @@
-"""distinct-n as measures of a task, in the published definitions (see :mod:`textalign_dagster.diversity`)."""
+"""distinct-n as measures of a task, in the published definitions (see :mod:`textalign_dagster.measures.diversity`)."""
 
 from __future__ import annotations
 
 import polars as pl
 
-from textalign_dagster.diversity import distinct_n_words
+from textalign_dagster.measures.diversity import distinct_n_words
 from textalign_dagster.tasks.base import Measure
 
 ORDERS = (1, 2, 3)

@@ -1,0 +1,212 @@
+"""Running vLLM servers: the least busy one is asked, and one that fails is left out.
+
+    async with Endpoints(urls, key=None, timeout_s=600, connections=256) as endpoints:
+        server, choice = await endpoints.complete({"prompt": [1, 2, 3], "max_tokens": 8})
+
+Imported by the worker only: it needs the package openai.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+import openai
+
+from resources.judges.retry import RETRIED_STATUSES, RetryPolicy
+
+FAULTS = 3  # answers in a row that are the server's fault, after which it is left out
+WAITING = RetryPolicy(base_s=0.5, cap_s=5.0)
+
+
+class EndpointError(Exception):
+    """The servers cannot do what they are asked for; the message is for the user."""
+
+
+class Refused(EndpointError):
+    """A server refuses a request for what it says."""
+
+
+class ServerFault(Exception):
+    """A server has failed; another one may be asked. ``gone``: it does not answer at all."""
+
+    def __init__(self, message: str, gone: bool) -> None:
+        super().__init__(message)
+        self.gone = gone
+
+
+@dataclass
+class Server:
+    """One server, as far as one call goes."""
+
+    url: str
+    client: openai.AsyncOpenAI
+    timeout_s: float
+    model: str = ""  # the name under which it serves
+    room: int = 0  # tokens of a prompt and its completion
+    flying: int = 0  # requests that it has not answered
+    answered: int = 0
+    faults: int = 0  # in a row
+    failed: str | None = None  # why it is left out
+
+    async def get(self, path: str) -> Any:
+        """What is at a path; None: nothing."""
+        return await self._answer(self.client.get(path, cast_to=httpx2.Response))
+
+    async def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """The answer to a body; None: there is no such path.
+
+        Raises:
+            ServerFault: it failed.
+            EndpointError: it refuses this.
+        """
+        return await self._answer(self.client.post(path, cast_to=httpx2.Response, body=body or {}))
+
+    async def tell(self, path: str, body: dict[str, Any]) -> bool:
+        """Whether there is a path that takes a body, whatever it answers; raises as `post`."""
+        asked = self.client.post(path, cast_to=httpx2.Response, body=body)
+        return await self._answer(asked, read=lambda content: True) is not None
+
+    async def _answer(
+        self, asked: Awaitable[httpx2.Response], read: Callable[[bytes], Any] = json.loads
+    ) -> Any:
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                response = await asked
+            return read(response.content or b"{}")
+        except (TimeoutError, openai.APITimeoutError):
+            raise ServerFault(f"no reply within {self.timeout_s:g} s", gone=True) from None
+        except openai.APIStatusError as error:
+            said = " ".join(str(error.message).split()).removeprefix(f"Error code: {error.status_code} - ")[
+                :400
+            ]
+            if error.status_code == 404:
+                return None
+            if error.status_code >= 500 or error.status_code in (429, *RETRIED_STATUSES):
+                raise ServerFault(f"HTTP {error.status_code}: {said}", gone=False) from None
+            remedy = (
+                "; check the key in sampling.endpoints.api_key_env" if error.status_code in (401, 403) else ""
+            )
+            raise Refused(
+                f"{self.url} refuses a request (HTTP {error.status_code}: {said}){remedy}"
+            ) from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            raise ServerFault(f"no connection ({type(cause).__name__}: {cause})", gone=True) from None
+        except ValueError:
+            raise ServerFault("its answer is no JSON", gone=False) from None
+
+
+class Endpoints:
+    """The servers of a call; those that fail are left out until it is over."""
+
+    def __init__(self, servers: Sequence[Server]) -> None:
+        self.servers = list(servers)
+        self._draw = random.Random()
+
+    @property
+    def live(self) -> list[Server]:
+        return [server for server in self.servers if server.failed is None]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """URL → why."""
+        return {server.url: server.failed for server in self.servers if server.failed is not None}
+
+    async def complete(self, body: dict[str, Any]) -> tuple[Server, dict[str, Any]]:
+        """The only choice of a completion, and the least busy server that could give it.
+
+        Raises:
+            EndpointError: no server is left, or the request is at fault.
+        """
+        while True:
+            server = self._least_busy()
+            server.flying += 1
+            try:
+                reply = await server.post("/v1/completions", {"model": server.model, **body})
+                choice: dict[str, Any] = _choice(reply)
+                server.answered, server.faults = server.answered + 1, 0
+                return server, choice
+            except ServerFault as fault:
+                server.faults += 1
+                if fault.gone or server.faults >= FAULTS:
+                    # Gone, it may come back with the weights that it starts with: not within this call.
+                    server.failed = server.failed or str(fault)
+            finally:
+                server.flying -= 1
+            if self.live:
+                await asyncio.sleep(0 if server.failed else WAITING.backoff(server.faults, self._draw))
+
+    async def each(self, function: Callable[[Server], Awaitable[None]]) -> None:
+        """``function`` of every live server at once; those with which it fails are left out."""
+
+        async def careful(server: Server) -> None:
+            try:
+                await function(server)
+            except ServerFault as fault:
+                server.failed = str(fault)
+
+        await asyncio.gather(*map(careful, self.live))
+
+    def nobody(self) -> EndpointError:
+        """The sentence for: all servers are left out."""
+        why = "; ".join(f"{url}: {reason}" for url, reason in self.left_out.items())
+        return EndpointError(
+            f"no server of sampling.endpoints.urls can be used ({why}); mend or start them and run this "
+            "again: chunks that were finished are kept"
+        )
+
+    def _least_busy(self) -> Server:
+        live = self.live
+        if not live:
+            raise self.nobody()
+        return min(live, key=lambda server: (server.flying, server.answered))
+
+
+@asynccontextmanager
+async def connected(
+    urls: Sequence[str], *, key: str | None, timeout_s: float, connections: int
+) -> AsyncIterator[Endpoints]:
+    """The servers at these URLs, with connections that are closed afterwards."""
+    # What the library would take from the environment is for another endpoint.
+    foreign = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
+    servers = [
+        Server(
+            url,
+            openai.AsyncOpenAI(
+                api_key=key or "none",
+                base_url=url,
+                default_headers=foreign,  # type: ignore[arg-type]  # it leaves these out
+                max_retries=0,
+                http_client=openai.DefaultAsyncHttpxClient(
+                    limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+                    timeout=timeout_s,
+                    follow_redirects=False,
+                ),
+            ),
+            timeout_s,
+        )
+        for url in urls
+    ]
+    try:
+        yield Endpoints(servers)
+    finally:
+        for server in servers:
+            await server.client.close()
+
+
+def _choice(reply: Any) -> dict[str, Any]:
+    try:
+        choice: dict[str, Any] = reply["choices"][0]
+        finished = choice["finish_reason"] in ("stop", "length")
+    except (TypeError, KeyError, IndexError):
+        raise ServerFault("its answer is no completion", gone=False) from None
+    if not finished:  # aborted, by whoever may
+        raise ServerFault(f"a completion ended by {choice['finish_reason']!r}", gone=False)
+    return choice

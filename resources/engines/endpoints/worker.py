@@ -1,0 +1,403 @@
+"""The worker behind `endpoints_sampler.EndpointsSampler`: text to tokens here, tokens to more of them there.
+
+    python -m resources.engines.endpoints.worker '{"urls": ["http://gpu1:8000"], "dtype": "bfloat16", ...}'
+
+A call is {"op": "generate" | "logprobs" | "version", ...}; `worker_process` has the protocol. A result is
+{"rows": [...], "left_out": {url: why}}.
+
+It holds no model. The servers read token ids and give token ids, so that text is tokenised by the rule of
+all engines, and each completion is a request of its own, with its own seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from resources.engines.endpoints.adapters import Adapter, give_adapter, have_adapter, takes_adapters
+from resources.engines.endpoints.servers import (
+    EndpointError,
+    Endpoints,
+    Refused,
+    Server,
+    ServerFault,
+    connected,
+)
+from resources.engines.endpoints.weights import (
+    ALIKE,
+    APART,
+    PROBED,
+    TEXT,
+    apart,
+    give,
+    have,
+    label_of,
+    probe,
+    reference,
+    scoring,
+    still_has,
+    token_logprobs,
+)
+from resources.engines.text import check_embeddings, pairs_of, prompts_of
+from resources.engines.vllm.requests import (
+    Drawn,
+    banned,
+    completions,
+    decoding,
+    end_ids_of,
+    finite,
+    seed_of,
+    structure,
+)
+from resources.workers.serving import (
+    CallError,
+    Report,
+    die_with_parent,
+    protocol,
+    quiet_transformers,
+    serve,
+    version_of,
+)
+from textalign_dagster.settings.structured import WHERE
+
+NEVER = -100.0  # the lowest bias that the interface takes; what is drawn all the same is refused
+LOST = -9999.0  # what a server says instead of minus infinity
+
+T = TypeVar("T")
+
+
+def main() -> None:
+    settings = json.loads(sys.argv[1])
+    die_with_parent(settings["parent"])
+    calls, send = protocol()
+    quiet_transformers()
+    engine = Engine(settings)
+    send({"ready": {"device": "cpu"}})
+    serve(calls, send, lambda call, report: answer(engine, call, report))
+
+
+class Engine:
+    """The servers, and what is known of the policy whose weights they are to have."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.identity: object = None
+        self.folder, self.label = Path(), ""
+        self.tokenizer: Any = None
+        self.end_ids: tuple[int, ...] = ()
+        self.outputs = 0  # number of logits
+        self.context = 0  # tokens of a prompt and its completion
+        self.probed: list[int] = []
+        self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
+        self.known: dict[tuple[str, str], list[float]] = {}  # by server and policy: what it said of the probe
+        self.said: dict[str, list[float]] = {}  # by server: the same, when this call began
+        self.adapter: Adapter | None = None  # beside the weights
+        self._adapter: object = None  # its files
+        self.taking: set[str] = set()  # servers that can be given adapters
+
+    def read(self, folder: Path, adapter: Path | None = None) -> None:
+        """Read what is needed of a policy on this side."""
+        found = None if adapter is None else version_of(adapter)
+        if found != self._adapter:
+            self.adapter = None if adapter is None else Adapter.of(adapter)
+            self._adapter, self.expected = found, None
+        self._read(folder)
+
+    @property
+    def policy(self) -> str:
+        """A name for what is sampled from."""
+        return self.label if self.adapter is None else f"{self.label}+{self.adapter.name}"
+
+    def _read(self, folder: Path) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        from textalign_dagster import tokenisation
+
+        identity = version_of(folder)
+        if identity == self.identity:
+            return
+        self.identity = None
+        trusted = self.settings["trust_remote_code"]
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+            self.outputs = int(config.get_text_config(decoder=True).vocab_size)
+        except Exception as error:
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({said})") from error
+        check_embeddings(folder, self.tokenizer, self.outputs)
+        self.end_ids = end_ids_of(folder, self.tokenizer)
+        self.probed = tokenisation.encode_prompts(self.tokenizer, [TEXT])[0][:PROBED]
+        self.expected = None
+        self.label, self.folder, self.identity = label_of(folder, identity), folder, identity
+
+    async def use(self, endpoints: Endpoints) -> None:
+        """Have the policy's weights in every server.
+
+        Raises:
+            EndpointError: no server can have them, or one has something else.
+        """
+        said: dict[str, list[float]] = {}
+
+        async def prepare(server: Server) -> None:
+            await have(server, self.folder, self.label)
+            if self.settings["adapters"] and server.url not in self.taking:
+                await takes_adapters(server)
+                self.taking.add(server.url)
+            if self.adapter is not None:
+                await have_adapter(server, self.adapter)
+            said[server.url] = await probe(server, self.probed)
+            if self._changed(server.url, said[server.url]):  # by somebody, under the same name
+                with contextlib.suppress(ServerFault):  # which cannot be given any: told below
+                    await give(server, self.folder, self.label)
+                with contextlib.suppress(ServerFault):
+                    if self.adapter is not None:
+                        await give_adapter(server, self.adapter)
+                    said[server.url] = await probe(server, self.probed)
+
+        if self.settings["verify"] and self.expected is None:
+            arguments = (self.folder, self.settings["dtype"], self.settings["trust_remote_code"], self.probed)
+            beside = None if self.adapter is None else self.adapter.folder
+            self.expected = await asyncio.to_thread(reference, *arguments, beside)
+        await endpoints.each(prepare)
+        if not endpoints.live:
+            raise endpoints.nobody()
+        live = [server.url for server in endpoints.live]
+        for url in live:
+            for other in (said[live[0]], *([self.expected] if self.expected else [])):
+                if apart(said[url], other) > APART[self.settings["dtype"]]:
+                    raise EndpointError(
+                        f"{url} does not have the weights of {self.folder}, or not in {self.settings['dtype']}: it "
+                        f"finds a text {apart(said[url], other):.2g} nats a token more or less likely than "
+                        f"{'transformers' if other is self.expected else live[0]} does; start it with --dtype "
+                        f"{self.settings['dtype']} (policy.dtype), let nobody else change its weights, and use a "
+                        "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
+                    )
+        self.known |= {(url, self.policy): said[url] for url in live}
+        self.context, self.said = min(server.room for server in endpoints.live), said
+
+    async def unchanged(self, endpoints: Endpoints) -> None:
+        """Every server that is not left out has still the weights it had when this call began.
+
+        Raises:
+            EndpointError: one has not.
+        """
+
+        async def again(server: Server) -> None:
+            same = await still_has(server, self.label)
+            now = await probe(server, self.probed)
+            if not same or apart(self.said[server.url], now) > ALIKE[self.settings["dtype"]]:
+                raise EndpointError(
+                    f"the weights of {server.url} were changed while it sampled from {self.folder}: what it gave "
+                    "is thrown away; let one experiment at a time use a server, and run this again"
+                )
+
+        await endpoints.each(again)
+
+    def _changed(self, url: str, said: list[float]) -> bool:
+        """Whether a server cannot have the weights it had under this name, or those of the policy."""
+        dtype, before = self.settings["dtype"], self.known.get((url, self.policy))
+        if before is not None and apart(said, before) > ALIKE[dtype]:
+            return True
+        return self.expected is not None and apart(said, self.expected) > APART[dtype]
+
+
+def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, Any]:
+    """The rows of a call; raises `CallError`."""
+    from textalign_dagster.tokenisation import BannedTokenError
+
+    try:
+        if call["op"] == "version":
+            return asyncio.run(with_servers(engine, versions))
+        engine.read(Path(call["model"]), Path(call["adapter"]) if "adapter" in call else None)
+        work = generate if call["op"] == "generate" else logprobs
+
+        async def checked(endpoints: Endpoints) -> list[Any]:
+            await engine.use(endpoints)
+            report(0)
+            return await work(engine, endpoints, call, report)
+
+        return asyncio.run(with_servers(engine, checked))
+    except EndpointError as error:
+        raise CallError(str(error)) from error
+    except BannedTokenError as error:
+        raise CallError(f"{engine.folder}: {error}") from error
+
+
+async def with_servers(
+    engine: Engine, work: Callable[[Endpoints], Coroutine[Any, Any, list[Any]]]
+) -> dict[str, Any]:
+    """What ``work`` gives, and the servers that were left out meanwhile."""
+    settings, key = engine.settings, None
+    if settings["api_key_env"] is not None:
+        key = os.environ.get(settings["api_key_env"], "").strip()
+        if not key:
+            raise CallError(
+                f"the environment variable {settings['api_key_env']} (sampling.endpoints.api_key_env) is not "
+                "set; put the servers' key there"
+            )
+    async with connected(
+        settings["urls"],
+        key=key,
+        timeout_s=settings["timeout_s"],
+        connections=settings["batch_size"] * len(settings["urls"]),
+    ) as endpoints:
+        rows = await work(endpoints)
+        return {"rows": rows, "left_out": endpoints.left_out}
+
+
+async def versions(endpoints: Endpoints) -> list[Any]:
+    """The version of vLLM that all servers have, as the only row."""
+    found: dict[str, str] = {}
+
+    async def ask(server: Server) -> None:
+        said = await server.get("/version")
+        if said is None or "version" not in said:
+            raise ServerFault("it does not say which vLLM it is, at /version", gone=False)
+        found[server.url] = str(said["version"])
+
+    await endpoints.each(ask)
+    if not found:
+        raise endpoints.nobody()
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{url} {version}" for url, version in found.items())
+        raise EndpointError(f"sampling.endpoints.urls: servers of different versions ({told}); give one")
+    return list(found.values())[:1]
+
+
+async def generate(
+    engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
+) -> list[list[dict[str, Any]]]:
+    """For each request, a dictionary of `sampler.Completion` for each seed."""
+    common = decoding(engine, call["decoding"])
+    prompts, never = prompts_of(engine, call), banned(engine, call)
+    structured = structure(engine, call["decoding"])
+    common |= {
+        "n": 1,
+        # What is not said here, a server takes from its model's generation_config.json.
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {str(token): NEVER for token in sorted(never)} or None,
+        "structured_outputs": structured,
+        "return_token_ids": True,
+    }
+    bodies = [
+        {**common, "prompt": prompt, "seed": seed_of(seed)}
+        for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
+        for seed in seeds
+    ]
+
+    def drawn(choice: dict[str, Any], _: int) -> Drawn:
+        ids, terms = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids or terms is None or len(ids) != len(terms):
+            raise EndpointError("a server gives no token ids; it must be vLLM, of a version that knows them")
+        if not never.isdisjoint(ids):
+            raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm bans it for good")
+        total = 0.0 if structured is not None else summed(engine, terms)
+        return ids, choice["finish_reason"] == "stop", total
+
+    if structured is None:
+        return completions(engine, call, await every(engine, endpoints, bodies, drawn, report))
+    try:
+        found = await every(engine, endpoints, bodies, drawn, report)
+    except Refused as error:
+        raise EndpointError(f"{WHERE}: {error}") from None
+    # What was said of the tokens is how likely they are among those that the structure leaves.
+    sums = await text_logprobs(
+        engine,
+        endpoints,
+        [body["prompt"] for body in bodies],
+        [ids for ids, _, _ in found],
+        lambda done: None,
+    )
+    return completions(
+        engine, call, ((ids, ended, total) for (ids, ended, _), total in zip(found, sums, strict=True))
+    )
+
+
+async def logprobs(
+    engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
+) -> list[tuple[float, int]]:
+    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    prompts, texts = pairs_of(engine, call)
+    sums = await text_logprobs(engine, endpoints, prompts, texts, report)
+    return list(zip(sums, map(len, texts), strict=True))
+
+
+async def text_logprobs(
+    engine: Engine,
+    endpoints: Endpoints,
+    prompts: Sequence[list[int]],
+    texts: Sequence[list[int]],
+    report: Report,
+) -> list[float]:
+    """The log-probability of each text's tokens after its prompt, summed."""
+    some = [index for index, text in enumerate(texts) if text]
+    nothing = len(texts) - len(some)
+
+    def scored(choice: dict[str, Any], place: int) -> float:
+        prompt, text = prompts[some[place]], texts[some[place]]
+        return summed(engine, token_logprobs(choice, prompt + text, len(prompt)))
+
+    bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in some]
+    sums = await every(engine, endpoints, bodies, scored, lambda done: report(nothing + done))
+    results = [0.0] * len(texts)
+    for index, total in zip(some, sums, strict=True):
+        results[index] = total
+    return results
+
+
+async def every(
+    engine: Engine,
+    endpoints: Endpoints,
+    bodies: Sequence[dict[str, Any]],
+    read: Callable[[dict[str, Any], int], T],
+    report: Report,
+) -> list[T]:
+    """What ``read`` makes of the answer to each body, in their order; many are under way at once.
+
+    Nobody knows with which weights a server has answered that has failed since: that is asked of others.
+    """
+    results: dict[int, T] = {}
+    by: dict[int, Server] = {}
+    wanted = list(range(len(bodies)))
+    while wanted:
+        left = iter(wanted)
+
+        async def work(left: Iterator[int] = left) -> None:
+            for index in left:
+                by[index], choice = await endpoints.complete(bodies[index])
+                results[index] = read(choice, index)
+                report(len(results))
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(len(wanted), engine.settings["batch_size"] * len(endpoints.live))):
+                    group.create_task(work())
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        await engine.unchanged(endpoints)
+        wanted = [index for index, server in by.items() if server.failed is not None]
+        for index in wanted:
+            del results[index], by[index]
+    return [results[index] for index in range(len(bodies))]
+
+
+def summed(engine: Engine, terms: Sequence[float | None]) -> float:
+    """The sum of the log-probabilities; raises `CallError` where the model gave none."""
+    good = [term for term in terms if term is not None and math.isfinite(term) and term > LOST]
+    return finite(engine, math.fsum(good) if len(good) == len(terms) else math.nan)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -1,0 +1,1 @@
+"""The embedded engine. From outside, import `sampler`; the rest runs in its worker process."""

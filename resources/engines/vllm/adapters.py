@@ -1,0 +1,119 @@
+"""LoRA adapters in a vLLM that runs in this process: beside its weights, never merged into them.
+
+An engine that is to serve adapters is started for it. It holds one at a time; the next one takes its
+place, in a moment and without touching the weights, and the model without an adapter stays to be had.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resources.workers.serving import CallError, version_of
+from textalign_dagster.settings.sampling import HIGHEST_RANK
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, HIGHEST_RANK)
+"""What an engine can be built for; adapters of a lower rank fit."""
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What vLLM is started with to serve adapters beside the model of a folder; nothing, if it is not to."""
+    rank = settings["max_lora_rank"]
+    if rank is None:
+        return {}
+    modules: Sequence[str] = settings["lora_modules"]
+    if isinstance(modules, str):  # all-linear
+        modules = linear_modules(folder, settings["trust_remote_code"])
+    return {
+        "enable_lora": True,
+        "max_loras": 1,
+        "max_cpu_loras": 1,  # the one before is gone then
+        "max_lora_rank": next(one for one in RANKS if rank <= one),
+        # Not all that vLLM could: beside an output head it takes the places of a prompt, whose log-probabilities
+        # are asked for, for as many requests, and fails.
+        "lora_target_modules": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+
+
+def linear_modules(folder: Path, trust_remote_code: bool) -> list[str]:
+    """Names of the linear modules of a folder's model, but for its output head: peft's "all-linear"."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        }
+    )
+
+
+class Adapters:
+    """The adapters that an engine has been given, each under a name and a number that no other ever has."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}  # by name
+        self.identity: object = None  # of the last one's files
+        self.last: Any = None  # vLLM's request for it
+
+    def request(self, llm: Any, folder: Path) -> Any:
+        """What a request to vLLM carries to get the adapter of a folder; it is in the engine then.
+
+        Raises:
+            CallError: vLLM cannot serve it.
+        """
+        from vllm.lora.request import LoRARequest
+
+        identity = version_of(folder)
+        if self.last is not None and identity == self.identity:
+            return self.last
+        self.last = None
+        try:
+            # vLLM knows what it has cached of a prompt by the name, and what it has loaded by the number.
+            name = content_of(folder)
+            number = self.numbers.setdefault(name, len(self.numbers) + 1)
+            request = LoRARequest(name, number, str(folder))
+            llm.llm_engine.add_lora(request)
+            left_out = sorted(
+                {one for found in llm.collective_rpc(unserved, args=(number,)) for one in found}
+            )
+        except Exception as error:  # peft's files, vLLM's limits and its workers have errors of their own
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise CallError(
+                f"vLLM cannot serve the adapter {folder} ({said}); set sampling.adapters to merged"
+            ) from error
+        if left_out:
+            raise CallError(
+                f"vLLM would leave out parts of the adapter {folder} ({', '.join(left_out[:3])}, …); set "
+                "sampling.adapters to merged"
+            )
+        self.identity, self.last = identity, request
+        return request
+
+    def forget(self) -> None:
+        """The engine has other weights now: what is beside them must be given anew."""
+        self.last = None
+
+
+def unserved(worker: Any, number: int) -> list[str]:
+    """The modules, in a worker of vLLM, that an adapter is for and that take none: vLLM says nothing of them."""
+    manager = worker.get_model().lora_manager
+    return sorted(set(manager.get_adapter(number).loras).difference(manager.modules))
+
+
+def content_of(folder: Path) -> str:
+    """A name for what an adapter's files say."""
+    hashed = hashlib.sha256()
+    for name in FILES:
+        with (folder / name).open("rb") as stream:
+            hashed.update(hashlib.file_digest(stream, "sha256").digest())
+    return hashed.hexdigest()

@@ -1,0 +1,72 @@
+"""The API key of a judge: it comes from the environment and goes to the endpoint, and nowhere else."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import httpx2
+import openai
+
+from textalign_dagster.settings.judge import Judge
+
+HIDDEN = "[key]"
+OPENAI = "https://api.openai.com/"
+
+
+class ApiKeyError(Exception):
+    """The environment holds no usable key; the message names the variable."""
+
+
+class ApiKey:
+    """The key that ``judge.api_key_env`` names, if it names one."""
+
+    def __init__(self, judge: Judge) -> None:
+        self._value: str | None = None
+        if judge.api_key_env is None:
+            return
+        self._value = os.environ.get(judge.api_key_env, "").strip()
+        if not self._value:
+            raise ApiKeyError(
+                f"the environment variable {judge.api_key_env} (api_key_env of judge {judge.model}) is not "
+                "set: put the key there, or say api_key_env: null for an endpoint without keys"
+            )
+        if not self._value.isascii() or not self._value.isprintable() or " " in self._value:
+            raise ApiKeyError(f"what the environment variable {judge.api_key_env} holds is no key")
+
+    def __repr__(self) -> str:
+        return "ApiKey()" if self._value is None else f"ApiKey({HIDDEN})"
+
+    def hide(self, text: str) -> str:
+        """The text without the key: endpoints repeat it in errors."""
+        return text.replace(self._value, HIDDEN) if self._value else text
+
+    def headers(self, judge: Judge) -> dict[str, Any]:
+        """Of every request: what the library would send and should not."""
+        # These it takes from the environment, whatever the endpoint.
+        foreign = [] if judge.base_url.startswith(OPENAI) else ["OpenAI-Organization", "OpenAI-Project"]
+        unsent = [*foreign, *(["Authorization"] if self._value is None else [])]
+        return {name: openai.Omit() for name in unsent}
+
+    def client(self, judge: Judge, connections: int) -> openai.AsyncOpenAI:
+        """The one client of a batch; it tries nothing again by itself."""
+        return openai.AsyncOpenAI(
+            api_key=self._value or "none",
+            base_url=judge.base_url,
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(
+                limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+                timeout=judge.limits.timeout_s,
+                follow_redirects=False,  # a redirected POST becomes a GET
+            ),
+        )
+
+    def blocking_client(self, judge: Judge) -> openai.OpenAI:
+        """For the few requests about a batch, which are harmless to repeat."""
+        return openai.OpenAI(
+            api_key=self._value or "none",
+            base_url=judge.base_url,
+            default_headers=self.headers(judge),
+            max_retries=4,
+            timeout=judge.limits.timeout_s,
+        )

@@ -1,0 +1,182 @@
+"""Asking an LLM judge: many calls at a time, each paid once, each reply kept.
+
+`judge_calls` looks every call up in the ledger and asks only for what is missing. Calls go through a
+sliding window (a slow reply holds up nobody), within the endpoint's limits and the budget; a reply is
+in the ledger before anybody sees it. However a batch ends (an error, Ctrl-C, kill -9, no money left),
+running it again continues where it stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import polars as pl
+
+from resources.judges.budget import Budget
+from resources.judges.call import Call, Reply, Request, estimate, highest_usd, prepare, reply_of
+from resources.judges.engine import Engine
+from resources.judges.errors import BudgetExceededError, JudgeError, JudgeStoppedError
+from resources.judges.forecast import Forecast, forecast
+from resources.judges.ledger import Ledger
+from resources.judges.ledger_records import first_replies
+from resources.judges.retry import RetryPolicy
+from resources.judges.tally import Tally
+from textalign_dagster.ids import content_hash
+from textalign_dagster.settings.judge import Judge
+
+__all__ = [
+    "Budget",
+    "BudgetExceededError",
+    "Call",
+    "Forecast",
+    "JudgeError",
+    "JudgeStoppedError",
+    "Reply",
+    "RetryPolicy",
+    "Tally",
+    "forecast",
+    "judge_calls",
+]
+
+Progress = Callable[[int, int, str], None]
+PROGRESS_S = 0.5
+log = logging.getLogger(__name__)
+
+
+def judge_calls(
+    calls: Sequence[Call],
+    judge: Judge,
+    ledger: Ledger,
+    progress: Progress | None = None,
+    budget: Budget | None = None,
+    *,
+    batch_id: str | None = None,
+    policy: RetryPolicy | None = None,
+    tally: Tally | None = None,
+) -> list[Reply]:
+    """The replies, in the order of ``calls``; calls in the ledger, and repeated ones, call nobody.
+
+    A call that fails is a `Reply` with status "failed", and is made anew the next time. The event
+    loop runs in a thread of its own; ``progress(done, total, note)`` is called from this thread.
+
+    Args:
+        budget: to share one among batches. By default ``judge.budget_usd`` for this batch,
+            including what interrupted runs of it spent.
+        batch_id: what those runs are known by; by default a hash of the calls' keys.
+        tally: filled in meanwhile.
+
+    Raises:
+        BatchPendingError: the calls went to the Batch API, and nobody waits for it here.
+        JudgeStoppedError: the endpoint refuses every call, or is down, or the key is missing.
+        BudgetExceededError: before the call that could exceed the budget.
+        ArtifactError: the ledger cannot be read or saved.
+    """
+    tally = tally if tally is not None else Tally()
+    report = progress or _silent
+    requests = [prepare(call, judge) for call in calls]
+    unique = {request.key: request for request in requests}
+    batch_id = batch_id or content_hash("batch", sorted(unique))
+    with contextlib.ExitStack() as held:
+        if judge.batch is None:  # jobs of the Batch API know of each other
+
+            def waiting() -> None:
+                log.info("another process makes the same %d calls; waiting for its replies", len(unique))
+                report(0, len(unique), "another process asks the same; waiting for it")
+
+            held.enter_context(ledger.alone(batch_id, waiting))
+        compaction = ledger.compact_if_due()
+        rows = ledger.rows([key for request in unique.values() for key in request.known_as])
+        for damage in [*(compaction.damages if compaction is not None else ()), *ledger.damages]:
+            log.warning("%s", damage)
+        replies = _received(unique, rows)
+        tally.total, tally.cached, tally.lost = len(unique), len(replies), _lost(rows)
+        report(tally.done, tally.total, tally.note(0))
+        missing = [request for key, request in unique.items() if key not in replies]
+        mine = rows.filter(pl.col("batch_id") == batch_id)  # what interrupted runs of it left
+        if missing and judge.batch is not None:
+            from resources.judges.batch import batch_replies
+
+            replies |= batch_replies(
+                missing,
+                judge,
+                ledger,
+                ledger.storage,
+                scope=batch_id,
+                spent=float(mine["usd"].sum()),
+                tally=tally,
+                progress=report,
+            )
+        elif missing:
+            budget = budget or _resumed(judge, unique, mine)
+            past = estimate(ledger, judge, missing[0].params)
+            engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally)
+            _run(engine, missing, report)
+            replies |= engine.replies
+    return [replies[request.key] for request in requests]
+
+
+def _received(unique: Mapping[str, Request], rows: pl.DataFrame) -> dict[str, Reply]:
+    found = first_replies(rows)
+    records = {key: next((found[k] for k in r.known_as if k in found), None) for key, r in unique.items()}
+    return {key: reply_of(record, from_ledger=True) for key, record in records.items() if record is not None}
+
+
+def _lost(rows: pl.DataFrame) -> int:
+    """Replies that may have been paid for and were not received, in these rows."""
+    over = rows.filter(pl.col("status") != "sent")
+    return int(over["lost_replies"].sum()) + over.filter(pl.col("status") == "lost").height
+
+
+def _resumed(judge: Judge, unique: Mapping[str, Request], rows: pl.DataFrame) -> Budget:
+    """The judge's budget, less what earlier runs of the batch spent (``rows`` are theirs)."""
+    highest = {key: highest_usd(r, judge) for r in unique.values() for key in r.known_as}
+    uncertain = sum(
+        highest[key] * _lost(group) for (key,), group in rows.filter(
+            (pl.col("lost_replies") > 0) | (pl.col("status") == "lost")
+        ).group_by("call_key")
+    )  # fmt: skip
+    return Budget(judge.budget_usd, float(rows["usd"].sum()), uncertain)
+
+
+def _run(engine: Engine, missing: Sequence[Request], report: Progress) -> None:
+    """Run the engine in a thread; after an interrupt in this one, calls in flight may end, briefly."""
+    over = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            asyncio.run(engine.run(missing))
+        except BaseException as error:  # noqa: BLE001  # raised in the caller's thread
+            failures.append(error)
+        finally:
+            over.set()
+
+    thread = threading.Thread(target=work, name="judge", daemon=True)
+    started = time.monotonic()
+    thread.start()
+    try:
+        while not over.wait(PROGRESS_S):
+            report(engine.tally.done, engine.tally.total, engine.tally.note(time.monotonic() - started))
+    except BaseException as interrupt:
+        engine.cancel()
+        try:
+            over.wait()
+        finally:
+            engine.cancel(at_once=True)  # interrupted again
+            over.wait()
+            for failure in failures:
+                interrupt.add_note(str(failure))
+        raise
+    thread.join()
+    report(engine.tally.done, engine.tally.total, engine.tally.note(time.monotonic() - started))
+    if failures:
+        raise failures[0]
+
+
+def _silent(done: int, total: int, note: str) -> None:
+    pass

@@ -1,0 +1,296 @@
+"""The ledger of judge calls: what was asked, what was answered, what it cost. Only ever appended to.
+
+Layout below the store's root::
+
+    ledger/segments/{time}-{pid}-{random}.jsonl     one writer's lines (see `ledger_writer`)
+    ledger/compacted/{hash}.parquet                 what was in segments whose writers are gone
+
+A line is a row of `FEEDBACK_CALLS`, with NULLs left out. A call has two lines of one identity
+(call_key, called_at): ``sent`` before the request, ``ok`` or ``failed`` when it is over; the later
+one holds. A ``sent`` without an end, of a writer that is gone, reads as ``lost``: the process was
+killed meanwhile, and the call may have been paid for. Compaction publishes a Parquet file before it
+removes the segments, and readers count an identity once: killed anywhere, nothing is lost or doubled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from resources.judges.ledger_records import CallRecord, first_replies, no_calls, one_row_a_call, parse_lines
+from resources.judges.ledger_writer import SEGMENTS, Writer, new_writer
+from resources.store import ArtifactStore
+from resources.store.durable import ArtifactError, make_folder, readable_errors, temporary_name
+from resources.store.storage import Storage
+from textalign_dagster.disk import sync
+from textalign_dagster.ids import content_hash
+
+COMPACTED = "ledger/compacted"
+COMPACT_BYTES = 8 * 2**20  # of finished segments, or…
+COMPACT_SEGMENTS = 64  # …so many of them make compaction worth while
+REMOTE_ALIVE = timedelta(hours=1)  # an object store does not tell who lives: so long may a call take
+
+
+@dataclass(frozen=True)
+class History:
+    """What a judge's calls used so far: sums over ``calls`` replies with known tokens."""
+
+    calls: int
+    chars_in: int
+    tokens_in: int
+    tokens_cached: int
+    tokens_out: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a compaction did: segments and rows taken over, and the damage it met."""
+
+    segments: int
+    rows: int
+    damages: list[str]
+
+
+class Ledger:
+    """The ledger of a store. A context manager; any thread may call.
+
+    ``damages`` lists what the last read had to leave out: torn last lines of killed writers.
+    """
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+        self._storage = store.storage
+        self._opening = threading.Lock()
+        self._writer: Writer | None = None
+        self.damages: list[str] = []
+
+    @property
+    def storage(self) -> Storage:
+        """Where the ledger lies."""
+        return self._storage
+
+    def add(self, record: CallRecord) -> None:
+        """Append a row; ``flush`` returns when it is on the disk.
+
+        Raises:
+            ArtifactError: this or an earlier row could not be saved (disk full, no permission).
+        """
+        with self._opening:
+            if self._writer is None:
+                self._writer = new_writer(self._storage)
+            writer = self._writer
+        writer.add(record.line())
+
+    def flush(self) -> None:
+        """Return when every row so far is on the disk. Raises as `add` does."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush, and let go of this writer's segment. A later `add` begins another."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def alone(self, batch_id: str, waiting: Callable[[], None]) -> Iterator[None]:
+        """Holds a batch of calls: who else wants to make the same one waits, and then finds the replies.
+
+        Among the processes of one machine only; on an object store nobody is held off.
+
+        Args:
+            waiting: called when somebody else holds it.
+        """
+        with contextlib.ExitStack() as held:
+            if not self._store.is_remote:
+                place = Path(self._storage.place(f"ledger/batches_held/{batch_id}.lock"))
+                with readable_errors(self._store.local, place, "write"):
+                    make_folder(place.parent)
+                    handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
+                held.callback(os.close, handle)  # lets go of it, as the end of the process does
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    waiting()
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def frame(self) -> pl.DataFrame:
+        """Every row, in the order of the calls."""
+        return self._read(lambda rows: rows).sort("called_at", "call_key")
+
+    def rows(self, keys: Collection[str]) -> pl.DataFrame:
+        """Every row with one of these call keys, in the order of the calls."""
+        wanted = pl.Series("call_key", list(keys), dtype=pl.String)
+        # A semi-join rather than is_in: linear in both, and it prunes no columns too late.
+        return self._read(lambda rows: rows.join(wanted.to_frame().lazy(), on="call_key", how="semi")).sort(
+            "called_at", "call_key"
+        )
+
+    def find(self, keys: Collection[str]) -> dict[str, CallRecord]:
+        """The reply to each of these calls that was received, the first one where there are several."""
+        return first_replies(self.rows(keys))
+
+    def history(self, judge: str, endpoint: str, params: str | None = None) -> History:
+        """What this judge used so far; with these parameters only, if given."""
+        mine = (
+            (pl.col("judge") == judge)
+            & (pl.col("endpoint") == endpoint)
+            & (pl.col("status") == "ok")
+            & pl.col("tokens_in").is_not_null()
+            & pl.col("tokens_out").is_not_null()
+        )
+        if params is not None:
+            mine &= pl.col("params") == params
+        rows = self._read(lambda rows: rows.filter(mine))
+        sums = rows.select(
+            pl.col("chars_in", "tokens_in", "tokens_cached", "tokens_out", "latency_s").sum()
+        ).row(0)
+        chars, fresh, cached, out = (int(value) for value in sums[:4])
+        return History(rows.height, chars, fresh, cached, out, float(sums[4]))
+
+    def parts(self) -> tuple[list[Path], pl.DataFrame]:
+        """The ledger without reading it whole: Parquet files, and the rows that are in none yet.
+
+        The files never change. An identity may stand in both, or in several files: the least status of
+        `STATUS_RANK` counts, and of these the most attempts.
+        """
+        damages: list[str] = []
+        # Segments first, as in `_read`.
+        recent = [frame for _, frame in self._read_segments(self._segment_names(), damages)]
+        paths = list(self._parquet())
+        self.damages = damages
+        return paths, one_row_a_call(pl.concat([no_calls(), *recent]))
+
+    def compact_if_due(self) -> Compaction | None:
+        """`compact`, when the finished segments have become large or many."""
+        sizes = [size for size, _ in self._storage.entries(SEGMENTS).values()]
+        if sum(sizes) < COMPACT_BYTES and len(sizes) < COMPACT_SEGMENTS:
+            return None
+        return self.compact()
+
+    def compact(self) -> Compaction:
+        """Move the rows of writers that are gone from segments into one Parquet file."""
+        with contextlib.ExitStack() as locks:
+            if not self._is_only_compaction(locks):
+                return Compaction(0, 0, [])
+            names = [name for name in self._segment_names() if self._is_over(name, locks)]
+            damages: list[str] = []
+            frames = [frame for _, frame in self._read_segments(names, damages)]
+            rows = one_row_a_call(pl.concat([no_calls(), *frames])).sort("called_at", "call_key")
+            if rows.height:
+                self._publish(f"{COMPACTED}/{content_hash('compacted', names)}.parquet", rows)
+            for name in names:
+                self._storage.remove(name)
+            return Compaction(len(names), rows.height, damages)
+
+    def _read(self, narrow: Any) -> pl.DataFrame:
+        """All rows after ``narrow`` (LazyFrame → LazyFrame), one of each identity."""
+        for _ in range(100):
+            damages: list[str] = []
+            # Segments first: one that disappears meanwhile is in a Parquet file that is listed later.
+            segments = self._read_segments(self._segment_names(), damages)
+            parts = [narrow(frame.lazy()).collect() for _, frame in segments]
+            try:
+                parts += [narrow(pl.scan_parquet(path)).collect() for path in self._parquet()]
+            except FileNotFoundError:
+                continue
+            self.damages = damages
+            return one_row_a_call(pl.concat([no_calls(), *parts]))
+        raise ArtifactError(f"{self._storage.place('ledger')} changes faster than it can be read")
+
+    def _segment_names(self) -> list[str]:
+        names = self._storage.entries(SEGMENTS)
+        return sorted(name for name in names if name.endswith(".jsonl"))
+
+    def _read_segments(self, names: Sequence[str], damages: list[str]) -> list[tuple[str, pl.DataFrame]]:
+        found = []
+        for name, data in zip(names, self._store.each(self._storage.read, names), strict=True):
+            if not data:
+                continue
+            over = self._is_over(name)
+            whole, newline, torn = data.rpartition(b"\n")
+            if torn and over:
+                place = self._storage.place(name)
+                damages.append(f"{place}: the last line is torn ({len(torn)} bytes) and was left out")
+            frame = parse_lines(whole + newline, self._storage.place(name), damages)
+            oldest = datetime.now(UTC) - REMOTE_ALIVE
+            gone = pl.lit(over) | (pl.lit(self._store.is_remote) & (pl.col("called_at") < oldest))
+            status = pl.when((pl.col("status") == "sent") & gone).then(pl.lit("lost"))
+            found.append((name, frame.with_columns(status.otherwise("status").alias("status"))))
+        return found
+
+    def _parquet(self) -> Iterator[Path]:
+        for name in sorted(self._storage.entries(COMPACTED)):
+            base = name.rsplit("/", 1)[-1]
+            if base.startswith(".") or not base.endswith(".parquet"):
+                continue
+            if self._store.is_remote:  # never changes: fetched once
+                local = self._store.local / name
+                if not local.exists():
+                    self._storage.download(name, local)
+                yield local
+            else:
+                yield Path(self._storage.place(name))
+
+    def _publish(self, name: str, rows: pl.DataFrame) -> None:
+        path = self._store.local / name
+        temporary = temporary_name(path)
+        with readable_errors(self._store.local, path, "write"):
+            make_folder(path.parent)
+            try:
+                rows.write_parquet(temporary, compression="zstd", compression_level=3)
+                sync(temporary)
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync(path.parent)
+        if self._store.is_remote:
+            self._storage.upload(name, path)
+
+    def _is_only_compaction(self, locks: contextlib.ExitStack) -> bool:
+        """Be the one compaction of a local store; on an object store two do no harm, only work twice."""
+        if self._store.is_remote:
+            return True
+        place = Path(self._storage.place("ledger/compaction.lock"))
+        with readable_errors(self._store.local, place, "write"):
+            make_folder(place.parent)
+            return self._locked(os.open(place, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX, locks)
+
+    def _is_over(self, name: str, locks: contextlib.ExitStack | None = None) -> bool:
+        """Whether a segment's writer is gone. With ``locks`` it stays so until they end."""
+        if self._store.is_remote:
+            return locks is not None  # objects never change; who lives is not known
+        try:
+            handle = os.open(self._storage.place(name), os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        with contextlib.ExitStack() as for_now:
+            # Shared, so that readers and a compaction do not take each other for the writer.
+            return self._locked(handle, fcntl.LOCK_SH, for_now if locks is None else locks)
+
+    @staticmethod
+    def _locked(handle: int, kind: int, locks: contextlib.ExitStack) -> bool:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return False
+        locks.callback(os.close, handle)
+        return True

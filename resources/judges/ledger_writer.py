@@ -1,0 +1,194 @@
+"""Appending to the ledger: a line is safe from kill -9 when `add` returns, on the disk when `flush` does.
+
+On a local store every writer has a segment, a file of its own, locked while the writer lives; a
+thread forces it to the disk a few milliseconds after a line came, for all lines that came meanwhile
+(group commit). On an object store, where files cannot grow, every commit is a small object.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import threading
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from resources.store.durable import ArtifactError, make_folder, readable_errors
+from resources.store.storage import LocalStorage, Storage
+from textalign_dagster.disk import sync
+
+SEGMENTS = "ledger/segments"
+GATHER_S = 0.004  # a commit waits so long for company
+BACKLOG_BYTES = 64 * 2**20  # unsaved lines, before `add` waits for an object store
+
+
+class Writer(Protocol):
+    """Appends lines; any thread may call."""
+
+    def add(self, line: bytes) -> None:
+        """Append a line.
+
+        Raises:
+            ArtifactError: this or an earlier line could not be saved.
+        """
+
+    def flush(self) -> None:
+        """Return when all lines so far are on the disk. Raises as `add` does."""
+
+    def close(self) -> None:
+        """Flush and end; the writer's segments may then be compacted."""
+
+
+def new_writer(storage: Storage) -> Writer:
+    """A writer of segments below the storage's ``ledger/segments``."""
+    if isinstance(storage, LocalStorage):
+        return FileWriter(storage.root)
+    return ObjectWriter(storage)
+
+
+def _new_name() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+class _Committer:
+    """A thread that calls ``commit`` soon after `wake`, once for all calls that came meanwhile."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._wanted = 0  # commits are counted in lines
+        self._done = 0
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
+        self._thread.start()
+
+    def _commit(self) -> None:
+        """Make everything durable that was added before the call."""
+        raise NotImplementedError
+
+    def _added(self) -> None:
+        """Call with ``_changed`` held."""
+        self._wanted += 1
+        self._changed.notify_all()
+
+    def _check(self) -> None:
+        if self._error is not None:
+            reason = str(self._error) or type(self._error).__name__
+            raise ArtifactError(f"the ledger of judge calls cannot be saved: {reason}") from self._error
+
+    def flush(self) -> None:
+        with self._changed:
+            target = self._wanted
+            self._changed.wait_for(lambda: self._done >= target or self._error is not None)
+            self._check()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted > self._done or self._closing)
+                if self._wanted == self._done:
+                    return
+                if not self._closing:
+                    self._changed.wait_for(lambda: self._closing, timeout=GATHER_S)
+                target = self._wanted
+            try:
+                self._commit()
+            except BaseException as error:  # noqa: BLE001  # told to whoever adds or flushes
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
+            with self._changed:
+                self._done = target
+                self._changed.notify_all()
+
+
+class FileWriter(_Committer):
+    """A segment file. Lines reach the operating system at once, the disk with the next commit."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folder = root / SEGMENTS
+        with readable_errors(root, self._folder, "write to"):
+            make_folder(self._folder)
+            self.path, self._handle = self._open()
+        super().__init__()
+
+    def _open(self) -> tuple[Path, int]:
+        while True:
+            path = self._folder / f"{_new_name()}.jsonl"
+            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            # A compaction may have found it between the two calls, unlocked, and removed it.
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                sync(self._folder)
+                return path, handle
+            os.close(handle)
+
+    def add(self, line: bytes) -> None:
+        with self._changed:
+            self._check()
+            try:
+                with readable_errors(self._root, self.path, "write"):
+                    written = os.write(self._handle, line)
+                    while written < len(line):
+                        written += os.write(self._handle, line[written:])
+            except ArtifactError as error:
+                self._error = error  # a line may be torn now: nothing may follow it
+                raise
+            self._added()
+
+    def _commit(self) -> None:
+        with readable_errors(self._root, self.path, "write"):
+            os.fsync(self._handle)
+
+    def close(self) -> None:
+        if self._handle < 0:
+            return
+        self._stop()
+        os.close(self._handle)
+        self._handle = -1
+        self._check()
+
+
+class ObjectWriter(_Committer):
+    """Objects ``{name}-{number}.jsonl``. While one is being put, the lines for the next gather.
+
+    A line that tells of a call to be sent is therefore put while the call is under way: a machine
+    that dies within that put (some 50 ms) leaves no trace of the call.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.name = _new_name()
+        self._number = 0
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        super().__init__()
+
+    def add(self, line: bytes) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._bytes < BACKLOG_BYTES or self._error is not None)
+            self._check()
+            self._lines.append(line)
+            self._bytes += len(line)
+            self._added()
+
+    def _commit(self) -> None:
+        with self._changed:
+            lines, self._lines, self._bytes = self._lines, [], 0
+        self._number += 1
+        self._storage.create(f"{SEGMENTS}/{self.name}-{self._number:06d}.jsonl", b"".join(lines))
+
+    def close(self) -> None:
+        if not self._closing:
+            self._stop()
+        self._check()

@@ -1,0 +1,188 @@
+"""Trainings as pods of a Kubernetes cluster, through dagster-k8s, with files on a volume that both see.
+
+Messages go through a file on the volume, not through the pod's log, which is rotated and can break
+off. Exit code 0 is not believed without the marker the trainer writes last.
+
+A pod does not outlive the run that waits for it: it is deleted when that ends, in whichever way. Where
+the run's process was killed, the next run of the same training deletes the pod and goes on from the
+newest snapshot.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.compute.pods import OUT_OF_MEMORY, check_folders, check_kubernetes, cluster, ended, pod_spec
+from resources.launchers.launcher import Launched, Work, end_of_log, read_marker, told_seconds
+from resources.launchers.pipes_messages import FileReader, Heard
+from textalign_dagster.settings.kubernetes import Kubernetes
+from training.state.snapshot_folder import kept
+
+LABEL = "textalign/training"
+RUN = "textalign/run"
+FIRST = """
+trap 'trap : TERM; kill -TERM 0' TERM
+(trap '' TERM; exec "$@") &
+wait $!
+code=$?
+while kill -0 $! 2> /dev/null; do wait $!; code=$?; done
+exit $code
+"""
+"""What a pod runs first: the trainer is told when the pod has to go, and takes a last snapshot. Otherwise only the
+first process would be, and `accelerate launch` would end at once, and everybody with it."""
+SEARCHED = 200_000  # bytes of a log in which a signal is looked for
+
+
+@dataclass(frozen=True)
+class KubernetesLauncher:
+    """One training in one pod."""
+
+    settings: Kubernetes
+    key: str  # of what is trained
+    home: Path  # TEXTALIGN_HOME, on the volume
+    every: float = 5.0  # seconds between two looks at the pod
+    settling: float = 120.0  # seconds until a deleted pod is gone, or a node's files show
+
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        """See `resources.launchers.launcher.Launcher`.
+
+        Raises:
+            SettingsError: there is no cluster to be asked, or the pod could not see the files.
+            dg.Failure: it failed, in the trainer's words where it had some, and Kubernetes' own.
+        """
+        check_kubernetes(self.settings)
+        out = work.folder("model")
+        check_folders(self.settings, (out, self.home), "training")
+        from dagster_k8s import PipesK8sClient
+
+        api = cluster(self.settings)
+        self._make_way(context, api)
+        command = work.write(work.place)
+        messages = work.log.with_suffix(".messages")
+        messages.parent.mkdir(parents=True, exist_ok=True)
+        messages.touch()
+        heard = Heard(work.on_progress)
+        client = PipesK8sClient(
+            message_reader=FileReader(heard, messages),
+            kube_context=self.settings.context,
+            poll_interval=self.every,
+        )
+        problem, pod = None, None
+        try:
+            try:
+                client.run(
+                    context=context,
+                    extras=dict(work.extras),
+                    command=["/bin/sh", "-c", FIRST, "textalign", self.settings.python, *command[1:]],
+                    namespace=self.settings.namespace,
+                    env=dict(work.env),
+                    base_pod_meta={"labels": self._labels(context)},
+                    base_pod_spec=pod_spec(self.settings, "training"),
+                    pod_wait_timeout=0,
+                    delete_pod_on_completion=False,
+                )
+            except Exception as error:  # noqa: BLE001 dagster-k8s, kubernetes and urllib3 have their own
+                problem = error
+            pod = self._look(api)
+            self._keep_log(api, pod, work.log)
+        finally:
+            self._delete(api)
+            messages.unlink(missing_ok=True)
+        done = self._marker(out / "done.json", wait=problem is None)
+        if problem is not None or done is None:
+            raise self._failure(pod, problem, heard, work) from problem
+        if heard.error is not None:
+            raise heard.error
+        return Launched(told_seconds(done), done)
+
+    def _labels(self, context: dg.AssetExecutionContext) -> dict[str, str]:
+        return {LABEL: self.key, RUN: context.run.run_id}
+
+    def _pods(self, api: Any) -> list[Any]:
+        found = api.list_namespaced_pod(self.settings.namespace, label_selector=f"{LABEL}={self.key}")
+        return list(found.items)
+
+    def _make_way(self, context: dg.AssetExecutionContext, api: Any) -> None:
+        """Deletes the pod of a run whose process is gone: its folder is gone, too."""
+        for pod in self._pods(api):
+            run_id = (pod.metadata.labels or {}).get(RUN, "")
+            run = context.instance.get_run_by_id(run_id) if run_id != context.run.run_id else None
+            if run is not None and not run.is_finished:
+                raise dg.Failure(f"run {run_id[:8]} trains the same in pod {pod.metadata.name}; wait for it")
+            context.log.info(f"deleting pod {pod.metadata.name}: the run that waited for it is gone")
+        self._delete(api)
+
+    def _delete(self, api: Any) -> None:
+        """Deletes the training's pods; returns when they are gone."""
+        from kubernetes.client.exceptions import ApiException
+
+        deadline = time.monotonic() + self.settling
+        while pods := self._pods(api):
+            if time.monotonic() > deadline:
+                return  # Kubernetes goes on with it
+            for pod in pods:
+                if pod.metadata.deletion_timestamp is None:
+                    try:
+                        api.delete_namespaced_pod(pod.metadata.name, self.settings.namespace)
+                    except ApiException as error:
+                        if error.status != 404:
+                            raise
+            time.sleep(min(self.every, 1.0))
+
+    def _look(self, api: Any) -> Any:
+        pods = self._pods(api)
+        return pods[0] if pods else None
+
+    def _keep_log(self, api: Any, pod: Any, log: Path) -> None:
+        from kubernetes.client.exceptions import ApiException
+
+        if pod is None:
+            return
+        try:
+            text = api.read_namespaced_pod_log(pod.metadata.name, self.settings.namespace)
+        except ApiException:
+            return  # a pod that never ran has none
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+
+    def _marker(self, path: Path, *, wait: bool) -> dict[str, Any] | None:
+        """The trainer's marker; what a node has written may take a while to show here."""
+        deadline = time.monotonic() + self.settling
+        while (found := read_marker(path)) is None and wait and time.monotonic() < deadline:
+            time.sleep(min(self.every, 1.0))
+        return found
+
+    def _failure(self, pod: Any, problem: Exception | None, heard: Heard, work: Work) -> dg.Failure:
+        log, left = work.log, kept(work.unfinished)
+        end = end_of_log(log) if log.exists() else ""
+        name = pod.metadata.name if pod is not None else "?"
+        state = ended(pod)
+        metadata: dict[str, dg.MetadataValue] = {
+            "pod": dg.MetadataValue.text(name),
+            "pod state": dg.MetadataValue.text(state),
+            "log": dg.MetadataValue.path(str(log)),
+            "end of log": dg.MetadataValue.md(f"```\n{end}\n```"),
+        }
+        if heard.exception is not None:
+            kind, message = heard.exception
+            metadata["exception"] = dg.MetadataValue.text(kind)
+            # Bad input is as bad the next time.
+            return dg.Failure(
+                f"{kind}: {message} (pod {name}: {state}){left}",
+                metadata=metadata,
+                allow_retries=kind != "JobError",
+            )
+        if problem is None:
+            why = "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
+        elif OUT_OF_MEMORY in state:
+            why = f"ran out of memory ({state}): raise training.k8s.memory or lower training.batch_size"
+        else:
+            first = re.sub(r"\s+", " ", str(problem)).strip()[:300]
+            why = f"failed ({state})" if pod is not None and state else f"failed: {first}"
+        return dg.Failure(f"pod {name} {why}{left}; see the log {log}", metadata=metadata)

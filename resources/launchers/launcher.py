@@ -1,0 +1,269 @@
+"""Launchers: where a training runs. The one in here runs it on this machine, over Dagster Pipes.
+
+Dagster's own subprocess client is not enough for trainings: a cancelled run leaves the launcher's
+ranks alive, a launcher that exits with 0 although a rank died is believed, and custom messages
+arrive only at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import dagster as dg
+
+from resources.compute.processes import Supervised
+from resources.launchers.pipes_messages import Heard, LiveReader, OnProgress
+from training.state.snapshot_folder import kept
+
+Folder = Callable[[str], Path]
+"""The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
+``snapshots`` (what it goes on from when it is started again)."""
+TAIL = 2000  # bytes of a log that an error shows
+
+NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
+"""Words of a command that only the machine it runs on can fill in: its number, where machine 0 is."""
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """How ``accelerate launch`` starts a training."""
+
+    processes: int = 1  # on all machines
+    machines: int = 1
+    mixed_precision: str = "no"
+    cpu: bool = False  # even where there is an accelerator
+    threads: int | None = None  # of a process; None: torch's choice
+    config_file: Path | None = None  # accelerate's own configuration (DeepSpeed, FSDP)
+    deepspeed: bool = False  # whether it is one of DeepSpeed
+
+
+def accelerate_command(settings: Acceleration) -> list[str]:
+    """The command up to and including ``-m``: append the module and its arguments.
+
+    ``accelerate.commands.launch`` is what ``accelerate launch`` runs, without importing the other
+    subcommands (2 s less), and surely that of this environment. Every default is spelled out: it
+    would otherwise be asked of the machine or of a user's accelerate configuration.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    if settings.config_file is not None:
+        command += ["--config_file", str(settings.config_file)]
+    command += ["--num_processes", str(settings.processes), "--num_machines", str(settings.machines)]
+    command += ["--mixed_precision", settings.mixed_precision, "--dynamo_backend", "no"]
+    if settings.machines > 1:
+        # Without machine_rank each machine would silently train alone; "standard": by this command on
+        # each machine, where DeepSpeed would start the others by itself (pdsh).
+        command += ["--machine_rank", NODE, "--main_process_ip", HEAD, "--main_process_port", PORT]
+        command += ["--rdzv_backend", "static"]
+        command += ["--deepspeed_multinode_launcher", "standard"] if settings.deepspeed else []
+    elif settings.processes > 1 or settings.config_file is not None:
+        command += ["--main_process_port", "0"]  # any free one
+    if settings.processes > 1 or settings.config_file is not None:
+        # --cpu would silently start one process.
+        command += ["--multi_gpu"] if settings.config_file is None else []
+    else:
+        command += ["--quiet", *(["--cpu"] if settings.cpu else [])]
+    return [*command, "-m"]
+
+
+def accelerate_env(settings: Acceleration) -> dict[str, str]:
+    """Environment of a training: threads that do not spin, no network, no bars in the log."""
+    env = {
+        "GOMP_SPINCOUNT": "0",  # spinning OpenMP threads slow each other down severalfold on busy cores
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    if settings.threads is not None:
+        env["OMP_NUM_THREADS"] = str(settings.threads)
+    if settings.cpu and settings.deepspeed:
+        env["DS_ACCELERATOR"] = "cpu"  # the other variable would silently train without DeepSpeed
+    elif settings.cpu:
+        env["ACCELERATE_USE_CPU"] = "true"
+    return env
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What became of a launched command that succeeded."""
+
+    seconds: float
+    done: dict[str, Any] | None  # the done marker, where one was asked for
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a launcher is given to train."""
+
+    folder: Folder
+    """Makes the folders in which everything is in the end."""
+    unfinished: Path
+    """Where the trainer's snapshots outlive it, on this machine; other places have one of their own."""
+    write: Callable[[Folder], list[str]]
+    """Writes what the trainer reads into the folder ``job``; returns the command. It is given the
+    folders in which the trainer will work, which may be others."""
+    extras: Mapping[str, Any]  # for the trainer, in its Pipes context
+    env: Mapping[str, str]  # added to the environment
+    on_progress: OnProgress
+    log: Path  # file to append stdout and stderr to
+
+    def place(self, name: str) -> Path:
+        """The folder of a name for a trainer that works on this machine's files."""
+        return self.unfinished if name == "snapshots" else self.folder(name)
+
+
+class Launcher(Protocol):
+    """Where a training runs."""
+
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        """Trains to the end; see `LocalLauncher.launch`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalLauncher:
+    """Runs a command on this machine; nobody of it is left when ``launch`` returns or raises."""
+
+    grace: float = 10.0  # seconds between SIGTERM and SIGKILL
+
+    def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
+        """See `Launcher`."""
+        command = work.write(work.place)
+        return self.launch(
+            context,
+            command,
+            work.extras,
+            work.env,
+            work.on_progress,
+            log=work.log,
+            done=work.folder("model") / "done.json",
+            unfinished=work.unfinished,
+        )
+
+    def launch(
+        self,
+        context: dg.AssetExecutionContext | dg.OpExecutionContext,
+        command: Sequence[str],
+        extras: Mapping[str, Any],
+        env: Mapping[str, str],
+        on_progress: OnProgress,
+        *,
+        log: Path | None = None,
+        done: Path | None = None,
+        unfinished: Path | None = None,
+    ) -> Launched:
+        """Runs the command to its end.
+
+        Args:
+            extras: for the child, in its Pipes context.
+            env: added to this process's environment.
+            on_progress: is given each ``{"progress": …}`` the child reports, as it comes, on another
+                thread. What it raises stops nothing, and is raised here in the end.
+            log: file to append stdout and stderr to; None: this process's own (a step's compute logs).
+            done: the JSON file that the child writes last. It is removed first, and exit code 0 is
+                not believed without it.
+            unfinished: the folder of its snapshots, of which a failure tells.
+
+        Raises:
+            dg.Failure: the command failed, with its own words where it had some; command, exit code
+                and the end of the log are metadata.
+        """
+        if done is not None:
+            done.unlink(missing_ok=True)
+        heard = Heard(on_progress)
+        started = time.monotonic()
+        with (
+            dg.open_pipes_session(
+                context=context,
+                context_injector=dg.PipesTempFileContextInjector(),
+                message_reader=LiveReader(heard),
+                extras=dict(extras),
+            ) as session,
+            _opened(log) as stream,
+        ):
+            child = Supervised(
+                command,
+                env={**env, **session.get_bootstrap_env_vars()},
+                grace=self.grace,
+                stdout=stream,
+                stderr=None if stream is None else subprocess.STDOUT,
+            )
+            try:
+                code = child.wait()
+            finally:  # also when the run is cancelled
+                child.stop()
+        # All messages have been read now.
+        marker = read_marker(done)
+        if code != 0 or (done is not None and marker is None):
+            raise _failure(command, code, heard, done, log, kept(unfinished) if unfinished else "")
+        if heard.error is not None:
+            raise heard.error
+        return Launched(time.monotonic() - started, marker)
+
+
+@contextmanager
+def _opened(log: Path | None) -> Iterator[Any]:
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if log is None else log.open("ab") as stream:
+        yield stream
+
+
+def read_marker(done: Path | None) -> dict[str, Any] | None:
+    """What the trainer wrote last; None where it did not."""
+    if done is None or not done.is_file():
+        return None
+    return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
+
+
+def _failure(
+    command: Sequence[str], code: int, heard: Heard, done: Path | None, log: Path | None, left: str
+) -> dg.Failure:
+    """What failed, and what it ``left`` for the next run."""
+    words = shlex.join(command)
+    metadata: dict[str, dg.MetadataValue] = {
+        "command": dg.MetadataValue.text(words),
+        "exit code": dg.MetadataValue.int(code),
+    }
+    if log is not None:
+        metadata["log"] = dg.MetadataValue.path(str(log))
+        metadata["end of log"] = dg.MetadataValue.md(f"```\n{end_of_log(log)}\n```")
+    where = f"the log {log}" if log is not None else "this step's stderr"
+    if heard.exception is not None:
+        name, message = heard.exception
+        metadata["exception"] = dg.MetadataValue.text(name)
+        # Bad input is as bad the next time.
+        return dg.Failure(f"{name}: {message}{left}", metadata=metadata, allow_retries=name != "JobError")
+    if code == 0:
+        return dg.Failure(
+            f"the command exited with 0 but did not write {done}: it did not finish{left}; see {where}",
+            metadata=metadata,
+        )
+    if code > 128:
+        reason = f"the command was ended by signal {code - 128}"
+        hint = " (out of memory?)" if code == 128 + 9 else ""
+        return dg.Failure(f"{reason}{hint}{left}; see {where}", metadata=metadata)
+    return dg.Failure(
+        f"the command exited with {code} and did not say why{left}; see {where}", metadata=metadata
+    )
+
+
+def told_seconds(done: Mapping[str, Any]) -> float:
+    """How long the trainer says it took, in all its parts."""
+    return float(sum((done.get("seconds") or {}).values()))
+
+
+def end_of_log(log: Path, size: int = TAIL) -> str:
+    """The last bytes of a log."""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - size))
+        return stream.read().decode(errors="replace")

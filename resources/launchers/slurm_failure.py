@@ -1,0 +1,92 @@
+"""Why a training on Slurm failed, in one sentence a person can act on."""
+
+from __future__ import annotations
+
+import re
+import signal
+from pathlib import Path
+
+import dagster as dg
+
+from resources.compute.slurm import State
+from resources.launchers.launcher import end_of_log
+from resources.launchers.pipes_messages import Heard
+from resources.launchers.slurm_job import SNAPSHOTS, SlurmJob
+from resources.launchers.slurm_script import NO_PYTHON, NOT_SHARED
+from training.state.snapshot_folder import kept
+
+KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")  # torchrun, of a rank
+MUCH = 200_000  # bytes of a log in which that is looked for
+
+
+def failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -> dg.Failure:
+    """One sentence: the trainer's own words where it had some, the scheduler's, and who failed first."""
+    said = job.ended()
+    end = end_of_log(log) if log.exists() else ""
+    metadata: dict[str, dg.MetadataValue] = {
+        "slurm job": dg.MetadataValue.text(job_id),
+        "slurm state": dg.MetadataValue.text(str(state)),
+        "folder": dg.MetadataValue.path(str(job.folder)),
+        "log": dg.MetadataValue.path(str(log)),
+        "end of log": dg.MetadataValue.md(f"```\n{end}\n```"),
+    }
+    left = kept(job.folder.parent / SNAPSHOTS)
+    who, node = f"Slurm job {job_id}", job.failed_node()
+    how = _how(node.code, end_of_log(log, MUCH) if log.exists() else "") if node else ""
+    if heard.exception is not None and state.name in ("FAILED", "COMPLETED"):
+        name, message = heard.exception
+        metadata["exception"] = dg.MetadataValue.text(name)
+        first = f"; node {node.name} failed first: {how}" if node else ""
+        # Bad input is as bad the next time.
+        return dg.Failure(
+            f"{name}: {message} ({who}: {state}{first}){left}",
+            metadata=metadata,
+            allow_retries=name != "JobError",
+        )
+    own = f"; its last words: {heard.exception[1]}" if heard.exception else ""
+    if node is not None and state.name == "FAILED" and node.code not in (NOT_SHARED, NO_PYTHON):
+        reason = f"failed on node {node.name}: {how}"
+    else:
+        reason = reason_of(state, job.folder.parent.parent, said.code if said else None)
+    return dg.Failure(f"{who} {reason}{own}{left}; see the log {log}", metadata=metadata)
+
+
+def reason_of(state: State, root: Path, code: int | None) -> str:
+    """Why a job that said nothing is no success.
+
+    Args:
+        root: the folder that all nodes should see.
+        code: what the job wrote of its end, if it did.
+    """
+    if state.name == "COMPLETED":
+        return "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
+    if state.name == "UNKNOWN":
+        return f"is lost: {state.reason}; if it still runs, the next run goes on with it"
+    known = {
+        "CANCELLED": "was cancelled",
+        "DEADLINE": "did not meet its deadline",
+        "NODE_FAIL": "lost a node",
+        "OUT_OF_MEMORY": "ran out of memory on a node: ask for more (training.slurm.extra: [--mem=…]) or lower "
+        "training.batch_size",
+        "PREEMPTED": "had to make room for another job",
+        "TIMEOUT": "reached its time limit: raise training.slurm.time_limit",
+    }
+    if state.name in known:
+        return f"{known[state.name]} ({state})"
+    if code == NOT_SHARED or state.exit_code == "0:53":
+        return (
+            f"cannot see {root} on its nodes ({state}): set training.slurm.shared_folder (or TEXTALIGN_HOME) "
+            "to a folder that this machine and all nodes mount under one path"
+        )
+    if code == NO_PYTHON:
+        return f"found no Python on a node ({state}): install textalign on a file system that all nodes mount"
+    return f"failed and its trainer did not say why ({state})"
+
+
+def _how(code: int, log: str) -> str:
+    """How a node's command ended; torchrun tells of signals in the log only."""
+    killed = [number for number in map(int, KILLED.findall(log)) if number != signal.SIGTERM]
+    number = killed[0] if killed else code - 128
+    if number <= 0:
+        return f"exit code {code}"
+    return f"a process was ended by signal {number}{' (out of memory?)' if number == 9 else ''}"

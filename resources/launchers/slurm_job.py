@@ -1,0 +1,211 @@
+"""The folder of a training on Slurm, and what can be read there: its lives, its words, its end.
+
+Layout below the shared folder::
+
+    {name}/snapshots/…                       where trainings of any launch and life go on
+    {name}/{launch}/job/…                    what the trainer reads
+    {name}/{launch}/job.sh, node.sh, log     scripts and output of all its lives
+    {name}/{launch}/job_id, submission.json
+    {name}/{launch}/{life}/                  0, and one more each time that Slurm starts it again:
+        messages, model/, beside/            what the trainer writes (done.json last)
+        node_0, …                            exit code and name of each node that came to an end
+        ended                                exit code and seconds, written by the job itself
+
+``name`` follows from what is trained, and is the job's name in Slurm, too; a launch is one
+submission. So whoever wants the same training finds it, whether it waits, runs or is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from resources.launchers.launcher import Folder
+from resources.launchers.pipes_messages import Heard, new_lines, to_file
+
+LAUNCH = re.compile(r"\d{8}T\d{6}-[0-9a-f]{8}")
+DONE = "model/done.json"
+RESULTS = ("model", "beside")
+MESSAGES = "messages"
+SNAPSHOTS = "snapshots"
+TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a job wrote of its own end."""
+
+    code: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FailedNode:
+    """The node that failed first; the others are ended because of it."""
+
+    name: str
+    code: int
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """One submission."""
+
+    folder: Path
+
+    @property
+    def job_id(self) -> str | None:
+        """Slurm's id; None where neither submitter nor job came to write it down."""
+        return _read(self.folder / "job_id") or None
+
+    def record(self, job_id: str) -> None:
+        """Writes the id down."""
+        (self.folder / "job_id").write_text(job_id, encoding="utf-8")
+
+    def lives(self) -> list[Path]:
+        """Its lives' folders, oldest first."""
+        found = [path for path in self.folder.iterdir() if path.name.isdigit()]
+        return sorted(found, key=lambda path: int(path.name))
+
+    def ended(self) -> Ended | None:
+        """How its last life ended, where that came to say so."""
+        lives = self.lives()
+        return ended(lives[-1]) if lives else None
+
+    def failed_node(self) -> FailedNode | None:
+        """Who failed first in its last life, where that can be told."""
+        lives = self.lives()
+        files = sorted(lives[-1].glob("node_*"), key=lambda path: path.stat().st_mtime_ns) if lives else []
+        ends = [_read(path).split() for path in files]
+        failed = [FailedNode(name, int(code)) for code, name in ends if int(code) not in (0, TERMINATED)]
+        return failed[0] if failed else None
+
+    def finished(self) -> Path | None:
+        """The newest life of which job and trainer both said that all went well."""
+        for life in reversed(self.lives()):
+            end = ended(life)
+            if end is not None and end.code == 0 and (life / DONE).is_file():
+                return life
+        return None
+
+    def hand_over(self, life: Path, folder: Folder) -> None:
+        """Puts what was read, and written in a life, where it belongs; it stays here, too."""
+        there = folder("job")
+        shutil.copytree(self.folder / "job", there, dirs_exist_ok=True)
+        for path in there.iterdir():
+            if path.suffix in (".json", ".yaml"):  # they name their own folder
+                text = path.read_text(encoding="utf-8")
+                path.write_text(text.replace(str(self.folder / "job"), str(there)), encoding="utf-8")
+        for name in RESULTS:
+            written = life / name
+            if written.is_dir():
+                shutil.copytree(written, folder(name), copy_function=_link, dirs_exist_ok=True)
+
+
+class Follower(dg.PipesMessageReader):
+    """Hands a job's messages to Dagster, and its output to a log, as far as they have come.
+
+    All lives are heard, one after the other, but they open once; and only the last one closes, when
+    the job is over. Files are opened anew for each look: a network file system shows then what
+    another machine has written.
+    """
+
+    def __init__(self, heard: Heard, log: Path):
+        self.job: SlurmJob | None = None  # until there is one
+        self._heard, self._log = heard, log
+        self._life, self._read, self._logged = 0, 0, 0
+        self._opened = False
+        self._closed: dict[str, Any] | None = None
+        self._handler: Any = None
+
+    @contextmanager
+    def read_messages(self, handler: Any) -> Iterator[Any]:
+        self._handler = handler
+        try:
+            yield to_file(MESSAGES)
+        finally:
+            self.look()
+            if self._closed is not None:
+                handler.handle_message(self._closed)
+
+    def look(self) -> None:
+        """Reads what is new."""
+        if self.job is None:
+            return
+        self._logged += _append(self.job.folder / "log", self._log, self._logged)
+        last = int(lives[-1].name) if (lives := self.job.lives()) else 0
+        self._messages(self.job)
+        while self._life < last:  # what was written before a life ended has been read now
+            self._life, self._read, self._closed, self._heard.exception = self._life + 1, 0, None, None
+            self._messages(self.job)
+
+    def no_messages_debug_text(self) -> str:
+        return "Attempted to read messages from a file in the job's folder."
+
+    def _messages(self, job: SlurmJob) -> None:
+        for line in new_lines(job.folder / str(self._life) / MESSAGES, self._read):
+            self._read += len(line)
+            message = json.loads(line)
+            self._heard.listen(message)
+            if message["method"] == "closed":
+                self._closed = message
+            elif message["method"] != "opened" or not self._opened:
+                self._opened = self._opened or message["method"] == "opened"
+                self._handler.handle_message(message)
+
+
+def ended(life: Path) -> Ended | None:
+    """What a job wrote of the end of a life."""
+    words = _read(life / "ended").split()
+    return Ended(int(words[0]), float(words[1])) if len(words) == 2 else None
+
+
+def each_launch(folder: Path) -> list[SlurmJob]:
+    """All submissions of a training, newest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if LAUNCH.fullmatch(path.name)]
+    return [SlurmJob(path) for path in sorted(found, reverse=True)]
+
+
+def _append(source: Path, log: Path, start: int) -> int:
+    """Copies what is new in one file to the end of another; how many bytes that were."""
+    try:
+        with source.open("rb") as stream:
+            stream.seek(start)
+            new = stream.read()
+    except FileNotFoundError:
+        return 0
+    if new:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as stream:
+            stream.write(new)
+    return len(new)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _link(source: str, target: str) -> Any:
+    """A second name of the same file, or a copy on another file system: models are large."""
+    copy: Callable[[str, str], Any] = shutil.copy2
+    try:
+        Path(target).unlink(missing_ok=True)
+        os.link(source, target)
+    except OSError:
+        return copy(source, target)
+    return target

@@ -1,0 +1,82 @@
+"""Which code, on which packages: computed once a process, written in manifests."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from textalign_dagster import PROJECT
+from textalign_dagster.ids import content_hash
+
+DISTRIBUTION = "textalign-dagster"
+PACKAGES = (
+    "accelerate",
+    "dagster",
+    "deepspeed",
+    "duckdb",
+    "numpy",
+    "peft",
+    "polars",
+    "pyarrow",
+    "pycodestyle",
+    "safetensors",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "trl",
+    "vllm",
+)
+"""Packages whose version can change what a stage computes."""
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """Versions of Python and of those of `PACKAGES` that are installed; nothing is imported."""
+    found = {"python": platform.python_version()}
+    for package in (DISTRIBUTION, *PACKAGES):
+        installed = _version(package)
+        if installed:
+            found[package] = installed
+    return found
+
+
+@functools.cache
+def environment_hash() -> str:
+    """One hash of `environment`: equal hashes, equal versions."""
+    return content_hash("environment", environment())
+
+
+@functools.cache
+def code_revision() -> str:
+    """The git commit of this checkout (``+changes``: tracked files differ), else its version."""
+    root = PROJECT
+    top = _git(root, "rev-parse", "--show-toplevel")
+    commit = _git(root, "rev-parse", "--verify", "HEAD")
+    if commit and top and Path(top) == root:
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        return f"{commit}+changes" if changed else commit
+    return _version(DISTRIBUTION) or "unknown"
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None  # no git here, or no repository: the version must do
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,236 @@
+"""What of a store could go: leftovers of interrupted work, and artifacts that no cell points at any more.
+
+Nothing is removed that a cell points at, nor what such an artifact was made from, however far back: a stale
+cell's inputs are no cell's output any more, and still tell where its numbers come from. The ledger of judge
+calls is no artifact, and stays.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from resources.store import ArtifactStore
+from resources.store.artifact import Artifact, artifact_folder, read_manifest
+from resources.store.attempts import NAME, living
+from resources.store.cleaning import REMOTE_LEFTOVER, sweep_artifact
+from resources.store.durable import ArtifactError, readable_errors
+from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, SAMPLED_CHUNK, STAGES
+
+CHUNKS, PARTS, ATTEMPTS, TRAININGS, UNREFERENCED = (
+    "chunks of samplings",
+    "parts of evaluations",
+    "dead attempts",
+    "unfinished trainings",
+    "artifacts without a cell",
+)
+WHY = {
+    CHUNKS: "of samplings that were interrupted; the same ones would go on from them",
+    PARTS: "samples of policies that no evaluation measures and no cell has any more",
+    ATTEMPTS: "of processes that were killed; nothing reads them",
+    TRAININGS: "snapshots of trainings that were interrupted; the same ones would go on from them",
+    UNREFERENCED: "no cell points at them, nor was anything made from them that a cell points at: settings that "
+    "were changed, samples drawn anew; going back to those settings would make them again",
+}
+"""Kind → why it could go."""
+
+Place = tuple[str, str]
+"""Stage and key of an artifact."""
+
+
+@dataclass(frozen=True)
+class Removable:
+    """Something that could go."""
+
+    kind: str
+    place: str  # where it is: a path or URL
+    bytes: int
+    written: datetime  # the last of it
+    artifact: Place | None = None  # that it is, or (an attempt) that it was to become
+
+
+@dataclass
+class Held:
+    """The files of one artifact and of the attempts at it."""
+
+    manifest: Mapping[str, Any] | None = None  # None: never published
+    attempts: dict[str, list[tuple[int, datetime]]] = field(default_factory=dict)
+
+    @property
+    def published(self) -> str | None:
+        return None if self.manifest is None else str(self.manifest["attempt"])
+
+
+def removable(
+    store: ArtifactStore, home: Path, *, older_than: timedelta, unreferenced: bool = False
+) -> list[Removable]:
+    """What could go, by kind.
+
+    Args:
+        home: with the folder ``unfinished`` of interrupted trainings.
+        older_than: what was written since is left out; dead attempts on this machine are known by their
+            locks, and need no age.
+        unreferenced: whether artifacts that no cell needs are listed too.
+
+    Raises:
+        ArtifactError: a manifest or a pointer cannot be read: then nobody knows what is needed.
+    """
+    held, latest = _held(store), datetime.now(UTC) - older_than
+    kept = _needed(store, held) if unreferenced else set(held)
+    kept_parts = _kept_parts(store, held, kept)
+    found = _trainings(home)
+    for place, one in held.items():
+        kind = _kind(place, kept, kept_parts)
+        if kind is not None and one.published is not None:
+            files = one.attempts.get(one.published) or [(0, latest)]
+            found.append(_listed(kind, store.storage.place(artifact_folder(*place)), files, place))
+    found = [one for one in found if one.written <= latest] + _dead_attempts(store, held, older_than)
+    return sorted(found, key=lambda one: (list(WHY).index(one.kind), one.place))
+
+
+def remove(store: ArtifactStore, found: Iterable[Removable], older_than: timedelta) -> None:
+    """Removes what `removable` found.
+
+    Raises:
+        ArtifactError: a process is writing into the store, or something cannot be removed.
+    """
+    refuse_while_written(store)
+    for one in found:
+        if one.kind == ATTEMPTS and one.artifact is not None:
+            sweep_artifact(store.storage, store.local, *one.artifact, max(older_than, REMOTE_LEFTOVER))
+        elif one.artifact is not None:
+            store.remove(*one.artifact)
+        else:
+            with readable_errors(Path(one.place), Path(one.place), "remove"):
+                shutil.rmtree(one.place)
+
+
+def refuse_while_written(store: ArtifactStore) -> None:
+    """Raises `ArtifactError` while a process on this machine makes an artifact."""
+    for folder in sorted(store.local.glob("artifacts/*/*/")):
+        for name in living(folder):
+            raise ArtifactError(
+                f"{folder / name} is being written by a process that is under way; nothing was removed: wait for "
+                "it, or end it"
+            )
+
+
+def forgotten(store: ArtifactStore, known: Iterable[str]) -> list[str]:
+    """Experiments that have cells, and are not among the known ones: their artifacts are needed all the same."""
+    return sorted(set(store.cells()["experiment"]).difference(known))
+
+
+def _held(store: ArtifactStore) -> dict[Place, Held]:
+    """Everything below ``artifacts/``, in the order of its names."""
+    held: dict[Place, Held] = {}
+    for path, facts in sorted(store.storage.entries("artifacts").items()):
+        parts = path.split("/")
+        if len(parts) >= 4:
+            one = held.setdefault((parts[1], parts[2]), Held())
+            if len(parts) > 4:
+                one.attempts.setdefault(parts[3], []).append(facts)
+    for place, manifest in zip(
+        held, store.each(lambda at: read_manifest(store.storage, *at), held), strict=True
+    ):
+        held[place].manifest = manifest
+    return held
+
+
+def _needed(store: ArtifactStore, held: Mapping[Place, Held]) -> set[Place]:
+    """What cells point at, and what that was made from."""
+    made: dict[str, list[Place]] = {}  # by what an artifact's inputs call it: its key, or its policy's hash
+    for place, one in held.items():
+        if one.manifest is not None:
+            made.setdefault(place[1], []).append(place)
+            policy = one.manifest["facts"].get("policy_hash")
+            if policy is not None:
+                made.setdefault(str(policy), []).append(place)
+    needed: set[Place] = set()
+    left: list[Place] = [(stage, key) for stage, key in store.cells().select("stage", "key").iter_rows()]
+    while left:
+        place = left.pop()
+        if place not in needed:
+            needed.add(place)
+            manifest = held[place].manifest if place in held else None
+            for key in (manifest or {"inputs": {}})["inputs"].values():
+                left += made.get(str(key), [])
+    return needed
+
+
+def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
+    """As what a published artifact could go; None: it stays."""
+    stage, _ = place
+    if stage == SAMPLED_CHUNK:
+        return CHUNKS
+    if stage in (EVALUATION_SAMPLING, EVALUATION_FLUENCY):
+        return None if place in kept_parts else PARTS
+    # What a later version of this project may keep under another name is not this one's to remove.
+    return UNREFERENCED if stage in STAGES and place not in kept else None
+
+
+def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Place]) -> set[Place]:
+    """The parts of evaluations that a later evaluation may begin with, as long as ``kept`` artifacts stay."""
+    policies: set[str] = set()
+    for place in kept:
+        manifest = held[place].manifest if place in held else None
+        if manifest is None or place[0] not in STAGES:
+            continue
+        policies.update(map(str, manifest["inputs"].values()))
+        policies.add(str(manifest["facts"].get("policy_hash")))
+        if place[0] == "evaluation":  # baselines and human answers are in its table only
+            artifact = Artifact(*place, manifest, True, store.storage, store.local)
+            policies.update(artifact.frame("scores")["policy_hash"])
+    samples = {
+        place for place, one in held.items()
+        if place[0] == EVALUATION_SAMPLING and one.manifest is not None and one.manifest["inputs"]["policy"] in policies
+    }  # fmt: skip
+    keys = {key for _, key in samples}
+    return samples | {
+        place for place, one in held.items()
+        if place[0] == EVALUATION_FLUENCY and one.manifest is not None and one.manifest["inputs"]["samples"] in keys
+    }  # fmt: skip
+
+
+def _dead_attempts(
+    store: ArtifactStore, held: Mapping[Place, Held], older_than: timedelta
+) -> list[Removable]:
+    """Attempts that nobody fills any more."""
+    found = []
+    for place, one in held.items():
+        parent = artifact_folder(*place)
+        alive = living(store.local / parent)
+        for name, files in one.attempts.items():
+            if not NAME.fullmatch(name) or name == one.published or name in alive:
+                continue
+            dead = _listed(ATTEMPTS, store.storage.place(f"{parent}/{name}"), files, place)
+            # On an object store only age tells that nobody uploads it.
+            if not store.is_remote or dead.written <= datetime.now(UTC) - max(older_than, REMOTE_LEFTOVER):
+                found.append(dead)
+    if store.is_remote:  # what was being filled on this machine, before it was uploaded
+        for folder in sorted(store.local.glob("artifacts/*/*/*/")):
+            place = (folder.parent.parent.name, folder.parent.name)
+            published = held[place].published if place in held else None
+            if NAME.fullmatch(folder.name) and folder.name not in {published, *living(folder.parent)}:
+                found.append(_listed(ATTEMPTS, str(folder), _files(folder), place))
+    return found
+
+
+def _trainings(home: Path) -> list[Removable]:
+    """Folders of interrupted trainings, each named by the key of its checkpoint."""
+    folders = sorted(path for path in (home / "unfinished").glob("*") if path.is_dir())
+    return [_listed(TRAININGS, str(folder), _files(folder), None) for folder in folders]
+
+
+def _files(folder: Path) -> list[tuple[int, datetime]]:
+    facts = [path.stat() for path in [folder, *folder.rglob("*")] if path.exists()]
+    return [(fact.st_size, datetime.fromtimestamp(fact.st_mtime, UTC)) for fact in facts]
+
+
+def _listed(
+    kind: str, place: str, files: Sequence[tuple[int, datetime]], artifact: Place | None
+) -> Removable:
+    return Removable(kind, place, sum(size for size, _ in files), max(when for _, when in files), artifact)

@@ -1,0 +1,8 @@
+"""The store's tables in DuckDB.
+
+From outside: this package. It reads `store` and the ledger of `judges`.
+"""
+
+from resources.views.database import TABLES, connect, write_catalog
+
+__all__ = ["TABLES", "connect", "write_catalog"]

@@ -1,0 +1,89 @@
+"""Where a worker runs, other than on this machine. The worker stays what it is: lines in, lines out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from resources.compute.pods import check_folders, check_kubernetes
+from resources.compute.slurm import check_slurm
+from resources.workers.kubernetes import KubernetesHost
+from resources.workers.slurm import SlurmHost
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.settings.clusters import RayNode, SlurmNode
+from textalign_dagster.settings.kubernetes import KubernetesPod
+
+
+class Host(Protocol):
+    """Starts workers somewhere; see `worker.Channel`."""
+
+    @property
+    def cpus(self) -> int | None:
+        """CPUs of a worker; None: as many as there are."""
+        ...
+
+    def start(
+        self, command: list[str], environment: Mapping[str, str]
+    ) -> tuple[str, list[str], dict[str, str] | None]:
+        """The name of a worker's job, the command that starts it, and that command's environment.
+
+        environment: what the worker needs beside what its machine gives it.
+        Of the result, an environment of None is this process' own.
+        """
+        ...
+
+    def end(self, name: str) -> None:
+        """Ends what a killed command may have left behind."""
+        ...
+
+
+@dataclass(frozen=True)
+class RayHost:
+    """A node of a Ray cluster; `ray_relay` carries the lines."""
+
+    settings: RayNode
+
+    @property
+    def cpus(self) -> int | None:
+        return max(1, int(self.settings.cpus))
+
+    def start(self, command: list[str], environment: Mapping[str, str]) -> tuple[str, list[str], None]:
+        told = json.dumps({**self.settings.model_dump(), "environment": dict(environment)})
+        return "", [sys.executable, "-P", "-m", "resources.workers.ray_relay", told, *command], None
+
+    def end(self, name: str) -> None:
+        """Nothing: Ray ends what its drivers leave behind."""
+
+
+def check_host(
+    launcher: str, slurm: SlurmNode, k8s: KubernetesPod, field: str, folders: Iterable[Path] = ()
+) -> str | None:
+    """What can be known of where workers are to run, in words; None: on this machine.
+
+    folders: what workers will read.
+
+    Raises:
+        SettingsError: they cannot run there; names the field.
+    """
+    if launcher == "slurm":
+        return check_slurm(slurm, field)
+    if launcher == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise SettingsError(f"{field}.launcher: ray needs the ray package: pip install -e '.[ray]'")
+        return f"ray {importlib.metadata.version('ray')}"
+    if launcher == "k8s":
+        check_folders(k8s, folders, field)
+        return check_kubernetes(k8s, field)
+    return None
+
+
+def host_of(launcher: str, slurm: SlurmNode, ray: RayNode, k8s: KubernetesPod) -> Host | None:
+    """Where a section with `launcher` and a section for each wants its workers; None: on this machine."""
+    hosts: dict[str, Host] = {"slurm": SlurmHost(slurm), "ray": RayHost(ray), "k8s": KubernetesHost(k8s)}
+    return hosts.get(launcher)

@@ -1,0 +1,228 @@
+"""A worker's pod as the relay knows it: until it runs, how it ended, and what others have left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import signal
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from resources.compute import pods
+from resources.workers.kubernetes import CONTAINER, MACHINE, PROCESS, delete, machine, process
+
+EVERY = 1.0  # seconds between two looks at the pod
+KEPT = timedelta(hours=1)  # for which a pod that has ended is left to whoever waits for it
+
+FAILED = 1  # exit code of a container that is lost without one of its own
+
+STUCK = (
+    "ErrImagePull",
+    "ImagePullBackOff",
+    "InvalidImageName",
+    "ErrImageNeverPull",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "RunContainerError",
+)
+"""Why a container waits, where waiting seldom helps."""
+
+
+class Lost(Exception):
+    """There is no pod to speak to; the message is a sentence."""
+
+
+class Unwanted(Exception):
+    """Whoever wanted the command is gone."""
+
+
+class Pod:
+    """The command's pod: where it is asked about."""
+
+    def __init__(self, core: Any, namespace: str, name: str, patience: float) -> None:
+        self.core, self.namespace, self.name, self.patience = core, namespace, name, patience
+
+    def look(self) -> Any:
+        """The pod as it is now; None: there is none.
+
+        Raises:
+            Lost: nobody answers.
+            Unwanted: see `pause`.
+        """
+        from kubernetes.client.exceptions import ApiException
+        from urllib3.exceptions import HTTPError
+
+        silent = Passing(self.patience)
+        while True:
+            try:
+                return self.core.read_namespaced_pod(
+                    self.name, self.namespace, _request_timeout=pods.ANSWER_SECONDS
+                )
+            except ApiException as error:
+                if error.status == 404:
+                    return None
+                why = pods.words(error)
+            except HTTPError as error:
+                why = str(error)
+            if silent.still(True):
+                raise Lost(f"the cluster does not say what becomes of pod {self.name} ({why})")
+            pause()
+
+    def wait_until_it_runs(self) -> None:
+        """Returns when the container runs; waits for a node as long as it takes.
+
+        Raises:
+            Lost: it will not.
+            Unwanted: see `pause`.
+        """
+        stuck = Passing(self.patience)
+        while True:
+            found = self.look()
+            if found is None:
+                raise Lost(f"pod {self.name} was deleted before it ran")
+            state = state_of(found)
+            if found.status.phase in ("Succeeded", "Failed") or (state and state.terminated):
+                said = self._said()
+                raise Lost(
+                    f"pod {self.name} ended before anybody could speak to it ({pods.ended(found)}){said}"
+                )
+            if state is not None and state.running is not None:
+                return
+            why = obstacle(found)
+            if stuck.still(why is not None):
+                raise Lost(f"pod {self.name} cannot start: {why}")
+            pause()
+
+    def outcome(self) -> int:
+        """The exit code for this process, once the container has one; says on stderr what there is to say.
+
+        Raises:
+            Lost: it has none, or ended though it was wanted.
+            Unwanted: see `pause`.
+        """
+        settling = Passing(self.patience)
+        while True:
+            found = self.look()
+            if found is None:
+                raise Lost(f"pod {self.name} is gone: it was deleted, or its node was lost")
+            if found.metadata.deletion_timestamp is not None:
+                raise Lost(f"pod {self.name} was deleted{disruption(found)}")
+            state = state_of(found)
+            ended = state.terminated if state is not None else None
+            if ended is not None or found.status.phase == "Failed":
+                break
+            if settling.still(True):
+                raise Lost(f"the connection to pod {self.name} broke off")
+            pause()
+        code = ended.exit_code if ended is not None else FAILED
+        if code == 0:  # workers end so when their stdin does
+            raise Lost(f"the connection to pod {self.name} broke off, and the worker ended with it")
+        told = f"pod {self.name}: {pods.ended(found)}"
+        if pods.OUT_OF_MEMORY in told:
+            told += "; it had less memory than it needs: raise k8s.memory, or give it less at a time"
+        print(told, file=sys.stderr)
+        known = code <= 128 or code - 128 in {*signal.Signals}
+        return code if known else FAILED
+
+    def _said(self) -> str:
+        """The end of what the container said, if anything."""
+        from kubernetes.client.exceptions import ApiException
+        from urllib3.exceptions import HTTPError
+
+        with contextlib.suppress(ApiException, HTTPError):
+            log = self.core.read_namespaced_pod_log(
+                self.name,
+                self.namespace,
+                container=CONTAINER,
+                tail_lines=5,
+                _request_timeout=pods.ANSWER_SECONDS,
+            )
+            return f": {log.strip()}" if log.strip() else ""
+        return ""
+
+
+class Passing:
+    """A trouble that may pass."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.since: float | None = None
+
+    def still(self, trouble: bool) -> bool:
+        """Whether it has lasted for as long as can be borne."""
+        if not trouble:
+            self.since = None
+            return False
+        now = time.monotonic()
+        self.since = now if self.since is None else self.since
+        return now - self.since >= self.patience
+
+
+def state_of(pod: Any) -> Any:
+    """The state of the worker's container (sites put others beside it); None: it has none yet."""
+    found = pod.status.container_statuses or []
+    return next((one.state for one in found if one.name == CONTAINER), None)
+
+
+def disruption(pod: Any) -> str:
+    """Why a pod had to go, where Kubernetes itself wanted its place, or its node's."""
+    conditions = pod.status.conditions or []
+    told = [one.message for one in conditions if one.type == "DisruptionTarget" and one.message]
+    return f" ({told[0]})" if told else ""
+
+
+def obstacle(pod: Any) -> str | None:
+    """What keeps a pod from starting, other than that it has to wait; in Kubernetes' words."""
+    for status in pod.status.container_statuses or []:
+        waiting = status.state.waiting
+        if waiting is not None and waiting.reason in STUCK:
+            return f"{waiting.reason}: {' '.join((waiting.message or '').split())[: pods.WORDS]}".rstrip(": ")
+    for condition in pod.status.conditions or []:
+        # A claim that does not exist is told as if the pod only waited for a node.
+        missing = "persistentvolumeclaim" in (condition.message or "") and "not found" in condition.message
+        if condition.type == "PodScheduled" and condition.status == "False" and missing:
+            return str(condition.message)
+    return None
+
+
+def pause() -> None:
+    """Waits for a moment.
+
+    Raises:
+        Unwanted: stdin has ended. What came on it is left there.
+    """
+    poll = select.poll()
+    poll.register(0, 0)
+    if any(event & select.POLLHUP for _, event in poll.poll(EVERY * 1000)):
+        raise Unwanted
+
+
+def end_abandoned(core: Any, namespace: str) -> None:
+    """Deletes pods of processes on this machine that are gone, and what others have left lying for long."""
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    with contextlib.suppress(ApiException, HTTPError):
+        found = core.list_namespaced_pod(
+            namespace, label_selector=MACHINE, _request_timeout=pods.ANSWER_SECONDS
+        )
+        for pod in found.items:
+            if pod.metadata.deletion_timestamp is None and is_abandoned(pod):
+                delete(core, pod.metadata.name, namespace)
+
+
+def is_abandoned(pod: Any) -> bool:
+    """Whether nobody waits for a worker's pod any more."""
+    labels: dict[str, str] = pod.metadata.labels
+    if labels[MACHINE] == machine():
+        wanted_by = labels.get(PROCESS, "")
+        pid = wanted_by.partition("-")[0]
+        return pid.isdigit() and process(int(pid)) != wanted_by
+    ends: list[datetime] = [
+        status.state.terminated.finished_at
+        for status in pod.status.container_statuses or []
+        if status.state.terminated is not None and status.state.terminated.finished_at is not None
+    ]
+    return bool(ends) and max(ends) < datetime.now(UTC) - KEPT

@@ -1,0 +1,134 @@
+"""Adapters that the vLLM engine serves: a real engine on the CPU, beside the embedded one with merged weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resources.engines.sampler import Adapted, Decoding, Model, Request, SamplerError
+from resources.engines.transformers.sampler import TransformersSampler
+from resources.engines.vllm.adapters import content_of, linear_modules
+from resources.engines.vllm.sampler import VllmSampler
+from tests.resources.engines import tiny_models, vllm_models
+from tests.resources.engines.random_adapters import Adapter, save_adapter
+
+peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
+
+LONG = "class Thing:\n    value = 3  # a number\n" * 20  # more than a block of vLLM's cache
+REQUESTS = [Request("def add(a, b):", (1, 2)), Request("for name in", (3,)), Request(LONG, (4, 5, 6))]
+PAIRS = [("def add(a, b):", "\n    return a"), (LONG, "x"), (LONG, "class Thing"), ("y", "")]
+GREEDY = Decoding(temperature=0, max_new_tokens=16)
+WARM = Decoding(temperature=1.0, top_p=0.95, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vllm_models.save(
+        tmp_path_factory.mktemp("models") / "base", "llama", tiny_models.tokenizer(), context=1024
+    )
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
+    return [save_adapter(base, tmp_path_factory.mktemp(f"adapter{seed}"), seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VllmSampler]:
+    vllm_models.needed()
+    with VllmSampler(threads=1, batch_size=64, max_lora_rank=3) as opened:
+        yield opened
+
+
+def agree(engine: VllmSampler, embedded: TransformersSampler, served: Model, merged: Path) -> None:
+    """Both engines draw the same greedy tokens, as likely, and find the same texts as likely."""
+    ours, theirs = engine.generate(served, REQUESTS, GREEDY), embedded.generate(merged, REQUESTS, GREEDY)
+    vllm_models.same(ours, theirs, within=1e-3)
+    found, wanted = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
+    assert [count for _, count in found] == [count for _, count in wanted]
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-3)
+
+
+def test_what_is_served_is_what_is_merged(
+    engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter]
+) -> None:
+    """Adapters and none in turn, in one engine: nobody reads what another has left in the cache of prompts."""
+    one, two, three = adapters
+    agree(engine, embedded, base, base)
+    started = vllm_models.process(engine)
+    for which in (one, two, one, three):
+        agree(engine, embedded, which.served, which.merged)
+    agree(engine, embedded, base, base)
+    agree(engine, embedded, two.served, two.merged)
+    assert vllm_models.process(engine) == started
+    # The three do differ, and from the base.
+    said = [engine.logprobs(which, PAIRS)[0][0] for which in (base, *(a.served for a in adapters))]
+    assert min(abs(a - b) for i, a in enumerate(said) for b in said[:i]) > 0.01
+
+
+def test_what_is_served_is_what_this_engine_gives_to_merged_weights(
+    engine: VllmSampler, adapters: list[Adapter]
+) -> None:
+    served = engine.generate(adapters[0].served, REQUESTS, WARM)
+    assert engine.generate(adapters[0].served, REQUESTS, WARM) == served
+    with VllmSampler(threads=1, batch_size=64) as plain:
+        assert "adapters" in engine.engine_version and "adapters" not in plain.engine_version
+        merged = plain.generate(adapters[0].merged, REQUESTS, WARM)
+        with pytest.raises(
+            SamplerError, match=r"engine vllm was not started for adapters; set sampling.adapters"
+        ):
+            plain.generate(adapters[0].served, REQUESTS, WARM)
+    assert [[one.text for one in row] for row in merged] == [[one.text for one in row] for row in served]
+
+
+def test_another_adapter_in_the_same_place(
+    engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    place = Adapted(base, Path(shutil.copytree(adapters[0].served.adapter, tmp_path / "adapter")))
+    agree(engine, embedded, place, adapters[0].merged)
+    name = content_of(place.adapter)
+    shutil.copytree(adapters[1].served.adapter, place.adapter, dirs_exist_ok=True)
+    assert content_of(place.adapter) != name
+    agree(engine, embedded, place, adapters[1].merged)
+
+
+def test_other_weights_below_the_adapter(
+    engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    agree(engine, embedded, adapters[0].served, adapters[0].merged)
+    started = vllm_models.process(engine)
+    other = vllm_models.save(tmp_path / "other", "llama", tiny_models.tokenizer(), seed=7, context=1024)
+    agree(engine, embedded, other, other)
+    above = save_adapter(other, tmp_path, 5)
+    agree(engine, embedded, above.served, above.merged)
+    agree(engine, embedded, adapters[0].served, adapters[0].merged)
+    assert vllm_models.process(engine) == started
+
+
+def test_what_cannot_be_served_is_told(
+    engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
+) -> None:
+    engine.generate(base, REQUESTS, GREEDY)
+    started = vllm_models.process(engine)
+    large = save_adapter(base, tmp_path / "large", 0, rank=9)
+    with pytest.raises(
+        SamplerError, match=r"cannot serve the adapter .*rank 9 is greater than max_lora_rank 8"
+    ):
+        engine.generate(large.served, REQUESTS, GREEDY)
+    head = save_adapter(base, tmp_path / "head", 0, targets=["q_proj", "lm_head"])
+    with pytest.raises(SamplerError, match=r"would leave out parts of the adapter .* \(lm_head"):
+        engine.logprobs(head.served, PAIRS)
+    with pytest.raises(SamplerError, match=r"nowhere is not a folder; train the checkpoint again"):
+        engine.logprobs(Adapted(base, tmp_path / "nowhere"), PAIRS)
+    with pytest.raises(SamplerError, match=r"engine transformers was not started for adapters"):
+        embedded.logprobs(adapters[0].served, PAIRS)
+    agree(engine, embedded, adapters[2].served, adapters[2].merged)
+    assert vllm_models.process(engine) == started
+
+
+def test_all_linear_is_what_peft_calls_so(base: Path, adapters: list[Adapter]) -> None:
+    found = peft.LoraConfig.from_pretrained(str(adapters[0].served.adapter)).target_modules
+    assert linear_modules(base, trust_remote_code=False) == sorted({name.split(".")[-1] for name in found})

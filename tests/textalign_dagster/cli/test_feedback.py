@@ -1,0 +1,64 @@
+"""The commands that read other projects' feedback, on small files worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from textalign_dagster.cli.main import main
+
+RATINGS = "Name a fruit.,,apple,7\nName a fruit.,,stone,1\nName a fruit.,,pear,7\n"
+RANKINGS = "Name a fruit.,,apple,stone,(a)\nName a fruit.,,apple,pear,equal\nName a fruit.,,stone,pear,(a)\n"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[str, str]:
+    ratings, rankings = tmp_path / "ratings.csv", tmp_path / "rankings.csv"
+    ratings.write_text(RATINGS, encoding="utf-8")
+    rankings.write_text(RANKINGS, encoding="utf-8")
+    return str(ratings), str(rankings)
+
+
+def textalign(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments)
+
+
+def consistency(files: tuple[str, str], *more: str) -> Result:
+    formats = ("--ratings-format", "sparse_ratings", "--rankings-format", "sparse_rankings")
+    return textalign("consistency", *files, *formats, *more)
+
+
+def test_consistency_by_hand(files: tuple[str, str]) -> None:
+    # apple 7 > stone 1: (a), agreed. apple 7 = pear 7: equal, agreed. stone 1 < pear 7, but ranked (a).
+    found = json.loads(consistency(files, "--json").stdout)
+    agreement = found["agreement"]
+    assert agreement["agreement"]["value"] == pytest.approx(2 / 3)
+    assert agreement["decisive"]["value"] == pytest.approx(1 / 2)
+    assert sum(map(sum, agreement["matrix"])) == 3
+    assert found["coverage"] == {"pairs": 3, "ranked": 3, "rated": 3, "both": 3}
+
+
+def test_consistency_is_told(files: tuple[str, str]) -> None:
+    told = consistency(files).stdout
+    assert "agreement: 0.667, n = 3" in told
+    assert "agreement where both decide: 0.500, n = 2" in told
+
+
+def test_two_files_of_ratings_are_no_comparison(files: tuple[str, str]) -> None:
+    refused = textalign("consistency", files[0], files[0], "--ratings-format", "sparse_ratings",
+                        "--rankings-format", "sparse_ratings")  # fmt: skip
+    assert refused.exit_code == 1 and "holds no rankings" in refused.stderr
+
+
+def test_refused_rows_stop_an_import(files: tuple[str, str], tmp_path: Path) -> None:
+    ratings = Path(files[0])
+    ratings.write_text(RATINGS + "Name a fruit.,,plum\n", encoding="utf-8")
+    target = tmp_path / "plain.parquet"
+    refused = textalign("import", str(ratings), str(target), "--format", "sparse_ratings")
+    assert refused.exit_code == 1 and "1 of 4 rows" in refused.stderr and "line 4" in refused.stdout
+    assert not target.exists()
+    done = textalign("import", str(ratings), str(target), "--format", "sparse_ratings", "--skip-refused")
+    assert done.exit_code == 0 and target.exists()

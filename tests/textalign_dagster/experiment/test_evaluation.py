@@ -1,0 +1,180 @@
+"""Which prompts and conditions an evaluation has, and what is refused before anything is sampled."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from textalign_dagster import PROJECT
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import (
+    Asked,
+    check_evaluation,
+    conditions,
+    evaluation_prompts,
+    evaluation_scorer,
+    evaluation_source,
+    max_new_tokens,
+    reference_answers,
+)
+from textalign_dagster.settings import SettingsError, merge, parse_yaml, validate
+
+
+def experiment(**changes: object) -> Experiment:
+    least = {
+        "task": "pep8",
+        "method": {"name": "alt_lmu", "ask_for": "good", "probe": ["bad", "odd"]},
+        "policy": {"model": "m"},
+    }
+    found: Experiment = validate(Experiment, merge(least, changes), "x")
+    return found
+
+
+def test_the_exemplar_comes_first_then_the_probes() -> None:
+    mine = experiment()
+    assert conditions(mine, 0) == [Asked(None, "main")]
+    assert conditions(mine, 1) == [Asked("good", "main"), Asked("bad", "probe"), Asked("odd", "probe")]
+    assert conditions(experiment(evaluation={"probe": False}), 2) == [Asked("good", "main")]
+    assert conditions(experiment(method={"name": "no_feedback"}), 2) == [Asked(None, "main")]
+
+
+def prompt_files(tmp_path: Path, train: list[str], held_out: list[str]) -> dict[str, dict[str, object]]:
+    for name, prompts in (("train", train), ("held_out", held_out)):
+        pl.DataFrame({"prompt": prompts}).write_csv(tmp_path / f"{name}.csv")
+    return {
+        "prompts": {"path": str(tmp_path / "train.csv")},
+        "evaluation": {"path": str(tmp_path / "held_out.csv"), "prompts": 2, "samples_per_prompt": 3},
+    }
+
+
+def test_held_out_prompts_have_seeds_that_do_not_depend_on_the_iteration(tmp_path: Path) -> None:
+    files = prompt_files(tmp_path, ["a"], ["x", "y", "z"])
+    found = evaluation_prompts(experiment(**files))
+    assert found["prompt"].to_list() == ["x", "y"]
+    assert found.columns == ["prompt_id", "prompt", "reference", "seeds"]
+    seeds = found["seeds"].explode()
+    assert len(seeds) == seeds.n_unique() == 6
+    assert found.equals(evaluation_prompts(experiment(**files)))
+    assert not seeds.equals(evaluation_prompts(experiment(**files, seed=1))["seeds"].explode())
+    assert evaluation_source(found) == evaluation_source(evaluation_prompts(experiment(**files, seed=1)))
+
+
+def test_a_prompt_in_both_files_is_contamination(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        evaluation_prompts(experiment(**prompt_files(tmp_path, ["a", "y"], ["x", "y"])))
+    assert str(caught.value) == (
+        f"evaluation.path: 1 prompts of {tmp_path / 'held_out.csv'} are trained on too, e.g. 'y'; "
+        "remove them from one of the files"
+    )
+
+
+def test_a_file_of_the_tasks_own_evaluation_prompts_cannot_be_trained_on(tmp_path: Path) -> None:
+    own = experiment().task.prompts("evaluation")["prompt"].to_list()
+    pl.DataFrame({"prompt": own[:1]}).write_csv(tmp_path / "train.csv")
+    with pytest.raises(SettingsError, match="the held-out prompts of task pep8 are trained on too"):
+        evaluation_prompts(experiment(prompts={"path": str(tmp_path / "train.csv")}))
+
+
+def test_too_few_prompts(tmp_path: Path) -> None:
+    with pytest.raises(
+        SettingsError, match=r"evaluation\.prompts: 2 wanted, but there are 1 in .*held_out\.csv"
+    ):
+        evaluation_prompts(experiment(**prompt_files(tmp_path, ["a"], ["x"])))
+
+
+def answered(tmp_path: Path, references: list[str | None]) -> dict[str, dict[str, object]]:
+    files = prompt_files(tmp_path, ["a"], ["x"])
+    prompts = [f"x{i}:" for i in range(len(references))]
+    pl.DataFrame({"prompt": prompts, "reference": references}).write_parquet(tmp_path / "answered.parquet")
+    return merge(
+        files, {"evaluation": {"path": str(tmp_path / "answered.parquet"), "prompts": len(references)}}
+    )
+
+
+def test_other_references_are_another_source(tmp_path: Path) -> None:
+    one = evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "b"]))))
+    assert one != evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "c"]))))
+
+
+def test_a_reference_follows_its_prompt_as_a_sample_does(tmp_path: Path) -> None:
+    found = reference_answers(
+        evaluation_prompts(experiment(**answered(tmp_path, ["one", " two", None, " "])))
+    )
+    assert found.select("prompt", "reference", "text").rows() == [
+        ("x0:", "one", " one"),
+        ("x1:", " two", " two"),
+    ]
+    ended = pl.DataFrame({"prompt_id": ["i"], "prompt": ["ends\n"], "reference": ["one"]})
+    assert reference_answers(ended)["text"].to_list() == ["one"]
+
+
+PATTERNS = {"name": "patterns", "keywords": ["bad"]}
+
+
+def test_the_evaluations_scorer_goes_before_the_experiments() -> None:
+    assert evaluation_scorer(experiment()) is None
+    rewards = {"method": {"name": "quark"}, "scorer": PATTERNS}
+    found = evaluation_scorer(experiment(**rewards))
+    assert found is not None and found.name == "patterns"
+    other = evaluation_scorer(experiment(**rewards, evaluation={"scorer": {"name": "pii"}}))
+    assert other is not None and other.name == "pii"
+
+
+JUDGE = {"model": "m", "api_key_env": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "references", "says"),
+    [
+        ({"sampling": {"max_new_tokens": 8, "min_new_tokens": 5}, "evaluation": {"max_new_tokens": 4}}, ["a", "b"],
+         "evaluation.max_new_tokens: 4, but sampling.min_new_tokens is 5; raise it, or lower that one"),
+        ({"evaluation": {"baselines": {"people": "references"}}}, [None, " "],
+         "evaluation.baselines.people: the held-out prompts have no references; give a file with a column"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "win", "ask": "rating"}}}, ["a", "b"],
+         "evaluation.judge.ask: 'rating', but the template win asks for 'win'; make them agree"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "ranking", "ask": "ranking"}}}, ["a", "b"],
+         "evaluation.judge.ask: ranking compares a policy's samples with each other"),
+        ({"evaluation": {"judge": {**JUDGE, "template": "win", "ask": "win"}}}, [None, None],
+         "evaluation.judge.ask: win compares with references, and the held-out prompts have none"),
+        ({"evaluation": {"judge": {"model": "m", "api_key_env": "NO_SUCH_KEY", "template": "win", "ask": "win"}}},
+         ["a", "b"], "evaluation.judge.api_key_env: the environment variable NO_SUCH_KEY is not set"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_measured_is_refused_before_sampling(
+    tmp_path: Path, changes: dict[str, object], references: list[str | None], says: str
+) -> None:
+    with pytest.raises(SettingsError) as caught:
+        check_evaluation(experiment(**merge(answered(tmp_path, references), changes)))
+    assert str(caught.value).startswith(says)
+
+
+def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
+    imported = {"name": "imported", "path": "feedback_{iteration}.jsonl", "format": "plain", "kind": "reward"}
+    rewards = {"method": {"name": "quark"}}
+    assert evaluation_scorer(experiment(**rewards, scorer=imported)) is None
+    files = merge(answered(tmp_path, ["a", "b"]), {"evaluation": {"scorer": imported}})
+    with pytest.raises(SettingsError, match=r"^evaluation\.scorer: feedback that was collected elsewhere"):
+        check_evaluation(experiment(**files))
+
+
+def test_the_example_of_the_docs() -> None:
+    page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
+    assert found.baselines == {"SFT": "/models/sft", "people": "references"}
+    assert found.judge is not None and found.scorer is not None
+
+
+def test_what_can_be_measured_is_not_refused(tmp_path: Path) -> None:
+    settings = {
+        "max_new_tokens": 4,
+        "baselines": {"people": "references"},
+        "judge": {**JUDGE, "template": "win", "ask": "win"},
+    }
+    mine = experiment(**merge(answered(tmp_path, ["a", None]), {"evaluation": settings}))
+    check_evaluation(mine)
+    assert max_new_tokens(mine) == 4
+    assert max_new_tokens(experiment(sampling={"max_new_tokens": 9})) == 9

@@ -1,0 +1,164 @@
+"""Methods, by hand: labels, conditions, what is asked for, tokens of their own."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from textalign_dagster.methods import AltLMC, AltLMU, AltRM, AnyMethod, Method, NoFeedback, Quark, SteerLM
+from textalign_dagster.methods.base import VARIED
+from textalign_dagster.pool.conditioning import render
+
+ROWS = pl.DataFrame(
+    {
+        "sample_id": list("abcdefgh"),
+        "prompt_id": ["p"] * 8,
+        "value": [3.0, 0.0, 2.9, 4.0, -1.0, None, 3.0, None],
+        "text": ["no issues", "E1", "E2", "beyond", "below", None, "judge failed", ""],
+        "label": ["Harmful", "harmful", None, "Harmless and helpful", "", None, "Harmful", "Harmful."],
+        "status": ["ok", "ok", "ok", "ok", "ok", "failed", "unparseable", "ok"],
+    }
+)
+METHODS: list[Method] = [
+    AltLMU(ask_for="no issues", probe=("E1", "E2")),
+    AltLMC(),
+    AltRM(),
+    Quark(),
+    SteerLM(),
+    NoFeedback(),
+]
+
+
+def test_every_method_is_in_this_file() -> None:
+    union = get_args(AnyMethod)[0]
+    assert {type(method) for method in METHODS} == set(get_args(union))
+    assert len({method.name for method in METHODS}) == len(METHODS)
+
+
+def test_alt_lmu_labels_by_score_and_conditions_on_words() -> None:
+    found = METHODS[0].label(ROWS)
+    assert found["label"].to_list() == ["3", "0", "2", None, None, None, None, None]
+    assert found["condition"].to_list() == ["no issues", "E1", "E2", None, None, None, None, None]
+    assert found.schema["label"] == found.schema["condition"] == pl.String
+
+
+def test_alt_lmu_scores_are_those_of_the_experiment() -> None:
+    method = AltLMU(ask_for="x", scores=(4, 0, -1))
+    assert method.buckets == ("4", "0", "-1")
+    assert method.label(ROWS)["label"].to_list() == [None, "0", None, "4", "-1", None, None, None]
+
+
+def test_alt_lmu_asks_for_an_exemplar_and_probes_others() -> None:
+    method = METHODS[0]
+    assert (method.exemplar, method.probes, method.wants) == ("no issues", ("E1", "E2"), "text")
+    assert method.special_tokens == ()
+    assert method.ranking is None
+    assert render(method.template, "no issues", "P") == "feedback: no issues input: P"
+
+
+def test_alt_lmc_conditions_on_its_own_categories_only() -> None:
+    method = AltLMC()
+    found = method.label(ROWS)
+    assert found["label"].to_list() == ["Harmful", None, None, "Harmless and helpful", None, None, None, None]
+    assert found["condition"].to_list() == found["label"].to_list()
+    assert (method.exemplar, method.wants) == ("Harmless and very helpful", "category")
+    assert method.probes == method.buckets[1:]
+    assert render(method.template, "Harmful", "P") == "Harmful.\n\nP"
+    with pytest.raises(ValidationError, match="a category is listed twice"):
+        AltLMC(categories=("a", "a"))
+
+
+def test_quark_has_a_token_a_quantile() -> None:
+    method = Quark(count=3)
+    tokens = ("_QUANTILE_TOKEN_0_", "_QUANTILE_TOKEN_1_", "_QUANTILE_TOKEN_2_")
+    assert method.buckets == method.special_tokens == tokens
+    assert (method.exemplar, method.probes, method.wants) == (tokens[0], tokens[1:], "reward")
+    assert method.ranking == method.quantiles
+    assert render(method.template, tokens[0], "P") == "_QUANTILE_TOKEN_0_P"
+
+
+def test_alt_rm_has_a_phrase_a_quantile() -> None:
+    method = AltRM(phrases=("good", "bad"))
+    assert method.buckets == ("good", "bad")
+    assert (method.exemplar, method.probes, method.wants) == ("good", ("bad",), "reward")
+    assert method.special_tokens == ()
+    assert render(method.template, "good", "P") == "good input: P"
+
+
+def test_no_feedback_trains_on_everything_alike() -> None:
+    method = NoFeedback()
+    assert (method.wants, method.exemplar, method.probes, method.ranking) == (None, None, (), None)
+    found = method.label(ROWS)
+    assert set(found["label"]) == {"own sample"} == set(method.buckets)
+    assert found["condition"].null_count() == ROWS.height
+    assert found.schema["condition"] == pl.String
+
+
+CLOSED = [AltLMC(), AltRM(), Quark()]
+
+
+@pytest.mark.parametrize("method", CLOSED, ids=lambda method: method.name)
+def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
+    kind = type(method)
+    assert method == kind.model_validate({"exemplar": "best"})
+    assert method.exemplar == method.buckets[0]
+    assert method.sweep == method.buckets
+    none = kind.model_validate({"exemplar": "none"})
+    assert (none.exemplar, none.sweep) == (None, ())
+    worst = kind.model_validate({"exemplar": "static", "ask_for": method.buckets[-1]})
+    assert worst.exemplar == method.buckets[-1]
+    assert worst.probes == method.buckets[:-1]
+    assert worst.sweep == method.buckets  # best first, whatever is asked for
+    with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* say `exemplar: best`"):
+        kind.model_validate({"exemplar": "varied"})
+    with pytest.raises(ValidationError, match=r"'superb' is no condition that .* trains under; one of: "):
+        kind.model_validate({"exemplar": "static", "ask_for": "superb"})
+    with pytest.raises(ValidationError, match=r"ask_for\n +Field required"):
+        kind.model_validate({"exemplar": "static"})
+
+
+def test_exemplars_of_alt_lmu() -> None:
+    static = AltLMU(ask_for="good", probe=("fair", "bad"))
+    assert static == AltLMU.model_validate(
+        {"exemplar": "static", "ask_for": "good", "probe": ["fair", "bad"]}
+    )
+    assert static.sweep == ("good", "fair", "bad")
+    varied = AltLMU.model_validate({"exemplar": "varied", "probe": ["fair"]})
+    assert (varied.exemplar, varied.sweep) == (VARIED, (VARIED, "fair"))
+    none = AltLMU.model_validate({"exemplar": "none", "ask_for": "good"})
+    assert (none.exemplar, none.sweep) == (None, ())
+    for given, told in (
+        ({"exemplar": "best"}, "say `static` .* or `varied`"),
+        ({}, "ask_for\n +Field required"),
+        ({"ask_for": "  "}, "blank; it would ask for nothing"),
+        ({"exemplar": "all", "ask_for": "x"}, "'none', 'best', 'static' or 'varied'"),
+        ({"exemplar": "none", "exemplar_policy": "none"}, "one setting; remove one of them"),
+    ):
+        with pytest.raises(ValidationError, match=told):
+            AltLMU.model_validate(given)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_a_method_comes_back_from_its_own_settings(method: Method) -> None:
+    assert type(method).model_validate(method.model_dump()) == method
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_what_holds_of_every_method(method: Method) -> None:
+    assert len(set(method.buckets)) == len(method.buckets) > 0
+    assert all(isinstance(bucket, str) and bucket for bucket in method.buckets)
+    assert method.exemplar not in method.probes
+    assert (method.exemplar is None) == (method.wants is None)
+    assert set(method.special_tokens) <= set(method.buckets)
+    assert method.sweep == (() if method.exemplar is None else (method.exemplar, *method.probes))
+    assert type(method).__doc__
+    if method.ranking is None:
+        empty = method.label(ROWS.head(0))
+        assert empty.is_empty()
+        assert {"label", "condition"} <= set(empty.columns)
+    else:
+        with pytest.raises(NotImplementedError):
+            method.label(ROWS)

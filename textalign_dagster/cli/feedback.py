@@ -1,0 +1,285 @@
+"""The commands about feedback: what it will take, other projects' files in and out, how consistent it is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from textalign_dagster.cli.command import library_of, open_store, print_json, readable
+from textalign_dagster.settings import SettingsError
+
+if TYPE_CHECKING:
+    from textalign_dagster.judging.agreement import Agreement
+    from textalign_dagster.measures.statistics import Estimate
+
+FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "plain")
+ALT_STAGES = ("prompts", "samples", "feedback", "toxicity")
+FILE = click.Path(path_type=Path, dir_okay=False)
+
+
+@click.command()
+@click.argument("experiment")
+@click.option(
+    "--iteration", "-k", type=click.IntRange(min=1), default=1, show_default=True, help="Which iteration."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def forecast(experiment: str, iteration: int, as_json: bool) -> None:
+    """What judging an iteration will take: calls, tokens, money, time, and what is paid already.
+
+    Calls nobody. Exact in calls once the iteration's samples exist; an upper bound before.
+
+    \b
+    Example:
+      textalign forecast my_experiment --iteration 2
+    """
+    from textalign_dagster.reports.forecasting import forecast_iteration
+
+    library, name = library_of(experiment)
+    found = forecast_iteration(open_store(), name, library.load(name), iteration)
+    if as_json:
+        print_json(found)
+        return
+    bound = "" if found["samples_exist"] else " at most (the samples do not exist yet)"
+    click.echo(
+        f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already"
+    )
+    click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
+    for title, key, unit in (
+        ("tokens out, at most", "tokens_out_max", ""),
+        ("tokens out, expected", "tokens_out_expected", ""),
+        ("USD, at most", "usd_max", ""),
+        ("USD, expected", "usd_expected", ""),
+        ("seconds", "seconds", ""),
+    ):
+        value = found[key]
+        click.echo(f"{title}: {'not known' if value is None else f'{value:,.4g}{unit}'}")
+
+
+@click.command("export")
+@click.argument("experiment")
+@click.argument("path", type=FILE)
+@click.option("--iteration", "-k", type=click.IntRange(min=1), required=True, help="Which iteration.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    default="plain",
+    show_default=True,
+    help="alt, cut, sparse_ratings, sparse_rankings or plain.",
+)
+@click.option(
+    "--stage",
+    type=click.Choice(ALT_STAGES),
+    metavar="STAGE",
+    default="feedback",
+    show_default=True,
+    help="With --format alt: prompts, samples (under conditioned prompts), feedback or toxicity.",
+)
+@readable
+def export_feedback(experiment: str, path: Path, iteration: int, format_name: str, stage: str) -> None:
+    """Writes an iteration's samples and feedback to PATH, in another project's format.
+
+    alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
+    sparse_rankings that of a judge's comparisons; plain: one judgement a row, .jsonl or .parquet. Says what the
+    format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
+
+    \b
+    Examples:
+      textalign export pep8_alt_lmu feedback.jsonl --iteration 1 --format alt
+      textalign export pep8_alt_lmu samples.jsonl --iteration 1 --format alt --stage samples
+    """
+    from resources.stored_feedback import judgements_of, unjudged_samples
+    from textalign_dagster.judging.convert import write_feedback
+    from textalign_dagster.judging.plain_files import write_unjudged
+
+    library, name = library_of(experiment)
+    settings = library.load(name)
+    store = open_store()
+    if stage != "feedback":
+        if format_name != "alt":
+            raise SettingsError(f"--stage {stage}: only --format alt has such a file")
+        from textalign_dagster.cli.alt_exchange import export_alt
+
+        try:
+            click.echo(export_alt(store, name, settings, iteration, stage, path).summary())
+        except ValueError as error:
+            raise SettingsError(f"--stage {stage}: {error}") from None
+        return
+    unjudged = unjudged_samples(store, name, iteration)
+    if unjudged is not None:
+        if format_name != "plain":
+            raise SettingsError(
+                f"{name}, iteration {iteration}, has no feedback yet; --format plain writes its samples, to be judged"
+            )
+        click.echo(f"no feedback yet, samples only: {write_unjudged(path, unjudged).summary()}")
+        return
+    found = judgements_of(store, name, iteration)
+    if format_name == "sparse_rankings" and found.pairs is None:
+        raise SettingsError(
+            f"--format {format_name}: the judge of {name} compared no samples; `judge.ask: ranking` does"
+        )
+    try:
+        done = write_feedback(path, format_name, found.samples, found.feedback, found.pairs)
+    except ValueError as error:
+        raise SettingsError(f"--format {format_name}: {error}") from None
+    click.echo(done.summary())
+
+
+@click.command("import")
+@click.argument("path", type=FILE)
+@click.argument("target", type=FILE)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    required=True,
+    help="alt, cut, sparse_ratings, sparse_rankings or plain.",
+)
+@click.option(
+    "--template",
+    help="With --format alt: how the file's prompts carry their condition, e.g. '{condition} input: {prompt}'.",
+)
+@click.option("--skip-refused", is_flag=True, help="Write the good rows although others are refused.")
+@readable
+def import_feedback(
+    path: Path, target: Path, format_name: str, template: str | None, skip_refused: bool
+) -> None:
+    """Reads feedback collected elsewhere from PATH, checks it, and writes it to TARGET in the plain format.
+
+    TARGET ends in .jsonl or .parquet: one judgement a row. Rows that cannot be read are told with line, reason
+    and example, and stop the import. ALT's files are read at every stage: of prompts, TARGET is a file for
+    `prompts.path`.
+
+    \b
+    Example:
+      textalign import ratings.csv ratings.parquet --format sparse_ratings
+    """
+    from textalign_dagster.judging.alt_prompts import ImportedPrompts, alt_stage, read_alt_prompts
+    from textalign_dagster.judging.convert import Imported, read_feedback, write_feedback
+
+    found: Imported | ImportedPrompts
+    if format_name != "alt":
+        if template is not None:
+            raise SettingsError(
+                f"--template: files of format {format_name} carry no conditions; leave it out"
+            )
+        found = read_feedback(path, format_name)
+    elif alt_stage(path) == "prompts":
+        found = read_alt_prompts(path, template=template)
+    else:
+        found = read_feedback(path, format_name, template=template)
+    click.echo(found.summary())
+    if found.refused and not skip_refused:
+        raise SettingsError(
+            f"{path}: {len(found.refused)} of {found.rows} rows are refused and nothing was written; mend them, or "
+            "give --skip-refused"
+        )
+    if isinstance(found, ImportedPrompts):
+        from textalign_dagster.cli.alt_exchange import write_prompts
+
+        click.echo(write_prompts(target, found).summary())
+        return
+    click.echo(write_feedback(target, "plain", found.samples, found.feedback, found.pairs).summary())
+
+
+@click.command()
+@click.argument("ratings")
+@click.argument("rankings")
+@click.option(
+    "--ratings-format",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    default="plain",
+    help="Of the file RATINGS; as in import.",
+)
+@click.option(
+    "--rankings-format",
+    type=click.Choice(FORMATS),
+    metavar="FORMAT",
+    default="plain",
+    help="Of the file RANKINGS; as in import.",
+)
+@click.option(
+    "--iteration", "-k", type=click.IntRange(min=1), help="RATINGS and RANKINGS are experiments: of this one."
+)
+@click.option("--margin", type=float, default=0.0, show_default=True, help="Ratings this close tie.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def consistency(
+    ratings: str,
+    rankings: str,
+    ratings_format: str,
+    rankings_format: str,
+    iteration: int | None,
+    margin: float,
+    as_json: bool,
+) -> None:
+    """Compares ratings with rankings of the same samples, matched by id.
+
+    RATINGS and RANKINGS are files, or with --iteration two experiments whose judges looked at the same samples
+    (`ask: rating` and `ask: ranking`). Shows the 3×3 matrix, agreement, agreement where both decide, Cohen's kappa,
+    coverage and what the order of showing does, with 95 % intervals from resampling prompts.
+
+    \b
+    Examples:
+      textalign consistency ratings.csv rankings.csv --ratings-format sparse_ratings --rankings-format sparse_rankings
+      textalign consistency my_rated my_ranked --iteration 1
+    """
+    from textalign_dagster.judging.consistency import consistency as compare
+    from textalign_dagster.judging.convert import read_feedback
+
+    if iteration is None:
+        files = read_feedback(Path(ratings), ratings_format), read_feedback(Path(rankings), rankings_format)
+        told = [f"{path}: {found.summary()}" for path, found in zip((ratings, rankings), files, strict=True)]
+        rated, ranked = files[0].feedback, files[1].pairs
+        if ranked.is_empty():
+            raise SettingsError(f"{rankings}: holds no rankings of pairs; give a file of them second")
+    else:
+        from resources.stored_feedback import ratings_and_rankings
+
+        first, second = library_of(ratings)[1], library_of(rankings)[1]
+        rated, ranked = ratings_and_rankings(open_store(), first, second, iteration)
+        told = [f"{first}: {rated.height:,} ratings", f"{second}: {ranked.height:,} pairs"]
+    try:
+        report = compare(rated, ranked, margin=margin)
+    except ValueError as error:
+        raise SettingsError(f"{ratings}, {rankings}: {error}") from None
+    if as_json:
+        print_json(asdict(report))
+        return
+    for line in told:
+        click.echo(line)
+    _print_agreement(report.agreement)
+    coverage = report.coverage
+    click.echo(
+        f"pairs: {coverage.pairs:,}, ranked {coverage.ranked:,}, rated {coverage.rated:,}, both {coverage.both:,}"
+    )
+    click.echo(f"calls won by the response shown first: {_told(report.position.first_wins)}")
+    click.echo(f"pairs in which the same place won twice: {_told(report.position.flips)}")
+
+
+def _print_agreement(found: Agreement) -> None:
+    classes = ("first better", "tie", "second better")
+    click.echo(f"\n{'ratings say':<16}{'rankings say':>14}")
+    click.echo(f"{'':<16}" + "".join(f"{name:>14}" for name in classes))
+    for name, row in zip(classes, found.matrix, strict=True):
+        click.echo(f"{name:<16}" + "".join(f"{count:>14,}" for count in row))
+    click.echo(f"\nagreement: {_told(found.agreement)}")
+    click.echo(f"agreement where both decide: {_told(found.decisive)}")
+    click.echo(f"Cohen's kappa: {_told(found.kappa)}")
+
+
+def _told(found: Estimate) -> str:
+    if found.value is None:
+        return "undefined"
+    interval = "" if found.lo is None or found.hi is None else f" ({found.lo:.3f} to {found.hi:.3f})"
+    return f"{found.value:.3f}{interval}, n = {found.rows:,}"
+
+
+COMMANDS = (forecast, export_feedback, import_feedback, consistency)

@@ -1,0 +1,311 @@
+"""The command line, ``textalign``."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from textalign_dagster import __version__
+from textalign_dagster.cli.cleaning import clean
+from textalign_dagster.cli.command import Refused, library_of, open_console, open_store, print_json, readable
+from textalign_dagster.cli.feedback import COMMANDS
+from textalign_dagster.experiment.files import Library, home, variants_folder
+from textalign_dagster.settings import SettingsError, describe
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.console import Console
+
+
+# Heavy modules (dagster, polars, duckdb) are imported by the commands that use them: --help is quick.
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="textalign")
+def main() -> None:
+    """Aligns language models from textual feedback, iteration by iteration.
+
+    EXPERIMENT is a name from `textalign experiments`, or the path of an experiment file.
+    """
+
+
+@main.command()
+@click.argument("experiment")
+@click.option("--iterations", "-k", type=click.IntRange(min=1), help="Run iterations 1 … K (default: all).")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable."
+)
+@click.option("--control/--no-control", default=True, help="Run the null control too (default: yes).")
+@readable
+def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool) -> None:
+    """Runs the iterations that are missing, in order, then shows the score table and the curves.
+
+    What exists and is up to date is reused; after an interruption, the same command goes on. With
+    --set, the experiment becomes one of its own, named after the overrides.
+
+    \b
+    Examples:
+      textalign run pep8_alt_lmu
+      textalign run pep8_alt_rm --iterations 1
+      textalign run pep8_alt_lmu --set sampling.temperature=0.8 --set seed=1
+    """
+    from textalign_dagster.cli.preflight import preflight, writable
+
+    library, name = library_of(experiment)
+    last = library.overridden(name, overrides).iterations
+    if iterations is not None and iterations > last:
+        raise SettingsError(
+            f"--iterations {iterations}: {library.path(name)} has `iterations: {last}`; raise it there"
+        )
+    preflight(library, name, overrides)
+    writable(home())
+    name = library.variant(name, overrides, variants_folder())
+    library = Library(library.folders)  # reads the folders again: the variant is new
+    beside = library.control_of(name)
+    names = [name, *([beside] if beside and control else [])]
+    console = open_console()
+    _use(library)
+    # Imported now: the grid is that of the experiments known at import, and the variant is new.
+    from textalign_dagster.cli.running import RunFailed, Runner, dagster_instance
+
+    with dagster_instance() as instance:
+        try:
+            Runner(instance, open_store(), library, console).run(names, iterations)
+        except RunFailed as error:
+            raise Refused(
+                f"{error}\nFinished stages are kept; the same command goes on from there."
+            ) from None
+        except KeyboardInterrupt:
+            click.echo("stopped; finished stages are kept, the same command goes on from there", err=True)
+            sys.exit(130)
+    _show(library, name, console)
+
+
+@main.command()
+@click.argument("experiment")
+@click.option("--json", "as_json", is_flag=True, help="The numbers as JSON, all conditions and iterations.")
+@readable
+def show(experiment: str, as_json: bool) -> None:
+    """The score table with intervals, null control, guards, probes and baselines; saves the curves.
+
+    \b
+    Example:
+      textalign show pep8_alt_lmu
+    """
+    library, name = library_of(experiment)
+    if as_json:
+        from textalign_dagster.reports.report import score_rows
+
+        print_json(score_rows(open_store(), library, name).to_dicts())
+    else:
+        _show(library, name, open_console())
+
+
+@main.command()
+@click.argument("experiment", required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def status(experiment: str | None, as_json: bool) -> None:
+    """The grid: what state each stage of each iteration is in, and the seconds it took.
+
+    \b
+    Examples:
+      textalign status
+      textalign status pep8_alt_lmu --json
+    """
+    from textalign_dagster.reports.status import grid, grid_table
+
+    library, name = library_of(experiment) if experiment else (Library.default(), None)
+    cells = grid(open_store(), library, [name] if name else list(library.load_all()[0]))
+    if as_json:
+        print_json(cells)
+    else:
+        open_console().print(grid_table(cells))
+
+
+@main.command()
+@click.argument("experiment")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: a row per iteration, stage and part.")
+@readable
+def timing(experiment: str, as_json: bool) -> None:
+    """Where the time of each iteration went: seconds by stage and part, and what took longest.
+
+    Only stages count, and only those made for this experiment; Dagster's own time between them does not.
+
+    \b
+    Example:
+      textalign timing pep8_alt_lmu
+    """
+    from textalign_dagster.reports.timing import timing_table, timings
+
+    _, name = library_of(experiment)
+    rows = timings(open_store(), name)
+    if as_json:
+        print_json(rows)
+    else:
+        open_console().print(timing_table(rows))
+
+
+@main.command()
+@click.argument("query", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
+@readable
+def sql(query: str | None, as_json: bool) -> None:
+    """Asks all tables in SQL (DuckDB); without QUERY, a prompt.
+
+    \b
+    Tables: prompt_draws, generations, feedback, datapool, checkpoints, scores, evaluation_samples;
+    and ready joins: samples, costs, lineage. All have experiment and iteration.
+    \b
+    Examples:
+      textalign sql "select iteration, label, count(*) from datapool where drawn group by all order by all"
+      textalign sql "describe samples"
+    """
+    from textalign_dagster.cli.sql import answer, prompt
+
+    if query is None:
+        prompt(open_store())
+    else:
+        answer(open_store(), query, as_json)
+
+
+@main.command()
+@readable
+def catalog() -> None:
+    """Writes a read-only DuckDB file with all views, for the duckdb CLI and notebooks.
+
+    \b
+    Example:
+      duckdb -readonly "$(textalign catalog)"
+    """
+    from resources.views import write_catalog
+
+    click.echo(str(write_catalog(open_store())))
+
+
+@main.command()
+@click.argument("experiment")
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Try an override.")
+@readable
+def validate(experiment: str, overrides: tuple[str, ...]) -> None:
+    """Checks an experiment before anything costly: fields, prompts, base policy, null control.
+
+    \b
+    Example:
+      textalign validate experiments/my_experiment.yaml
+    """
+    from textalign_dagster.cli.preflight import preflight
+
+    library, name = library_of(experiment)
+    for line in preflight(library, name, overrides):
+        click.echo(line)
+
+
+@main.command("show-config")
+@click.argument("experiment")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, without the explanations.")
+@readable
+def show_config(experiment: str, as_json: bool) -> None:
+    """All settings of an experiment, defaults included, each with its meaning.
+
+    \b
+    Example:
+      textalign show-config pep8_alt_lmu
+    """
+    library, name = library_of(experiment)
+    loaded = library.load(name)
+    click.echo(loaded.model_dump_json(indent=2) if as_json else describe(loaded))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def experiments(as_json: bool) -> None:
+    """Lists the experiments, and the files that cannot be read with the reason.
+
+    \b
+    Example:
+      textalign experiments
+    """
+    library = Library.default()
+    good, bad = library.load_all()
+    rows = [
+        {"name": name, "description": found.description, "file": str(library.path(name))}
+        for name, found in good.items()
+    ]
+    if as_json:
+        print_json(rows)
+    else:
+        for row in rows:
+            click.echo(f"{row['name']:<24} {row['description']}")
+    for message in bad.values():
+        click.echo(f"error: {message}", err=True)
+    if bad:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("experiment", required=False)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def doctor(experiment: str | None, as_json: bool) -> None:
+    """What this machine can do, what it lacks, and what to install; asks nobody for money.
+
+    With EXPERIMENT, only that one's judges are looked for. Exit code 1 if something will fail.
+
+    \b
+    Examples:
+      textalign doctor
+      textalign doctor pep8_alt_lmu --json
+    """
+    from textalign_dagster.cli.doctor import as_rows, examine
+
+    if experiment:
+        library, name = library_of(experiment)
+        looked_at = {name: library.load(name)}
+    else:
+        looked_at = Library.default().load_all()[0]
+    findings = []
+    marks = {"ok": "ok     ", "missing": "missing", "problem": "PROBLEM"}
+    for finding in examine(looked_at):
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{marks[finding.state]}  {finding.subject}: {finding.detail}")
+            if finding.remedy:
+                click.echo(f"         → {finding.remedy}")
+    if as_json:
+        print_json(as_rows(findings))
+    if any(finding.state == "problem" for finding in findings):
+        sys.exit(1)
+
+
+def _use(library: Library) -> None:
+    """Lets the code location see the folder of an experiment that was given as a path."""
+    import os
+
+    os.environ["TEXTALIGN_EXPERIMENTS"] = os.pathsep.join(
+        str(folder) for folder in library.folders if folder != variants_folder()
+    )
+
+
+def _show(library: Library, name: str, console: Console) -> None:
+    from textalign_dagster.reports.curves import curves, save_curves
+    from textalign_dagster.reports.report import score_rows, score_table
+
+    rows: pl.DataFrame = score_rows(open_store(), library, name)
+    if rows.is_empty():
+        raise SettingsError(f"{name} has not been evaluated yet: textalign run {name}")
+    experiment = library.load(name)
+    console.print(score_table(rows, experiment, name, console.width))
+    figure = curves(rows, experiment, name)
+    path = save_curves(figure, home() / "plots" / f"{name}.png")
+    console.print(f"curves: {path}", highlight=False, soft_wrap=True)
+
+
+for command in (*COMMANDS, clean):
+    main.add_command(command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Snippets of Python in a process of their own: what an installed package says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+PROBE_SECONDS = 120.0
+VLLM_PROBE = """
+import json, vllm
+from vllm.platforms import current_platform
+print(json.dumps({"version": vllm.__version__, "device": current_platform.device_type}))
+"""
+
+
+def probe(code: str) -> dict[str, Any]:
+    """What a snippet prints as JSON in a process of its own; ``{"error": …}`` where it fails."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            env={
+                **os.environ,
+                "VLLM_LOGGING_LEVEL": "ERROR",
+                "DS_ACCELERATOR": "",
+                "VLLM_NO_USAGE_STATS": "1",
+            },
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {PROBE_SECONDS:g} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return dict(json.loads(lines[-1]))
+    return {"error": (done.stderr.strip().splitlines() or ["it died without a word"])[-1]}

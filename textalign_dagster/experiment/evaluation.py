@@ -1,0 +1,175 @@
+"""What an evaluation asks: which prompts, under which conditions, of whom, and who scores the answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import polars as pl
+
+from textalign_dagster.experiment.experiment import REFERENCES, Experiment
+from textalign_dagster.experiment.sources import held_out_prompts, training_prompts
+from textalign_dagster.ids import content_hash, derive_seed
+from textalign_dagster.judging import template_of
+from textalign_dagster.prompts import prompt_id
+from textalign_dagster.scorers import Scorer
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.settings.judge import Judge
+
+DISTINCT_BLOCK = 32
+"""Samples over which distinct-3 is counted; small, so that an evaluation has many blocks to resample."""
+
+Role = Literal["main", "probe", "baseline"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a policy is asked for in an evaluation.
+
+    ``texts`` (prompt_id → text) is there where each prompt is asked for a condition of its own; then
+    ``condition`` names them all.
+    """
+
+    condition: str | None
+    role: Role
+    texts: Mapping[str, str | None] | None = None
+
+    def text(self, prompt_id: str) -> str | None:
+        """The condition as the policy reads it before a prompt."""
+        return self.condition if self.texts is None else self.texts[prompt_id]
+
+
+def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
+    """As the policy is meant to be used, then the probes. The base policy (0) is asked for nothing."""
+    if iteration == 0 or experiment.method.exemplar is None:
+        return [Asked(None, "main")]
+    probes = experiment.method.probes if experiment.evaluation.probe else ()
+    return [Asked(experiment.method.exemplar, "main"), *(Asked(probe, "probe") for probe in probes)]
+
+
+def evaluation_scorer(experiment: Experiment) -> Scorer | None:
+    """What scores an evaluation's samples; None: nothing but the task itself.
+
+    Feedback that was collected elsewhere is about the samples of an iteration, and says nothing of others.
+    """
+    found = experiment.sample_scorer
+    by_default = None if found is None or found.name == "imported" else found
+    return experiment.evaluation.scorer or by_default
+
+
+def max_new_tokens(experiment: Experiment) -> int:
+    """The longest completion in an evaluation."""
+    return experiment.evaluation.max_new_tokens or experiment.sampling.max_new_tokens
+
+
+def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
+    """The held-out prompts with the seeds of their samples: the same in every iteration.
+
+    Returns:
+        Columns prompt_id, prompt, reference, seeds (a list, one seed a sample). All policies and
+        conditions get the same seeds, so that differences between them are not due to luck.
+
+    Raises:
+        SettingsError: too few prompts, or some that iterations train on.
+    """
+    settings = experiment.evaluation
+    found = held_out_prompts(experiment)
+    prompts = found["prompt"].to_list()
+    source = settings.path or f"the held-out prompts of task {experiment.task.name}"
+    shared = set(prompts) & set(training_prompts(experiment)["prompt"])
+    if shared:
+        raise SettingsError(
+            f"evaluation.path: {len(shared)} prompts of {source} are trained on too, e.g. "
+            f"{min(shared)!r}; remove them from one of the files"
+        )
+    if len(prompts) < settings.prompts:
+        raise SettingsError(
+            f"evaluation.prompts: {settings.prompts} wanted, but there are {len(prompts)} in {source}"
+        )
+    chosen = found.head(settings.prompts)
+    ids = [prompt_id(prompt) for prompt in chosen["prompt"]]
+    return chosen.select(
+        pl.Series("prompt_id", ids, dtype=pl.String),
+        "prompt",
+        "reference",
+        pl.Series(
+            "seeds",
+            [
+                [derive_seed(experiment.seed, "evaluation", i, k) for k in range(settings.samples_per_prompt)]
+                for i in ids
+            ],
+        ),
+    )
+
+
+def evaluation_source(prompts: pl.DataFrame) -> str:
+    """What :func:`evaluation_prompts` gave, for the key of an evaluation."""
+    return content_hash("prompts", [list(row) for row in prompts.select("prompt", "reference").iter_rows()])
+
+
+def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
+    """The human answers as samples: prompt_id, prompt, reference, text; prompts without one are left out.
+
+    A text follows its prompt directly, so a blank is put before it where neither has one.
+    """
+    blank = pl.col("prompt").str.contains(r"\s$") | pl.col("reference").str.contains(r"^\s")
+    return prompts.filter(pl.col("reference").str.strip_chars() != "").select(
+        "prompt_id",
+        "prompt",
+        "reference",
+        text=pl.when(blank).then(pl.col("reference")).otherwise(pl.lit(" ") + pl.col("reference")),
+    )
+
+
+def check_evaluation(experiment: Experiment) -> None:
+    """Whether the evaluation's settings go together, before anything is sampled.
+
+    Raises:
+        SettingsError: naming the field and the remedy.
+    """
+    settings = experiment.evaluation
+    if experiment.sampling.min_new_tokens > max_new_tokens(experiment):
+        raise SettingsError(
+            f"evaluation.max_new_tokens: {settings.max_new_tokens}, but sampling.min_new_tokens is "
+            f"{experiment.sampling.min_new_tokens}; raise it, or lower that one"
+        )
+    prompts = evaluation_prompts(experiment)
+    answered = reference_answers(prompts).height
+    for name, model in settings.baselines.items():
+        if model == REFERENCES and not answered:
+            raise SettingsError(
+                f"evaluation.baselines.{name}: the held-out prompts have no references; give a file with a "
+                "column `reference` as evaluation.path, or remove this baseline"
+            )
+    if settings.scorer is not None and settings.scorer.name == "imported":
+        raise SettingsError(
+            "evaluation.scorer: feedback that was collected elsewhere is about the samples of an iteration, not "
+            "about those of an evaluation; name another scorer"
+        )
+    if settings.judge is not None:
+        _check_judge(settings.judge, answered)
+
+
+def _check_judge(judge: Judge, answered: int) -> None:
+    try:
+        template_of(judge)
+    except SettingsError as error:
+        where = "evaluation." if str(error).startswith("judge.") else "evaluation.judge: "
+        raise SettingsError(f"{where}{error}") from None
+    if judge.ask == "ranking":
+        raise SettingsError(
+            "evaluation.judge.ask: ranking compares a policy's samples with each other, which says nothing of "
+            "the policy; ask for `win` (against the references) or `rating`"
+        )
+    if judge.ask == "win" and not answered:
+        raise SettingsError(
+            "evaluation.judge.ask: win compares with references, and the held-out prompts have none; give a "
+            "file with a column `reference` as evaluation.path, or ask for `rating`"
+        )
+    if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
+        raise SettingsError(
+            f"evaluation.judge.api_key_env: the environment variable {judge.api_key_env} is not set; put the "
+            "key there (null: an endpoint without keys)"
+        )

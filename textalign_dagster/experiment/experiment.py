@@ -1,0 +1,217 @@
+"""An experiment: one YAML file, typed. The CLI, the docs and the code location follow from it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from textalign_dagster.methods import AnyMethod, FeedbackKind
+from textalign_dagster.pool.datapool import PoolSettings
+from textalign_dagster.prompts import Prompts
+from textalign_dagster.scorers import AnyScorer, Scorer
+from textalign_dagster.settings import Settings
+from textalign_dagster.settings.judge import Judge
+from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
+from textalign_dagster.settings.training import Training
+from textalign_dagster.tasks import AnyTask
+
+JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
+    "text": ("text",),
+    "category": ("category",),
+    "rating": ("reward",),
+    "ranking": ("reward",),
+    "win": ("reward",),
+}
+"""What a judge's answers are to a method."""
+
+REFERENCES = "references"
+"""As a baseline's model: the source's human answers, which are measured like samples."""
+
+HEADS = {"lm_head", "embed_out", "embed_tokens", "wte", "embed_in"}
+"""Names of embeddings and output heads."""
+
+
+class Policy(Settings):
+    """The model that iteration 1 samples from."""
+
+    model: str = Field(
+        ...,
+        description="A policy shipped with the task, a local transformers folder (relative to the "
+        "experiment file), or a hub id.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Number format of the weights while sampling and training."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
+
+
+class Evaluation(Settings):
+    """How a policy is measured, on prompts no iteration trains on."""
+
+    path: str | None = Field(
+        None, description="A prompt file as in prompts.path, instead of the task's held-out prompts."
+    )
+    prompts: int = Field(192, ge=2, description="Held-out prompts, the same in every iteration.")
+    samples_per_prompt: int = Field(2, ge=1, description="Completions of each.")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest completion, in tokens; null: sampling.max_new_tokens."
+    )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="What scores the samples; null: the experiment's scorer, or the task's own. A model "
+        "that is trained on its scorer may learn to please it: another one here shows that.",
+    )
+    judge: Judge | None = Field(
+        None, description="An LLM that judges the samples too; null: none does, whatever judges the feedback."
+    )
+    fluency_model: str | None = Field(
+        None,
+        description="The language model whose perplexity measures drift (a folder or a hub id, e.g. "
+        "openai-community/gpt2-xl); null: the base policy.",
+    )
+    baselines: dict[str, str] = Field(
+        {},
+        description="Name → model (a folder or a hub id) evaluated beside the policy, once, in the same "
+        "way; `references` stands for the source's human answers.",
+    )
+    probe: bool = Field(
+        True, description="Also evaluate under the method's other conditions: does the policy obey?"
+    )
+    resamples: int = Field(1000, ge=100, description="Bootstrap resamples over prompts behind the intervals.")
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Checks(Settings):
+    """Limits. A blocking check that fails stops the iteration before the next stage."""
+
+    max_unusable_feedback: float = Field(
+        0.05, ge=0, le=1, description="Share of feedback that is unparseable or failed; blocking."
+    )
+    max_empty: float = Field(0.05, ge=0, le=1, description="Share of empty generations; blocking.")
+    max_duplicates: float = Field(
+        0.2, ge=0, le=1, description="Share of generations that repeat another one's text; blocking."
+    )
+    max_shortfall: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the wanted rows of the worst-filled bucket that is missing; a warning.",
+    )
+    max_length_correlation: float = Field(
+        0.5, ge=0, le=1, description="Absolute correlation of feedback value and length; a warning."
+    )
+    min_diversity: float = Field(
+        0.7, ge=0, le=1, description="Distinct-3 of an evaluation over that of iteration 0; blocking."
+    )
+
+
+class Experiment(Settings):
+    """task × method × policy × sampling × datapool × training × evaluation, and a seed."""
+
+    description: str = Field("", description="One or two sentences for whoever reads the grid.")
+    task: AnyTask = Field(..., description="What is learned, and who judges it.")
+    method: AnyMethod = Field(..., description="How feedback becomes training.")
+    judge: Judge | None = Field(
+        None, description="An LLM that judges the samples, instead of the task's own scorer."
+    )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="What scores the samples (patterns, a reward model, imported feedback, …), instead of "
+        "the task's own scorer.",
+    )
+    policy: Policy = Field(..., description="The base policy.")
+    iterations: int = Field(3, ge=1, le=999, description="Iterations after the untouched policy (0).")
+    seed: int = Field(0, ge=0, description="All other seeds are derived from it.")
+    control: str | None = Field(
+        None,
+        description="The experiment that is this one's null control (the same without feedback); "
+        "run with it, and shown beside it.",
+    )
+    prompts: Prompts = Field(Prompts(), description="The prompts of an iteration.")
+    sampling: Sampling = Field(Sampling(), description="The samples of an iteration.")
+    datapool: PoolSettings = Field(PoolSettings(), description="The rows trained on.")
+    training: Training = Field(Training(), description="The training of a checkpoint.")
+    evaluation: Evaluation = Field(Evaluation(), description="The measuring of a checkpoint.")
+    checks: Checks = Field(Checks(), description="When to stop or warn.")
+
+    @field_validator("task", "method", "scorer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``method: quark`` is short for ``method: {name: quark}``."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Experiment:
+        wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
+        if self.judge is not None and self.scorer is not None:
+            raise ValueError("judge, scorer: one of them says what the samples are worth; remove the other")
+        if self.sample_scorer is not None:
+            kinds, who = self.sample_scorer.kinds, f"scorer {self.sample_scorer.name}"
+        if self.judge is not None:
+            kinds, who = JUDGED.get(self.judge.ask, ()), f"a judge asked for {self.judge.ask!r}"
+        if wants is not None and wants not in kinds:
+            raise ValueError(
+                f"method {self.method.name} wants feedback of kind {wants!r}, which {who} does not give "
+                f"(it gives: {', '.join(kinds) or 'nothing a method of the loop reads'}); choose another "
+                "method, task or judge"
+            )
+        unknown = set(self.datapool.shares or {}) - set(self.method.buckets)
+        if unknown:
+            raise ValueError(
+                f"datapool.shares: {', '.join(sorted(unknown))} is no bucket of method "
+                f"{self.method.name} (buckets: {', '.join(self.method.buckets)}); weigh these, or set "
+                "`datapool.shares: null`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _servable(self) -> Experiment:
+        training, lora = self.training, self.training.lora
+        if self.sampling.adapters == "merged":
+            return self
+        if lora is None:
+            raise ValueError(
+                "sampling.adapters: there are none to be served; give training.lora, or remove it"
+            )
+        if not training.adapts_base:
+            raise ValueError(
+                "sampling.adapters: what is served stands beside the base policy, but each of these adapters beside "
+                "the checkpoint before (training.lora.adapter: new); set that to carried, or sampling.adapters to merged"
+            )
+        if self.method.special_tokens:
+            raise ValueError(
+                f"sampling.adapters: method {self.method.name} adds tokens, and vLLM takes no trained embeddings from "
+                "an adapter; set it to merged"
+            )
+        if lora.rank > HIGHEST_RANK:
+            raise ValueError(
+                f"training.lora.rank: vLLM serves adapters of up to {HIGHEST_RANK}, not {lora.rank}; lower it, or set "
+                "sampling.adapters to merged"
+            )
+        heads = sorted(HEADS.intersection(name.rpartition(".")[2] for name in lora.target_modules))
+        if lora.target_modules != "all-linear" and heads:
+            raise ValueError(
+                f"training.lora.target_modules: vLLM gives no log-probabilities of a prompt with an adapter beside "
+                f"{heads[0]}; leave it out, or set sampling.adapters to merged"
+            )
+        return self
+
+    @property
+    def sample_scorer(self) -> Scorer | None:
+        """What scores the samples, unless a judge does; None: the task itself."""
+        return self.scorer or self.task.default_scorer
+
+    @property
+    def upstream(self) -> dict[str, Any]:
+        """The settings everything upstream of training follows from: shared with a null control."""
+        sections = ("task", "policy", "seed", "prompts", "sampling", "evaluation")
+        return self.model_dump(mode="json", include=set(sections))

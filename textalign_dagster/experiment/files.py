@@ -1,0 +1,275 @@
+"""Experiments by name: the folders they live in, ``extends``, and variants made by overrides."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from textalign_dagster import PROJECT
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.ids import content_hash, settings_diff
+from textalign_dagster.settings import (
+    ONE_VALUE,
+    SettingsError,
+    merge,
+    nearest,
+    nested,
+    parse_override,
+    read_yaml,
+    validate,
+    write_yaml,
+)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+
+
+@dataclass(frozen=True)
+class Library:
+    """The experiment files of some folders; the first folder that has a name wins.
+
+    Files of one folder may refer to each other, and to those of the other folders, by name
+    (``extends``, ``control``).
+    """
+
+    folders: tuple[Path, ...]
+
+    @classmethod
+    def default(cls, *extra: Path) -> Library:
+        """``$TEXTALIGN_EXPERIMENTS`` (folders, separated as in PATH), else the shipped ones; and variants."""
+        configured = os.environ.get("TEXTALIGN_EXPERIMENTS")
+        folders = (
+            [Path(part) for part in configured.split(os.pathsep) if part]
+            if configured
+            else [PROJECT / "experiments"]
+        )
+        return cls((*extra, *folders, variants_folder()))
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """Name → file, sorted by name."""
+        found: dict[str, Path] = {}
+        for folder in self.folders:
+            for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
+                found.setdefault(path.stem, path)
+        return dict(sorted(found.items()))
+
+    def path(self, name: str) -> Path:
+        """The file of an experiment.
+
+        Raises:
+            SettingsError: no experiment has that name.
+        """
+        if name not in self.paths:
+            known = ", ".join(self.paths) or "none"
+            raise SettingsError(
+                f"{name}: no such experiment{nearest(name, self.paths)}; known: {known} "
+                f"(in {', '.join(map(str, self.folders))})"
+            )
+        return self.paths[name]
+
+    def content(self, name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The experiment's fields with those of the one it extends, not yet checked."""
+        if name in seen:
+            raise SettingsError(f"{self.path(name)}: extends itself: {' -> '.join((*seen, name))}")
+        path = self.path(name)
+        if not NAME.fullmatch(name):
+            raise SettingsError(
+                f"{path}: rename it: an experiment's name starts with a letter or digit and holds "
+                "letters, digits, and _ . + = - only"
+            )
+        content = read_yaml(path)
+        for section in ("task", "method", "scorer"):
+            if isinstance(content.get(section), str):
+                content[section] = {"name": content[section]}
+        _absolute_paths(content, path.parent)
+        parent = content.pop("extends", None)
+        if parent is None:
+            return content
+        if not isinstance(parent, str):
+            raise SettingsError(f"{path}: extends: give the name of one experiment")
+        try:
+            return merge(self.content(parent, (*seen, name)), content)
+        except SettingsError as error:
+            if parent not in self.paths:
+                raise SettingsError(f"{path}: extends: {error}") from None
+            raise
+
+    def load(self, name: str) -> Experiment:
+        """The experiment, checked.
+
+        Raises:
+            SettingsError: naming file, field, what is allowed and the nearest name.
+        """
+        experiment: Experiment = validate(Experiment, self.content(name), str(self.path(name)))
+        return experiment
+
+    def load_all(self) -> tuple[dict[str, Experiment], dict[str, str]]:
+        """Every experiment that loads, and the error of every one that does not."""
+        good: dict[str, Experiment] = {}
+        bad: dict[str, str] = {}
+        for name in self.paths:
+            try:
+                good[name] = self.load(name)
+            except SettingsError as error:
+                bad[name] = str(error)
+        return good, bad
+
+    def control_of(self, name: str) -> str | None:
+        """The name of an experiment's null control, checked to share everything upstream of training.
+
+        Raises:
+            SettingsError: the control is unknown, uses feedback, or differs upstream.
+        """
+        experiment = self.load(name)
+        if experiment.control is None:
+            return None
+        try:
+            control = self.load(experiment.control)
+        except SettingsError as error:
+            raise SettingsError(f"{self.path(name)}: control: {error}") from None
+        if control.method.wants is not None:
+            raise SettingsError(
+                f"{self.path(name)}: control: {experiment.control} uses feedback "
+                f"(method {control.method.name}); a null control has method no_feedback"
+            )
+        differences = settings_diff(experiment.upstream, control.upstream)
+        if differences:
+            raise SettingsError(
+                f"{self.path(name)}: control: {experiment.control} differs upstream of training, so it "
+                f"controls nothing: {'; '.join(differences)}; let it extend {name}"
+            )
+        return experiment.control
+
+    def overridden(self, name: str, overrides: Sequence[str]) -> Experiment:
+        """The experiment with ``section.field=value`` overrides, checked; nothing is written."""
+        where = f"{self.path(name)} with --set {' --set '.join(overrides)}"
+        content = self.content(name)
+        changed = merge(content, _changes(overrides, content))
+        experiment: Experiment = validate(Experiment, changed, where if overrides else str(self.path(name)))
+        return experiment
+
+    def variant(self, name: str, overrides: Sequence[str], folder: Path) -> str:
+        """The experiment of its own that overrides make of ``name``; its control is varied alike.
+
+        Overriding a field never touches what ``name`` has produced: the variant is written to
+        ``folder`` as an experiment that extends it, and has its own row in every grid and table.
+
+        Args:
+            overrides: ``section.field=value`` each.
+
+        Returns:
+            The variant's name, e.g. ``pep8_alt_lmu+seed=1``.
+
+        Raises:
+            SettingsError: a bad override; nothing is written then.
+        """
+        if not overrides:
+            return name
+        experiment, changes = self.overridden(name, overrides), _changes(overrides, self.content(name))
+        label = "+".join(sorted(override.replace(" ", "") for override in overrides))
+        if not NAME.fullmatch(label) or len(label) > 80:
+            label = content_hash(changes)[:8]
+        variant = f"{name}+{label}"
+        content: dict[str, Any] = {"extends": name, **changes}
+        if experiment.control is not None and "control" not in changes:
+            shared = {k: v for k, v in changes.items() if k != "method"}
+            if "datapool" in shared:  # the buckets that shares names are the method's
+                shared["datapool"] = {**shared["datapool"], "shares": None}
+            control = f"{experiment.control}+{label}"
+            content["control"] = control
+            _write(folder / f"{control}.yaml", {"extends": experiment.control, **shared})
+        _write(folder / f"{variant}.yaml", content)
+        return variant
+
+
+def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, Any]:
+    """What overrides change of an experiment's fields."""
+    changes: dict[str, Any] = {}
+    for override in overrides:
+        path, value = parse_override(override)
+        if len(path) > 1 and path[-2] in ONE_VALUE:  # one entry of it: the others stay
+            whole: Any = merge(content, changes)
+            for step in path[:-1]:
+                whole = whole.get(step) if isinstance(whole, dict) else None
+            path, value = path[:-1], {**(whole or {}), path[-1]: value}
+        changes = merge(changes, nested(path, value))
+    _absolute_paths(changes, Path.cwd())  # a path given in a shell means what it means there
+    return changes
+
+
+def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
+    for section in ("prompts", "evaluation"):
+        _absolute(content, section, "path", folder)
+    _absolute(content, "policy", "model", folder, only_existing=True)
+    _absolute(content, "judge", "template", folder, only_existing=True)
+    for section in ("judge", "evaluation", "task"):  # what is below them is changed in copies
+        if isinstance(content.get(section), dict):
+            content[section] = dict(content[section])
+    if isinstance(content.get("evaluation"), dict):
+        evaluation = content["evaluation"]
+        _absolute(evaluation, "judge", "template", folder, only_existing=True)
+        _scorer_paths(evaluation, folder)
+        _absolute(content, "evaluation", "fluency_model", folder, only_existing=True)
+        baselines = evaluation.get("baselines")
+        for name in baselines if isinstance(baselines, dict) else ():
+            _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)
+    _scorer_paths(content, folder)
+    _absolute(content, "training", "accelerate", folder, only_existing=True)
+    if isinstance(content.get("sampling"), dict):
+        content["sampling"] = dict(content["sampling"])
+        _absolute(content["sampling"], "structured", "json_schema", folder)
+    if isinstance(content.get("task"), dict):
+        _absolute(content["task"], "data", "path", folder)
+        if content["task"].get("chat_template") != "model":
+            _absolute(content, "task", "chat_template", folder)
+
+
+def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
+    """Of a scorer: files it reads, and models that may be hub ids."""
+    if not isinstance(section.get("scorer"), dict):
+        return
+    section["scorer"] = dict(section["scorer"])
+    _absolute(section, "scorer", "path", folder)
+    for model in ("model", "weights"):
+        _absolute(section, "scorer", model, folder, only_existing=True)
+    _absolute(section["scorer"], "check", "path", folder)
+
+
+def variants_folder() -> Path:
+    """Where variants are kept: beside the artifacts, so that the code location shows them too."""
+    return home() / "variants"
+
+
+def home() -> Path:
+    """``$TEXTALIGN_HOME``, else ``state/`` in the project: artifacts, variants, Dagster's history."""
+    return Path(os.environ.get("TEXTALIGN_HOME") or PROJECT / "state").resolve()
+
+
+def store_url() -> str:
+    """``$TEXTALIGN_STORE`` (a folder or ``s3://…``), else ``store/`` in :func:`home`."""
+    return os.environ.get("TEXTALIGN_STORE") or str(home() / "store")
+
+
+def _absolute(
+    content: dict[str, Any], section: str, field: str, folder: Path, only_existing: bool = False
+) -> None:
+    """Reads a path in an experiment file relative to its folder, wherever it is extended from."""
+    fields = content.get(section)
+    if not isinstance(fields, dict) or not isinstance(fields.get(field), str):
+        return
+    target = folder / fields[field]
+    if not only_existing or target.exists() or fields[field].startswith((".", "/")):
+        content[section] = {**fields, field: str(target.resolve())}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f"# Written by `textalign run --set`; edit or delete it freely.\n{write_yaml(content)}"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

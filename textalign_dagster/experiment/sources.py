@@ -1,0 +1,92 @@
+"""The prompts an experiment reads: from the files it names, else from its task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import polars as pl
+
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.policies import base_policy
+from textalign_dagster.ids import content_hash
+from textalign_dagster.prompts import COLUMNS, read_prompt_file
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tasks import Task
+
+
+def training_prompts(experiment: Experiment) -> pl.DataFrame:
+    """The prompts iterations draw from: prompt, reference, source, source_revision.
+
+    Raises:
+        SettingsError: the file cannot be used; says why.
+    """
+    path, task = experiment.prompts.path, task_of(experiment)
+    return _file(task, path) if path is not None else task.prompts("train")
+
+
+def held_out_prompts(experiment: Experiment) -> pl.DataFrame:
+    """The prompts policies are measured on, with the columns of :func:`training_prompts`."""
+    path, task = experiment.evaluation.path, task_of(experiment)
+    return _file(task, path) if path is not None else task.prompts("evaluation")
+
+
+def task_of(experiment: Experiment) -> Task:
+    """The experiment's task, told which policy reads its prompts.
+
+    Raises:
+        SettingsError: the task wants something of the policy that it does not have.
+    """
+    return experiment.task.for_policy(lambda: base_policy(experiment).path)
+
+
+def source_hash(prompts: pl.DataFrame) -> str:
+    """What the prompts are, for the keys of artifacts made from them; their order counts."""
+    return _hashed(_Same(prompts))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """One frame in memory: a dataset of 100,000 prompts takes a second to hash, and every cell asks."""
+
+    frame: pl.DataFrame
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.frame is other.frame
+
+    def __hash__(self) -> int:
+        return id(self.frame)
+
+
+@lru_cache(maxsize=16)
+def _hashed(prompts: _Same) -> str:
+    return content_hash("prompts", [list(row) for row in prompts.frame.select(COLUMNS).iter_rows()])
+
+
+def _file(task: Task, path: str) -> pl.DataFrame:
+    file = Path(path)
+    try:
+        facts = file.stat()
+    except OSError:
+        return read_prompt_file(file)  # says what is wrong with it
+    return _read(task, file, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=16)
+def _read(task: Task, path: Path, modified: int, size: int) -> pl.DataFrame:
+    """The file as it was at that time, as the task reads it: the grid's states ask again and again."""
+    prompts = read_prompt_file(path)
+    cleaned: dict[str, int] = {}
+    for number, prompt in enumerate(prompts["prompt"], start=1):
+        try:
+            text = task.cleaned(prompt)
+        except ValueError as error:
+            raise SettingsError(f"{path}: row {number}: task {task.name} cannot use it: {error}") from None
+        if text in cleaned:
+            raise SettingsError(
+                f"{path}: rows {cleaned[text]} and {number} are the same prompt as task {task.name} reads "
+                "them; keep one of them"
+            )
+        cleaned[text] = number
+    return prompts.with_columns(prompt=pl.Series(list(cleaned), dtype=pl.String))

@@ -1,0 +1,216 @@
+"""The asset checks: what must hold of each table, with figures and examples.
+
+Every function is pure: table and limits in, verdict out. A failed check of severity ERROR stops
+the iteration before the next stage; WARN only shows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK
+from textalign_dagster.loop.partitions import GRID
+from textalign_dagster.measures.statistics import pearson
+from textalign_dagster.pool.conditioning import render, rendered_once
+from textalign_dagster.tables import STATUSES
+
+CHECKS: Mapping[str, Mapping[str, str]] = {
+    "prompt_draws": {"schema": "Columns, types and a unique key."},
+    "generations": {
+        "schema": "Columns, types and a unique key.",
+        "not_empty": "Few generations are empty.",
+        "not_duplicated": "Few generations repeat the text of another one.",
+        "conditioned_once": "The condition stands before each prompt exactly once.",
+    },
+    "feedback": {
+        "schema": "Columns, types and a unique key; only `ok` rows carry a value.",
+        "usable": "Little feedback is unparseable or failed.",
+        "length_correlation": "The feedback's value does not just follow length.",
+    },
+    "datapool": {
+        "schema": "Columns, types and a unique key.",
+        "balance": "Every bucket got about as many rows as wanted.",
+        "conditioned_once": "The condition stands before each drawn prompt exactly once.",
+    },
+    "evaluation": {
+        "schema": "Columns, types and a unique key.",
+        "diversity": "Samples are nearly as diverse as those of iteration 0.",
+    },
+}
+WARNINGS = {"length_correlation", "balance"}
+
+
+def specs(asset: str) -> list[dg.AssetCheckSpec]:
+    """The check specs of an asset."""
+    with warnings.catch_warnings():
+        # Checks that know their partition are a preview feature of Dagster 1.13.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return [
+            dg.AssetCheckSpec(
+                name,
+                asset=asset,
+                description=description,
+                blocking=name not in WARNINGS,
+                partitions_def=GRID,
+            )
+            for name, description in CHECKS.get(asset, {}).items()
+        ]
+
+
+def _verdict(name: str, passed: bool, description: str, **metadata: Any) -> dg.AssetCheckResult:
+    warn = name in WARNINGS
+    return dg.AssetCheckResult(
+        check_name=name,
+        passed=bool(passed),
+        severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
+        description=description,
+        metadata={k: v for k, v in metadata.items() if v is not None},
+    )
+
+
+def schema(frame: pl.DataFrame, expected: pl.Schema, key: list[str]) -> dg.AssetCheckResult:
+    """Columns and types are the table's, and its key is complete and unique."""
+    problems: list[str] = []
+    for name, kind in expected.items():
+        if name not in frame.columns:
+            problems.append(f"column {name} is missing")
+        elif frame.schema[name] != kind:
+            problems.append(f"column {name} holds {frame.schema[name]}, not {kind}")
+    problems += [f"unknown column {name}" for name in frame.columns if name not in expected]
+    if not problems:
+        for name in key:
+            nulls = 0 if name == "condition" else frame[name].null_count()  # NULL: unconditioned
+            if nulls:
+                problems.append(f"{nulls} rows without {name}")
+        twice = int(frame.select(pl.struct(key).is_duplicated().sum()).item())
+        if twice:
+            problems.append(f"{twice} rows share their key ({', '.join(key)})")
+    if not problems and "status" in frame.columns:
+        unknown = frame.filter(~pl.col("status").is_in(STATUSES).fill_null(False)).height
+        valued = frame.filter((pl.col("status") != "ok") & pl.col("value").is_not_null()).height
+        if unknown:
+            problems.append(f"{unknown} rows of unknown status")
+        if valued:
+            problems.append(f"{valued} rows that are not ok carry a value")
+    return _verdict("schema", not problems, "; ".join(problems) or f"{frame.height:,} rows")
+
+
+def not_empty(generations: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
+    """The share of generations without any text."""
+    empty = generations.filter(pl.col("text").str.strip_chars() == "")
+    share = empty.height / max(generations.height, 1)
+    return _verdict(
+        "not_empty",
+        generations.height > 0 and share <= limit,
+        f"{share:.1%} of generations are empty (limit {limit:.0%})",
+        share=share,
+        examples=_list(empty["sample_id"]),
+    )
+
+
+def not_duplicated(generations: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
+    """The share of generations that repeat the text another sample gave to the same prompt."""
+    repeats = generations.filter(~pl.struct("prompt_id", "text").is_first_distinct())
+    share = repeats.height / max(generations.height, 1)
+    return _verdict(
+        "not_duplicated",
+        share <= limit,
+        f"{share:.1%} of generations repeat another one of their prompt (limit {limit:.0%})",
+        share=share,
+        examples=_list(repeats["text"]),
+    )
+
+
+def conditioned_once(template: str, conditions: pl.Series, prompts: pl.Series) -> dg.AssetCheckResult:
+    """Prompts hold no condition yet when theirs is put before them."""
+    pairs = pl.DataFrame({"condition": conditions, "prompt": prompts}).unique()
+    bad = [
+        prompt
+        for condition, prompt in pairs.iter_rows()
+        if condition is not None
+        and not rendered_once(render(template, condition, prompt), template, condition, prompt)
+    ]
+    return _verdict(
+        "conditioned_once",
+        not bad,
+        f"{len(bad):,} of {pairs.height:,} prompts would carry their condition twice"
+        if bad
+        else f"{pairs.height:,} different inputs",
+        examples=_list(pl.Series(bad, dtype=pl.String)),
+    )
+
+
+def usable(feedback: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
+    """The share of feedback that is unparseable or failed, with reasons and examples."""
+    bad = feedback.filter(pl.col("status").is_in(["unparseable", "failed"]))
+    share = bad.height / max(feedback.height, 1)
+    reasons = bad.group_by("status", "reason").len().sort("len", descending=True).head(5)
+    told = "; ".join(f"{n}× {status}: {reason}" for status, reason, n in reasons.iter_rows())
+    return _verdict(
+        "usable",
+        share <= limit,
+        f"{share:.1%} of feedback is unusable (limit {limit:.0%})" + (f": {told}" if told else ""),
+        share=share,
+        examples=_list(bad["sample_id"]),
+    )
+
+
+def length_correlation(values: pl.Series, lengths: pl.Series, limit: float) -> dg.AssetCheckResult:
+    """Pearson's correlation of value and length in tokens or characters."""
+    r = pearson(values.to_numpy(), lengths.to_numpy()) if len(values) else None
+    if r is None:
+        return _verdict("length_correlation", True, "undefined: values or lengths do not vary")
+    return _verdict(
+        "length_correlation",
+        abs(r) <= limit,
+        f"correlation of value and length is {r:+.2f} (limit ±{limit:.2f})",
+        correlation=r,
+    )
+
+
+def balance(shortfalls: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
+    """The worst-filled bucket's missing share. ``shortfalls``: label, wanted, obtained, short, …"""
+    wanted = shortfalls.filter(pl.col("wanted") > 0)
+    if wanted.is_empty():
+        return _verdict("balance", True, "no bucket has a quota")
+    worst = wanted.with_columns(share=pl.col("short") / pl.col("wanted")).sort("share").row(-1, named=True)
+    return _verdict(
+        "balance",
+        worst["share"] <= limit,
+        f"bucket {worst['label']!r} lacks {worst['short']:,} of {worst['wanted']:,} rows "
+        f"({worst['share']:.0%}, limit {limit:.0%})",
+        share=worst["share"],
+    )
+
+
+def diversity(now: float | None, at_start: float | None, limit: float) -> dg.AssetCheckResult:
+    """Distinct-3 of an evaluation over that of iteration 0.
+
+    Where iteration 0 has none there is nothing to compare with: a warning, which blocks nothing.
+    """
+    if not at_start:
+        return dg.AssetCheckResult(
+            check_name="diversity",
+            passed=False,
+            severity=dg.AssetCheckSeverity.WARN,
+            description=f"cannot be told: distinct-3 is counted over {DISTINCT_BLOCK} samples with words, and "
+            "iteration 0 has fewer; raise evaluation.prompts",
+        )
+    if now is None:
+        return _verdict("diversity", False, "no words were generated")
+    ratio = now / at_start
+    return _verdict(
+        "diversity",
+        ratio >= limit,
+        f"distinct-3 is {ratio:.0%} of iteration 0's ({now:.3f} against {at_start:.3f}; limit {limit:.0%})",
+        ratio=ratio,
+    )
+
+
+def _list(values: pl.Series, show: int = 5) -> dg.MetadataValue | None:
+    return dg.MetadataValue.json(values.head(show).to_list()) if len(values) else None

@@ -1,0 +1,179 @@
+"""The stages of an iteration, and for each the settings its output follows from.
+
+An artifact's key is the hash of these settings, of its inputs' keys and of the stage's version:
+what does not matter to a stage is not in its settings, so a change elsewhere leaves it as it is,
+and experiments that agree on it (a method and its null control, say) share one artifact.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_tokens
+from textalign_dagster.experiment.policies import evaluation_models
+from textalign_dagster.ids import canonical_json, content_hash
+from textalign_dagster.judging import PARSER_VERSION, template_of
+from textalign_dagster.settings.acceleration import accelerate_config
+from textalign_dagster.settings.judge import Judge
+from textalign_dagster.settings.structured import content_of
+from textalign_dagster.settings.training import WITHOUT_EFFECT, Training
+
+EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
+"""Parts of an evaluation that are kept for later ones, under names of their own."""
+
+SAMPLED_CHUNK = "sampled_chunk"
+"""Completions of an unfinished sampling, which the next try goes on from."""
+
+STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
+
+VERSIONS = {
+    "prompt_draws": 1,
+    "generations": 1,
+    "feedback": 1,
+    "datapool": 1,
+    "checkpoint": 1,
+    "evaluation": 1,
+}
+"""Raised when a change of code changes what a stage makes of the same inputs and settings."""
+
+
+def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[str, Any]:
+    """What of the experiment matters to a stage in an iteration, as plain JSON.
+
+    Iteration 0 has an evaluation only: of the untouched base policy, without a condition.
+    """
+    plain = experiment.model_dump(mode="json")
+    method = experiment.method
+    # Iteration 1 samples before there is any feedback to ask for; no method shows in it.
+    conditioning = {"template": method.template, "ask_for": method.exemplar}
+    unconditioned = {"template": None, "ask_for": None}
+    if stage == "prompt_draws":
+        # Where a file of prompts lies does not matter; what it holds is an input.
+        prompts = _without(plain["prompts"], "path")
+        chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
+    elif stage == "generations":
+        chosen = {
+            # How and where the engine runs changes no sample.
+            "sampling": {
+                **_without(
+                    plain["sampling"],
+                    *("batch_size", "chunk", "vllm", "endpoints", "launcher", "slurm", "ray", "k8s"),
+                    *("structured", "adapters"),
+                ),
+                **experiment.sampling.served,
+                **_structured(experiment),
+            },
+            "dtype": experiment.policy.dtype,
+            **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),
+        }
+    elif stage == "feedback":
+        chosen = {"kind": method.wants, **_feedback(experiment, experiment.task.identity, iteration)}
+    elif stage == "datapool":
+        chosen = {
+            "method": plain["method"],
+            "datapool": plain["datapool"],
+            "max_new_tokens": experiment.sampling.max_new_tokens,
+            "seed": experiment.seed,
+        }
+    elif stage == "checkpoint":
+        chosen = {
+            "training": _training(experiment.training, plain["training"]),
+            "template": method.template,
+            "special_tokens": method.special_tokens,
+            "dtype": experiment.policy.dtype,
+            "seed": experiment.seed,
+        }
+    elif stage == "evaluation":
+        asked = iteration > 0 and method.exemplar is not None
+        probes = method.probes if asked and experiment.evaluation.probe else ()
+        chosen = {
+            "task": experiment.task.identity,
+            "scorer": experiment.task.scorer,
+            "evaluation": _evaluation(experiment, plain["evaluation"], iteration),
+            "sampling": {
+                **{field: plain["sampling"][field] for field in ("engine", "min_new_tokens", "ignore_eos")},
+                "max_new_tokens": max_new_tokens(experiment),
+                **experiment.sampling.served,
+                **_structured(experiment),
+            },
+            "dtype": experiment.policy.dtype,
+            "seed": experiment.seed,
+            "probes": list(probes),
+            **(conditioning if asked else unconditioned),
+        }
+    else:
+        raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
+    return dict(json.loads(canonical_json(chosen)))  # as it comes back from a manifest: no tuples
+
+
+def _structured(experiment: Experiment) -> dict[str, Any]:
+    """What completions have to be, where they are no free text: a schema by what it says."""
+    content = content_of(experiment.sampling.structured)
+    return {} if content is None else {"structured": content}
+
+
+def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
+    """What of the section ``training`` matters: an accelerate configuration by what it says."""
+    given = _without(section, "accelerate", *WITHOUT_EFFECT)
+    # These came later: what was trained before, without them, is what they leave out.
+    for field, without in (("packing", False), ("optimizer", "adamw")):
+        if given[field] == without:
+            del given[field]
+    if settings.lora is not None and settings.lora.adapter == "new":
+        given["lora"] = _without(given["lora"], "adapter")
+    if settings.accelerate is not None:
+        given["accelerate"] = accelerate_config(settings.accelerate).identity
+    return given
+
+
+def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int) -> dict[str, Any]:
+    """What of the section ``evaluation`` matters: models, scorer and judge by what they are, where given."""
+    settings, scorer = experiment.evaluation, evaluation_scorer(experiment)
+    given: dict[str, Any] = {}
+    if scorer is not None:
+        given["scorer"] = scorer.identity
+    if settings.judge is not None:
+        given["judge"] = judge_identity(settings.judge)
+    for field, model in evaluation_models(experiment).items():
+        # Baselines stand beside iteration 0, which is evaluated with iteration 1.
+        if iteration <= 1 or not field.startswith("baselines."):
+            given[field] = model
+    by_identity = ("max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
+    return {**_without(section, "probe", "path", *by_identity), **given}
+
+
+def _feedback(experiment: Experiment, task: dict[str, Any], iteration: int) -> dict[str, Any]:
+    """Who judges the samples; see `resources.feedback_sources`."""
+    scorer, asked = experiment.sample_scorer, experiment.method.wants is not None
+    if asked and experiment.judge is not None:
+        return {"judge": judge_identity(experiment.judge)}
+    if asked and scorer is not None:
+        return {"scorer": scorer.identity_at(iteration)}
+    return {"task": task, "scorer": experiment.task.scorer}
+
+
+def judge_identity(judge: Judge) -> dict[str, Any]:
+    """What a judge's verdicts follow from: not how fast, how dearly or with which key it is asked."""
+    return {
+        "model": judge.model,
+        "endpoint": judge.endpoint,
+        "template": template_of(judge).content_hash,  # its ask and scale, too
+        "group": judge.group,
+        "pairs": judge.pairs,
+        "repeats": judge.repeats,
+        "decoding": judge.decoding.model_dump(mode="json"),
+        "structured": judge.structured,
+        "parser": PARSER_VERSION,
+    }
+
+
+def artifact_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The key under which a stage's output is kept."""
+    return content_hash(stage, VERSIONS[stage], dict(settings), dict(inputs))
+
+
+def _without(section: dict[str, Any], *fields: str) -> dict[str, Any]:
+    return {name: value for name, value in section.items() if name not in fields}

@@ -1,0 +1,88 @@
+"""distinct-n (Li et al., 2016, arXiv:1510.03055): the share of different n-grams in texts.
+
+All forms here use the published ALT definition: words by whitespace, n-grams within a text, and the
+number of *words* as the denominator for every n. They are not comparable with each other:
+
+* pooled: over all texts at once. It falls as texts are added (words repeat), so it compares only
+  sets of the same size; and it cannot be bootstrapped, since a text drawn twice adds words but no
+  new n-gram, which biases every resample downwards;
+* per prompt: over a prompt's own samples, then the mean over prompts (how varied are the answers to
+  one prompt?);
+* in blocks: over disjoint blocks of a fixed number of samples, then the mean over blocks. Its
+  expectation does not depend on how many samples there are, and blocks can be resampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, mean
+
+
+def distinct_n_words(texts: Iterable[str], n: int) -> float | None:
+    """Different n-grams of all texts together per word; None without a word."""
+    if n < 1:
+        raise ValueError(f"n: an n-gram has at least one word; got {n}")
+    words_in_all = 0
+    seen: set[tuple[str, ...]] = set()
+    for text in texts:
+        words = text.split()
+        words_in_all += len(words)
+        seen.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(seen) / words_in_all if words_in_all else None
+
+
+def distinct_n_per_prompt(
+    texts: Sequence[str],
+    clusters: Sequence[str],
+    n: int,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean over prompts of each prompt's own distinct-n; prompts without a word are left out."""
+    by_prompt = _by_prompt(texts, clusters)
+    values = [distinct_n_words(own, n) for own in by_prompt.values()]
+    found = mean(values, list(by_prompt), resamples=resamples, level=level, seed=seed)
+    counted = sum(len(own) for own, v in zip(by_prompt.values(), values, strict=True) if v is not None)
+    return Estimate(found.value, found.lo, found.hi, found.n, counted)
+
+
+def distinct_n_blocks(
+    texts: Sequence[str],
+    clusters: Sequence[str],
+    n: int,
+    *,
+    block: int = 100,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Mean distinct-n of disjoint blocks of ``block`` samples, with an interval over blocks.
+
+    Prompts are shuffled (seeded) and their samples laid out one after the other, so a prompt's
+    samples share a block, or two neighbouring ones. What does not fill the last block is left out.
+    Compare only numbers with the same block and the same samples per prompt. In the result, ``n``
+    counts blocks and ``rows`` the samples in them; the value is None with less than one block.
+    """
+    if block < 1:
+        raise ValueError(f"block: at least one sample; got {block}")
+    by_prompt = _by_prompt(texts, clusters)
+    names = sorted(by_prompt)
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    line = [text for i in shuffled for text in by_prompt[names[i]]]
+    full = len(line) // block
+    values = [distinct_n_words(line[i * block : (i + 1) * block], n) for i in range(full)]
+    found = mean(values, [str(i) for i in range(full)], resamples=resamples, level=level, seed=seed)
+    return Estimate(found.value, found.lo, found.hi, found.n, found.n * block)
+
+
+def _by_prompt(texts: Sequence[str], clusters: Sequence[str]) -> dict[str, list[str]]:
+    """Every prompt's texts, sorted, so that no result depends on the order of rows."""
+    by_prompt: dict[str, list[str]] = {}
+    for text, name in zip(texts, clusters, strict=True):
+        by_prompt.setdefault(name, []).append(text)
+    return {name: sorted(own) for name, own in by_prompt.items()}

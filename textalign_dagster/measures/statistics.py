@@ -1,0 +1,125 @@
+"""What scores are made of: estimates, correlations, diversity and perplexity, from one place."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from textalign_dagster.measures.bootstrap import (
+    RESAMPLES,
+    ClusterSums,
+    Column,
+    Difference,
+    Estimate,
+    Floats,
+    difference,
+    estimate,
+    mean,
+    mean_sums,
+    ratio_sums,
+)
+from textalign_dagster.measures.correlation import correlation, pearson, spearman
+from textalign_dagster.measures.diversity import distinct_n_blocks, distinct_n_per_prompt, distinct_n_words
+
+__all__ = [
+    "ClusterSums",
+    "Difference",
+    "Estimate",
+    "continuation_perplexity",
+    "correlation",
+    "difference",
+    "distinct_n_blocks",
+    "distinct_n_per_prompt",
+    "distinct_n_words",
+    "estimate",
+    "mean",
+    "mean_sums",
+    "pearson",
+    "perplexity",
+    "perplexity_mean",
+    "ratio_sums",
+    "spearman",
+    "text_perplexity",
+]
+
+IMPROBABLE = 1e4
+"""Per-sample perplexities from here on are left out of their mean, as in the published toxicity scores."""
+
+
+def perplexity(
+    nll: Column,
+    n_tokens: Column,
+    clusters: Column,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """exp(sum of NLL / sum of tokens): the token-weighted perplexity, with its interval.
+
+    This is not the mean of per-sample perplexities of the released code, which a single
+    improbable text dominates; for that one see :func:`perplexity_mean`.
+
+    Args:
+        nll: negative log-likelihood of every sample, summed over its tokens, in nats.
+        n_tokens: tokens of every sample; samples without tokens add nothing.
+    """
+    sums = ratio_sums(nll, n_tokens, clusters)
+    return estimate(sums, resamples=resamples, level=level, seed=seed, transform=_exp)
+
+
+def continuation_perplexity(nll_whole: float, nll_prompt: float, n_tokens: int) -> float | None:
+    """One continuation's perplexity given its prompt, as published for toxicity.
+
+    Args:
+        nll_whole: negative log-likelihood of prompt and continuation together, in nats.
+        nll_prompt: of the prompt alone; 0 where ``nll_whole`` is that of the continuation given the prompt.
+        n_tokens: tokens the continuation adds; None is returned for an empty one.
+    """
+    if n_tokens < 1:
+        return None
+    try:
+        return math.exp((nll_whole - nll_prompt) / n_tokens)
+    except OverflowError:
+        return math.inf
+
+
+def text_perplexity(log_probs: Column) -> float | None:
+    """One text's perplexity without its prompt, as published for summaries and dialogues.
+
+    Args:
+        log_probs: of the text's tokens, in nats, each given those before it *in the text*.
+    """
+    known = np.asarray(log_probs, dtype=np.float64)
+    return continuation_perplexity(-float(known.sum()), 0.0, known.size)
+
+
+def perplexity_mean(
+    nll: Column,
+    n_tokens: Column,
+    clusters: Column,
+    *,
+    limit: float = IMPROBABLE,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """The mean of per-sample perplexities, as published: empty samples and those from ``limit`` on left out.
+
+    Args:
+        nll: negative log-likelihood of every sample given its prompt, in nats; None: not known.
+        n_tokens: tokens of every sample.
+    """
+    values = [
+        None if total is None or count is None else continuation_perplexity(total, 0.0, count)
+        for total, count in zip(nll, n_tokens, strict=True)
+    ]
+    kept = [value if value is not None and value < limit else None for value in values]
+    return mean(kept, clusters, resamples=resamples, level=level, seed=seed)
+
+
+def _exp(values: Floats) -> Floats:
+    """exp; an overflow is infinite, hence undefined, without a warning."""
+    with np.errstate(over="ignore"):
+        return np.exp(values)

@@ -1,0 +1,56 @@
+"""Obedience: does a policy give what it is asked for?
+
+The rank correlation of what was requested (the label's place among all labels) and what was obtained (the
+task's first measure), over all samples of an evaluation. 1: every better label brings a better sample; 0:
+the label does not matter, however good the samples are.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate
+from textalign_dagster.measures.correlation import correlation
+from textalign_dagster.methods.base import VARIED, Method
+from textalign_dagster.tables import measure as measured
+from textalign_dagster.tasks.base import Measure
+
+
+def obedience(
+    samples: pl.DataFrame, method: Method, measure: Measure, *, resamples: int = RESAMPLES
+) -> Estimate:
+    """Spearman's correlation of request and result, with an interval over resampled prompts.
+
+    Args:
+        samples: prompt_id, role, condition, measures (columns of EVALUATION_SAMPLES) of one policy.
+        method: whose conditions they were asked for; ``Method.sweep`` has them from best to worst.
+        measure: a sample's result is its numerator by its denominator, if it has one (``per_prompt`` plays
+            no part), turned so that higher is better. A ``steady`` measure is taken as it is.
+
+    Returns:
+        In [-1, 1], positive for a policy that obeys. None where it is undefined: fewer than two conditions,
+        results that are all alike, or none. Samples asked for nothing and samples without a result
+        do not count.
+    """
+    sweep = list(method.sweep)
+    requested = pl.col("condition")
+    if method.exemplar == VARIED:
+        requested = pl.when(role="main").then(pl.lit(VARIED)).otherwise(requested)
+    wish = [float(-place) for place in range(len(sweep))]
+    result = pl.col("numerator")
+    if measure.denominator is not None:
+        result = pl.when(pl.col("denominator") != 0).then(result / pl.col("denominator"))
+    told = samples.select(
+        "prompt_id",
+        requested.replace_strict(sweep, wish, default=None, return_dtype=pl.Float64).alias("wish"),
+        measured(measure.numerator).alias("numerator"),
+        measured(measure.denominator or measure.numerator).alias("denominator"),
+    ).with_columns(result=-result if measure.better == "lower" else result)
+    told = told.drop_nulls(["wish", "result"])
+    return correlation(
+        told["wish"].to_list(),
+        told["result"].to_list(),
+        told["prompt_id"].to_list(),
+        "spearman",
+        resamples=resamples,
+    )

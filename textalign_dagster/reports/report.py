@@ -1,0 +1,160 @@
+"""What a run comes to: the score table of an experiment beside iteration 0 and its null control."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from resources.store import ArtifactStore
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.files import Library
+from textalign_dagster.reports.score_table import titles
+from textalign_dagster.tables import SCORES
+
+GUARD_NOTE = (
+    "Below each value its 95 % interval, from resampling prompts; the luck of a training seed is not in it. "
+    "The null control trains on its own samples without any feedback: what falls there too is no gain from feedback."
+)
+
+
+NARROWEST = 11
+"""Characters of a column: those of an interval."""
+
+
+def score_rows(store: ArtifactStore, library: Library, name: str) -> pl.DataFrame:
+    """The scores of an experiment, of its baselines (with iteration 0) and of its null control.
+
+    Returns:
+        One row per experiment, iteration, subject, role, condition and metric, with value, lo, hi, n; in
+        that order. Iterations that were not evaluated are missing.
+    """
+    control = library.control_of(name)
+    frames = []
+    for experiment in filter(None, (name, control)):
+        for k in range(library.load(experiment).iterations + 1):
+            pointer = store.pointer(experiment, k, "evaluation")
+            # Iteration 0 is one policy, whoever's: it is shown once.
+            if pointer is None or (k == 0 and experiment != name):
+                continue
+            frames.append(placed(pointer.artifact.frame("scores"), experiment, k))
+    if not frames:
+        return placed(SCORES.to_frame(), name, 0)
+    return pl.concat(frames)
+
+
+def placed(scores: pl.DataFrame, experiment: str, iteration: int) -> pl.DataFrame:
+    """A score table with the cell it belongs to."""
+    cell = (pl.lit(experiment).alias("experiment"), pl.lit(iteration).alias("iteration"))
+    # Older tables know of no baselines.
+    subject = (
+        pl.col("subject") if "subject" in scores.columns else pl.lit(None, dtype=pl.String).alias("subject")
+    )
+    return scores.select(*cell, subject, "role", "condition", "metric", "value", "lo", "hi", "n")
+
+
+def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: int = 120) -> Group:
+    """What people read: one row a policy and condition, one column a metric; in parts where it is too wide."""
+    named = titles(experiment)
+    metrics = [metric for metric in named if metric in set(rows["metric"])]
+    values = {m: rows.filter(pl.col("metric") == m)["value"] for m in metrics}
+    constant = {m for m, found in values.items() if found.n_unique() == 1 < found.len()}
+    last = rows.filter(pl.col("experiment") == name)["iteration"].max()
+    lines = [
+        _line(rows, row, name)
+        for row in _policies(rows, name)
+        # Every iteration's probes are in the tables; here the last one's tell enough.
+        if row["role"] != "probe" or row["iteration"] == last
+    ]
+    shown = {metric: named[metric] for metric in metrics if metric not in constant}
+    tables = [_part(part, lines) for part in _parts(shown, lines, width)]
+    tables[0].title = escape(f"{name}: {experiment.description}")
+    fixed = [f"{named[m]} is {values[m][0]:g} throughout." for m in constant]
+    return Group(*tables, Text(" ".join([GUARD_NOTE, *fixed]), style="table.caption"))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A row of the table: who, which section it belongs to, and metric → cell."""
+
+    label: str
+    section: tuple[Any, ...]
+    cells: dict[str, str]
+
+
+def _line(rows: pl.DataFrame, row: dict[str, Any], name: str) -> _Line:
+    own = rows.filter(*(pl.col(column).eq_missing(value) for column, value in row.items()))
+    found = own.select("metric", "value", "lo", "hi").iter_rows()
+    probe = row["condition"] if row["role"] == "probe" else None
+    section = (row["experiment"], row["role"] == "baseline", probe)
+    return _Line(_label(row, name), section, {m: _cell(v, lo, hi) for m, v, lo, hi in found})
+
+
+def _parts(titled: dict[str, str], lines: Sequence[_Line], width: int) -> list[dict[str, str]]:
+    """The metrics, in order, in as few tables as fit the width."""
+    edges = 3  # of a column: its border and the blanks beside it
+    left = width - edges - max((len(text) for line in lines for text in line.label.split("\n")), default=0)
+    parts: list[dict[str, str]] = [{}]
+    room = left
+    for metric, title in titled.items():
+        texts = [*title.split(), *(t for line in lines for t in line.cells.get(metric, "").split("\n"))]
+        wide = edges + max(NARROWEST, *map(len, texts))
+        if wide > room and parts[-1]:
+            parts.append({})
+            room = left
+        parts[-1][metric] = title
+        room -= wide
+    return parts
+
+
+def _part(titled: dict[str, str], lines: Sequence[_Line]) -> Table:
+    table = Table(title_justify="left", pad_edge=False)
+    table.add_column("policy", no_wrap=True)
+    for title in titled.values():
+        table.add_column(escape(title), justify="right", min_width=NARROWEST)
+    for before, line in zip([None, *lines], lines, strict=False):
+        if before is not None and line.section != before.section:
+            table.add_section()
+        table.add_row(line.label, *(line.cells.get(metric, "") for metric in titled))
+    return table
+
+
+def _policies(rows: pl.DataFrame, name: str) -> Sequence[dict[str, Any]]:
+    """(experiment, iteration, subject, role, condition): its own first, then control, probes, baselines."""
+    found = rows.select("experiment", "iteration", "subject", "role", "condition").unique(maintain_order=True)
+    return found.sort(
+        pl.col("role") == "baseline",
+        (pl.col("role") == "probe") & (pl.col("experiment") == name),
+        pl.col("experiment") != name,
+        "iteration",
+        maintain_order=True,
+    ).to_dicts()
+
+
+def _label(row: dict[str, Any], name: str) -> str:
+    if row["role"] == "probe":
+        asked = str(row["condition"])
+        asked = asked if len(asked) <= 25 else asked[:24] + "…"
+        return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
+    if row["role"] == "baseline":
+        return f"baseline {escape(str(row['subject']))}"
+    if row["iteration"] == 0:
+        return "iteration 0 (base policy)"
+    return (
+        f"iteration {row['iteration']}"
+        if row["experiment"] == name
+        else f"null control, iteration {row['iteration']}"
+    )
+
+
+def _cell(value: float, lo: float | None, hi: float | None) -> str:
+    digits = 3 if abs(value) < 1 else 2 if abs(value) < 10 else 1
+    if lo is None or hi is None:
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f}\n{lo:.{digits}f}–{hi:.{digits}f}"

@@ -1,0 +1,151 @@
+"""The score table: every metric of a policy under every condition, with its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePath
+from typing import Any
+
+import polars as pl
+
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK, evaluation_scorer
+from textalign_dagster.measures import statistics
+from textalign_dagster.measures.bootstrap import Per
+from textalign_dagster.measures.diversity import distinct_n_blocks
+from textalign_dagster.measures.statistics import Estimate
+from textalign_dagster.tables import SCORES, conform
+from textalign_dagster.tasks import Measure
+
+GUARDS: tuple[Measure, ...] = (
+    Measure("distinct_3", "distinct-3", "text"),
+    Measure("perplexity", "perplexity under the base policy", "nll", "nll_tokens"),
+    Measure("n_tokens", "tokens", "n_tokens"),
+)
+"""Numbers every task reports, for gains that are none: collapse, drift, shortening."""
+
+PERPLEXITY_MEAN = Measure("perplexity_mean", "mean of samples' perplexities", "nll", "nll_tokens")
+"""The published form: reported beside ours where another model than the base policy measures fluency."""
+
+OBEDIENCE = "obedience"
+"""Spearman's correlation of what was asked for and what came: a number of the conditions together."""
+
+NOTHING = Estimate(None, None, None, 0, 0)
+
+
+def reported(experiment: Experiment) -> tuple[Measure, ...]:
+    """What an evaluation reports, in order: the task's own, what scorer and judge say, the guards.
+
+    One for which there is no data is left out of the score table.
+    """
+    task, settings = experiment.task.measures, experiment.evaluation
+    guards = GUARDS
+    if settings.fluency_model is not None:
+        under = f"perplexity under {PurePath(settings.fluency_model).name}"
+        guards = tuple(replace(m, title=under) if m.name == "perplexity" else m for m in GUARDS)
+        guards += (PERPLEXITY_MEAN,)
+    scorer = evaluation_scorer(experiment)
+    extra = []
+    if scorer is not None and not any(measure.numerator == "score" for measure in task):
+        extra.append(Measure("score", f"{scorer.name} score", "score", better=scorer.better))
+    if settings.judge is not None:
+        won = settings.judge.ask == "win"
+        name, title = ("win_rate", "win rate") if won else ("judge_score", "judge's score")
+        extra.append(Measure(name, title, "judge_value", better="higher"))
+        extra.append(Measure("judge_unusable", "unusable judgements", "judge_unusable", better="lower"))
+    named = {measure.name for measure in task}
+    return (*task, *(measure for measure in (*extra, *guards) if measure.name not in named))
+
+
+def titles(experiment: Experiment) -> Mapping[str, str]:
+    """Metric → title, in the order of reporting."""
+    found = {measure.name: measure.title for measure in reported(experiment)}
+    return {**found, OBEDIENCE: "obedience"}
+
+
+def score_table(
+    samples: pl.DataFrame,
+    measured: pl.DataFrame,
+    measures: Sequence[Measure],
+    *,
+    policy_hash: str,
+    resamples: int,
+    subject: str | None = None,
+) -> pl.DataFrame:
+    """The scores of a policy, with 95 % intervals from resampling prompts.
+
+    Args:
+        samples: sample_id, prompt_id, condition, role, text, n_tokens, nll and nll_tokens
+            (NULL where not computed), and what else ``measures`` name.
+        measured: sample_id and the columns that ``measures`` name; they go before those of ``samples``.
+        subject: a baseline's name; None: the experiment's own policy.
+
+    Returns:
+        Rows of :data:`textalign_dagster.tables.SCORES`: every measure that has data, for every condition.
+    """
+    own = samples.select(c for c in samples.columns if c == "sample_id" or c not in measured.columns)
+    # In the samples' order: resampling and blocks go by it.
+    joined = own.join(measured, on="sample_id", maintain_order="left")
+    rows = []
+    groups = joined.partition_by("role", "condition", as_dict=True, maintain_order=True)
+    for (role, condition), group in groups.items():
+        for measure in measures:
+            found = _estimate(group, measure, resamples)
+            if found.value is not None:
+                rows.append(
+                    score_row(
+                        measure.name, found, policy_hash, subject=subject, condition=condition, role=role
+                    )
+                )
+    return conform(pl.DataFrame(rows, schema=SCORES), SCORES, "scores")
+
+
+def score_row(
+    metric: str,
+    found: Estimate,
+    policy_hash: str,
+    *,
+    subject: str | None = None,
+    condition: Any = None,
+    role: Any = "main",
+) -> dict[str, Any]:
+    """A row of SCORES."""
+    return {
+        "policy_hash": policy_hash,
+        "subject": subject,
+        "metric": metric,
+        "condition": condition,
+        "role": role,
+        "n": found.n,
+        "value": found.value,
+        "lo": found.lo,
+        "hi": found.hi,
+    }
+
+
+def _estimate(group: pl.DataFrame, measure: Measure, resamples: int) -> Estimate:
+    ids = group["prompt_id"].to_list()
+    if measure.name == "distinct_3":
+        return distinct_n_blocks(group["text"].to_list(), ids, 3, block=DISTINCT_BLOCK, resamples=resamples)
+    if measure.name in ("perplexity", "perplexity_mean"):
+        nll, tokens = group["nll"].to_list(), group["nll_tokens"].to_list()
+        how = statistics.perplexity if measure.name == "perplexity" else statistics.perplexity_mean
+        return how(nll, tokens, ids, resamples=resamples)
+    # Without any data a column has no type.
+    values = group[measure.numerator].cast(pl.Float64) * measure.scale
+    if measure.denominator is None:
+        per: Per = "prompt_max" if measure.per_prompt == "max" else "sample"
+        return statistics.mean(values.to_list(), ids, per, resamples=resamples)
+    counts = group[measure.denominator].cast(pl.Float64)
+    if measure.per_prompt == "max":
+        each = pl.select(pl.when(counts != 0).then(values / counts)).to_series()
+        return statistics.mean(each.to_list(), ids, "prompt_max", resamples=resamples)
+    sums = statistics.ratio_sums(values.to_list(), counts.to_list(), ids)
+    return statistics.estimate(sums, resamples=resamples)
+
+
+def value_of(scores: pl.DataFrame, metric: str, role: str = "main") -> float | None:
+    """One value of a score table, None where it is not there."""
+    found = scores.filter((pl.col("metric") == metric) & (pl.col("role") == role))["value"]
+    return float(found[0]) if len(found) else None

@@ -1,0 +1,36 @@
+"""The sections of an experiment, typed; strict settings and errors a person can act on.
+
+From outside: the base from here, and one module a section.
+"""
+
+from textalign_dagster.settings.base import (
+    ONE_VALUE,
+    SECRET_NAME,
+    Settings,
+    SettingsError,
+    describe,
+    merge,
+    nearest,
+    nested,
+    parse_override,
+    parse_yaml,
+    read_yaml,
+    validate,
+    write_yaml,
+)
+
+__all__ = [
+    "ONE_VALUE",
+    "SECRET_NAME",
+    "Settings",
+    "SettingsError",
+    "describe",
+    "merge",
+    "nearest",
+    "nested",
+    "parse_override",
+    "parse_yaml",
+    "read_yaml",
+    "validate",
+    "write_yaml",
+]

@@ -1,0 +1,300 @@
+"""Accelerate configurations (DeepSpeed, FSDP, data parallel): the shipped ones, a user's own, and what
+of them contradicts an experiment. Everything is told before a training starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from textalign_dagster.settings import SettingsError, nearest, read_yaml, write_yaml
+from textalign_dagster.settings.training import Training
+
+SHIPPED = Path(__file__).parent / "accelerate_configs"
+KINDS = ("DEEPSPEED", "FSDP", "MULTI_GPU", "NO")
+PROBE = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
+
+Kind = Literal["DEEPSPEED", "FSDP", "MULTI_GPU", "NO"]
+
+
+@dataclass(frozen=True)
+class AccelerateConfig:
+    """An accelerate configuration; ``deepspeed`` is what DeepSpeed is told, where it takes part."""
+
+    where: str
+    content: dict[str, Any]
+    deepspeed: dict[str, Any] | None
+
+    @property
+    def kind(self) -> Kind:
+        """Accelerate's name of how the processes share the work."""
+        kind: Kind = self.content["distributed_type"]
+        return kind
+
+    @property
+    def zero_stage(self) -> int | None:
+        """Of DeepSpeed; None without it."""
+        if self.kind != "DEEPSPEED":
+            return None
+        if self.deepspeed is not None:
+            return int(self.deepspeed.get("zero_optimization", {}).get("stage", 0))
+        return int(self.content.get("deepspeed_config", {}).get("zero_stage", 2))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a training follows from, whatever the file is called."""
+        fields = dict(self.content.get("deepspeed_config") or {})
+        fields.pop("deepspeed_config_file", None)
+        content = {**self.content, **({"deepspeed_config": fields} if fields else {})}
+        if not fields:
+            content.pop("deepspeed_config", None)
+        return {"accelerate": content, "deepspeed": self.deepspeed}
+
+    def write(self, folder: Path) -> Path:
+        """Writes it, and what DeepSpeed is told, into ``folder``; returns the file to launch with."""
+        content = dict(self.content)
+        if self.deepspeed is not None:
+            inner = folder / "deepspeed.json"
+            inner.write_text(json.dumps(self.deepspeed, indent=2) + "\n", encoding="utf-8")
+            content["deepspeed_config"] = {
+                **content["deepspeed_config"],
+                "deepspeed_config_file": str(inner.resolve()),
+            }
+        path = folder / "accelerate.yaml"
+        path.write_text(write_yaml(content), encoding="utf-8")
+        return path
+
+
+def shipped() -> tuple[str, ...]:
+    """Names that ``training.accelerate`` knows."""
+    return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
+
+
+def accelerate_config(setting: str) -> AccelerateConfig:
+    """The configuration of a name or path.
+
+    Raises:
+        SettingsError: there is none, it cannot be read, or it is of a kind that is not supported.
+    """
+    path = SHIPPED / f"{setting}.yaml" if setting in shipped() else Path(setting)
+    if not path.is_file():
+        raise SettingsError(
+            f"training.accelerate: {setting!r} is no file and none of {', '.join(shipped())}"
+            f"{nearest(setting, shipped())}"
+        )
+    content = read_yaml(path)
+    kind = content.get("distributed_type")
+    if kind == "MULTI_CPU":
+        raise SettingsError(
+            f"training.accelerate: {path}: distributed_type MULTI_CPU starts one process only; leave "
+            "training.accelerate out, training.processes are then started on CPUs, too"
+        )
+    if kind not in KINDS:
+        raise SettingsError(
+            f"training.accelerate: {path}: distributed_type: {kind!r} is not supported; one of {', '.join(KINDS)}"
+        )
+    if content.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
+        raise SettingsError(
+            f"training.accelerate: {path}: compute_environment: only LOCAL_MACHINE is supported"
+        )
+    return AccelerateConfig(str(path), content, _deepspeed(path, content) if kind == "DEEPSPEED" else None)
+
+
+def _deepspeed(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
+    fields = content.get("deepspeed_config")
+    if not isinstance(fields, dict):
+        raise SettingsError(
+            f"training.accelerate: {path}: deepspeed_config: missing; name zero_stage or a file there"
+        )
+    if "deepspeed_config_file" not in fields:
+        return None
+    inner = path.parent / str(fields["deepspeed_config_file"])
+    try:
+        told = json.loads(inner.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"training.accelerate: {path}: deepspeed_config_file: {inner} cannot be read as JSON ({error})"
+        ) from None
+    if not isinstance(told, dict) or not isinstance(told.get("zero_optimization"), dict):
+        raise SettingsError(
+            f"training.accelerate: {inner}: zero_optimization: missing; a section with `stage`"
+        )
+    return told
+
+
+@lru_cache(maxsize=1)
+def accelerators() -> int:
+    """How many accelerators this machine has, asked in a process of its own (torch takes seconds to load)."""
+    asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
+    return int(asked.stdout) if asked.returncode == 0 else 0
+
+
+def check_training(
+    training: Training,
+    *,
+    dtype: str,
+    devices: Callable[[], int] | None = accelerators,
+    installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
+) -> AccelerateConfig | None:
+    """Whether a training can start as it is set; its accelerate configuration, where it names one.
+
+    Args:
+        dtype: of the policy's weights.
+        devices: how many accelerators there are where it will run; None: that cannot be known here.
+        installed: whether a package is there.
+
+    Raises:
+        SettingsError: one sentence with field and remedy.
+    """
+    config = None if training.accelerate is None else accelerate_config(training.accelerate)
+    kind = None if config is None else config.kind
+    if training.lora is not None and not installed("peft"):
+        raise SettingsError("training.lora: needs the peft package: pip install -e '.[lora]'")
+    if kind == "DEEPSPEED" and not installed("deepspeed"):
+        raise SettingsError(
+            f"training.accelerate: {training.accelerate} needs the deepspeed package: pip install -e '.[deepspeed]'"
+        )
+    if training.optimizer == "adamw_8bit":
+        if not installed("bitsandbytes"):
+            raise SettingsError(
+                "training.optimizer: adamw_8bit needs the bitsandbytes package: pip install -e '.[8bit]'"
+            )
+        if kind in ("DEEPSPEED", "FSDP"):
+            raise SettingsError(
+                f"training.optimizer: adamw_8bit cannot be had with {training.accelerate}, which keeps the optimizer in "
+                "a form of its own; set it to adamw"
+            )
+    if training.mixed_precision == "fp16" and dtype == "bfloat16":
+        raise SettingsError(
+            "training.mixed_precision: fp16 does not go with policy.dtype bfloat16; set one of them to the other"
+        )
+    if config is not None:
+        for check in (_agreement, _sharing, _told_to_deepspeed):
+            check(training, config)
+    if devices is not None and (
+        training.mixed_precision == "fp16" or config is not None or training.processes > 1
+    ):
+        _devices(training, kind, devices())
+    return config
+
+
+def _agreement(training: Training, config: AccelerateConfig) -> None:
+    """The experiment says how many processes there are and how they compute."""
+    wanted = {
+        "num_processes": ("training.processes", training.processes),
+        "num_machines": ("the launcher's number of machines", training.machines),
+        "mixed_precision": ("training.mixed_precision", training.mixed_precision),
+        "use_cpu": ("what is wanted here", False),
+    }
+    for field, (name, value) in wanted.items():
+        given = config.content.get(field, value)
+        if given != value and not (field == "num_processes" and given == -1):
+            raise SettingsError(
+                f"training.accelerate: {config.where}: {field} is {given!r}, but {name} is {value!r}; remove it "
+                "there, or make them agree"
+            )
+
+
+def _sharing(training: Training, config: AccelerateConfig) -> None:
+    kind, name = config.kind, training.accelerate
+    if kind in ("FSDP", "MULTI_GPU") and training.processes < 2:
+        raise SettingsError(
+            f"training.processes: {name} spreads a training over at least 2 processes; raise it"
+        )
+    if kind == "NO" and training.processes > 1:
+        raise SettingsError(
+            f"training.accelerate: {config.where} is for one process (distributed_type NO), but "
+            f"training.processes is {training.processes}; leave training.accelerate out"
+        )
+    sharded = kind == "FSDP" or config.zero_stage == 3
+    if training.optimizer_state == "carried" and kind in ("DEEPSPEED", "FSDP"):
+        raise SettingsError(
+            f"training.optimizer_state: carried cannot be had with {name}, which keeps the optimizer in a form of "
+            "its own; set it to fresh"
+        )
+    if training.lora is not None and sharded:
+        raise SettingsError(
+            f"training.lora: adapters cannot be merged into the sharded weights of {name}; use zero2"
+        )
+    if kind == "FSDP" and training.gradient_checkpointing:
+        fsdp = config.content.get("fsdp_config") or {}
+        if fsdp.get("fsdp_activation_checkpointing"):
+            raise SettingsError(
+                "training.gradient_checkpointing: the configuration has fsdp_activation_checkpointing; keep one"
+            )
+
+
+def _told_to_deepspeed(training: Training, config: AccelerateConfig) -> None:
+    """DeepSpeed's own settings, where they are not "auto"."""
+    if config.kind != "DEEPSPEED":
+        return
+    fields = config.content.get("deepspeed_config") or {}
+    told = config.deepspeed if config.deepspeed is not None else fields
+    for section in ("optimizer", "scheduler"):
+        if section in told:
+            raise SettingsError(
+                f"training.accelerate: {config.where}: {section}: is the experiment's matter (section training); "
+                "remove it there"
+            )
+    batch, accumulation = training.batch_size, training.gradient_accumulation
+    expected: dict[str, tuple[Any, Any]] = {
+        "gradient_accumulation_steps": (told.get("gradient_accumulation_steps"), accumulation),
+        "gradient_clipping": (told.get("gradient_clipping"), training.max_grad_norm or 0.0),
+        "train_micro_batch_size_per_gpu": (told.get("train_micro_batch_size_per_gpu"), batch),
+        "train_batch_size": (told.get("train_batch_size"), batch * accumulation * training.processes),
+        **{
+            f"{name}.enabled": ((told.get(name) or {}).get("enabled"), training.mixed_precision == name)
+            for name in ("fp16", "bf16")
+        },
+    }
+    for field, (given, value) in expected.items():
+        if given not in (None, "auto", value):
+            raise SettingsError(
+                f"training.accelerate: {config.where}: {field} is {given!r}, but the section training says {value!r}; "
+                'set it to "auto" there'
+            )
+    if config.zero_stage == 3:
+        zero = told.get("zero_optimization") or {}
+        if fields.get("zero3_init_flag"):
+            raise SettingsError(
+                f"training.accelerate: {config.where}: zero3_init_flag: new tokens cannot be added to weights that "
+                "are spread from the start; set it to false"
+            )
+        if not zero.get("stage3_gather_16bit_weights_on_model_save", fields.get("zero3_save_16bit_model")):
+            raise SettingsError(
+                f"training.accelerate: {config.where}: without stage3_gather_16bit_weights_on_model_save "
+                "(zero3_save_16bit_model) no checkpoint can be written; set it to true"
+            )
+
+
+def _devices(training: Training, kind: Kind | None, devices: int) -> None:
+    name = training.accelerate
+    if devices == 0:
+        if kind == "FSDP":
+            raise SettingsError(
+                f"training.accelerate: {name} needs accelerators, and this machine has none (on CPUs it would train "
+                "copies that never meet); use zero2 or zero3"
+            )
+        if kind == "MULTI_GPU":
+            raise SettingsError(
+                f"training.accelerate: {name} needs accelerators, and this machine has none; leave it out: "
+                "training.processes are then started on CPUs"
+            )
+        if training.mixed_precision == "fp16":
+            raise SettingsError(
+                "training.mixed_precision: fp16 needs an accelerator, and this machine has none; use bf16 or no"
+            )
+        if training.mixed_precision == "bf16" and kind == "DEEPSPEED":
+            raise SettingsError(
+                f"training.mixed_precision: bf16 with {name} needs an accelerator, and this machine has none; use no"
+            )
+    elif training.processes > devices:
+        raise SettingsError(
+            f"training.processes: {training.processes}, but this machine has {devices} accelerators; lower it"
+        )

@@ -1,0 +1,228 @@
+"""How a checkpoint is trained: a section of the experiment, and what the trainer is told."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from textalign_dagster.settings import Settings
+from textalign_dagster.settings.clusters import Slurm
+from textalign_dagster.settings.kubernetes import Kubernetes
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Target = Annotated[float, Field(gt=0)]
+
+
+WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
+"""Settings of a training that change nothing of what is trained: a step is the same step on other machines,
+activations computed twice are the same activations."""
+
+
+class Objective(Settings):
+    """The loss per generated token: −log p + kl_coef·KL − entropy_coef·H."""
+
+    entropy_coef: float = Field(0.06, ge=0, description="Weight of the entropy bonus (alpha).")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference (beta); 0: none.")
+    kl_direction: Literal["reference_to_policy", "policy_to_reference"] = Field(
+        "reference_to_policy",
+        description="reference_to_policy: KL(ref || pi) as ALT; policy_to_reference: KL(pi || ref) as Quark's code.",
+    )
+    kl_reference: Literal["base", "parent"] = Field(
+        "base", description="The reference: the base policy, or the policy this iteration started from."
+    )
+    kl_reference_sees_condition: bool = Field(
+        False, description="Whether the reference reads the condition too, or the plain prompt."
+    )
+    kl_target: Target | None = Field(
+        None,
+        description="Adapts kl_coef after every step, towards this KL of a whole sample, in nats; null: kl_coef "
+        "stays as it is.",
+    )
+    entropy_target: Target | None = Field(
+        None, description="Adapts entropy_coef likewise, towards this entropy of a whole sample, in nats."
+    )
+    controller_horizon: float = Field(
+        2500.0, gt=0, description="Rows over which an adapted coefficient changes by 20 % at most."
+    )
+
+    @model_validator(mode="after")
+    def _controllable(self) -> Objective:
+        for name, target, coef in (
+            ("kl", self.kl_target, self.kl_coef),
+            ("entropy", self.entropy_target, self.entropy_coef),
+        ):
+            if target is not None and coef == 0:
+                raise ValueError(
+                    f"{name}_target adapts {name}_coef by factors, which cannot move it from 0; give "
+                    f"{name}_coef a start above 0"
+                )
+        return self
+
+
+class Lora(Settings):
+    """Small matrices beside the frozen weights are trained, and added to them in the end."""
+
+    rank: int = Field(16, ge=1, description="Rank of the matrices.")
+    alpha: float = Field(32.0, gt=0, description="They are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of their input.")
+    target_modules: Literal["all-linear"] | list[str] = Field(
+        "all-linear",
+        description="Names of the modules they stand beside; all-linear: every linear one but the LM head.",
+    )
+    adapter: Literal["new", "carried"] = Field(
+        "new",
+        description="new: each iteration begins a new adapter beside the policy it starts from; carried: one adapter "
+        "beside the base policy goes on training from iteration to iteration.",
+    )
+
+
+class Training(Settings):
+    """How a checkpoint is trained on the drawn rows."""
+
+    objective: Objective = Field(Objective(), description="The loss.")
+    start_from: Literal["parent", "base"] = Field(
+        "parent", description="Continue the policy that was sampled from, or start from the base anew."
+    )
+    epochs: float = Field(2.0, gt=0, description="Passes over the drawn rows.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="Shape of the decay, restarted every iteration."
+    )
+    final_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="Last learning rate as a share of the peak (linear, cosine)."
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
+    batch_size: int = Field(8, ge=1, description="Rows per process and step.")
+    gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
+    packing: bool = Field(
+        False,
+        description="Whether the rows of a step and process are read as one sequence, in which they do not see each "
+        "other, instead of being padded to the longest one.",
+    )
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        description="adamw_8bit: AdamW with moments in 8 bits (bitsandbytes), a quarter of the memory.",
+    )
+    weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
+    betas: tuple[Beta, Beta] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    optimizer_state: Literal["fresh", "carried"] = Field(
+        "fresh",
+        description="carried: AdamW's moments (and adapted coefficients) go on from the iteration before.",
+    )
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, description="Gradients are clipped to this norm; null: not at all."
+    )
+    trainable_layers: Count | Share | None = Field(
+        None,
+        description="How many of the last transformer blocks train: a number (8), or a share of them (0.3); "
+        "null: all. Embeddings, final norm and LM head train in any case.",
+    )
+    lora: Lora | None = Field(
+        None, description="Low-rank adapters instead of all weights, merged into the checkpoint; null: none."
+    )
+    max_length: int = Field(
+        1024, ge=2, description="Longest row in tokens; long prompts lose their beginning."
+    )
+    eos_rule: Literal["finish_reason", "legacy"] = Field(
+        "finish_reason",
+        description="A cut-off sample must not teach stopping. finish_reason: the end token follows samples "
+        "that ended by themselves; legacy: the published guess from last character and length.",
+    )
+    special_token_init: Literal["mean_std", "eos"] = Field(
+        "mean_std",
+        description="Embeddings of new tokens: normal around the vocabulary's mean and spread, or a copy of the end token's.",
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Number format of forward and backward passes; fp16 needs an accelerator."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them: slower, in less memory."
+    )
+    accelerate: str | None = Field(
+        None,
+        description="How processes share the work: zero1, zero2, zero2_offload, zero3, fsdp, multi_gpu, or the "
+        "path of an accelerate configuration; null: plain data parallel.",
+    )
+    processes: int = Field(
+        1, ge=1, description="Training processes in all, on however many nodes; one for each GPU."
+    )
+    snapshot_minutes: float | None = Field(
+        15.0,
+        gt=0,
+        description="Minutes between two snapshots, from which an interrupted training goes on; null: none, it "
+        "begins anew.",
+    )
+    launcher: Literal["local", "slurm", "k8s"] = Field(
+        "local",
+        description="Where trainings run: on this machine, as jobs of Slurm (docs/clusters.md), or as pods of Kubernetes.",
+    )
+    slurm: Slurm = Field(Slurm(), description="The job, where the launcher is slurm.")
+    k8s: Kubernetes = Field(Kubernetes(), description="The pod, where the launcher is k8s.")
+
+    @model_validator(mode="after")
+    def _on_nodes(self) -> Training:
+        pod = self.k8s
+        if self.launcher == "k8s":
+            pod.check_complete()
+            if pod.gpus and self.processes != pod.gpus:
+                raise ValueError(
+                    f"processes: {self.processes}, but k8s.gpus is {pod.gpus}; set it to {pod.gpus}, one for each"
+                )
+        nodes, gpus = self.slurm.nodes, self.slurm.gpus_per_node
+        if self.launcher != "slurm":
+            return self
+        if self.processes % nodes:
+            raise ValueError(
+                f"processes: {self.processes} cannot be spread evenly over slurm.nodes: {nodes}; make it a "
+                f"multiple of {nodes}"
+            )
+        if gpus and self.processes != nodes * gpus:
+            raise ValueError(
+                f"processes: {self.processes}, but slurm asks for {nodes} nodes with {gpus} GPUs each; set it to "
+                f"{nodes * gpus}, one for each GPU"
+            )
+        return self
+
+    @property
+    def carries_adapter(self) -> bool:
+        """Whether one adapter beside the base policy trains in all iterations."""
+        return self.lora is not None and self.lora.adapter == "carried"
+
+    @property
+    def adapts_base(self) -> bool:
+        """Whether every checkpoint is the base policy with an adapter."""
+        return self.lora is not None and (self.carries_adapter or self.start_from == "base")
+
+    @property
+    def machines(self) -> int:
+        """On how many machines the processes run."""
+        return self.slurm.nodes if self.launcher == "slurm" else 1
+
+    @model_validator(mode="after")
+    def _possible(self) -> Training:
+        if self.lora is not None and self.trainable_layers is not None:
+            raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
+        if self.carries_adapter and self.start_from == "base":
+            raise ValueError(
+                "lora.adapter: carried goes on from the parent's adapter, and start_from: base from no adapter at "
+                "all; set start_from to parent, or lora.adapter to new"
+            )
+        if self.optimizer_state == "carried":
+            if self.optimizer == "adamw_8bit":
+                raise ValueError(
+                    "optimizer_state: moments in 8 bits (optimizer: adamw_8bit) are not carried over; set it to fresh"
+                )
+            if self.lora is not None and not self.carries_adapter:
+                raise ValueError(
+                    "optimizer_state: carried moments belong to the same weights, but each iteration has a new "
+                    "adapter (lora.adapter: new); set it to fresh, or lora.adapter to carried"
+                )
+            if self.start_from == "base":
+                raise ValueError(
+                    "optimizer_state: carried moments are of the parent's weights; set start_from to parent"
+                )
+        return self

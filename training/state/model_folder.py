@@ -1,0 +1,91 @@
+"""The transformers folder a policy is: loading it, and saving one that every engine can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training.job import JobError, NonFiniteError
+from training.state.optimizer_state import OptimizerState
+from training.trainer import ObjectiveTrainer
+
+
+def load_model(folder: str, dtype: str) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+        )
+    except Exception as error:  # config, safetensors and transformers each have errors of their own
+        raise JobError(
+            f"{folder}: the model cannot be loaded ({_first_line(error)}); is the folder complete?"
+        ) from error
+
+
+def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise JobError(
+            f"{folder}: the tokenizer cannot be loaded ({_first_line(error)}); save it with the model"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def save(
+    trainer: ObjectiveTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, beside: Path | None = None
+) -> None:
+    """The model as a plain transformers folder, without pickle.
+
+    What is no part of it goes to ``beside``: the optimizer's state where the next iteration goes on
+    from it, and the adapter that has been merged into the weights.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    # Sharded weights are gathered by all ranks together.
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    broken = next((name for name, weight in (state or {}).items() if not torch.isfinite(weight).all()), None)
+    if broken is not None:
+        raise NonFiniteError(f"after the last step {broken} is not finite; lower training.learning_rate")
+    main = trainer.args.process_index == 0
+    if beside is not None and main:
+        beside.mkdir(parents=True, exist_ok=True)
+    if beside is not None and main and trainer.settings.optimizer_state == "carried":
+        coefficients = trainer.controllers.coefficients()
+        optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
+        OptimizerState.of(model, optimizer, coefficients).write(beside)
+    if trainer.settings.lora is not None:
+        from training.lora import merge_adapter
+
+        model = merge_adapter(model, beside / "adapter" if beside is not None and main else None)
+        state = model.state_dict()
+    model.config.use_cache = True  # Trainer turns it off for training; samplers need it
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        if model.generation_config is not None and getattr(model.generation_config, name) is None:
+            setattr(model.generation_config, name, getattr(tokenizer, name))
+    if main:
+        model.save_pretrained(out, state_dict=_tied(model, state))
+        tokenizer.save_pretrained(out)
+        for weights in out.glob("*.safetensors"):  # written for the owner only; be as open as the rest
+            weights.chmod((out / "config.json").stat().st_mode)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state with one tensor for each weight: DeepSpeed copies tied ones apart, and both would be saved."""
+    first: dict[torch.nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        kept = first.setdefault(parameter, name)
+        if name in state and kept in state:
+            state[name] = state[kept]
+    return state

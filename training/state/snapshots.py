@@ -1,0 +1,277 @@
+"""Snapshots: what an interrupted training goes on from, as if nobody had interrupted it.
+
+::
+
+    weights.safetensors         the weights that train; all others are the policy's
+    optimizer.safetensors/json  AdamW's state, where all processes have the same
+    process_0.safetensors, …    of each process: its random generators, and under ZeRO its part of the state
+    snapshot.json               losses, tokens, seconds so far
+
+On the CPU a training that went on gives the same bytes as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import shutil
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, distributed
+from transformers import PreTrainedModel
+
+from textalign_dagster.disk import sync
+from textalign_dagster.ids import canonical_json
+from textalign_dagster.settings.training import WITHOUT_EFFECT
+from training.data.examples import Example
+from training.job import Job, JobError
+from training.progress import Reporter
+from training.state import zero_state
+from training.state.optimizer_state import TENSORS, OptimizerState
+from training.state.snapshot_folder import SnapshotName, names, publish
+
+if TYPE_CHECKING:
+    from training.trainer import ObjectiveTrainer
+
+WEIGHTS, FACTS = "weights.safetensors", "snapshot.json"
+GENERATORS, SHARE = "generator/", "zero/"
+CPU, ACCELERATOR = f"{GENERATORS}cpu", f"{GENERATORS}accelerator"
+SEEN = 1024  # numbers of each tensor that a model is known by
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training has come, over all processes and lives."""
+
+    step: int = 0
+    losses: Sequence[float] = ()  # one a step
+    tokens: int = 0
+    seconds: float = 0.0  # of the steps
+    resumed_at: Sequence[int] = ()  # steps from which it went on
+    coefficients: dict[str, float] = dataclasses.field(default_factory=dict)  # those that adapt
+    loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)  # under fp16
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A snapshot that a training goes on from."""
+
+    folder: Path
+    progress: Progress
+
+    @classmethod
+    def read(cls, folder: Path) -> Snapshot:
+        """The snapshot in a folder.
+
+        Raises:
+            JobError: it cannot be read.
+        """
+        try:
+            return cls(folder, Progress(**json.loads((folder / FACTS).read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise _unreadable(folder, error) from None
+
+    def restore_weights(self, model: PreTrainedModel) -> None:
+        """Puts its weights into a model that has been loaded as at the training's start."""
+        tensors, trained = _load(self.folder, WEIGHTS), _trained(model)
+        if tensors.keys() != trained.keys():
+            raise _unreadable(self.folder, ValueError("it has other weights"))
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(tensors[name])
+
+    @property
+    def optimizer(self) -> OptimizerState | None:
+        """AdamW's state; None: each process has its part (`restore_process`)."""
+        if not (self.folder / TENSORS).exists():
+            return None
+        try:
+            return OptimizerState.read(self.folder)
+        except JobError as error:
+            raise _unreadable(self.folder, error) from None
+
+    def restore_process(self, trainer: ObjectiveTrainer) -> None:
+        """What a process has for itself, and the scale of the loss; once the trainer is set up."""
+        scale = self.progress.loss_scale
+        if trainer.is_deepspeed_enabled:
+            kept = _load(self.folder, _of_process(trainer), SHARE)
+            part = {name.removeprefix(SHARE): value for name, value in kept.items()}
+            zero_state.restore(trainer.model_wrapped, part)
+            zero_state.restore_loss_scale(trainer.model_wrapped, scale)
+        elif trainer.accelerator.scaler is not None and scale:
+            trainer.accelerator.scaler.load_state_dict(scale)
+
+    def restore_generators(self, trainer: ObjectiveTrainer) -> None:
+        """Dropout goes on where it was; just before the first step, which nothing random precedes then."""
+        kept, device = _load(self.folder, _of_process(trainer), GENERATORS), trainer.args.device
+        torch.set_rng_state(kept[CPU])
+        if ACCELERATOR in kept:
+            torch.get_device_module(device).set_rng_state(kept[ACCELERATOR], device)
+
+
+class Snapshots:
+    """The snapshots of one training: the newest is gone on from, further ones are taken.
+
+    All processes take one together: after the step in which the first of them found it due by the
+    clock, or any of them was sent SIGUSR1, as Slurm does before a time limit, or SIGTERM, as whoever
+    cancels or evicts a training does; then it is their last.
+    """
+
+    def __init__(self, folder: Path, training: str, minutes: float, reporter: Reporter, device: torch.device):
+        """
+        Args:
+            training: what it is known by, see `identity`.
+            minutes: between two snapshots.
+
+        Raises:
+            JobError: the newest one cannot be read.
+        """
+        self._folder, self._training, self._every = folder, training, 60 * minutes
+        self._reporter = reporter
+        self._first = not distributed.is_initialized() or distributed.get_rank() == 0
+        newest = next(reversed(names(folder, training)), None) if self._first else None
+        # What the first process finds and draws holds for all: no other may look at another moment.
+        told = torch.tensor(
+            [newest.step if newest else -1, newest.life if newest else 0, secrets.randbits(32)], device=device
+        )
+        if distributed.is_initialized():
+            distributed.broadcast(told, 0)
+        step, life, self._life = told.tolist()
+        name = SnapshotName(step, life, training)
+        self.found = None if step < 0 else Snapshot.read(folder / str(name))
+        self._clock = time.monotonic()
+        self._asked: set[int] = set()  # the signals that came
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, lambda number, _: self._asked.add(number))
+
+    def start(self) -> None:
+        """The first step begins now."""
+        self._clock = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether this process wants one after this step."""
+        return bool(self._asked) or (self._first and time.monotonic() - self._clock >= self._every)
+
+    def ending(self) -> bool:
+        """Whether this process was told to end."""
+        return signal.SIGTERM in self._asked
+
+    def take(self, trainer: ObjectiveTrainer) -> None:
+        """Writes one, by all processes together; where that is not possible, the training goes on without."""
+        progress, model = trainer.progress(), cast(Any, trainer.accelerator.unwrap_model(trainer.model))
+        weights: dict[str, Tensor] = _trained(model)
+        if trainer.is_deepspeed_enabled:  # which may spread them: they are gathered by all processes together
+            whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
+            weights = {name: whole[name] for name in weights if name in whole}
+        name = SnapshotName(progress.step, self._life, self._training)
+        draft = self._folder / f".{name}"
+        problem = ""
+        try:
+            draft.mkdir(parents=True, exist_ok=True)
+            _save(_process(trainer), draft / _of_process(trainer))
+            if self._first:
+                _save(weights, draft / WEIGHTS)
+                if not trainer.is_deepspeed_enabled:
+                    optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
+                    OptimizerState.of(model, optimizer, progress.coefficients).write(draft)
+                (draft / FACTS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
+            for path in (*draft.iterdir(), draft):
+                sync(path)
+        except (OSError, SafetensorError, zero_state.NotKept) as error:
+            problem = f"{type(error).__name__}: {error}"
+        failed = torch.tensor(int(bool(problem)), device=trainer.args.device)
+        if int(trainer.accelerator.reduce(failed, "sum")):
+            problem = problem or "another process could not write its part"
+        elif self._first:
+            try:
+                publish(self._folder, draft, name)
+            except (
+                OSError
+            ) as error:  # somebody has removed the folder: the training is of no more use, or is over
+                problem = str(error)
+        if problem:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._reporter.say(
+            f"no snapshot of step {name.step} in {self._folder}, the training goes on ({problem})"
+            if problem
+            else f"snapshot of step {name.step} is in {self._folder}"
+        )
+        self._clock = time.monotonic()
+        self._asked.discard(signal.SIGUSR1)
+
+
+def loss_scale(trainer: ObjectiveTrainer) -> dict[str, float]:
+    """How the loss is scaled under fp16; nothing elsewhere."""
+    if trainer.is_deepspeed_enabled:
+        return zero_state.loss_scale(trainer.model_wrapped)
+    scaler = trainer.accelerator.scaler
+    return {} if scaler is None else scaler.state_dict()
+
+
+def identity(job: Job, models: Sequence[PreTrainedModel | None], examples: Sequence[Example]) -> str:
+    """A hash of all that a training follows from.
+
+    Args:
+        models: policy and reference as they are loaded, before anything is trained; they are known by the
+            first numbers of each tensor.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    told = job.model_dump(mode="json", include={"seed", "world_size", "sharing", "dtype"})
+    settings = job.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
+    digest.update(canonical_json([told, settings]).encode())
+    for example in examples:
+        for ids in (example.prompt, example.text, example.reference):
+            digest.update(str(None if ids is None else len(ids)).encode())
+            digest.update(np.asarray(ids or [], np.int64).tobytes())
+        digest.update(repr(example.weight).encode())
+    for model in models:
+        for name, parameter in model.named_parameters() if model is not None else ():
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:SEEN].float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _process(trainer: ObjectiveTrainer) -> dict[str, Tensor]:
+    """What a process has for itself."""
+    kept, device = {CPU: torch.get_rng_state()}, trainer.args.device
+    if device.type != "cpu":
+        kept[ACCELERATOR] = torch.get_device_module(device).get_rng_state(device)
+    if trainer.is_deepspeed_enabled:
+        kept |= {SHARE + name: value for name, value in zero_state.share(trainer.model_wrapped).items()}
+    return kept
+
+
+def _of_process(trainer: ObjectiveTrainer) -> str:
+    return f"process_{trainer.args.process_index}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _load(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a file whose names begin so; the others, which may be large, are not read."""
+    try:
+        with safe_open(folder / name, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(folder, error) from None
+
+
+def _unreadable(folder: Path, error: Exception) -> JobError:
+    return JobError(f"snapshots: {folder} cannot be gone on from ({error}); remove it to begin anew")
