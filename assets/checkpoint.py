@@ -14,6 +14,7 @@ from assets.datapool import datapool
 from assets.policy import hand_over
 from assets.stage import LOOP, Stage
 from assets.training_plan import TrainingPlan
+from resources import reference_log_probs
 from resources.configured import SamplerResource, StoreResource
 from resources.launchers.launcher import Folder, LocalLauncher, Work, accelerate_command, accelerate_env
 from resources.launchers.slurm import SlurmLauncher
@@ -22,7 +23,7 @@ from resources.store.provenance import code_revision, environment_hash
 from textalign_dagster.experiment.files import home
 from textalign_dagster.experiment.policies import policy_hash
 from textalign_dagster.tables import CHECKPOINTS
-from training.job import PLACES
+from training.job import PLACES, REFERENCE_TABLE
 
 
 @dg.asset(
@@ -44,16 +45,20 @@ def checkpoint(
     of the next iteration.
     """
     with Stage.of(context, store.open()) as stage:
-        plan = TrainingPlan.of(stage)
+        plan, experiment = TrainingPlan.of(stage), stage.experiment
         where = plan.launcher(launcher)
 
         def produce(draft: Draft) -> None:
             config = plan.acceleration_config()
             acceleration = plan.acceleration(config)
-            rows = plan.rows()
+            examples = plan.examples()
+            reference = plan.reference.policy_hash if plan.reference else None
 
             def write(folder: Folder) -> list[str]:
-                rows.write_parquet(folder("job") / "rows.parquet")
+                examples.write_parquet(folder("job") / "rows.parquet")
+                if plan.tabulates_reference and reference is not None:
+                    known = reference_log_probs.known(stage.store, reference, experiment.policy.dtype)
+                    known.write_parquet(folder("job") / REFERENCE_TABLE)
                 path = plan.job(folder, config).write(folder("job") / "job.json")
                 file = config.write(folder("job")) if config else None
                 command = accelerate_command(replace(acceleration, config_file=file))
@@ -79,19 +84,23 @@ def checkpoint(
             row = {
                 "policy_hash": policy_hash(draft.folder("model")),
                 "parent": plan.parent.policy_hash,
-                "reference": plan.reference.policy_hash if plan.reference else None,
-                "pool_hash": rows["pool_hash"][0],
+                "reference": reference,
+                "pool_hash": examples["pool_hash"][0],
                 "config": json.dumps(job.model_dump(mode="json", exclude=set(PLACES))),
                 "code_revision": code_revision(),
                 "environment_hash": environment_hash(),
                 "seed": job.seed,
-                "rows": rows.height,
+                "rows": examples.height,
                 "steps": done["steps"],
                 "final_loss": done["final_loss"],
                 "seconds": seconds,
                 "gpu_seconds": gpu_seconds,
                 "usd": None,
             }
+            if plan.tabulates_reference and reference is not None:
+                computed = draft.folder("beside") / REFERENCE_TABLE
+                reference_log_probs.publish(stage.store, reference, experiment.policy.dtype, computed)
+                computed.unlink()  # it is an artifact of its own now
             draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
             draft.record(
                 policy_hash=row["policy_hash"],
@@ -102,6 +111,7 @@ def checkpoint(
                 tokens=done["tokens"],
                 peak_memory=done["peak_memory"],
                 coefficients=done["coefficients"],
+                measured=done["measured"],
                 resumed_at=done["resumed_at"],
                 **({} if gpu_seconds is None else {"gpu_seconds": gpu_seconds}),
             )
@@ -128,6 +138,7 @@ def checkpoint(
                     else {}
                 ),
                 **({"resumed at step": resumed} if resumed else {}),
+                **{f"training {name}": value for name, value in facts.get("measured", {}).items()},
                 **peak_memory(facts["peak_memory"]),
                 "policy": row["policy_hash"],
                 "parent": row["parent"],

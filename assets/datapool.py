@@ -1,6 +1,7 @@
 """The fourth stage: which samples are trained on, and under which condition."""
 
 import time
+from collections.abc import Callable, Mapping
 
 import dagster as dg
 import polars as pl
@@ -10,11 +11,12 @@ from assets.feedback import feedback
 from assets.figures import markdown_table, sample_blocks
 from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
-from resources.store import Draft
+from resources.store import Artifact, Draft
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop import checks
 from textalign_dagster.pool.datapool import SHORTFALLS, build_pool
-from textalign_dagster.tables import DATAPOOL
+from textalign_dagster.tables import DATAPOOL, EXAMPLES, SPAN
 
 
 @dg.asset(
@@ -68,6 +70,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             )
             draft.write("datapool", pool.rows, DATAPOOL)
             draft.write("shortfalls", pool.shortfalls, SHORTFALLS)
+            draft.write("examples", examples_of(experiment, pool.rows, sources), EXAMPLES)
             seconds = time.monotonic() - started
             draft.record(work_seconds=seconds, part_seconds={"pool": seconds})
 
@@ -75,12 +78,8 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         made = stage.make({name: source.key for name, source in sources.items()}, produce)
         pool, shortfalls = made.frame("datapool"), made.frame("shortfalls")
         drawn = pool.filter("drawn")
-        prompts = pl.concat(
-            source.frame("generations").select("sample_id", "prompt", "text")
-            for name, source in sources.items()
-            if name.startswith("generations")
-        )
-        trained = drawn.join(prompts, on="sample_id")
+        examples = pool_examples(experiment, made, lambda: sources)
+        trained = examples.join(drawn.select("sample_id", "label", "reason"), on="sample_id")
         labels = (
             pool.group_by("label")
             .agg(rows=pl.len(), drawn=pl.col("drawn").sum(), value=pl.col("value").mean())
@@ -97,16 +96,69 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             ],
             metadata={
                 "drawn": drawn.height,
+                "examples trained on": examples.height,
+                **{f"examples {role}": n for role, n in _roles(examples).items() if role != "only"},
                 "drawn share": drawn.height / max(pool.height, 1),
                 **{f"drawn {label}": int(n) for label, _, n, _ in labels.iter_rows() if label},
                 "labels": markdown_table(labels),
                 "shortfalls": markdown_table(shortfalls),
                 "reasons": markdown_table(pool["reason"].value_counts(sort=True)),
                 "examples": sample_blocks(
-                    trained.select("label", "condition", "reason", "prompt", "text").head(5).to_dicts()
+                    trained.select("label", "role", "condition", "reason", "prompt", "text")
+                    .head(5)
+                    .to_dicts()
                 ),
             },
         )
+
+
+def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str, Artifact]) -> pl.DataFrame:
+    """What is trained on: the drawn rows of a pool with their samples, as the method arranges them.
+
+    Args:
+        sources: the tables the pool was built from, ``generations@k`` and ``feedback@k``.
+    """
+    drawn = pool.filter("drawn")
+    origins = sorted(drawn["origin"].unique())
+    samples = pl.concat(
+        sources[f"generations@{k}"]
+        .frame("generations")
+        .select("sample_id", "prompt", "text", "finish_reason", "logprob")
+        for k in (origins or [pool["origin"].max()])
+    )
+    marked = [
+        artifact.frame("feedback_spans")
+        for name, artifact in sources.items()
+        if name.startswith("feedback@") and "feedback_spans" in artifact.tables
+    ]
+    none = pl.lit(None, dtype=pl.List(SPAN))
+    rows = drawn.join(samples, on="sample_id", how="left", maintain_order="left")
+    if not marked:
+        return experiment.method.examples(rows.with_columns(spans=none))
+    spans = (
+        pl.concat(marked)
+        .sort("sample_id", "start", "end", "label")
+        .group_by("sample_id")
+        .agg(spans=pl.struct("start", "end", "score"))
+    )
+    return experiment.method.examples(
+        rows.join(spans, on="sample_id", how="left", maintain_order="left")
+        # Feedback that marks nothing is no missing feedback.
+        .with_columns(pl.col("spans").fill_null([]))
+    )
+
+
+def pool_examples(
+    experiment: Experiment, pool: Artifact, sources: Callable[[], Mapping[str, Artifact]]
+) -> pl.DataFrame:
+    """The published examples of a pool; pools of earlier versions have none, theirs are computed."""
+    if "examples" in pool.tables:
+        return pool.frame("examples")
+    return examples_of(experiment, pool.frame("datapool"), sources())
+
+
+def _roles(examples: pl.DataFrame) -> dict[str, int]:
+    return dict(examples["role"].value_counts().sort("role").iter_rows())
 
 
 def _judged(generations: pl.DataFrame, feedback: pl.DataFrame, origin: int) -> pl.DataFrame:

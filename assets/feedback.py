@@ -18,7 +18,7 @@ from resources.stored_feedback import with_references
 from textalign_dagster.judging import PAIRS, Judged
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.loop import checks
-from textalign_dagster.tables import FEEDBACK
+from textalign_dagster.tables import FEEDBACK, FEEDBACK_SPANS
 
 COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}
 """What a judge recorded, and what the UI calls it."""
@@ -47,6 +47,8 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             draft.write("feedback", found.rows, FEEDBACK)
             if found.pairs is not None:
                 draft.write("pairs", found.pairs, PAIRS)
+            if found.spans is not None:
+                draft.write("feedback_spans", found.spans, FEEDBACK_SPANS)
             seconds = time.monotonic() - started
             # A judge is waited for; whatever else says what samples are worth computes it here.
             part = "score" if stage.experiment.judge is None else "wait"

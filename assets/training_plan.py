@@ -9,6 +9,7 @@ from typing import Literal
 
 import polars as pl
 
+from assets.datapool import pool_examples
 from assets.stage import PolicyFolder, Stage
 from resources.launchers.kubernetes import KubernetesLauncher
 from resources.launchers.launcher import Acceleration, Folder, Launcher
@@ -17,9 +18,9 @@ from resources.store import Artifact, ArtifactError
 from textalign_dagster.experiment.files import home
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.loop.stages import artifact_key, stage_settings
-from textalign_dagster.settings.acceleration import AccelerateConfig, accelerators, check_training
-from textalign_dagster.settings.training import Training
-from training.job import Job
+from training.acceleration import AccelerateConfig, accelerators, check_training
+from training.job import REFERENCE_TABLE, Job
+from training.settings import Training
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TrainingPlan:
     pool: Artifact
     parent: PolicyFolder  # of which the checkpoint is a child
     start: PolicyFolder  # whose weights are loaded
-    reference: PolicyFolder | None  # of the KL
+    reference: PolicyFolder | None  # of the objective
     before: Artifact | None  # the checkpoint whose optimizer or adapter goes on
     inputs: dict[str, str]
 
@@ -48,8 +49,8 @@ class TrainingPlan:
         # One adapter beside the base policy is the parent, too.
         start = base if settings.carries_adapter else parent
         reference = None
-        if settings.objective.kl_coef > 0:
-            reference = base if settings.objective.kl_reference == "base" else sampled_from
+        if settings.objective.reference_policy is not None:
+            reference = base if settings.objective.reference_policy == "base" else sampled_from
         inputs = {"datapool": pool.key, "policy": sampled_from.policy_hash}
         before = None
         if iteration > 1 and (settings.optimizer_state == "carried" or settings.carries_adapter):
@@ -75,6 +76,11 @@ class TrainingPlan:
     def unfinished(self) -> Path:
         """Where its snapshots are kept as long as it is not published."""
         return home() / "unfinished" / self.key
+
+    @property
+    def tabulates_reference(self) -> bool:
+        """Whether the reference's log-probabilities are computed once, and kept as a table."""
+        return "reference log-probs" in self.settings.objective.needs
 
     def launcher(self, local: Launcher) -> Launcher:
         """Where it runs."""
@@ -112,48 +118,43 @@ class TrainingPlan:
             deepspeed=sharing_of(config) == "DEEPSPEED",
         )
 
-    def rows(self) -> pl.DataFrame:
-        """The drawn rows with their texts, in the pool's order: what the trainer reads.
+    def examples(self) -> pl.DataFrame:
+        """What the trainer reads, rows of EXAMPLES in the pool's order.
 
         Raises:
             ArtifactError: there are none.
         """
         drawn = self.pool.frame("datapool").filter("drawn")
-        if drawn.is_empty():
-            cell = self.stage.cell
+
+        def sources() -> dict[str, Artifact]:
+            return {
+                f"{table}@{k}": self.stage.require(table, k)
+                for k in sorted(drawn["origin"].unique())
+                for table in ("generations", "feedback")
+            }
+
+        examples = drawn if drawn.is_empty() else pool_examples(self.stage.experiment, self.pool, sources)
+        if examples.is_empty():
+            cell, method = self.stage.cell, self.stage.experiment.method.name
             raise ArtifactError(
-                f"the pool of {cell.experiment}, iteration {cell.iteration}, has no drawn row to train on; see its "
-                "shortfalls and the settings under `datapool`"
+                f"the pool of {cell.experiment}, iteration {cell.iteration}, has {drawn.height} drawn rows, and "
+                f"method {method} makes no example of them; see its shortfalls and the settings under `datapool` "
+                "and `method`"
             )
-        texts = pl.concat(
-            self.stage.require("generations", k)
-            .frame("generations")
-            .select("sample_id", "prompt", "text", "finish_reason")
-            for k in sorted(drawn["origin"].unique())
-        )
-        wanted = (
-            "sample_id",
-            "prompt",
-            "condition",
-            "text",
-            "finish_reason",
-            "n_tokens",
-            "weight",
-            "pool_hash",
-        )
-        return drawn.join(texts, on="sample_id", how="left", maintain_order="left").select(wanted)
+        return examples
 
     def job(self, folder: Folder, config: AccelerateConfig | None) -> Job:
         """What the trainer is told."""
         experiment, settings = self.stage.experiment, self.settings
         before = self.before.path("beside") if self.before else None
         # Whether it leaves something that is no part of the policy.
-        keeps = settings.optimizer_state == "carried" or settings.lora is not None
+        keeps = settings.optimizer_state == "carried" or settings.lora is not None or self.tabulates_reference
         return Job(
             rows=str(folder("job") / "rows.parquet"),
             policy=str(self.start.path),
             reference=str(self.reference.path) if self.reference else None,
             out=str(folder("model")),
+            reference_log_probs=str(folder("job") / REFERENCE_TABLE) if self.tabulates_reference else None,
             beside=str(folder("beside")) if keeps else None,
             adapter=str(before / "adapter") if before and settings.carries_adapter else None,
             optimizer=str(before) if before and settings.optimizer_state == "carried" else None,

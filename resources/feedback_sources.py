@@ -48,7 +48,8 @@ def feedback_of(
         scored = score_samples(scorer, samples, report, iteration=iteration, facts=facts)
         rows = scored.drop("score").with_columns(aspect=pl.lit(scorer.name))
         return Judged(_rows(rows, kind, (scorer.name, scorer.version)), facts=facts)
-    return Judged(_rows(task.feedback(samples, kind), kind, task.scorer))
+    spans = task.spans(samples) if kind == "spans" else None
+    return Judged(_rows(task.feedback(samples, kind), kind, task.scorer), spans=spans)
 
 
 def _rows(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:

@@ -79,6 +79,50 @@ DATAPOOL = pl.Schema(
     }
 )
 
+SPAN = pl.Struct({"start": pl.Int32, "end": pl.Int32, "score": pl.Float64})
+"""A scored stretch of a text: characters from ``start`` to before ``end``; a higher score is worse."""
+
+FEEDBACK_SPANS = pl.Schema(
+    {
+        "sample_id": pl.String,  # key, with aspect, start and end
+        "aspect": pl.String,
+        "start": pl.Int32,  # first character of the sample's text
+        "end": pl.Int32,  # the character after the last one
+        "score": pl.Float64,  # higher is worse
+        "label": pl.String,  # what was found there
+    }
+)
+
+EXAMPLES = pl.Schema(
+    {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
+        "pool_hash": pl.String,
+        "example_id": pl.String,  # key, with pool_hash: hash(sample_id, role, group_id, condition)
+        "sample_id": pl.String,
+        "role": pl.String,  # "only", "chosen" or "rejected" (of a pair), "member" (of a group)
+        "group_id": pl.String,  # examples of one pair or group share it; NULL: the example stands alone
+        "prompt": pl.String,
+        "condition": pl.String,  # rendered with the prompt when it is trained on; NULL: none
+        "second_prompt": pl.String,  # the text is read a second time under this prompt; NULL: it is not
+        "text": pl.String,
+        "finish_reason": pl.String,
+        "n_tokens": pl.Int32,
+        "weight": pl.Float64,  # in the objective
+        "reward": pl.Float64,  # the sample's value, where there is one; higher is better
+        "sampled_logprob": pl.Float64,  # of the text under the policy that sampled it, in nats
+        "spans": pl.List(SPAN),  # scored stretches of the text
+    }
+)
+
+REFERENCE_LOG_PROBS = pl.Schema(
+    {  # type: ignore[arg-type]
+        "policy_hash": pl.String,  # key, with tokens_hash: the reference
+        "tokens_hash": pl.String,  # hash of the token ids of prompt and text
+        "sample_id": pl.String,
+        "log_prob": pl.Float64,  # sum over the text's tokens, in nats
+        "log_probs": pl.List(pl.Float32),  # of each of the text's tokens
+    }
+)
+
 CHECKPOINTS = pl.Schema(
     {
         "policy_hash": pl.String,  # key: content hash of weights, config and tokenizer

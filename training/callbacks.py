@@ -60,7 +60,7 @@ class Reporting(TrainerCallback):
                 "tokens_per_s": rate,
                 "lr": self._lr,
                 **trainer.measured,
-                **trainer.controllers.coefficients(),
+                **trainer.coefficients,
             }
         )
         self._time, self._step, self._tokens = now, state.global_step, trainer.tokens

@@ -15,10 +15,24 @@ from pydantic import Field
 
 from textalign_dagster.pool.conditioning import validate_template
 from textalign_dagster.settings import Settings, SettingsError, validate
-from textalign_dagster.settings.training import Training
+from training.settings import Training
 
-PLACES = ("rows", "policy", "reference", "out", "beside", "adapter", "optimizer", "snapshots")
+PLACES = (
+    "rows",
+    "policy",
+    "reference",
+    "out",
+    "beside",
+    "adapter",
+    "optimizer",
+    "snapshots",
+    "reference_log_probs",
+)
 """Fields of a job that say where something is: they are no part of what is trained."""
+
+
+REFERENCE_TABLE = "reference_log_probs.parquet"
+"""Name of the table of the reference's log-probabilities, where it is read and where it is written."""
 
 
 class TrainingError(Exception):
@@ -42,10 +56,16 @@ class Job(Settings):
 
     rows: str = Field(
         ...,
-        description="Parquet: sample_id, prompt, condition, text, finish_reason, n_tokens, weight.",
+        description="Parquet: sample_id, prompt, condition, text, finish_reason, n_tokens, weight, and the columns of the "
+        "table `examples` that the objective needs.",
     )
     policy: str = Field(..., description="Transformers folder the training starts from.")
-    reference: str | None = Field(None, description="Transformers folder of the KL reference.")
+    reference: str | None = Field(None, description="Transformers folder of the objective's reference.")
+    reference_log_probs: str | None = Field(
+        None,
+        description="Parquet: log-probabilities under the reference that are known already (what is computed is written "
+        "into `beside`); None: none are.",
+    )
     out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
     beside: str | None = Field(
         None,
@@ -116,11 +136,13 @@ def check(job: Job, where: str) -> None:
         JobError: naming the place, the field and the remedy.
     """
     objective = job.training.objective
-    if objective.kl_coef > 0 and job.reference is None:
+    if objective.reference_policy is not None and job.reference is None:
         raise JobError(
-            f"{where}: reference: missing; training.objective.kl_coef is {objective.kl_coef}, so name "
-            "one (or set kl_coef to 0)"
+            f"{where}: reference: missing; training.objective ({objective.name}) needs the "
+            f"{objective.reference_policy} policy there"
         )
+    if "reference log-probs" in objective.needs and job.beside is None:
+        raise JobError(f"{where}: beside: missing; the reference's log-probabilities are written there")
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
         raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
     if job.training.optimizer == "adamw_8bit":
@@ -156,7 +178,7 @@ def check(job: Job, where: str) -> None:
     if not Path(job.rows).is_file():
         raise JobError(f"{where}: rows: no such file: {job.rows}")
     check_model_folder(Path(job.policy), f"{where}: policy")
-    if job.reference is not None and objective.kl_coef > 0:
+    if job.reference is not None and objective.reference_policy is not None:
         check_model_folder(Path(job.reference), f"{where}: reference")
 
 

@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from textalign_dagster.settings.training import Lora
 from training.job import JobError
+from training.settings import Lora
 
 
 def add_adapter(model: PreTrainedModel, settings: Lora, tokens: list[int], seed: int) -> Any:

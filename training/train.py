@@ -5,7 +5,7 @@
 Writes the job's ``out`` folder: model.safetensors, config.json, generation_config.json, the
 tokenizer, and last ``done.json`` {steps, rows, tokens, tokens_per_s, final_loss, losses, seconds:
 {load, train, save}, first_step_seconds (part of train), resumed_at, earlier_seconds (of train, before
-that), world_size, accelerators, peak_memory, parameters, trained_parameters, coefficients}. Without that
+that), world_size, accelerators, peak_memory, parameters, trained_parameters, coefficients, measured}. Without that
 file the folder is not a checkpoint. Nothing is evaluated here. On the CPU two runs of one job give the
 same bytes, also when one of them was interrupted and went on from a snapshot (training/state/snapshots.py).
 """
@@ -18,16 +18,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 STARTED = time.monotonic()
 
-from training.job import Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
+from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
 from training.progress import Reporter, open_reporter  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+    from training.data.batches import Collator
+    from training.data.examples import Example
     from training.trainer import ObjectiveTrainer
 
 DONE = "done.json"
@@ -63,7 +65,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
     out = Path(job.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / DONE).unlink(missing_ok=True)
-    rows = read_rows(Path(job.rows), job.template)
+    rows = read_rows(Path(job.rows), job.template, job.training.objective.needs)
 
     arguments = start(job)
     with enough_memory(job):
@@ -86,6 +88,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         "resumed_at": list(made.resumed_at),
         "earlier_seconds": trainer.before.seconds,
         "coefficients": made.coefficients,
+        "measured": trainer.measured,
         **trainer.sizes,
         "peak_memory": trainer.peak_memory(),
     }
@@ -187,29 +190,42 @@ def load(
         reporter.say(
             f"{rows.height - len(examples)} of {rows.height} rows have an empty text and are left out"
         )
-    plan = plan_batches(
-        [example.length for example in examples],
-        batch_size=settings.batch_size,
-        accumulation=settings.gradient_accumulation,
-        world_size=arguments.world_size,
-        epochs=settings.epochs,
-        seed=job.seed,
-    )
-    reference = None
+    try:
+        plan = plan_batches(
+            [example.length for example in examples],
+            [example.group for example in examples],
+            batch_size=settings.batch_size,
+            accumulation=settings.gradient_accumulation,
+            world_size=arguments.world_size,
+            epochs=settings.epochs,
+            seed=job.seed,
+        )
+    except ValueError as error:
+        raise JobError(f"training.batch_size: {settings.batch_size}: {error}") from None
+    objective, reference = settings.objective, None
     vocabulary = min([known, *added])
-    if settings.objective.kl_coef > 0:
+    if objective.reference_policy is not None:
         assert job.reference is not None, "checked with the job"
-        # Without its adapter, a policy is what it started from: no second copy then.
-        itself = settings.lora is not None and Path(job.reference).resolve() == Path(job.policy).resolve()
-        reference = None if itself else load_model(job.reference, job.dtype)
+        # The policy before its first step, or without its adapter, is its own reference: no second copy then.
+        itself = Path(job.reference).resolve() == Path(job.policy).resolve()
+        if not (itself and (settings.lora is not None or "reference" not in objective.needs)):
+            reference = load_model(job.reference, job.dtype)
         readable = known_rows if reference is None else vocabulary_rows(reference)
-        if settings.objective.kl_reference_sees_condition and added and max(added) >= readable:
+        if objective.reference_sees_condition and added and max(added) >= readable:
             raise JobError(
-                f"training.objective.kl_reference_sees_condition: {job.reference} does not know the "
-                f"special tokens {job.special_tokens}; set it to false"
+                f"training.objective: its reference reads the condition, but {job.reference} does not know the "
+                f"special tokens {job.special_tokens}; let it read the bare prompt (kl_reference_sees_condition: "
+                "false), or choose another objective"
             )
     if settings.packing:
         _pack(job, model, reference, reporter)
+    collator = Collator(
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, packed=settings.packing
+    )
+    encoded, referee = examples, reference
+    if "reference log-probs" in objective.needs:
+        examples = _tabulate(job, reference or model, examples, collator, arguments, reporter)
+        reference = None  # no step reads it
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
         from training.lora import add_adapter, continue_adapter
@@ -222,18 +238,17 @@ def load(
     if job.sharing == "FSDP":
         reporter.say("FSDP keeps its optimizer in a form of its own: no snapshots are taken")
     elif job.snapshots is not None and settings.snapshot_minutes is not None:
-        training = identity(job, [model, reference], examples)
+        training = identity(job, [model, referee], encoded)
         snapshots = Snapshots(
             Path(job.snapshots), training, settings.snapshot_minutes, reporter, arguments.device
         )
+    del referee
     trainer = ObjectiveTrainer(
         model=model,
         args=arguments,
         examples=Examples(examples),
         plan=plan,
-        collator=Collator(
-            pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, packed=settings.packing
-        ),
+        collator=collator,
         settings=settings,
         vocabulary=vocabulary,
         reporter=reporter,
@@ -248,6 +263,35 @@ def load(
             "configuration, and without ACCELERATE_USE_CPU"
         )
     return trainer, tokenizer
+
+
+def _tabulate(
+    job: Job,
+    model: PreTrainedModel,
+    examples: list[Example],
+    collator: Collator,
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> list[Example]:
+    """The examples with the reference's log-probabilities, known or computed now."""
+    from training.reference_log_probs import read, with_reference
+
+    assert job.beside is not None, "checked with the job"
+    out = Path(job.beside) / REFERENCE_TABLE
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = {} if job.reference_log_probs is None else read(Path(job.reference_log_probs))
+    cast(Any, model).to(arguments.device)
+    return with_reference(
+        examples,
+        model,
+        known,
+        collator,
+        out,
+        reporter,
+        batch_size=job.training.batch_size,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
 
 
 def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, reporter: Reporter) -> None:

@@ -5,7 +5,6 @@ Everything else (devices, mixed precision, distributed data parallel, DeepSpeed)
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import resource
@@ -21,14 +20,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from textalign_dagster.settings.training import Objective, Training
 from training.callbacks import Adaptation, Reporting, Snapshotting
-from training.controllers import Controllers
 from training.data.batches import Collator, Examples, RankBatches
-from training.data.packing import packed_logits
+from training.forward import labelled_tokens
 from training.job import NonFiniteError
-from training.objectives import conditional as objectives
+from training.objectives.base import Objective, Sequences, Step
+from training.objectives.tokens import Tokens, restrict
 from training.progress import Reporter
+from training.settings import Training
 from training.state.optimizer_state import OptimizerState
 from training.state.snapshots import Progress, Snapshots, loss_scale
 
@@ -99,9 +98,9 @@ def training_arguments(
 
 
 class ObjectiveTrainer(Trainer):
-    """Minimises ``sum_t w_t l_t / sum_t w_t`` with both sums over the whole optimizer step.
+    """Minimises the objective's total over its mass, both summed over the whole optimizer step.
 
-    The denominator covers all micro-batches of the gradient accumulation and all ranks. (A mean of
+    The mass covers all micro-batches of the gradient accumulation and all ranks. (A mean of
     their means would weigh tokens of short micro-batches more.)
     """
 
@@ -126,7 +125,8 @@ class ObjectiveTrainer(Trainer):
         Args:
             plan: of all steps, also of those that have been made before a snapshot.
             vocabulary: entries from here on are dropped before the KL (added tokens, padding).
-            reference: frozen, on any device; None with a KL term: the model itself without its adapter.
+            reference: frozen, on any device; None where the objective reads one in every step: the model
+                itself without its adapter.
             carried: where the optimizer and the adapted coefficients go on; None: they start afresh.
             snapshots: where the whole training goes on, and leaves others; None: neither.
         """
@@ -147,11 +147,11 @@ class ObjectiveTrainer(Trainer):
         self._snapshots, self.snapshot_due, self.ending = snapshots, False, False
         self.settings, self._vocabulary = settings, vocabulary
         self._carried = carried
-        self.controllers = Controllers(settings.objective)
-        self.measured: dict[str, float] = {}  # what the last step's adaptation answered to
-        if carried is not None:
-            self.controllers.resume(carried.coefficients)
-        self.controllers.resume(self.before.coefficients)
+        self.objective: Objective = settings.objective
+        self.coefficients = self.objective.start()
+        for earlier in (carried.coefficients if carried is not None else {}, self.before.coefficients):
+            self.coefficients |= {name: earlier[name] for name in self.coefficients if name in earlier}
+        self.measured: dict[str, float] = {}  # the objective's figures of the last step
         self.reference = cast(Any, reference)
         if self.reference is not None:
             self.reference.to(args.device).eval().requires_grad_(False)
@@ -190,21 +190,24 @@ class ObjectiveTrainer(Trainer):
         samples = [next(epoch_iterator) for _ in range(num_batches)]
         sums = torch.zeros(5, dtype=torch.float32)
         for batch in samples:
-            counted, weights = batch["counted"], batch["weights"]
-            sums[:3] += torch.stack([(counted * weights).sum(), weights.sum(), (weights > 0).sum()])
+            weights = batch["weights"]
+            mass = self.objective.mass(_sequences(batch))
+            sums[:3] += torch.stack([mass, weights.sum(), (weights > 0).sum()])
             self.tokens += batch["tokens"]
         if self._snapshots is not None:
             sums[3], sums[4] = self._snapshots.due(), self._snapshots.ending()
         self.step_losses.append(torch.zeros((), device=device))
-        self._sums = torch.zeros(2, device=device)
-        mass, self._weight, self._rows, due, ending = self.accelerator.reduce(sums.to(device), "sum")
+        self._sums: dict[str, Tensor] = {}
+        mass, weight, rows, due, ending = self.accelerator.reduce(sums.to(device), "sum")
+        self._step = mass, weight, rows
         self.snapshot_due, self.ending = bool(due > 0), bool(ending > 0)
         return samples, mass
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device; DeepSpeed's half precision is for the model, not for the rows' weights."""
+        """On the device; DeepSpeed's half precision is for the model, not for what the objective reads."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        return {**prepared, "weights": inputs["weights"].to(self.args.device)}
+        exact = (*Sequences._fields, "scores", "reference_log_probs")
+        return prepared | {name: inputs[name].to(self.args.device) for name in exact if name in inputs}
 
     def compute_loss(
         self,
@@ -214,11 +217,10 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         assert num_items_in_batch is not None, "get_batch_samples gives the step's mass"
-        objective = self._objective(model, inputs, self.settings.objective)
-        share = objective.total / num_items_in_batch
-        for i, part in enumerate((objective.kl, objective.entropy)):
-            if part is not None:
-                self._sums[i] += part
+        loss = self.objective.loss(self._tokens(model, inputs), _sequences(inputs), self.coefficients)
+        share = loss.total / num_items_in_batch
+        for name, part in loss.parts.items():
+            self._sums[name] = self._sums.get(name, 0) + part
         self.step_losses[-1] += share.detach()
         if not torch.isfinite(share):
             raise NonFiniteError(
@@ -228,24 +230,24 @@ class ObjectiveTrainer(Trainer):
         # Distributed data parallel averages the ranks' gradients; their sum is what is meant.
         return share * self.accelerator.num_processes
 
-    def _objective(self, model: Any, inputs: dict[str, Any], settings: Objective) -> objectives.Objective:
-        outputs = _labelled(model, inputs, "")
-        reference = None
-        if settings.kl_coef > 0:
+    def _tokens(self, model: Any, inputs: dict[str, Any]) -> Tokens:
+        """The policy's log-probabilities, with what the objective needs beside them."""
+        needs, tokens = self.objective.needs, labelled_tokens(model, inputs, "")
+        given: dict[str, Tensor] = {}
+        if "reference" in needs:
             prefix = "reference_" if "reference_input_ids" in inputs else ""
             with torch.no_grad(), self._reference(model) as referee:
-                there = _labelled(referee, inputs, prefix).log_probs
-            reference = objectives.restrict(
-                there, min(self._vocabulary, there.shape[-1], outputs.log_probs.shape[-1])
+                there = labelled_tokens(referee, inputs, prefix).log_probs
+            given["reference"] = restrict(
+                there, min(self._vocabulary, there.shape[-1], tokens.log_probs.shape[-1])
             )
-        return objectives.conditional_mle(
-            outputs,
-            inputs["weights"],
-            entropy_coef=self.controllers.entropy.coef,
-            kl_coef=self.controllers.kl.coef,
-            kl_direction=settings.kl_direction,
-            reference=reference,
-        )
+        if "second context" in needs:
+            given["second"] = labelled_tokens(model, inputs, "second_").log_probs
+        if "token scores" in needs:
+            given["scores"] = inputs["scores"].to(tokens.log_probs.dtype)
+        if "reference log-probs" in needs:
+            given["reference_log_probs"] = inputs["reference_log_probs"].to(tokens.log_probs.dtype)
+        return tokens._replace(**given)
 
     @contextmanager
     def _reference(self, model: Any) -> Iterator[Any]:
@@ -260,10 +262,12 @@ class ObjectiveTrainer(Trainer):
         bare.train()
 
     def adapt(self) -> None:
-        """Lets the controllers answer to the step that has just been made, on all ranks alike."""
-        if self.controllers.active:
-            kl, entropy = self.accelerator.reduce(self._sums, "sum").tolist()
-            self.measured = self.controllers.update(kl, entropy, float(self._weight), float(self._rows))
+        """Sums the objective's parts over all ranks, and lets its coefficients adapt."""
+        if self._sums:
+            parts = torch.stack([part.to(self.args.device) for part in self._sums.values()])
+            sums = dict(zip(self._sums, self.accelerator.reduce(parts, "sum").tolist(), strict=True))
+            step = Step(*(float(value) for value in self._step))
+            self.coefficients, self.measured = self.objective.adapt(self.coefficients, sums, step)
 
     @property
     def steps_done(self) -> int:
@@ -279,7 +283,7 @@ class ObjectiveTrainer(Trainer):
             tokens=self.total_tokens(),
             seconds=self.before.seconds + time.monotonic() - self.began,
             resumed_at=resumed_at,
-            coefficients=self.controllers.coefficients(),
+            coefficients=self.coefficients,
             loss_scale=loss_scale(self),
         )
 
@@ -317,27 +321,5 @@ class ObjectiveTrainer(Trainer):
         return self.before.tokens + int(now)
 
 
-def _labelled(model: Any, inputs: dict[str, Any], prefix: str) -> objectives.Outputs:
-    """One forward pass; the output layer runs on the positions that hold labels only."""
-    bare = getattr(model, "module", model)
-    if hasattr(bare, "get_base_model"):  # adapters hand on what they do not know
-        bare = bare.get_base_model()
-    if f"{prefix}row_starts" in inputs:
-        ids, positions, starts, predicts, targets, rows = (
-            inputs[f"{prefix}{name}"]
-            for name in ("input_ids", "position_ids", "row_starts", "predicts", "targets", "rows")
-        )
-        return objectives.chosen_tokens(
-            packed_logits(model, bare, ids, positions, starts, predicts), targets, rows
-        )
-    keep = inputs[f"{prefix}keep"]
-    partly = (
-        {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
-    )
-    logits = model(
-        input_ids=inputs[f"{prefix}input_ids"],
-        attention_mask=inputs[f"{prefix}attention_mask"],
-        use_cache=False,
-        **partly,
-    ).logits
-    return objectives.labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])
+def _sequences(batch: dict[str, Any]) -> Sequences:
+    return Sequences(*(batch[name] for name in Sequences._fields))

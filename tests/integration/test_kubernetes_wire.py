@@ -27,7 +27,7 @@ from tests.toy import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import SettingsError, validate
 from textalign_dagster.settings.kubernetes import Kubernetes
-from textalign_dagster.settings.training import Training
+from training.settings import Training
 
 PATIENCE = 60.0  # seconds
 

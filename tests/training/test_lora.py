@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.training.tiny import make_model, make_rows, make_tokenizer, write_job
-from textalign_dagster.settings.training import Training
+from training.settings import Training
 from training.train import main
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")

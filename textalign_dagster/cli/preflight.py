@@ -28,11 +28,11 @@ from textalign_dagster.judging import Template, template_of
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.prompts import draw_prompts
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.settings.acceleration import accelerators, check_training
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.sampling import Endpoints
 from textalign_dagster.settings.structured import WHERE, content_of
-from textalign_dagster.settings.training import Training
+from training.acceleration import accelerators, check_training
+from training.settings import Training
 
 PACKAGE = PROJECT / "textalign_dagster"
 LONGEST = 50

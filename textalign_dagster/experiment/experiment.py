@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from textalign_dagster.methods import AnyMethod, FeedbackKind
+from textalign_dagster.methods import METHODS, AnyMethod, FeedbackKind
 from textalign_dagster.pool.datapool import PoolSettings
 from textalign_dagster.prompts import Prompts
 from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
-from textalign_dagster.settings.training import Training
 from textalign_dagster.tasks import AnyTask
+from training.settings import Training
 
 JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "text": ("text",),
@@ -148,6 +148,29 @@ class Experiment(Settings):
     def _short_form(cls, value: Any) -> Any:
         """``method: quark`` is short for ``method: {name: quark}``."""
         return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_method(cls, given: Any) -> Any:
+        """Without a name, the objective is the method's first."""
+        if not isinstance(given, dict):
+            return given
+        name, training = given.get("method"), given.get("training", {})
+        method = METHODS.get(str(name.get("name") if isinstance(name, dict) else name))
+        objective = training.get("objective", {}) if isinstance(training, dict) else None
+        if method is None or not isinstance(objective, dict):
+            return given
+        return {**given, "training": {**training, "objective": {"name": method.objectives[0], **objective}}}
+
+    @model_validator(mode="after")
+    def _trainable(self) -> Experiment:
+        objective, possible = self.training.objective.name, self.method.objectives
+        if objective not in possible:
+            raise ValueError(
+                f"training.objective.name: method {self.method.name} trains with {' or '.join(possible)}, not "
+                f"{objective}; set it to {possible[0]}, or choose another method"
+            )
+        return self
 
     @model_validator(mode="after")
     def _possible(self) -> Experiment:

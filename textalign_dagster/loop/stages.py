@@ -16,16 +16,19 @@ from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_t
 from textalign_dagster.experiment.policies import evaluation_models
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judging import PARSER_VERSION, template_of
-from textalign_dagster.settings.acceleration import accelerate_config
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.settings.training import WITHOUT_EFFECT, Training
+from training.acceleration import accelerate_config
+from training.settings import WITHOUT_EFFECT, Training
 
 EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
 """Parts of an evaluation that are kept for later ones, under names of their own."""
 
 SAMPLED_CHUNK = "sampled_chunk"
 """Completions of an unfinished sampling, which the next try goes on from."""
+
+REFERENCE = "reference_log_probs"
+"""Log-probabilities under a reference policy, which trainings share."""
 
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
@@ -117,7 +120,7 @@ def _structured(experiment: Experiment) -> dict[str, Any]:
 
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
     """What of the section ``training`` matters: an accelerate configuration by what it says."""
-    given = _without(section, "accelerate", *WITHOUT_EFFECT)
+    given = _without(section, "accelerate", *WITHOUT_EFFECT) | {"objective": settings.objective.identity()}
     # These came later: what was trained before, without them, is what they leave out.
     for field, without in (("packing", False), ("optimizer", "adamw")):
         if given[field] == without:

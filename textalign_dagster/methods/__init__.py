@@ -9,13 +9,25 @@ from pydantic import Field
 from textalign_dagster.methods.alt_lmc import AltLMC
 from textalign_dagster.methods.alt_lmu import AltLMU
 from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.dpo import DPO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
 from textalign_dagster.methods.steerlm import SteerLM
+from textalign_dagster.methods.unlikelihood import Unlikelihood
 
-AnyMethod = Annotated[AltLMC | AltLMU | AltRM | Quark | SteerLM | NoFeedback, Field(discriminator="name")]
+AnyMethod = Annotated[
+    AltLMC | AltLMU | AltRM | Quark | SteerLM | NoFeedback | DPO | Unlikelihood, Field(discriminator="name")
+]
+
+METHODS: dict[str, type[Method]] = {
+    method.model_fields["name"].default: method
+    for method in (AltLMC, AltLMU, AltRM, Quark, SteerLM, NoFeedback, DPO, Unlikelihood)
+}
+"""Every method by its name."""
 
 __all__ = [
+    "DPO",
+    "METHODS",
     "AltLMC",
     "AltLMU",
     "AltRM",
@@ -25,4 +37,5 @@ __all__ = [
     "NoFeedback",
     "Quark",
     "SteerLM",
+    "Unlikelihood",
 ]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from textalign_dagster.pool.conditioning import validate_template
+from textalign_dagster.pool.examples import single
 from textalign_dagster.pool.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
-FeedbackKind = Literal["reward", "text", "category"]
+FeedbackKind = Literal["reward", "text", "category", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
 
 VARIED = "(varied)"
@@ -26,6 +27,9 @@ class Method(Settings):
     Adding a method is one module with a subclass, and one line in the registry
     (:mod:`textalign_dagster.methods`).
     """
+
+    objectives: ClassVar[tuple[str, ...]] = ("nll",)
+    """The objectives (:mod:`training.objectives`) that train on the method's examples; the first by default."""
 
     name: str
     template: str = Field(
@@ -87,6 +91,17 @@ class Method(Settings):
             rows: sample_id, prompt_id, value, label, text, status; one row a sample.
         """
         raise NotImplementedError
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """What is trained on: the drawn rows as examples, one a row by default.
+
+        Args:
+            rows: see :mod:`textalign_dagster.pool.examples`.
+
+        Returns:
+            Rows of :data:`textalign_dagster.tables.EXAMPLES`.
+        """
+        return single(rows)
 
 
 class Conditional(Method):

@@ -102,6 +102,17 @@ class Task(Settings):
         """
         raise NotImplementedError(f"task {self.name} gives no feedback of its own")
 
+    def spans(self, samples: pl.DataFrame) -> pl.DataFrame:
+        """Where in the texts the feedback of kind ``spans`` points.
+
+        Args:
+            samples: as for :meth:`feedback`.
+
+        Returns:
+            Rows of :data:`textalign_dagster.tables.FEEDBACK_SPANS`; a sample may have none.
+        """
+        raise NotImplementedError(f"task {self.name} marks no spans")
+
     @abstractmethod
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         """Per-sample numbers of an evaluation.

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from training.data.examples import Example
+from training.objectives.tokens import IGNORE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORE = -100
-FILLER = -1  # index of a row that only fills a micro-batch: the first row, with weight 0
 # Optimizer steps whose rows are sorted by length together. More saves little padding, and would give
 # steps of one kind of row only: rows with the same condition have similar lengths.
 GROUP = 8
@@ -24,6 +23,7 @@ GROUP = 8
 
 def plan_batches(
     lengths: Sequence[int],
+    groups: Sequence[int | None] | None = None,
     *,
     batch_size: int,
     accumulation: int,
@@ -36,11 +36,24 @@ def plan_batches(
     Every epoch visits every row once, in an order drawn from (seed, epoch). Rows of similar length
     share a micro-batch: ``GROUP`` steps' worth of shuffled rows are sorted by length and cut into
     steps, whose order is shuffled again. A step's rows depend on batch_size * accumulation *
-    world_size only, so the same run can be spread over more processes. Micro-batches that the
-    last step of an epoch cannot fill hold one ``FILLER``. A fractional epoch ends early.
+    world_size only, so the same run can be spread over more processes. A fractional epoch ends early.
+
+    Rows with the same number in ``groups`` (None: the row is alone) share a micro-batch: then a
+    micro-batch holds as many groups as ``batch_size`` rows have room for, groups of the largest
+    size assumed. Micro-batches that the last step of an epoch cannot fill hold the first group with
+    weight 0: row i as index -1 - i, see ``Examples``.
+
+    Raises:
+        ValueError: a group is larger than ``batch_size``.
     """
-    per_step = batch_size * accumulation * world_size
-    sizes = np.asarray(lengths)
+    members = _members([None] * len(lengths) if groups is None else groups)
+    largest = max(map(len, members))
+    if largest > batch_size:
+        raise ValueError(f"groups of up to {largest} rows are read together; raise batch_size to {largest}")
+    per_rank = batch_size // largest
+    per_step = per_rank * accumulation * world_size
+    sizes = np.asarray([max(lengths[row] for row in rows) for rows in members])
+    filler = [-1 - row for row in members[0]]
     plan: list[list[list[list[int]]]] = []
     for epoch in range(math.ceil(epochs)):
         generator = np.random.default_rng([seed, epoch])
@@ -55,15 +68,30 @@ def plan_batches(
             steps = [steps[i] for i in generator.permutation(len(steps))[:wanted]]
         else:
             steps = [steps[i] for i in generator.permutation(len(steps))]
-        plan += [_spread(step.tolist(), batch_size, accumulation, world_size) for step in steps]
+        for step in steps:
+            spread = _spread(step.tolist(), per_rank, accumulation, world_size)
+            plan.append(
+                [
+                    [[row for unit in part for row in members[unit]] or filler for part in micro]
+                    for micro in spread
+                ]
+            )
     return plan
+
+
+def _members(groups: Sequence[int | None]) -> list[list[int]]:
+    """The rows of each group, in order of first appearance; a row without a group is one of its own."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for row, group in enumerate(groups):
+        found.setdefault(("alone", row) if group is None else ("group", group), []).append(row)
+    return list(found.values())
 
 
 def _spread(rows: list[int], batch_size: int, accumulation: int, world_size: int) -> list[list[list[int]]]:
     """A step's rows, sorted by length, over its micro-batches and ranks."""
     together = batch_size * world_size
     micro_batches = [rows[i * together : (i + 1) * together] for i in range(accumulation)]
-    return [[part[rank::world_size] or [FILLER] for rank in range(world_size)] for part in micro_batches]
+    return [[part[rank::world_size] for rank in range(world_size)] for part in micro_batches]
 
 
 class RankBatches:
@@ -80,7 +108,7 @@ class RankBatches:
 
 
 class Examples:
-    """The examples as a map-style dataset; index ``FILLER`` is the first one with weight 0."""
+    """The examples as a map-style dataset; index -1 - i is example i with weight 0."""
 
     def __init__(self, examples: list[Example]):
         self._examples = examples
@@ -89,16 +117,17 @@ class Examples:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Example:
-        return replace(self._examples[0], weight=0.0) if index == FILLER else self._examples[index]
+        return replace(self._examples[-1 - index], weight=0.0) if index < 0 else self._examples[index]
 
 
 @dataclass(frozen=True)
 class Collator:
     """Examples → a batch of tensors.
 
-    Gives ``weights`` [B], ``counted`` [B], the number of a row's labels, and ``tokens``, how many there
-    are in all; and of the prompts of the policy, and with the prefix ``reference_`` of those of the
-    reference where it reads others, either
+    Gives the fields of ``Sequences`` [B], ``tokens``, how many there are in all, and where the objective
+    needs them ``scores`` and ``reference_log_probs`` [N] of all labels; and of the prompts of the policy,
+    and with the prefixes ``reference_`` and ``second_`` of those of the reference where it reads others and
+    of the second context, either
 
     - rows padded on the right: ``input_ids``, ``attention_mask``, ``labels`` [B, T]; ``keep``: the last
       ``keep`` positions hold all labels and what predicts them; or
@@ -116,12 +145,27 @@ class Collator:
         form = self._pack if self.packed else self._pad
         batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples])
         batch["weights"] = torch.tensor([e.weight for e in examples], dtype=torch.float32)
-        # Nothing predicts the first token of a sequence.
-        batch["counted"] = torch.tensor([len(e.text) - (not e.prompt) for e in examples])
+        batch["counted"] = torch.tensor([e.labels for e in examples])
+        batch["roles"] = torch.tensor([e.role for e in examples])
+        batch["groups"] = torch.tensor([-1 if e.group is None else e.group for e in examples])
+        batch["rewards"] = torch.tensor([e.reward for e in examples])
+        batch["sampled_log_probs"] = torch.tensor([e.sampled_log_prob for e in examples])
         batch["tokens"] = sum(e.length for e in examples)
-        if all(e.reference is not None for e in examples):
-            other = form([(e.reference or [], e.text) for e in examples])
-            batch |= {f"reference_{name}": value for name, value in other.items()}
+        for name in ("scores", "reference_log_probs"):
+            lists = [getattr(e, name) for e in examples]
+            if None not in lists:
+                # Without a prompt the first token has no label, and no score either.
+                labels = [
+                    v
+                    for e, values in zip(examples, lists, strict=True)
+                    for v in values[len(values) - e.labels :]
+                ]
+                batch[name] = torch.tensor(labels, dtype=torch.float32)
+        for name in ("reference", "second"):
+            prompts = [getattr(e, name) for e in examples]
+            if None not in prompts:
+                other = form([(prompt, e.text) for prompt, e in zip(prompts, examples, strict=True)])
+                batch |= {f"{name}_{key}": value for key, value in other.items()}
         return batch
 
     def _pack(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Any]:

@@ -8,7 +8,10 @@ very tokens that were sampled.) Labels are on the text and its end token only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,29 +20,61 @@ import polars as pl
 from textalign_dagster.pool.conditioning import around_prompt
 from textalign_dagster.tokenisation import encode_texts, leading_ids
 from training.job import Job, JobError
+from training.objectives.base import ROLES, Need
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("sample_id", "prompt", "condition", "text", "finish_reason", "n_tokens", "weight")
+"""What every row has. Columns of :data:`textalign_dagster.tables.EXAMPLES` beyond these may be left out, as far
+as the objective does not need them."""
+NEEDED: dict[Need, str] = {
+    "groups": "group_id",
+    "rewards": "reward",
+    "sampled log-probs": "sampled_logprob",
+    "second context": "second_prompt",
+    "token scores": "spans",
+}
+"""The column that an objective's need is met from."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids; ``reference`` is its prompt as the KL reference reads it."""
+    """One row as token ids, and what the objective reads beside them."""
 
     prompt: list[int]
     text: list[int]
     weight: float
-    reference: list[int] | None = None
+    reference: list[int] | None = None  # the prompt as the reference reads it
+    second: list[int] | None = None  # the prompt of the second context
+    role: int = 0  # place in objectives.base.ROLES
+    group: int | None = None  # examples with one number share a micro-batch; None: it stands alone
+    reward: float = math.nan
+    sampled_log_prob: float = math.nan
+    scores: list[float] | None = None  # of each token of the text
+    reference_log_probs: list[float] | None = None  # of each token of the text under the reference
+    sample_id: str = field(default="", compare=False)
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + len(self.text)
+        """Tokens of prompt and text; of both contexts where there are two."""
+        return (
+            len(self.prompt)
+            + len(self.text)
+            + (len(self.second) + len(self.text) if self.second is not None else 0)
+        )
+
+    @property
+    def labels(self) -> int:
+        """Tokens that are predicted; nothing predicts the first token of a sequence."""
+        return len(self.text) - (not self.prompt)
 
 
-def read_rows(path: Path, template: str | None) -> pl.DataFrame:
-    """The rows to train on; rows of weight 0 are left out.
+def read_rows(path: Path, template: str | None, needs: Collection[Need] = ()) -> pl.DataFrame:
+    """The examples to train on; those of weight 0 are left out.
+
+    Args:
+        needs: of the objective; their columns must be there, without NULL.
 
     Raises:
         JobError: unreadable, empty, a missing column, a NULL, or a value that means nothing.
@@ -53,6 +88,15 @@ def read_rows(path: Path, template: str | None) -> pl.DataFrame:
         raise JobError(f"{path}: missing columns {missing}; rows need {list(COLUMNS)}")
     if frame.is_empty():
         raise JobError(f"{path}: no rows to train on; the datapool drew none")
+    wanted = {need: column for need, column in NEEDED.items() if need in needs}
+    for need, column in wanted.items():
+        if column not in frame.columns:
+            raise JobError(f"{path}: {column}: missing; the objective needs {need}")
+        _refuse(frame, pl.col(column).is_null(), path, column, f"is NULL, but the objective needs {need}")
+    if "role" in frame.columns:
+        _refuse(frame, ~pl.col("role").is_in(list(ROLES)), path, "role", f"is none of {', '.join(ROLES)}")
+    if "groups" in needs:
+        _refuse_incomplete_pairs(frame, path)
     for name in ("sample_id", "prompt", "text", "finish_reason", "weight"):
         _refuse(frame, pl.col(name).is_null(), path, name, "is NULL; leave such rows out of the draw")
     weight = pl.col("weight").cast(pl.Float64)
@@ -87,6 +131,25 @@ def _refuse(frame: pl.DataFrame, bad: pl.Expr, path: Path, column: str, what: st
         )
 
 
+def _refuse_incomplete_pairs(frame: pl.DataFrame, path: Path) -> None:
+    """A pair is one chosen and one rejected row, of one weight."""
+    pair = (
+        frame.filter(pl.col("role").is_in(["chosen", "rejected"]))
+        .group_by("group_id", maintain_order=True)
+        .agg(
+            chosen=(pl.col("role") == "chosen").sum(),
+            rejected=(pl.col("role") == "rejected").sum(),
+            weights=pl.col("weight").n_unique(),
+        )
+    )
+    bad = pair.filter((pl.col("chosen") != 1) | (pl.col("rejected") != 1) | (pl.col("weights") != 1))
+    if not bad.is_empty():
+        raise JobError(
+            f"{path}: group_id: {bad.height} pairs are not one chosen and one rejected row of equal weight, the "
+            f"first is {bad['group_id'][0]}; write both rows of a pair, with the same weight"
+        )
+
+
 def ends(
     text: str,
     n_tokens: int,
@@ -115,16 +178,25 @@ def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
         JobError: condition and text alone are longer than ``max_length``, naming the sample.
     """
     settings = job.training
+    objective = settings.objective
     texts = encode_texts(tokenizer, rows["text"].to_list())
-    wants_reference = settings.objective.kl_coef > 0 and not settings.objective.kl_reference_sees_condition
     prompts = _Prompts(tokenizer, job.template, rows["prompt"].to_list(), rows["condition"].to_list())
-    unconditioned = (
-        _Prompts(tokenizer, None, rows["prompt"].to_list(), [None] * rows.height) if wants_reference else None
-    )
+    bare: list[str | None] = [None] * rows.height
+    unconditioned = second = None
+    if objective.reference_policy is not None and not objective.reference_sees_condition:
+        unconditioned = _Prompts(tokenizer, None, rows["prompt"].to_list(), bare)
+    if "second context" in objective.needs:
+        second = _Prompts(tokenizer, None, rows["second_prompt"].to_list(), bare)
+    scores = _token_scores(tokenizer, rows) if "token scores" in objective.needs else None
+    groups = _groups(rows) if "groups" in objective.needs else [None] * rows.height
+    columns = ("sample_id", "text", "finish_reason", "weight", "role", "reward", "sampled_logprob")
+    given = rows.with_columns(
+        pl.lit(value, dtype).alias(name) for name, value, dtype in DEFAULTS if name not in rows.columns
+    ).select(columns)
     examples = []
-    columns = zip(rows["sample_id"], rows["text"], rows["finish_reason"], rows["weight"], texts, strict=True)
-    for i, (sample, text, finish_reason, weight, ids) in enumerate(columns):
-        if ends(text, len(ids), finish_reason, settings.eos_rule, job.max_new_tokens):
+    for i, (row, group, ids) in enumerate(zip(given.iter_rows(named=True), groups, texts, strict=True)):
+        stops = ends(row["text"], len(ids), row["finish_reason"], settings.eos_rule, job.max_new_tokens)
+        if stops:
             if tokenizer.eos_token_id is None:
                 raise JobError(
                     f"{job.policy}: the tokenizer has no eos_token, so stopping cannot be taught; set one"
@@ -133,23 +205,81 @@ def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
         if not ids:
             continue
         room = settings.max_length - len(ids)
-        prompt = prompts.cut(i, room)
-        if prompt == []:
-            raise JobError(
-                f"{job.rows}: sample {sample}: the prompt is empty, and the tokenizer starts texts "
-                "with nothing either; give it a prompt"
+        where = f"{job.rows}: sample {row['sample_id']}"
+        examples.append(
+            Example(
+                _fitting(prompts, i, room, len(ids), where, settings.max_length),
+                list(ids),
+                float(row["weight"]),
+                reference=unconditioned.cut(i, room) if unconditioned else None,
+                second=_fitting(second, i, room, len(ids), where, settings.max_length) if second else None,
+                role=ROLES.index(row["role"]),
+                group=group,
+                reward=_number(row["reward"]),
+                sampled_log_prob=_number(row["sampled_logprob"]),
+                scores=None if scores is None else [*scores[i], *([0.0] if stops else [])],
+                sample_id=row["sample_id"],
             )
-        if prompt is None:
-            raise JobError(
-                f"{job.rows}: sample {sample}: the text has {len(ids)} tokens, which with its condition "
-                f"is more than training.max_length ({settings.max_length}); raise max_length or "
-                "lower max_new_tokens"
-            )
-        reference = unconditioned.cut(i, room) if unconditioned else None
-        examples.append(Example(prompt, list(ids), float(weight), reference))
+        )
+    if "groups" in objective.needs:
+        examples = _whole_groups(examples, groups)
     if not examples:
         raise JobError(f"{job.rows}: text: empty in all {rows.height} rows; nothing to train on")
     return examples
+
+
+DEFAULTS = (("role", "only", pl.String), ("reward", None, pl.Float64), ("sampled_logprob", None, pl.Float64))
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _fitting(prompts: _Prompts, i: int, room: int, taken: int, where: str, max_length: int) -> list[int]:
+    """The tokens of prompt i beside a text of ``taken`` tokens."""
+    prompt = prompts.cut(i, room)
+    if prompt == []:
+        raise JobError(
+            f"{where}: the prompt is empty, and the tokenizer starts texts with nothing either; give it a prompt"
+        )
+    if prompt is None:
+        raise JobError(
+            f"{where}: the text has {taken} tokens, which with its condition is more than training.max_length "
+            f"({max_length}); raise max_length or lower max_new_tokens"
+        )
+    return prompt
+
+
+def _groups(rows: pl.DataFrame) -> list[int | None]:
+    """A number for each row; rows of one ``group_id`` have the same one."""
+    return (rows["group_id"].rank("dense") - 1).cast(pl.Int64).to_list()
+
+
+def _whole_groups(examples: list[Example], groups: Sequence[int | None]) -> list[Example]:
+    """The examples of groups of which none was left out for its empty text, group by group."""
+    size, kept = Counter(groups), Counter(example.group for example in examples)
+    whole = [example for example in examples if kept[example.group] == size[example.group]]
+    first: dict[int | None, int] = {}
+    for i, example in enumerate(whole):
+        first.setdefault(example.group, i)
+    return sorted(whole, key=lambda example: first[example.group])
+
+
+def _token_scores(tokenizer: PreTrainedTokenizerBase, rows: pl.DataFrame) -> list[list[float]]:
+    """For each text the score of each of its tokens: the highest of the spans that it overlaps, else 0."""
+    encoded = tokenizer(
+        rows["text"].to_list(),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_offsets_mapping=True,
+    )
+    return [
+        [
+            max((s["score"] for s in spans if s["start"] < end and start < s["end"]), default=0.0)
+            for start, end in offsets
+        ]
+        for offsets, spans in zip(encoded["offset_mapping"], rows["spans"].to_list(), strict=True)
+    ]
 
 
 class _Prompts:

@@ -1,1 +1,16 @@
-"""Objectives: one module each, one line each here."""
+"""Objectives: one module each, one line each here. From outside: this registry, and `base`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from training.objectives.base import Objective
+from training.objectives.dpo import DPO
+from training.objectives.nll import NLL
+from training.objectives.unlikelihood import Unlikelihood
+
+AnyObjective = Annotated[NLL | DPO | Unlikelihood, Field(discriminator="name")]
+
+__all__ = ["DPO", "NLL", "AnyObjective", "Objective", "Unlikelihood"]

@@ -61,7 +61,7 @@ def save(
     if beside is not None and main:
         beside.mkdir(parents=True, exist_ok=True)
     if beside is not None and main and trainer.settings.optimizer_state == "carried":
-        coefficients = trainer.controllers.coefficients()
+        coefficients = trainer.coefficients
         optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
         OptimizerState.of(model, optimizer, coefficients).write(beside)
     if trainer.settings.lora is not None:

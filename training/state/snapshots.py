@@ -33,10 +33,10 @@ from transformers import PreTrainedModel
 
 from textalign_dagster.disk import sync
 from textalign_dagster.ids import canonical_json
-from textalign_dagster.settings.training import WITHOUT_EFFECT
 from training.data.examples import Example
 from training.job import Job, JobError
 from training.progress import Reporter
+from training.settings import WITHOUT_EFFECT
 from training.state import zero_state
 from training.state.optimizer_state import TENSORS, OptimizerState
 from training.state.snapshot_folder import SnapshotName, names, publish
@@ -231,14 +231,15 @@ def identity(job: Job, models: Sequence[PreTrainedModel | None], examples: Seque
     settings = job.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
     digest.update(canonical_json([told, settings]).encode())
     for example in examples:
-        for ids in (example.prompt, example.text, example.reference):
+        for ids in (example.prompt, example.text, example.reference, example.second):
             digest.update(str(None if ids is None else len(ids)).encode())
             digest.update(np.asarray(ids or [], np.int64).tobytes())
-        digest.update(repr(example.weight).encode())
+        beside = (example.weight, example.role, example.group, example.reward, example.sampled_log_prob)
+        digest.update(repr((*beside, example.scores)).encode())
     for model in models:
         for name, parameter in model.named_parameters() if model is not None else ():
             digest.update(name.encode())
-            digest.update(parameter.detach().flatten()[:SEEN].float().numpy().tobytes())
+            digest.update(parameter.detach().flatten()[:SEEN].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -22,9 +22,9 @@ from textalign_dagster.cli.doctor import _slurm
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.settings import SettingsError, validate
-from textalign_dagster.settings.acceleration import check_training
 from textalign_dagster.settings.clusters import Slurm
-from textalign_dagster.settings.training import Training
+from training.acceleration import check_training
+from training.settings import Training
 
 
 def commands(folder: Path, patch: pytest.MonkeyPatch, **bodies: str) -> None:

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from tests.training.tiny import make_rows, make_tokenizer
 from textalign_dagster.tokenisation import encode_prompts
-from training.data.batches import FILLER, IGNORE, Collator, Examples, RankBatches, plan_batches
+from training.data.batches import Collator, Examples, RankBatches, plan_batches
 from training.data.examples import Example, encode, ends, read_rows
 from training.job import Job, JobError
+from training.objectives.tokens import IGNORE
 
 TEMPLATE = "feedback: {condition} input: {prompt}"
 TOKENIZER = make_tokenizer()
@@ -216,10 +217,8 @@ def test_every_epoch_visits_every_row_once(
     plan = plan_batches(lengths, epochs=epochs, **options)
     assert all(len(step) == accumulation and all(len(micro) == world_size for micro in step) for step in plan)
     batches = [batch for step in plan for micro in step for batch in micro]
-    assert all(
-        1 <= len(batch) <= batch_size and (FILLER not in batch or batch == [FILLER]) for batch in batches
-    )
-    counts = Counter(row for batch in batches for row in batch if row != FILLER)
+    assert all(1 <= len(batch) <= batch_size and (-1 not in batch or batch == [-1]) for batch in batches)
+    counts = Counter(row for batch in batches for row in batch if row != -1)
     assert counts == dict.fromkeys(range(len(lengths)), epochs)
     assert plan == plan_batches(lengths, epochs=epochs, **options)
     ranks = [list(RankBatches(plan, rank)) for rank in range(world_size)]
@@ -238,7 +237,7 @@ def test_steps_do_not_depend_on_how_they_are_spread() -> None:
             epochs=2,
             seed=3,
         )
-        return [{row for micro in step for batch in micro for row in batch} - {FILLER} for step in plan]
+        return [{row for micro in step for batch in micro for row in batch} - {-1} for step in plan]
 
     assert steps(8, 1, 1) == steps(2, 2, 2) == steps(1, 8, 1)
 
@@ -271,7 +270,7 @@ def test_collator() -> None:
     examples = Examples(
         [Example([5, 6, 7], [8, 9], 2.0, reference=[6]), Example([5], [8], 0.5, reference=[5])]
     )
-    batch = Collator(pad=1)([examples[0], examples[1], examples[FILLER]])
+    batch = Collator(pad=1)([examples[0], examples[1], examples[-1]])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 8, 1, 1, 1], [5, 6, 7, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0], [1] * 5]
     assert batch["labels"][:2].tolist() == [

@@ -23,10 +23,10 @@ from textalign_dagster.settings import SettingsError
 from training.data import packing
 from training.data.batches import Collator
 from training.data.examples import Example
+from training.forward import labelled_tokens
 from training.job import JobError
-from training.objectives import conditional as objectives
+from training.objectives import nll as objectives
 from training.train import main
-from training.trainer import _labelled
 
 SINGLE, DOUBLE = torch.float32, torch.float64
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40}
@@ -62,9 +62,9 @@ def step(
 ) -> dict[str, torch.Tensor]:
     """Log-probabilities, loss, KL and the gradient of every weight."""
     model.zero_grad()
-    outputs = _labelled(model, batch, "")
+    outputs = labelled_tokens(model, batch, "")
     with torch.no_grad():
-        there = _labelled(reference, batch, "reference_").log_probs
+        there = labelled_tokens(reference, batch, "reference_").log_probs
     found = objectives.conditional_mle(
         outputs, batch["weights"], entropy_coef=0.06, kl_coef=0.5, reference=there
     )
@@ -105,7 +105,7 @@ def test_one_row_and_a_row_of_one_token() -> None:
     packing.prepare(model, "m")
     for examples in (EXAMPLES[:1], [Example([], [3, 4], 1.0), Example([], [5], 1.0), EXAMPLES[1]]):
         padded, packed = (Collator(pad=0, packed=p)(examples) for p in (False, True))
-        expected, found = (_labelled(model, batch, "") for batch in (padded, packed))
+        expected, found = (labelled_tokens(model, batch, "") for batch in (padded, packed))
         assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-12)
         assert torch.equal(found.targets, expected.targets) and torch.equal(found.rows, expected.rows)
         assert packed["counted"].tolist() == torch.bincount(found.rows, minlength=len(examples)).tolist()

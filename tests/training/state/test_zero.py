@@ -17,7 +17,7 @@ from resources.launchers.launcher import Acceleration, accelerate_command
 from tests.training.state.test_snapshots import keep, killed_once_kept
 from tests.training.test_train import by_hand, done, weights
 from tests.training.tiny import make_rows, write_job
-from textalign_dagster.settings.acceleration import accelerate_config
+from training.acceleration import accelerate_config
 from training.train import main
 
 pytest.importorskip("deepspeed", reason="the extra `deepspeed` is not installed")

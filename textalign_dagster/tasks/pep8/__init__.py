@@ -15,9 +15,10 @@ import polars as pl
 from pydantic import Field
 
 from textalign_dagster.methods import FeedbackKind
+from textalign_dagster.tables import FEEDBACK_SPANS
 from textalign_dagster.tasks.base import Measure, Task
 from textalign_dagster.tasks.pep8 import corpus
-from textalign_dagster.tasks.pep8.lint import Lint, category, columns, feedback, lint, reward, score
+from textalign_dagster.tasks.pep8.lint import Lint, category, columns, feedback, lint, reward, score, spans
 
 POLICIES = {"pep8-sloppy-1m": Path(__file__).parent / "policy"}
 
@@ -46,16 +47,16 @@ class Pep8(Task):
 
     @property
     def kinds(self) -> tuple[FeedbackKind, ...]:
-        return ("reward", "text", "category")
+        return ("reward", "text", "category", "spans")
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
-        """``reward``: the (negative) violations per line. Otherwise a score 0–3, and with it for ``text``
+        """``reward``, ``spans``: the (negative) violations per line. Otherwise a score 0–3, and with it for ``text``
         the findings as a sentence, for ``category`` the score in words."""
 
         def row(found: Lint) -> dict[str, Any]:
             return {
                 "aspect": "style",
-                "value": float(reward(found) if kind == "reward" else score(found)),
+                "value": float(reward(found) if kind in ("reward", "spans") else score(found)),
                 "label": category(found) if kind == "category" else None,
                 "text": feedback(found) if kind == "text" else None,
             }
@@ -65,6 +66,24 @@ class Pep8(Task):
             status=pl.lit("ok"),  # a linter always answers; an empty body is judged as such
             reason=pl.lit(None, dtype=pl.String),
         )
+
+    def spans(self, samples: pl.DataFrame) -> pl.DataFrame:
+        """The tokens that violations point at, each with score 1."""
+        rows = [
+            {
+                "sample_id": sample_id,
+                "aspect": "style",
+                "start": start,
+                "end": end,
+                "score": 1.0,
+                "label": code,
+            }
+            for sample_id, prompt, text, reason in samples.select(
+                "sample_id", "prompt", "text", "finish_reason"
+            ).iter_rows()
+            for start, end, code in spans(lint(prompt, text, finished=reason == "stop"), prompt)
+        ]
+        return pl.DataFrame(rows, FEEDBACK_SPANS)
 
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         measured = self._rows(samples, columns)

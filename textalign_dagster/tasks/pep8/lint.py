@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import functools
 import io
+import itertools
 import re
 import warnings
 from collections import Counter
@@ -39,6 +40,7 @@ TRAILING_LINES = 3  # a cut sample may end within a statement; so many lines may
 _NOQA = re.compile(r"(# no)(qa|pep8)\b", re.IGNORECASE)
 _MESSAGE_DETAIL = re.compile(r"( \(.*\)|, found .*)$")
 _PYTHON_TOKEN = re.compile(r"\w+|[^\w\s]")
+_SPAN = re.compile(r"\w+|\s+|[^\w\s]+")  # what a violation marks: a word, blanks, or punctuation
 _NOTHING = re.compile(r"\s*(#.*|pass\s*;?|\.\.\.\s*;?)?\s*")
 
 
@@ -132,6 +134,33 @@ def score(lint: Lint) -> int:
 def category(lint: Lint) -> str:
     """The score in words, out of a closed set, for methods that condition on a category."""
     return CATEGORIES[3 - score(lint)]
+
+
+def spans(lint: Lint, prompt: str) -> list[tuple[int, int, str]]:
+    """Where the violations are: (start, end, code), characters of the body, in order, without repeats.
+
+    pycodestyle gives a line and a column. What is marked there is the token at the column; for
+    indentation (E1, W1) the blanks before it.
+    """
+    lines = _lines(lint.body)
+    starts = [0, *itertools.accumulate(map(len, lines))]
+    header = len(prompt.rpartition("\n")[2])
+    found = set()
+    for violation in lint.violations:
+        # The rest of the header's line is the first line of the body.
+        column = violation.column - header if violation.line == 0 else violation.column
+        if violation.line >= len(lines):
+            continue  # at the end of the text, behind the last line
+        line = lines[violation.line]
+        column = min(max(column, 0), len(line))
+        if violation.code[:2] in ("E1", "W1") and line[:column].isspace():
+            first, last = 0, column
+        else:
+            token = _SPAN.match(line, column)
+            first, last = token.span() if token else (column, column)
+        if last > first:
+            found.add((starts[violation.line] + first, starts[violation.line] + last, violation.code))
+    return sorted(found)
 
 
 def columns(lint: Lint) -> dict[str, int | bool]:

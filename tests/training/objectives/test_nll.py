@@ -12,16 +12,8 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.objectives.conditional import (
-    IGNORE,
-    conditional_mle,
-    entropy,
-    kl,
-    labelled,
-    masked_nll,
-    restrict,
-    token_nll,
-)
+from training.objectives.nll import conditional_mle, masked_nll, token_nll
+from training.objectives.tokens import IGNORE, entropy, kl, labelled, restrict
 
 DIRECTIONS = ("reference_to_policy", "policy_to_reference")
 

@@ -13,8 +13,8 @@ from textalign_dagster import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.settings import SettingsError, validate
-from textalign_dagster.settings.acceleration import accelerate_config, check_training, shipped
-from textalign_dagster.settings.training import Training
+from training.acceleration import accelerate_config, check_training, shipped
+from training.settings import Training
 
 LIBRARY = Library((PROJECT / "experiments",))
 

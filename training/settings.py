@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.clusters import Slurm
 from textalign_dagster.settings.kubernetes import Kubernetes
+from training.objectives import NLL, AnyObjective
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-Target = Annotated[float, Field(gt=0)]
 
 
 WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
 """Settings of a training that change nothing of what is trained: a step is the same step on other machines,
 activations computed twice are the same activations."""
-
-
-class Objective(Settings):
-    """The loss per generated token: −log p + kl_coef·KL − entropy_coef·H."""
-
-    entropy_coef: float = Field(0.06, ge=0, description="Weight of the entropy bonus (alpha).")
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference (beta); 0: none.")
-    kl_direction: Literal["reference_to_policy", "policy_to_reference"] = Field(
-        "reference_to_policy",
-        description="reference_to_policy: KL(ref || pi) as ALT; policy_to_reference: KL(pi || ref) as Quark's code.",
-    )
-    kl_reference: Literal["base", "parent"] = Field(
-        "base", description="The reference: the base policy, or the policy this iteration started from."
-    )
-    kl_reference_sees_condition: bool = Field(
-        False, description="Whether the reference reads the condition too, or the plain prompt."
-    )
-    kl_target: Target | None = Field(
-        None,
-        description="Adapts kl_coef after every step, towards this KL of a whole sample, in nats; null: kl_coef "
-        "stays as it is.",
-    )
-    entropy_target: Target | None = Field(
-        None, description="Adapts entropy_coef likewise, towards this entropy of a whole sample, in nats."
-    )
-    controller_horizon: float = Field(
-        2500.0, gt=0, description="Rows over which an adapted coefficient changes by 20 % at most."
-    )
-
-    @model_validator(mode="after")
-    def _controllable(self) -> Objective:
-        for name, target, coef in (
-            ("kl", self.kl_target, self.kl_coef),
-            ("entropy", self.entropy_target, self.entropy_coef),
-        ):
-            if target is not None and coef == 0:
-                raise ValueError(
-                    f"{name}_target adapts {name}_coef by factors, which cannot move it from 0; give "
-                    f"{name}_coef a start above 0"
-                )
-        return self
 
 
 class Lora(Settings):
@@ -82,7 +41,9 @@ class Lora(Settings):
 class Training(Settings):
     """How a checkpoint is trained on the drawn rows."""
 
-    objective: Objective = Field(Objective(), description="The loss.")
+    objective: AnyObjective = Field(
+        NLL(), description="The loss; `name` is one that the method trains with, its first by default."
+    )
     start_from: Literal["parent", "base"] = Field(
         "parent", description="Continue the policy that was sampled from, or start from the base anew."
     )
@@ -162,6 +123,14 @@ class Training(Settings):
     )
     slurm: Slurm = Field(Slurm(), description="The job, where the launcher is slurm.")
     k8s: Kubernetes = Field(Kubernetes(), description="The pod, where the launcher is k8s.")
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``objective: dpo`` is short for ``objective: {name: dpo}``; no name is ``nll``."""
+        if isinstance(value, str):
+            return {"name": value}
+        return {"name": "nll", **value} if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _on_nodes(self) -> Training:

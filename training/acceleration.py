@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textalign_dagster.settings import SettingsError, nearest, read_yaml, write_yaml
-from textalign_dagster.settings.training import Training
+from training.settings import Training
 
 SHIPPED = Path(__file__).parent / "accelerate_configs"
 KINDS = ("DEEPSPEED", "FSDP", "MULTI_GPU", "NO")

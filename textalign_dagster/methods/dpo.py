@@ -1,0 +1,47 @@
+"""Preference pairs from rewards, for DPO and its relatives (Rafailov et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import polars as pl
+from pydantic import Field
+
+from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.pool.examples import pairs
+
+
+class DPO(Method):
+    """Pairs of a prompt's samples: the one with the higher reward is chosen, the other rejected."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("dpo",)
+
+    name: Literal["dpo"] = "dpo"
+    pairs_per_prompt: int = Field(
+        1,
+        ge=1,
+        description="Pairs of a prompt, at most: the best with the worst sample, the second best with "
+        "the second worst, …",
+    )
+    margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return ("sample",)
+
+    @property
+    def exemplar(self) -> None:
+        return None
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        usable = (pl.col("status") == "ok") & pl.col("value").is_not_null()
+        return rows.with_columns(
+            label=pl.when(usable).then(pl.lit(self.buckets[0])), condition=pl.lit(None, dtype=pl.String)
+        )
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        return pairs(rows, per_prompt=self.pairs_per_prompt, margin=self.margin)

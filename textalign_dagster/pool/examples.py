@@ -1,0 +1,101 @@
+"""From drawn rows to examples: single rows, pairs and groups, all rows of one table.
+
+Functions take the drawn rows of a pool with their samples: pool_hash, sample_id, prompt_id, value,
+label, condition, weight, n_tokens, prompt, text, finish_reason, logprob, spans. They return rows of
+:data:`textalign_dagster.tables.EXAMPLES`. Nothing depends on the order of the rows but the order of
+the result.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from textalign_dagster.ids import content_hash
+from textalign_dagster.tables import EXAMPLES, conform
+
+
+def single(rows: pl.DataFrame, role: str = "only") -> pl.DataFrame:
+    """One example a row, in the order of the rows."""
+    return _examples(rows.with_columns(role=pl.lit(role), group_id=pl.lit(None, dtype=pl.String)))
+
+
+def pairs(rows: pl.DataFrame, *, per_prompt: int = 1, margin: float = 0.0) -> pl.DataFrame:
+    """Preference pairs within a prompt: best with worst, second best with second worst, and so on.
+
+    A pair needs a difference of values above ``margin``, so equal values never make one, and two
+    different texts. Its weight is the product of its samples' weights: a sample of weight 2 counts as
+    if it were there twice.
+    """
+    ranked = rows.filter(pl.col("value").is_not_null() & pl.col("value").is_not_nan()).sort(
+        "prompt_id", "value", "sample_id", descending=[False, True, False]
+    )
+    ranked = ranked.with_columns(
+        best=pl.int_range(pl.len()).over("prompt_id"),
+        worst=pl.int_range(pl.len()).reverse().over("prompt_id"),
+    )
+    chosen = ranked.filter(pl.col("best") < pl.min_horizontal(pl.col("worst"), per_prompt))
+    pair = (
+        chosen.join(
+            ranked.select("prompt_id", best="worst", other="sample_id", other_value="value",
+                          other_text="text", other_weight="weight"),
+            on=["prompt_id", "best"],
+        )
+        .filter(
+            (pl.col("value") - pl.col("other_value") > margin) & (pl.col("text") != pl.col("other_text"))
+        )
+        .select(
+            "prompt_id", "best", "sample_id", "other",
+            group_id=_hashes(pl.struct("sample_id", "other"), "pair"),
+            pair_weight=pl.col("weight") * pl.col("other_weight"),
+        )
+    )  # fmt: skip
+    sides = pl.concat(
+        [
+            pair.select("prompt_id", "best", "group_id", "pair_weight", "sample_id", role=pl.lit("chosen")),
+            pair.select(
+                "prompt_id", "best", "group_id", "pair_weight", sample_id="other", role=pl.lit("rejected")
+            ),
+        ]
+    ).sort("prompt_id", "best", "role")
+    joined = sides.drop("prompt_id").join(rows, on="sample_id", how="left", maintain_order="left")
+    return _examples(joined.with_columns(weight="pair_weight"))
+
+
+def groups(rows: pl.DataFrame) -> pl.DataFrame:
+    """All samples of a prompt as members of one group; prompts in order of their ids."""
+    ordered = rows.sort("prompt_id", "sample_id")
+    return _examples(ordered.with_columns(role=pl.lit("member"), group_id="prompt_id"))
+
+
+def _examples(rows: pl.DataFrame) -> pl.DataFrame:
+    named = pl.struct("sample_id", "role", "group_id", "condition")
+    return conform(
+        rows.select(
+            "pool_hash",
+            "sample_id",
+            "role",
+            "group_id",
+            "prompt",
+            "condition",
+            "text",
+            "finish_reason",
+            "n_tokens",
+            "weight",
+            "spans",
+            example_id=_hashes(named, "example"),
+            second_prompt=pl.lit(None, dtype=pl.String),
+            reward="value",
+            sampled_logprob="logprob",
+        ),
+        EXAMPLES,
+        "examples",
+    )
+
+
+def _hashes(columns: pl.Expr, kind: str) -> pl.Expr:
+    """A content hash of the values of each row."""
+
+    def one(values: dict[str, str | None]) -> str:
+        return content_hash(kind, *values.values())
+
+    return columns.map_elements(one, return_dtype=pl.String)

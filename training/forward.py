@@ -1,0 +1,38 @@
+"""One forward pass: the log-probabilities of a batch's labelled tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from training.data.packing import packed_logits
+from training.objectives.tokens import Tokens, chosen_tokens, labelled
+
+
+def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
+    """Reads one context of a batch; the output layer runs on the positions that predict a label only.
+
+    Args:
+        inputs: as ``Collator`` gives them.
+        prefix: which context: the policy's own (empty), ``reference_`` or ``second_``.
+    """
+    bare = getattr(model, "module", model)
+    if hasattr(bare, "get_base_model"):  # an adapter passes on what it does not know
+        bare = bare.get_base_model()
+    if f"{prefix}row_starts" in inputs:
+        ids, positions, starts, predicts, targets, rows = (
+            inputs[f"{prefix}{name}"]
+            for name in ("input_ids", "position_ids", "row_starts", "predicts", "targets", "rows")
+        )
+        return chosen_tokens(packed_logits(model, bare, ids, positions, starts, predicts), targets, rows)
+    keep = inputs[f"{prefix}keep"]
+    partly = (
+        {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
+    )
+    logits = model(
+        input_ids=inputs[f"{prefix}input_ids"],
+        attention_mask=inputs[f"{prefix}attention_mask"],
+        use_cache=False,
+        **partly,
+    ).logits
+    return labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])

@@ -1,0 +1,92 @@
+"""Direct preference optimisation (Rafailov et al. 2023), with conservative labels (Mitchell 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from training.objectives.base import CHOSEN, REJECTED, Loss, Need, Objective, Sequences
+from training.objectives.tokens import Tokens, per_sequence, target_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class DPO(Objective):
+    """The loss per pair: −log σ(β·margin), the margin of the implicit rewards log π/π_ref."""
+
+    name: Literal["dpo"] = "dpo"
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Probability that a pair is the wrong way round (cDPO), e.g. the judge's inconsistency.",
+    )
+    reference: Literal["base", "parent"] = Field(
+        "base", description="The reference: the base policy, or the policy this iteration started from."
+    )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference log-probs", "groups"})
+
+    @property
+    def reference_policy(self) -> Literal["base", "parent"]:
+        return self.reference
+
+    def mass(self, sequences: Sequences) -> Tensor:
+        return sequences.weights[sequences.roles == CHOSEN].sum()
+
+    def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
+        assert tokens.reference_log_probs is not None, "the objective needs it"
+        ratios = per_sequence(
+            target_log_probs(tokens.log_probs, tokens.targets) - tokens.reference_log_probs,
+            tokens.rows,
+            len(sequences.weights),
+        )
+        chosen, rejected = paired(sequences)
+        return dpo(
+            ratios[chosen],
+            ratios[rejected],
+            sequences.weights[chosen],
+            beta=self.beta,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """The places of the chosen and of the rejected sequences, [pairs] each, pair by pair."""
+    import torch
+
+    def places(role: int) -> Tensor:
+        found = (sequences.roles == role).nonzero()[:, 0]
+        return found[torch.argsort(sequences.groups[found])]
+
+    return places(CHOSEN), places(REJECTED)
+
+
+def dpo(
+    chosen: Tensor, rejected: Tensor, weights: Tensor, *, beta: float, label_smoothing: float = 0.0
+) -> Loss:
+    """DPO (eq. 7), with label smoothing ε as in cDPO:
+
+    l = −(1 − ε)·log σ(β·(r_w − r_l)) − ε·log σ(−β·(r_w − r_l)),  r = log π(y|x) − log π_ref(y|x)
+
+    Args:
+        chosen, rejected: [pairs] the log-ratios r, summed over the tokens of a sequence.
+        weights: [pairs].
+    """
+    from torch.nn.functional import logsigmoid
+
+    margins = chosen - rejected
+    losses = -(1 - label_smoothing) * logsigmoid(beta * margins) - label_smoothing * logsigmoid(
+        -beta * margins
+    )
+    weights = weights.to(losses.dtype)
+    parts = {"margin": beta * margins, "accuracy": (margins > 0).to(losses.dtype)}
+    return Loss(
+        (weights * losses).sum(), {name: (weights * part).sum().detach() for name, part in parts.items()}
+    )

@@ -1,0 +1,209 @@
+"""Masked negative log-likelihood, with the entropy bonus and KL penalty of Quark and ALT."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from training.objectives.base import Loss, Need, Objective, Sequences, Step
+from training.objectives.tokens import (
+    KLDirection,
+    Tokens,
+    entropy,
+    kl,
+    labelled,
+    restrict,
+    target_log_probs,
+    token_weights,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Target = Annotated[float, Field(gt=0)]
+
+LIMIT = 0.2  # of the relative error that a step answers to
+
+
+class NLL(Objective):
+    """The loss per generated token: −log p + kl_coef·KL − entropy_coef·H."""
+
+    name: Literal["nll"] = "nll"
+    entropy_coef: float = Field(0.06, ge=0, description="Weight of the entropy bonus (alpha).")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the reference (beta); 0: none.")
+    kl_direction: KLDirection = Field(
+        "reference_to_policy",
+        description="reference_to_policy: KL(ref || pi) as ALT; policy_to_reference: KL(pi || ref) as Quark's code.",
+    )
+    kl_reference: Literal["base", "parent"] = Field(
+        "base", description="The reference: the base policy, or the policy this iteration started from."
+    )
+    kl_reference_sees_condition: bool = Field(
+        False, description="Whether the reference reads the condition too, or the plain prompt."
+    )
+    kl_target: Target | None = Field(
+        None,
+        description="Adapts kl_coef after every step, towards this KL of a whole sample, in nats; null: kl_coef "
+        "is constant.",
+    )
+    entropy_target: Target | None = Field(
+        None, description="Adapts entropy_coef likewise, towards this entropy of a whole sample, in nats."
+    )
+    controller_horizon: float = Field(
+        2500.0, gt=0, description="Rows over which an adapted coefficient changes by 20 % at most."
+    )
+
+    @model_validator(mode="after")
+    def _controllable(self) -> NLL:
+        for name, target, coef in (
+            ("kl", self.kl_target, self.kl_coef),
+            ("entropy", self.entropy_target, self.entropy_coef),
+        ):
+            if target is not None and coef == 0:
+                raise ValueError(
+                    f"{name}_target adapts {name}_coef by factors, which cannot move it from 0; give "
+                    f"{name}_coef a start above 0"
+                )
+        return self
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference"} if self.kl_coef > 0 else ())
+
+    @property
+    def reference_policy(self) -> Literal["base", "parent"] | None:
+        return self.kl_reference if self.kl_coef > 0 else None
+
+    @property
+    def reference_sees_condition(self) -> bool:
+        return self.kl_reference_sees_condition
+
+    def identity(self) -> dict[str, Any]:
+        # Trainings of earlier versions had this objective only, and no name for it.
+        return self.model_dump(mode="json", exclude={"name"})
+
+    def mass(self, sequences: Sequences) -> Tensor:
+        return (sequences.counted * sequences.weights).sum()
+
+    def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
+        sums = conditional_mle(
+            tokens,
+            sequences.weights,
+            entropy_coef=coefficients.get("entropy_coef", self.entropy_coef),
+            kl_coef=coefficients.get("kl_coef", self.kl_coef),
+            kl_direction=self.kl_direction,
+            reference=tokens.reference,
+        )
+        targets = {"kl": self.kl_target, "entropy": self.entropy_target}
+        found = {"kl": sums.kl, "entropy": sums.entropy}
+        return Loss(
+            sums.total,
+            {name: part for name, part in found.items() if targets[name] is not None and part is not None},
+        )
+
+    def start(self) -> dict[str, float]:
+        named = {
+            "kl_coef": (self.kl_coef, self.kl_target),
+            "entropy_coef": (self.entropy_coef, self.entropy_target),
+        }
+        return {name: coef for name, (coef, target) in named.items() if target is not None}
+
+    def adapt(
+        self, coefficients: Mapping[str, float], sums: Mapping[str, float], step: Step
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """The controllers published with Quark and ALT (toxicity).
+
+        A coefficient is multiplied by ``1 ± clip(value / target - 1, ±0.2) * sequences / horizon``: too much
+        KL raises the penalty, too much entropy lowers the bonus. As published, values are means over
+        samples of the *sum* over a sample's tokens (targets such as KL 3 and entropy 40 of 20 tokens
+        mean that).
+        """
+        if step.weight <= 0:
+            return dict(coefficients), {}
+        means = {name: value / step.weight for name, value in sums.items()}
+        changed = dict(coefficients)
+        for name, target, sign in (("kl", self.kl_target, 1), ("entropy", self.entropy_target, -1)):
+            if target is not None and name in means:
+                error = min(max(means[name] / target - 1, -LIMIT), LIMIT)
+                changed[f"{name}_coef"] *= 1 + sign * error * step.sequences / self.controller_horizon
+        return changed, means
+
+
+class Sums(NamedTuple):
+    """Weighted sums over the labelled tokens of a (micro-)batch; divide by the mass for means."""
+
+    total: Tensor  # scalar, differentiable: what is minimised
+    nll: Tensor  # scalar, detached, as the rest
+    entropy: Tensor | None  # None: not part of the objective
+    kl: Tensor | None  # None: not part of the objective
+    mass: Tensor  # scalar: sum of the tokens' weights
+
+
+def token_nll(tokens: Tokens) -> Tensor:
+    """-log p of every labelled token, [N]."""
+    return -target_log_probs(tokens.log_probs, tokens.targets)
+
+
+def masked_nll(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Weighted mean of -log p over the labelled tokens of this batch, a scalar.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T], ``IGNORE`` where masked.
+        weights: [B], at least 0; None: all 1.
+    """
+    tokens = labelled(logits, labels)
+    weighted = token_weights(weights, tokens)
+    return (weighted * token_nll(tokens)).sum() / weighted.sum()
+
+
+def conditional_mle(
+    tokens: Tokens,
+    weights: Tensor | None,
+    *,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    kl_direction: KLDirection = "reference_to_policy",
+    reference: Tensor | None = None,
+) -> Sums:
+    """Conditional maximum likelihood with an entropy bonus and a KL penalty, as sums.
+
+    total = sum_t w_t [ -log p(y_t) + kl_coef * KL_t - entropy_coef * H_t ]   (ALT, eq. of the token loss)
+
+    Args:
+        weights: [B] weights of the sequences; None: all 1.
+        reference: [N, v] reference log-probabilities of the same tokens, v <= V; needed if
+            ``kl_coef`` is not 0. If v < V the policy's columns from v on are dropped (``restrict``).
+
+    Raises:
+        ValueError: ``kl_coef`` without a reference, or a reference of other tokens or vocabulary.
+    """
+    weight = token_weights(weights, tokens)
+    nll = (weight * token_nll(tokens)).sum()
+    total, entropies, divergences = nll, None, None
+    if kl_coef != 0:
+        if reference is None:
+            raise ValueError("a KL term (kl_coef != 0) needs the reference's log-probabilities")
+        count, vocabulary = tokens.log_probs.shape
+        if reference.shape[0] != count or reference.shape[1] > vocabulary:
+            raise ValueError(
+                f"reference log-probabilities have shape {tuple(reference.shape)}; expected "
+                f"{count} tokens and at most {vocabulary} vocabulary entries"
+            )
+        policy = tokens.log_probs
+        if reference.shape[1] < vocabulary:
+            policy = restrict(policy, reference.shape[1])
+        divergences = (weight * kl(policy, reference, kl_direction)).sum()
+        total = total + kl_coef * divergences
+    if entropy_coef != 0:
+        entropies = (weight * entropy(tokens.log_probs)).sum()
+        total = total - entropy_coef * entropies
+    return Sums(
+        total=total,
+        nll=nll.detach(),
+        entropy=None if entropies is None else entropies.detach(),
+        kl=None if divergences is None else divergences.detach(),
+        mass=weight.sum().detach(),
+    )

@@ -1,0 +1,104 @@
+"""Log-probabilities of the labelled tokens of a batch: what every objective is a function of.
+
+Only tokens with a label count. Labels are token ids, and ``IGNORE`` (-100) marks positions that are
+not trained on (prompt, condition, padding); a token is never left out because of its probability.
+
+Shapes: B sequences, T positions, V vocabulary entries, and N labelled tokens of the whole batch. All
+functions work on the N labelled tokens only, which keeps a large vocabulary affordable;
+``Tokens.rows`` says which sequence a token belongs to.
+
+All quantities are in nats, in float32 (float64 if the logits are).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORE = -100
+
+KLDirection = Literal["reference_to_policy", "policy_to_reference"]
+
+
+class Tokens(NamedTuple):
+    """The labelled tokens of a batch, in row-major order.
+
+    The last four are there where the objective needs them, see :data:`training.objectives.base.Need`.
+    """
+
+    log_probs: Tensor  # [N, V]
+    targets: Tensor  # [N] token ids
+    rows: Tensor  # [N] index of the token's sequence in the batch
+    scores: Tensor | None = None  # [N] score of each token, from the example's spans
+    reference: Tensor | None = None  # [N, v] log-probabilities under the reference
+    reference_log_probs: Tensor | None = None  # [N] log-probability of each target under the reference
+    second: Tensor | None = None  # [N, V] log-probabilities of the same targets in the second context
+
+
+def labelled(logits: Tensor, labels: Tensor) -> Tokens:
+    """Log-probabilities at the labelled positions.
+
+    Args:
+        logits: [B, T, V]; position t predicts token t + 1, so the last position is not used.
+        labels: [B, T]; ``labels[:, t]`` is the token *at* t, or ``IGNORE``. The shift is done here.
+            A label at t = 0 has nothing to predict it from and is not counted.
+    """
+    shifted = labels[:, 1:]
+    mask = shifted != IGNORE
+    chosen = logits[:, :-1][mask]
+    return chosen_tokens(chosen, shifted[mask], mask.nonzero()[:, 0])
+
+
+def chosen_tokens(logits: Tensor, targets: Tensor, rows: Tensor) -> Tokens:
+    """Log-probabilities of tokens that were selected before.
+
+    Args:
+        logits: [N, V], of the positions that predict them.
+        targets: [N]; rows: [N], see ``Tokens``.
+    """
+    import torch
+
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return Tokens(torch.log_softmax(wide, dim=-1), targets, rows)
+
+
+def target_log_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """log p of every labelled token: [N, V] and [N] -> [N]."""
+    return log_probs.gather(-1, targets[:, None])[:, 0]
+
+
+def per_sequence(values: Tensor, rows: Tensor, sequences: int) -> Tensor:
+    """Sums over the tokens of each sequence: [N] -> [B]."""
+    return values.new_zeros(sequences).index_add(0, rows, values)
+
+
+def entropy(log_probs: Tensor) -> Tensor:
+    """Entropy over the full vocabulary, [..., V] -> [...]."""
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def kl(policy: Tensor, reference: Tensor, direction: KLDirection) -> Tensor:
+    """Divergence over the full vocabulary, [..., V] and [..., V] log-probabilities -> [...].
+
+    ``policy_to_reference`` is KL(policy || reference), as in Quark's released code (Lu et al. 2022);
+    ``reference_to_policy`` is KL(reference || policy), as in ALT (Lloret et al. 2024).
+    """
+    of, to = (policy, reference) if direction == "policy_to_reference" else (reference, policy)
+    return (of.exp() * (of - to)).sum(-1)
+
+
+def restrict(log_probs: Tensor, vocabulary: int) -> Tensor:
+    """The distribution over the first ``vocabulary`` entries, renormalised: [..., V] -> [..., v].
+
+    A policy whose vocabulary has grown (quantile tokens) is compared with a reference that does not
+    know the new tokens after dropping the new columns, as published for Quark and ALT (toxicity).
+    """
+    return log_probs[..., :vocabulary].log_softmax(-1)
+
+
+def token_weights(weights: Tensor | None, tokens: Tokens) -> Tensor:
+    """The weight of every labelled token, [N]: that of its sequence; None: all 1."""
+    like = tokens.log_probs[:, 0]
+    return like.new_ones(like.shape) if weights is None else weights.to(like.dtype)[tokens.rows]

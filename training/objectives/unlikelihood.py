@@ -1,0 +1,77 @@
+"""Unlikelihood on tokens that feedback marks (Korbak et al. 2023, after Welleck et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from training.objectives.base import Loss, Need, Objective, Sequences
+from training.objectives.tokens import Tokens, target_log_probs, token_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOOR = 1e-20
+"""1 − p is not less than this in the logarithm, as published."""
+
+
+class Unlikelihood(Objective):
+    """The loss per token: −log p where nothing is marked, −α·log(1 − p) where the feedback marks it."""
+
+    name: Literal["unlikelihood"] = "unlikelihood"
+    alpha: float = Field(1.0, ge=0, description="Weight of the unlikelihood of marked tokens.")
+    mode: Literal["hard", "soft"] = Field(
+        "hard",
+        description="hard: a token is marked if its score is above `threshold`; soft: a token of score s counts "
+        "as marked by the share s, between 0 and 1.",
+    )
+    threshold: float = Field(0.0, description="Scores above it mark a token (mode hard). 0 is a threshold.")
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"token scores"})
+
+    def mass(self, sequences: Sequences) -> Tensor:
+        return (sequences.counted * sequences.weights).sum()
+
+    def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
+        assert tokens.scores is not None, "the objective needs them"
+        aligned = (
+            (tokens.scores <= self.threshold).to(tokens.log_probs.dtype)
+            if self.mode == "hard"
+            else (1 - tokens.scores).clamp(0, 1)
+        )
+        return unlikelihood(
+            target_log_probs(tokens.log_probs, tokens.targets),
+            aligned,
+            token_weights(sequences.weights, tokens),
+            alpha=self.alpha,
+        )
+
+
+def unlikelihood(log_probs: Tensor, aligned: Tensor, weights: Tensor, *, alpha: float) -> Loss:
+    """l_t = −a_t·log p_t − α·(1 − a_t)·log max(1 − p_t, 1e-20)
+
+    Args:
+        log_probs: [N] of the targets.
+        aligned: [N] a_t, from 0 (marked) to 1 (not marked).
+        weights: [N].
+    """
+    import torch
+
+    # log(1 - p) without cancellation. Where p rounds to 1 the floor holds and no gradient flows, as published.
+    lowest = torch.tensor(FLOOR, dtype=log_probs.dtype).log().item()
+    certain = log_probs > -FLOOR
+    safe = torch.where(certain, torch.full_like(log_probs, -1.0), log_probs)
+    log_unlikely = torch.where(certain, torch.full_like(safe, lowest), torch.log(-torch.expm1(safe)))
+    marked = 1 - aligned
+    losses = -aligned * log_probs - alpha * marked * log_unlikely.clamp(min=lowest)
+    return Loss(
+        (weights * losses).sum(),
+        {
+            "marked": (weights * marked).sum().detach(),
+            "probability of marked tokens": (weights * marked * log_probs.exp()).sum().detach(),
+        },
+    )

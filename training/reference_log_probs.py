@@ -1,0 +1,129 @@
+"""The reference's log-probabilities of the examples: computed once before the training, never in a step.
+
+A table keyed by the tokens of prompt and text (`tables.REFERENCE_LOG_PROBS`) says what is known already;
+only the rest is computed, each process its share. What was computed is written beside the policy, so that
+later trainings with the same reference find it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from transformers import PreTrainedModel
+
+from textalign_dagster.tables import REFERENCE_LOG_PROBS
+from training.data.batches import Collator
+from training.data.examples import Example
+from training.forward import labelled_tokens
+from training.job import JobError
+from training.objectives.tokens import target_log_probs
+from training.progress import Reporter
+
+
+def tokens_hash(example: Example) -> str:
+    """What a row of the table is known by: the token ids of prompt and text."""
+    prompt = example.prompt if example.reference is None else example.reference
+    digest = hashlib.blake2b(digest_size=12)
+    for ids in (prompt, example.text):
+        digest.update(len(ids).to_bytes(8, "big"))
+        digest.update(np.asarray(ids, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def read(path: Path) -> dict[str, list[float]]:
+    """What is known: tokens_hash → log-probability of each label.
+
+    Raises:
+        JobError: the file cannot be read.
+    """
+    try:
+        rows = pl.read_parquet(path, columns=["tokens_hash", "log_probs"])
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise JobError(
+            f"{path}: cannot be read as a table of log-probabilities ({error}); remove it"
+        ) from None
+    return dict(rows.iter_rows())
+
+
+def with_reference(
+    examples: Sequence[Example],
+    model: PreTrainedModel,
+    known: dict[str, list[float]],
+    collator: Collator,
+    out: Path,
+    reporter: Reporter,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+) -> list[Example]:
+    """The examples with their ``reference_log_probs``.
+
+    Args:
+        model: the reference, on the device it is to run on.
+        out: Parquet file for what had to be computed. Every process writes its own part beside it first.
+    """
+    hashes = [tokens_hash(example) for example in examples]
+    missing: dict[str, Example] = {
+        key: example for key, example in zip(hashes, examples, strict=True) if key not in known
+    }
+    # Long rows first: too little memory shows at once. Rows of similar length are read together.
+    ordered = sorted(missing, key=lambda key: (-missing[key].length, key))
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+    share = batches[rank::world_size]
+    rows = []
+    was_training = model.training
+    model.eval()
+    for done, batch in enumerate(share):
+        rows += _log_probs(model, collator, batch, [missing[key] for key in batch])
+        if done % 50 == 49:
+            reporter.say(f"reference log-probs: {done + 1} of {len(share)} batches")
+    model.train(was_training)
+    table = pl.DataFrame(rows, REFERENCE_LOG_PROBS, orient="row")
+    parts = [out.with_name(f"{out.stem}-{i}-of-{world_size}{out.suffix}") for i in range(world_size)]
+    table.write_parquet(parts[rank])
+    _wait()
+    computed = pl.concat(pl.read_parquet(part) for part in parts)
+    _wait()
+    parts[rank].unlink()
+    if rank == 0:
+        computed.write_parquet(out)
+        reporter.say(
+            f"reference log-probs: {computed.height} computed, {len(set(hashes)) - len(missing)} cached"
+        )
+    known = known | dict(computed.select("tokens_hash", "log_probs").iter_rows())
+    return [
+        replace(example, reference_log_probs=known[key])
+        for key, example in zip(hashes, examples, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _log_probs(
+    model: PreTrainedModel, collator: Collator, keys: list[str], examples: list[Example]
+) -> list[tuple[None, str, str, float, list[float]]]:
+    """Rows of the table for one batch; the policy's hash is not known here."""
+    seen = [replace(e, prompt=e.prompt if e.reference is None else e.reference) for e in examples]
+    batch = collator(seen)
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+    tokens = labelled_tokens(model, inputs, "")
+    values = target_log_probs(tokens.log_probs, tokens.targets).double().cpu()
+    lists = [part.tolist() for part in values.split(batch["counted"].tolist())]
+    return [
+        (None, key, example.sample_id, sum(part), part)
+        for key, example, part in zip(keys, examples, lists, strict=True)
+    ]
+
+
+def _wait() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
