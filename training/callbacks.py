@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
 
 from training.job import EndedError
 from training.progress import Reporter
+from training.running import Running
 from training.state.snapshots import Snapshots
-
-if TYPE_CHECKING:
-    from training.trainer import ObjectiveTrainer
 
 REPORT_EVERY = 0.5  # seconds
 
@@ -21,7 +19,7 @@ REPORT_EVERY = 0.5  # seconds
 class Adaptation(TrainerCallback):
     """Adapts the coefficients after every step."""
 
-    def __init__(self, trainer: ObjectiveTrainer):
+    def __init__(self, trainer: Running):
         self._trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -31,7 +29,7 @@ class Adaptation(TrainerCallback):
 class Reporting(TrainerCallback):
     """Reports a step at most every ``REPORT_EVERY`` seconds, and the first and the last one."""
 
-    def __init__(self, trainer: ObjectiveTrainer, reporter: Reporter):
+    def __init__(self, trainer: Running, reporter: Reporter):
         self._trainer, self._reporter = trainer, reporter
         self._time, self._step, self._tokens, self._lr = time.monotonic(), 0, 0, 0.0
 
@@ -69,7 +67,7 @@ class Reporting(TrainerCallback):
 class Snapshotting(TrainerCallback):
     """Has a trainer go on from a snapshot, and take others."""
 
-    def __init__(self, trainer: ObjectiveTrainer, snapshots: Snapshots):
+    def __init__(self, trainer: Running, snapshots: Snapshots):
         self._trainer, self._snapshots = trainer, snapshots
         self._found = snapshots.found
 

@@ -27,9 +27,10 @@ from training.job import NonFiniteError
 from training.objectives.base import Objective, Sequences, Step
 from training.objectives.tokens import Tokens, restrict
 from training.progress import Reporter
+from training.running import Progress
 from training.settings import Training
 from training.state.optimizer_state import OptimizerState
-from training.state.snapshots import Progress, Snapshots, loss_scale
+from training.state.snapshots import Snapshots, loss_scale
 
 
 def lr_factor(

@@ -9,6 +9,7 @@ of now (``recent_feedback_calls``). Beside the tables:
 - ``cells``: which artifact is which cell's output, with settings and checks; ``manifests``: how
   each artifact came to be; ``files``: which files the views read;
 - ``samples``: a sample with its prompt, feedback and fate in its iteration's pool, one row each;
+- ``preference_batches``: the examples trained on, a row each, or a pair in one row;
 - ``costs``: seconds and dollars of each stage of each cell; ``reused``: another cell paid;
 - ``lineage``: which policy came from which parent, pool, experiment and iteration.
 """
@@ -32,6 +33,7 @@ from resources.store.durable import make_folder, temporary_name
 from resources.views.sql import (
     COSTS,
     LINEAGE,
+    PREFERENCE_BATCHES,
     SAMPLES,
     ledger_doubles,
     ledger_source,
@@ -231,7 +233,7 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: Artif
     found = connection.execute(ledger_doubles(source)).fetchone() if paths else None
     # A compaction that was killed leaves calls in a file and in segments.
     connection.execute(ledger_view(source, STATUS_RANK if found and found[0] else None))
-    for view in (SAMPLES, COSTS, LINEAGE):
+    for view in (SAMPLES, PREFERENCE_BATCHES, COSTS, LINEAGE):
         connection.execute(view)
 
 

@@ -42,6 +42,26 @@ LEFT JOIN datapool p USING (experiment, iteration, sample_id)
 """
 """``feedback`` lists all aspects of a sample, by name; ``feedback_*`` are those of the first."""
 
+PREFERENCE_BATCHES = """
+CREATE VIEW preference_batches AS
+SELECT a.experiment, a.iteration, a.example_id, a.prompt,
+    a.prompt || a.text AS generation1,
+    a.text AS generation1_response_only,
+    CASE WHEN a.role = 'chosen' THEN if(a.reward IS NULL, NULL, 1.0) ELSE a.reward END AS generation1_reward,
+    a.weight AS generation1_weight,
+    b.prompt || b.text AS generation2,
+    b.text AS generation2_response_only,
+    if(b.reward IS NULL, NULL, 0.0) AS generation2_reward,
+    b.weight AS generation2_weight
+FROM examples a
+LEFT JOIN examples b
+    ON a.role = 'chosen' AND b.role = 'rejected' AND a.group_id = b.group_id
+    AND a.experiment = b.experiment AND a.iteration = b.iteration
+WHERE a.role <> 'rejected'
+"""
+"""The examples in the schema of Alignment_with_Huggingface's batches: single rows and members of groups have one
+generation with its reward; a pair has two, with rewards 1 and 0 where rewards ordered it and NULL elsewhere."""
+
 COSTS = """
 CREATE VIEW costs AS
 SELECT c.experiment, c.iteration, c.stage, m.seconds, m.gpu_seconds, m.usd,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from training.objectives.base import Loss, Need, Objective, Sequences
+from training.objectives.base import Loss, Need, Objective, Sequences, Step
 from training.objectives.tokens import Tokens, target_log_probs, token_weights
 
 if TYPE_CHECKING:
@@ -50,6 +50,15 @@ class Unlikelihood(Objective):
             alpha=self.alpha,
         )
 
+    def adapt(
+        self, coefficients: Mapping[str, float], sums: Mapping[str, float], step: Step
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        marked = sums["marked"]
+        figures = {"marked share": marked / step.mass} if step.mass > 0 else {}
+        if marked > 0:
+            figures["probability of marked tokens"] = sums["marked_probability"] / marked
+        return dict(coefficients), figures
+
 
 def unlikelihood(log_probs: Tensor, aligned: Tensor, weights: Tensor, *, alpha: float) -> Loss:
     """l_t = −a_t·log p_t − α·(1 − a_t)·log max(1 − p_t, 1e-20)
@@ -72,6 +81,6 @@ def unlikelihood(log_probs: Tensor, aligned: Tensor, weights: Tensor, *, alpha: 
         (weights * losses).sum(),
         {
             "marked": (weights * marked).sum().detach(),
-            "probability of marked tokens": (weights * marked * log_probs.exp()).sum().detach(),
+            "marked_probability": (weights * marked * log_probs.exp()).sum().detach(),
         },
     )

@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from training.job import JobError, NonFiniteError
+from training.running import Running
 from training.state.optimizer_state import OptimizerState
-from training.trainer import ObjectiveTrainer
 
 
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
@@ -43,9 +43,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def save(
-    trainer: ObjectiveTrainer, tokenizer: PreTrainedTokenizerBase, out: Path, beside: Path | None = None
-) -> None:
+def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside: Path | None = None) -> None:
     """The model as a plain transformers folder, without pickle.
 
     What is no part of it goes to ``beside``: the optimizer's state where the next iteration goes on

@@ -12,7 +12,6 @@ On the CPU a training that went on gives the same bytes as one that was left alo
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import secrets
@@ -22,7 +21,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,31 +35,16 @@ from textalign_dagster.ids import canonical_json
 from training.data.examples import Example
 from training.job import Job, JobError
 from training.progress import Reporter
+from training.running import Progress, Running
 from training.settings import WITHOUT_EFFECT
 from training.state import zero_state
 from training.state.optimizer_state import TENSORS, OptimizerState
 from training.state.snapshot_folder import SnapshotName, names, publish
 
-if TYPE_CHECKING:
-    from training.trainer import ObjectiveTrainer
-
 WEIGHTS, FACTS = "weights.safetensors", "snapshot.json"
 GENERATORS, SHARE = "generator/", "zero/"
 CPU, ACCELERATOR = f"{GENERATORS}cpu", f"{GENERATORS}accelerator"
 SEEN = 1024  # numbers of each tensor that a model is known by
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a training has come, over all processes and lives."""
-
-    step: int = 0
-    losses: Sequence[float] = ()  # one a step
-    tokens: int = 0
-    seconds: float = 0.0  # of the steps
-    resumed_at: Sequence[int] = ()  # steps from which it went on
-    coefficients: dict[str, float] = dataclasses.field(default_factory=dict)  # those that adapt
-    loss_scale: dict[str, float] = dataclasses.field(default_factory=dict)  # under fp16
 
 
 @dataclass(frozen=True)
@@ -101,7 +85,7 @@ class Snapshot:
         except JobError as error:
             raise _unreadable(self.folder, error) from None
 
-    def restore_process(self, trainer: ObjectiveTrainer) -> None:
+    def restore_process(self, trainer: Running) -> None:
         """What a process has for itself, and the scale of the loss; once the trainer is set up."""
         scale = self.progress.loss_scale
         if trainer.is_deepspeed_enabled:
@@ -112,7 +96,7 @@ class Snapshot:
         elif trainer.accelerator.scaler is not None and scale:
             trainer.accelerator.scaler.load_state_dict(scale)
 
-    def restore_generators(self, trainer: ObjectiveTrainer) -> None:
+    def restore_generators(self, trainer: Running) -> None:
         """Dropout goes on where it was; just before the first step, which nothing random precedes then."""
         kept, device = _load(self.folder, _of_process(trainer), GENERATORS), trainer.args.device
         torch.set_rng_state(kept[CPU])
@@ -167,7 +151,7 @@ class Snapshots:
         """Whether this process was told to end."""
         return signal.SIGTERM in self._asked
 
-    def take(self, trainer: ObjectiveTrainer) -> None:
+    def take(self, trainer: Running) -> None:
         """Writes one, by all processes together; where that is not possible, the training goes on without."""
         progress, model = trainer.progress(), cast(Any, trainer.accelerator.unwrap_model(trainer.model))
         weights: dict[str, Tensor] = _trained(model)
@@ -211,7 +195,7 @@ class Snapshots:
         self._asked.discard(signal.SIGUSR1)
 
 
-def loss_scale(trainer: ObjectiveTrainer) -> dict[str, float]:
+def loss_scale(trainer: Running) -> dict[str, float]:
     """How the loss is scaled under fp16; nothing elsewhere."""
     if trainer.is_deepspeed_enabled:
         return zero_state.loss_scale(trainer.model_wrapped)
@@ -247,7 +231,7 @@ def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _process(trainer: ObjectiveTrainer) -> dict[str, Tensor]:
+def _process(trainer: Running) -> dict[str, Tensor]:
     """What a process has for itself."""
     kept, device = {CPU: torch.get_rng_state()}, trainer.args.device
     if device.type != "cpu":
@@ -257,7 +241,7 @@ def _process(trainer: ObjectiveTrainer) -> dict[str, Tensor]:
     return kept
 
 
-def _of_process(trainer: ObjectiveTrainer) -> str:
+def _of_process(trainer: Running) -> str:
     return f"process_{trainer.args.process_index}.safetensors"
 
 

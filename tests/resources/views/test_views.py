@@ -20,8 +20,8 @@ from textalign_dagster.tables import EVALUATION_SAMPLES, FEEDBACK, GENERATIONS, 
 STAGES = {
     "prompt_draws": ["prompt_draws"],
     "generations": ["generations"],
-    "feedback": ["feedback", "pairs"],
-    "datapool": ["datapool"],
+    "feedback": ["feedback", "pairs", "feedback_spans"],
+    "datapool": ["datapool", "examples"],
     "checkpoint": ["checkpoints"],
     "evaluation": ["scores", "evaluation_samples"],
 }
@@ -67,7 +67,16 @@ def columns(store: ArtifactStore) -> dict[str, list[tuple[str, str]]]:
     with connect(store) as connection:
         return {
             table: [(name, kind) for name, kind, *_ in connection.execute(f"DESCRIBE {table}").fetchall()]
-            for table in [*TABLES, "samples", "costs", "lineage", "cells", "manifests", "files"]
+            for table in [
+                *TABLES,
+                "samples",
+                "preference_batches",
+                "costs",
+                "lineage",
+                "cells",
+                "manifests",
+                "files",
+            ]
         }
 
 

@@ -206,8 +206,8 @@ def test_single_precision_over_a_large_vocabulary(direction: str) -> None:
     p, q = (_softmax(x[0, :-1].numpy().astype(np.float64)) for x in (logits, others))
     of, to = (p, q) if direction == "policy_to_reference" else (q, p)
     divergence = np.sum(of * np.log(of / to), -1)
-    # A few units in the last place: the sums have 50,000 terms.
-    assert kl(ours, theirs, direction).numpy() == pytest.approx(divergence, rel=3e-6)
+    # The sums have 50,000 terms, in an order that depends on the processor.
+    assert kl(ours, theirs, direction).numpy() == pytest.approx(divergence, rel=1e-5)
     assert entropy(ours).numpy() == pytest.approx(-np.sum(p * np.log(p), -1), rel=3e-6)
 
 
