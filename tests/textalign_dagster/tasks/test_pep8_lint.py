@@ -19,6 +19,7 @@ from textalign_dagster.tasks.pep8.lint import (
     python_tokens,
     reward,
     score,
+    spans,
 )
 
 HEADER = "def f(x, y):"
@@ -41,6 +42,26 @@ def test_every_hit_is_kept_with_its_place():
     )
     assert (found.lines, found.characters, found.parses, found.empty) == (2, 25, True, False)
     assert not found.clean and found.issues == 6
+
+
+def marked(continuation: str, prompt: str = HEADER) -> list[tuple[str, str]]:
+    """What is marked, with its code."""
+    return [(continuation[a:b], code) for a, b, code in spans(lint(prompt, continuation), prompt)]
+
+
+def test_spans_are_what_the_linter_points_at():
+    assert marked(SLOPPY) == [
+        *[("  ", "E111"), ("=", "E225"), (",", "E231"), (";", "E703")],
+        *[("  ", "E111"), (";", "E703")],
+    ]
+
+
+def test_spans_on_the_header_line_and_none_where_nothing_is_wrong():
+    assert marked("  \n    return x\n") == [("  ", "W291")]
+    assert marked("\n    return x\n") == [] == marked("")
+    assert marked(" return x\n")[0][1] == "E704"
+    # Hits in the prompt mark nothing, nor does what follows the last whole line.
+    assert marked("\n    return x\n  y=1", prompt="def f(x,y):") == []
 
 
 def test_only_whole_lines_count():

@@ -40,7 +40,7 @@ TRAILING_LINES = 3  # a cut sample may end within a statement; so many lines may
 _NOQA = re.compile(r"(# no)(qa|pep8)\b", re.IGNORECASE)
 _MESSAGE_DETAIL = re.compile(r"( \(.*\)|, found .*)$")
 _PYTHON_TOKEN = re.compile(r"\w+|[^\w\s]")
-_SPAN = re.compile(r"\w+|\s+|[^\w\s]+")  # what a violation marks: a word, blanks, or punctuation
+_SPAN = re.compile(r"\w+|[^\S\n]+|[^\w\s]+|\n")  # what a violation marks: a word, blanks, or punctuation
 _NOTHING = re.compile(r"\s*(#.*|pass\s*;?|\.\.\.\s*;?)?\s*")
 
 
