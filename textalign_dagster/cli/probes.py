@@ -24,16 +24,12 @@ def probe(code: str) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
-            env={
-                **os.environ,
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "DS_ACCELERATOR": "",
-                "VLLM_NO_USAGE_STATS": "1",
-            },
+            # Otherwise the environment of a training: what a package refuses there, it refuses here.
+            env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {PROBE_SECONDS:g} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         return dict(json.loads(lines[-1]))
-    return {"error": (done.stderr.strip().splitlines() or ["it died without a word"])[-1]}
+    return {"error": (done.stderr.strip().splitlines() or ["it ended without output"])[-1]}

@@ -72,6 +72,24 @@ def test_vllm_that_imports_but_cannot_run() -> None:
     assert of(doctor._vllm({"version": "0.32.0", "device": "cuda"}, has_gpu=True), "vllm").state == "ok"
 
 
+def test_a_package_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not installed is told from what is installed and fails, and probes run as trainings do."""
+    monkeypatch.setattr(doctor, "_version", lambda package: None if package == "deepspeed" else "0.32.0")
+    absent = of(doctor._deepspeed({"error": "No module named 'deepspeed'"}), "deepspeed")
+    assert (absent.state, absent.detail) == ("missing", "not installed")
+    broken = of(doctor._vllm({"error": "ImportError: libcuda.so.1"}, has_gpu=True), "vllm")
+    assert (broken.state, broken.detail) == (
+        "problem",
+        "0.32.0 is installed, but fails: ImportError: libcuda.so.1",
+    )
+
+
+def test_an_installed_deepspeed_is_found() -> None:
+    version = pytest.importorskip("importlib.metadata").version("deepspeed")
+    found = of(doctor._deepspeed(probe(doctor.DEEPSPEED_PROBE)), "deepspeed")
+    assert found.state in ("ok", "missing") and found.detail.startswith(version)  # missing: no compiler
+
+
 def test_endpoints_and_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCTOR_KEY", KEY)
     findings = list(doctor._judges(judged(server, key="DOCTOR_KEY")))
