@@ -18,6 +18,10 @@ from textalign_dagster.tables import PROMPT_DRAWS, conform
 COLUMNS = ("prompt", "reference", "source", "source_revision")
 
 
+DEFAULT_DRAW = 2048
+"""Prompts of an iteration where the experiment does not say how many."""
+
+
 class Prompts(Settings):
     """Which prompts an iteration draws."""
 
@@ -26,7 +30,9 @@ class Prompts(Settings):
         description="A .jsonl, .csv or .parquet file with a column `prompt` (and optionally `reference`), "
         "instead of the task's own prompts; relative to the experiment file.",
     )
-    per_iteration: int = Field(2048, ge=1, description="Prompts drawn for each iteration.")
+    per_iteration: int | None = Field(
+        None, ge=1, description="Prompts drawn for each iteration; null: 2048, or all where there are fewer."
+    )
     draw: Literal["without_replacement", "with_replacement", "windows", "weighted"] = Field(
         "without_replacement",
         description="without_replacement: within an iteration, anew each time; with_replacement: repeats are "
@@ -176,13 +182,14 @@ def draw_prompts(
     ids = [prompt_id(text) for text in prompts["prompt"]]
     # The draw must not depend on the order in which the source lists its prompts.
     prompts = prompts.with_columns(prompt_id=pl.Series(ids, dtype=pl.String)).sort("prompt_id")
-    count, wanted = prompts.height, settings.per_iteration
+    count = prompts.height
     weight = np.ones(count)
     if settings.draw == "weighted":
         weight = np.array([(weights or {}).get(i, 0.0) for i in prompts["prompt_id"]], dtype=float)
         if not np.isfinite(weight).all() or (weight < 0).any():
             raise SettingsError("prompts.weights: the query gives a negative or non-finite weight")
     available = int((weight > 0).sum())
+    wanted = settings.per_iteration or max(1, min(DEFAULT_DRAW, available))
     if settings.draw == "windows":
         start = (iteration - 1) * wanted
         order = np.random.default_rng(derive_seed(seed, "prompt windows")).permutation(count)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from training.job import Job, JobError
+from training.settings import DEFAULT_LENGTH
 
 
 @contextmanager
@@ -28,7 +29,7 @@ def enough_memory(job: Job) -> Iterator[None]:
         remedies = [
             f"lower training.batch_size ({settings.batch_size}) and raise training.gradient_accumulation"
             if settings.batch_size > 1
-            else f"lower training.max_length ({settings.max_length})",
+            else f"lower training.max_length ({settings.max_length or DEFAULT_LENGTH})",
             *(["set training.gradient_checkpointing"] if not settings.gradient_checkpointing else []),
             *(["train adapters (training.lora)"] if settings.lora is None else []),
             *(["spread it (training.accelerate: zero2_offload, zero3)"] if job.sharing is None else []),

@@ -16,6 +16,9 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 
 
+DEFAULT_LENGTH = 1024
+"""Tokens of the longest row where neither `max_length` nor the model says less."""
+
 WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
 """Settings of a training that change nothing of what is trained: a step is the same step on other machines,
 activations computed twice are the same activations."""
@@ -85,8 +88,10 @@ class Training(Settings):
     lora: Lora | None = Field(
         None, description="Low-rank adapters instead of all weights, merged into the checkpoint; null: none."
     )
-    max_length: int = Field(
-        1024, ge=2, description="Longest row in tokens; long prompts lose their beginning."
+    max_length: int | None = Field(
+        None,
+        ge=2,
+        description="Longest row in tokens; long prompts lose their beginning. null: what the model can hold, up to 1024.",
     )
     eos_rule: Literal["finish_reason", "legacy"] = Field(
         "finish_reason",

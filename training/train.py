@@ -24,6 +24,7 @@ STARTED = time.monotonic()
 
 from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
 from training.progress import Reporter, open_reporter  # noqa: E402
+from training.settings import DEFAULT_LENGTH  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -179,13 +180,13 @@ def load(
         except ValueError as error:
             raise JobError(f"training.trainable_layers: {error}") from None
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and settings.max_length > positions:
+    longest = settings.max_length or min(DEFAULT_LENGTH, positions or DEFAULT_LENGTH)
+    if positions is not None and longest > positions:
         raise JobError(
-            f"training.max_length: {settings.max_length}, but {job.policy} reads at most "
-            f"{positions} tokens; lower it"
+            f"training.max_length: {longest}, but {job.policy} reads at most {positions} tokens; lower it"
         )
 
-    examples = encode(rows, tokenizer, job)
+    examples = encode(rows, tokenizer, job, longest)
     if len(examples) < rows.height:
         reporter.say(
             f"{rows.height - len(examples)} of {rows.height} rows have an empty text and are left out"

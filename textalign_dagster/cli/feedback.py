@@ -47,6 +47,8 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
     click.echo(
         f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already"
     )
+    if found["assumption"] is not None:
+        click.echo(f"assumed: {found['assumption']}")
     click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
     for title, key, unit in (
         ("tokens out, at most", "tokens_out_max", ""),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from textalign_dagster.experiment.policies import BasePolicy, base_policy, basel
 from textalign_dagster.experiment.sources import task_of, training_prompts
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.pool.conditioning import render
-from textalign_dagster.prompts import draw_prompts
+from textalign_dagster.prompts import DEFAULT_DRAW, draw_prompts
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.sampling import Endpoints
@@ -52,27 +52,41 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
     """Checks an experiment and what it refers to; what was found, a line each.
 
     Raises:
-        SettingsError: naming the file, the field and the remedy.
+        SettingsError: all problems, a line each, with file, field and remedy.
     """
     experiment = library.overridden(name, overrides)
+    found = [
+        f"{name}: task {experiment.task.name}, method {experiment.method.name}, "
+        f"{experiment.iterations} iterations, seed {experiment.seed}"
+    ]
+    problems: list[str] = []
+
+    def check(what: Callable[[], Iterable[str]]) -> None:
+        try:
+            found.extend(what())
+        except SettingsError as error:
+            if str(error) not in problems:  # several checks may read the same prompts
+                problems.append(str(error))
+
+    base: BasePolicy | None = None
     try:
         base = base_policy(experiment)
-        found = [
-            f"{name}: task {experiment.task.name}, method {experiment.method.name}, "
-            f"{experiment.iterations} iterations, seed {experiment.seed}",
-            f"base policy: {base.path} ({base.policy_hash})",
-            _prompts(experiment),
-            *(task_of(experiment).notes if experiment.prompts.path is None else ()),
-            _evaluation(experiment),
-            *_lengths(experiment, base),
-            *_engine(experiment, base),
-            *_structured(experiment),
-            *_training(experiment, base),
-            *_scorers(experiment),
-            *_judge(experiment),
-        ]
+        found.append(f"base policy: {base.path} ({base.policy_hash})")
     except SettingsError as error:
-        raise SettingsError(f"{library.path(name)}: {error}") from None
+        problems.append(str(error))
+    check(lambda: [_prompts(experiment)])
+    if experiment.prompts.path is None:
+        check(lambda: task_of(experiment).notes)
+    check(lambda: [_evaluation(experiment)])
+    if base is not None:
+        policy = base
+        check(lambda: _lengths(experiment, policy))
+        check(lambda: _engine(experiment, policy))
+        check(lambda: _training(experiment, policy))
+    for checks in (_structured, _scorers, _judge):
+        check(partial(checks, experiment))
+    if problems:
+        raise SettingsError("\n".join(f"{library.path(name)}: {problem}" for problem in problems))
     control = library.control_of(name)
     found.append(f"null control: {control}" if control else "null control: none")
     return found
@@ -277,7 +291,8 @@ def _prompts(experiment: Experiment) -> str:
         return f"prompts: {prompts.height}, drawn by weight"
     # The last iteration asks for most: disjoint windows may run out.
     draw_prompts(prompts, experiment.prompts, seed=experiment.seed, iteration=experiment.iterations)
-    return f"prompts: {prompts.height}, of which {experiment.prompts.per_iteration} an iteration"
+    drawn = experiment.prompts.per_iteration or min(prompts.height, DEFAULT_DRAW)
+    return f"prompts: {prompts.height}, of which {drawn} an iteration"
 
 
 def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
@@ -322,10 +337,10 @@ def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(limit, int):
         return []
-    if experiment.training.max_length > limit:
+    if (experiment.training.max_length or 0) > limit:
         raise SettingsError(
             f"training.max_length: {experiment.training.max_length}, but {experiment.policy.model} has "
-            f"{limit} positions; lower it"
+            f"{limit} positions; lower it, or leave it out"
         )
     longest = _longest(experiment, base)
     samples = max(experiment.sampling.max_new_tokens, max_new_tokens(experiment))

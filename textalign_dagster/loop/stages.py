@@ -16,10 +16,11 @@ from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_t
 from textalign_dagster.experiment.policies import evaluation_models
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judging import PARSER_VERSION, template_of
+from textalign_dagster.prompts import DEFAULT_DRAW
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.structured import content_of
 from training.acceleration import accelerate_config
-from training.settings import WITHOUT_EFFECT, Training
+from training.settings import DEFAULT_LENGTH, WITHOUT_EFFECT, Training
 
 EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
 """Parts of an evaluation that are kept for later ones, under names of their own."""
@@ -56,6 +57,8 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     if stage == "prompt_draws":
         # Where a file of prompts lies does not matter; what it holds is an input.
         prompts = _without(plain["prompts"], "path")
+        # How many there are follows from the prompts, which are an input.
+        prompts["per_iteration"] = prompts["per_iteration"] or DEFAULT_DRAW
         chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
     elif stage == "generations":
         chosen = {
@@ -121,6 +124,8 @@ def _structured(experiment: Experiment) -> dict[str, Any]:
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
     """What of the section ``training`` matters: an accelerate configuration by what it says."""
     given = _without(section, "accelerate", *WITHOUT_EFFECT) | {"objective": settings.objective.identity()}
+    if given["max_length"] is None:
+        given["max_length"] = DEFAULT_LENGTH  # a model that holds less is another input
     # These came later: what was trained before, without them, is what they leave out.
     for field, without in (("packing", False), ("optimizer", "adamw")):
         if given[field] == without:

@@ -14,10 +14,11 @@ from resources.stored_feedback import with_references
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.sources import training_prompts
 from textalign_dagster.ids import content_hash
-from textalign_dagster.prompts import draw_prompts, prompt_id
+from textalign_dagster.prompts import DEFAULT_DRAW, draw_prompts, prompt_id
 from textalign_dagster.settings import SettingsError
 
 CHARACTERS_PER_TOKEN = 4  # of English; only for samples that do not exist yet
+ASSUMED_PROMPT = 400  # tokens, about a TL;DR post
 
 
 def forecast_iteration(
@@ -36,26 +37,55 @@ def forecast_iteration(
             f"{name} has no `judge`: its task judges by itself, without calls ({experiment.task.scorer[0]})"
         )
     freshness = Freshness(store, name, experiment)
-    exact = freshness.state(iteration, "generations").kind == "fresh"
     draws = freshness.pointer(iteration, "prompt_draws")
     pointer = freshness.pointer(iteration, "generations")
+    assumption = None
+    try:
+        exact = freshness.state(iteration, "generations").kind == "fresh"
+        drawn = None if exact else _drawn(experiment, iteration)
+    except SettingsError as error:
+        if experiment.prompts.path is not None:
+            raise  # a file that somebody has named and can correct
+        exact, drawn, assumption = False, *_assumed(experiment, error)
     if exact and draws is not None and pointer is not None:
         samples = with_references(pointer.artifact, draws.artifact)
     else:
-        samples = _imagined(experiment, iteration)
+        samples = _imagined(experiment, _drawn(experiment, iteration) if drawn is None else drawn)
     found = asdict(forecast_judging(experiment.judge, samples, store))
-    return {"experiment": name, "iteration": iteration, "samples_exist": exact, **found}
+    known = {"experiment": name, "iteration": iteration, "samples_exist": exact, "assumption": assumption}
+    return {**known, **found}
 
 
-def _imagined(experiment: Experiment, iteration: int) -> pl.DataFrame:
-    """Samples as many and as long as they can be; each is another text, for equal ones are asked once."""
-    longest = experiment.sampling.max_new_tokens * CHARACTERS_PER_TOKEN
+def _assumed(experiment: Experiment, error: SettingsError) -> tuple[pl.DataFrame, str]:
+    """Prompts in place of those that cannot be read here, and what is assumed of them."""
+    count = experiment.prompts.per_iteration or DEFAULT_DRAW
+    text = "x" * (ASSUMED_PROMPT * CHARACTERS_PER_TOKEN)
+    drawn = pl.DataFrame(
+        {
+            "prompt_id": [f"assumed {i}" for i in range(count)],
+            "prompt": [f"{i} {text}" for i in range(count)],
+            "reference": [text] * count,
+        }
+    )
+    return drawn, (
+        f"the prompts cannot be read here ({error}); {count:,} prompts of {ASSUMED_PROMPT} tokens are assumed, each "
+        f"with a reference of as many, and {experiment.sampling.samples_per_prompt} samples of each"
+    )
+
+
+def _drawn(experiment: Experiment, iteration: int) -> pl.DataFrame:
+    """The prompts that the iteration will draw."""
     prompts = training_prompts(experiment)
     # A weighted draw depends on tables to come; here every prompt weighs the same.
     weights = {prompt_id(prompt): 1.0 for prompt in prompts["prompt"]}
-    drawn = draw_prompts(
+    return draw_prompts(
         prompts, experiment.prompts, seed=experiment.seed, iteration=iteration, weights=weights
     )
+
+
+def _imagined(experiment: Experiment, drawn: pl.DataFrame) -> pl.DataFrame:
+    """Samples as many and as long as they can be; each is another text, for equal ones are asked once."""
+    longest = experiment.sampling.max_new_tokens * CHARACTERS_PER_TOKEN
     rows = [
         {"sample_id": content_hash("imagined", draw, n), **shown, "text": f"{draw}-{n}".rjust(longest, "x")}
         for draw, shown in enumerate(drawn.select("prompt_id", "prompt", "reference").iter_rows(named=True))

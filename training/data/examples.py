@@ -21,6 +21,7 @@ from textalign_dagster.pool.conditioning import around_prompt
 from textalign_dagster.tokenisation import encode_texts, leading_ids
 from training.job import Job, JobError
 from training.objectives.base import ROLES, Need
+from training.settings import DEFAULT_LENGTH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,16 +169,22 @@ def ends(
     return text.rstrip().endswith((".", "?", "!")) or n_tokens != max_new_tokens
 
 
-def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> list[Example]:
+def encode(
+    rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job, max_length: int | None = None
+) -> list[Example]:
     """The rows as token ids, in their order; rows whose text has no token at all are left out.
 
-    A row longer than ``max_length`` loses the *beginning of its prompt*: condition, the cue at the
+    Args:
+        max_length: the longest row; None: as the settings say.
+
+    A row longer than that loses the *beginning of its prompt*: condition, the cue at the
     prompt's end, and the text are kept whole.
 
     Raises:
         JobError: condition and text alone are longer than ``max_length``, naming the sample.
     """
     settings = job.training
+    longest = max_length or settings.max_length or DEFAULT_LENGTH
     objective = settings.objective
     texts = encode_texts(tokenizer, rows["text"].to_list())
     prompts = _Prompts(tokenizer, job.template, rows["prompt"].to_list(), rows["condition"].to_list())
@@ -204,15 +211,15 @@ def encode(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
             ids = [*ids, tokenizer.eos_token_id]
         if not ids:
             continue
-        room = settings.max_length - len(ids)
+        room = longest - len(ids)
         where = f"{job.rows}: sample {row['sample_id']}"
         examples.append(
             Example(
-                _fitting(prompts, i, room, len(ids), where, settings.max_length),
+                _fitting(prompts, i, room, len(ids), where, longest),
                 list(ids),
                 float(row["weight"]),
                 reference=unconditioned.cut(i, room) if unconditioned else None,
-                second=_fitting(second, i, room, len(ids), where, settings.max_length) if second else None,
+                second=_fitting(second, i, room, len(ids), where, longest) if second else None,
                 role=ROLES.index(row["role"]),
                 group=group,
                 reward=_number(row["reward"]),
