@@ -23,6 +23,8 @@ def full_disk(error: BaseException) -> bool:
     """Whether an error means that a disk or a quota is full, also when polars or others say so."""
     if isinstance(error, OSError):
         return error.errno in FULL
+    if type(error).__module__.startswith("sqlalchemy"):  # Dagster's history
+        return any(text in str(error) for text in ("disk I/O error", "database or disk is full"))
     from_writer = type(error).__module__.split(".")[0] in ("polars", "pyarrow", "safetensors_rust")
     return from_writer and any(f"os error {code}" in str(error) for code in FULL)
 

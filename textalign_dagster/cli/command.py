@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from textalign_dagster.experiment.files import Library, store_url
+from textalign_dagster.experiment.files import Library, home, store_url
 from textalign_dagster.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -40,7 +40,10 @@ def readable(command: Callable[P, R]) -> Callable[P, R]:
             raise Refused(str(error)) from None
         except Exception as error:
             from resources.store import ArtifactError
+            from resources.store.durable import full_disk, full_disk_error
 
+            if full_disk(error):
+                raise Refused(str(full_disk_error(home(), error))) from None
             if isinstance(error, ArtifactError):
                 raise Refused(str(error)) from None
             raise

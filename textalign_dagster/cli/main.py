@@ -52,6 +52,7 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
       textalign run pep8_alt_lmu --set sampling.temperature=0.8 --set seed=1
     """
     from textalign_dagster.cli.preflight import preflight, writable
+    from textalign_dagster.cli.space import check_space
 
     library, name = library_of(experiment)
     last = library.overridden(name, overrides).iterations
@@ -65,14 +66,15 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     library = Library(library.folders)  # reads the folders again: the variant is new
     beside = library.control_of(name)
     names = [name, *([beside] if beside and control else [])]
-    console = open_console()
+    store, console = open_store(), open_console()
+    check_space(library, names, iterations, store)
     _use(library)
     # Imported now: the grid is that of the experiments known at import, and the variant is new.
     from textalign_dagster.cli.running import RunFailed, Runner, dagster_instance
 
     with dagster_instance() as instance:
         try:
-            Runner(instance, open_store(), library, console).run(names, iterations)
+            Runner(instance, store, library, console).run(names, iterations)
         except RunFailed as error:
             raise Refused(
                 f"{error}\nFinished stages are kept; the same command goes on from there."
