@@ -177,7 +177,7 @@ class Stage:
                 **{k: figure(v) if isinstance(v, float) else v for k, v in (metadata or {}).items()},
                 **({"dagster/partition_row_count": rows} if rows is not None else {}),
                 "seconds": figure(float(artifact.manifest["seconds"])),
-                **{f"seconds {part}": figure(took) for part, took in parts.items()},
+                **{f"seconds {part}": figure(took) for part, took in parts.items() if took >= SHORTEST},
                 "reused": artifact.reused,
                 "artifact": artifact.key,
                 "query": dg.MetadataValue.md(
@@ -186,6 +186,9 @@ class Stage:
             },
         )
 
+
+SHORTEST = 0.001
+"""Seconds below which a part did nothing worth showing (a judge that was not there, say)."""
 
 TABLE = {"checkpoint": "checkpoints", "evaluation": "scores"}
 """The table a stage is asked about under, where it has another name."""

@@ -223,7 +223,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins(place: Place, small
     env = {**place.env, "TEXTALIGN_HOME": str(small_disk / "home")}
     told = textalign("run", "toy", env=env, ok=False).stderr
     assert re.fullmatch(
-        rf"error: {small_disk}/home: 3\.0 MiB free, and the run needs about \d+ MiB; free some space, .*\n", told
+        rf"error: {small_disk}/home: 3\.0 MiB free, and the run needs about \d+ MiB; free some space, .*\n",
+        told,
     ), told
     assert not list((small_disk / "home" / "dagster").glob("*"))
 

@@ -17,7 +17,7 @@ from resources.views import connect
 from tests.toy import ToyModels, shipped_overrides
 from tests.toy import environment as toy_environment
 from textalign_dagster import PROJECT
-from textalign_dagster.experiment.files import Library
+from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.settings import merge, nested, parse_override, read_yaml, write_yaml
 
 DOCS = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -50,7 +50,7 @@ def environment(
 ) -> dict[str, str]:
     """A home in which the shipped experiments are tiny, under their own names."""
     folder = tmp_path_factory.mktemp("docs")
-    shipped = Library((PROJECT / "experiments",))
+    shipped = Library((PROJECT / "experiments", TEMPLATES))
     for name, path in shipped.paths.items():
         content = read_yaml(path)
         tiny = shipped_overrides(shipped.load(name), toy_models, judge_url)

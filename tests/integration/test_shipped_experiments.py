@@ -9,10 +9,10 @@ import pytest
 
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT, ToyModels, shipped_overrides
-from textalign_dagster.experiment.files import Library
+from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.settings import read_yaml
 
-SHIPPED = Library((PROJECT / "experiments",))
+SHIPPED = Library((PROJECT / "experiments", TEMPLATES))
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.toy import PROJECT, ToyModels, shipped_overrides
-from textalign_dagster.experiment.files import Library
+from textalign_dagster.experiment.files import TEMPLATES, Library
 
-LIBRARY = Library((PROJECT / "experiments",))
+LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
 
 
 @pytest.mark.parametrize("name", LIBRARY.paths)
@@ -21,7 +21,9 @@ def test_it_names_a_control_that_controls_it(name: str) -> None:
         # Both train on as many rows, as far as the settings tell.
         kept, same = (LIBRARY.load(n) for n in (name, control))
         rows = [
-            e.datapool.samples or (e.datapool.samples_per_bucket or 0) * len(e.method.buckets)
+            (e.prompts.per_iteration or 0) * e.sampling.samples_per_prompt
+            if e.datapool.draws_all
+            else e.datapool.samples or (e.datapool.samples_per_bucket or 0) * len(e.method.buckets)
             for e in (kept, same)
         ]
         assert rows[0] == rows[1]

@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from textalign_dagster import PROJECT
-from textalign_dagster.experiment.files import Library
+from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.settings import SettingsError, validate
 from training.acceleration import accelerate_config, check_training, shipped
 from training.settings import Training
 
-LIBRARY = Library((PROJECT / "experiments",))
+LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
 
 
 def training(**settings: Any) -> Training:

@@ -55,6 +55,10 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     from textalign_dagster.cli.space import check_space
 
     library, name = library_of(experiment)
+    if name in library.templates and not overrides:
+        raise SettingsError(
+            f"{name} is a template; `textalign new my_{name} --from {name}` makes an experiment of it"
+        )
     last = library.overridden(name, overrides).iterations
     if iterations is not None and iterations > last:
         raise SettingsError(
@@ -108,19 +112,31 @@ def show(experiment: str, as_json: bool) -> None:
 @main.command()
 @click.argument("experiment", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--all", "everything", is_flag=True, help="Also experiments that were never run.")
 @readable
-def status(experiment: str | None, as_json: bool) -> None:
-    """The grid: what state each stage of each iteration is in, and the seconds it took.
+def status(experiment: str | None, as_json: bool, everything: bool) -> None:
+    """The state of each stage of each iteration (fresh, stale, blocked, missing), and its seconds.
+
+    Shows the experiments that were begun.
 
     \b
     Examples:
       textalign status
+      textalign status --all
       textalign status pep8_alt_lmu --json
     """
     from textalign_dagster.reports.status import grid, grid_table
 
     library, name = library_of(experiment) if experiment else (Library.default(), None)
-    cells = grid(open_store(), library, [name] if name else list(library.load_all()[0]))
+    store = open_store()
+    names = [name] if name else list(library.load_all()[0])
+    if name is None and not everything:
+        begun = set(store.cells()["experiment"])
+        names = [one for one in names if one in begun]
+        if not names and not as_json:
+            click.echo("nothing was run yet; `textalign status --all` lists all experiments")
+            return
+    cells = grid(store, library, names)
     if as_json:
         print_json(cells)
     else:
@@ -222,17 +238,45 @@ def show_config(experiment: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.argument("name")
+@click.option(
+    "--from",
+    "template",
+    default="pep8_alt_lmu",
+    show_default=True,
+    metavar="TEMPLATE",
+    help="A template or an experiment; `textalign experiments --templates` lists the templates.",
+)
 @readable
-def experiments(as_json: bool) -> None:
+def new(name: str, template: str) -> None:
+    """Writes an experiment file of your own, each setting with its meaning, and its null control.
+
+    \b
+    Examples:
+      textalign new mine
+      textalign new my_tldr --from tldr_alt_rm
+    """
+    for path in Library.default().adopt(name, template):
+        click.echo(f"written: {path}")
+    click.echo(f"next: edit it, then `textalign validate {name}` and `textalign run {name}`")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--templates", is_flag=True, help="The templates instead, which `textalign new` starts from.")
+@readable
+def experiments(as_json: bool, templates: bool) -> None:
     """Lists the experiments, and the files that cannot be read with the reason.
 
     \b
-    Example:
+    Examples:
       textalign experiments
+      textalign experiments --templates
     """
     library = Library.default()
     good, bad = library.load_all()
+    if templates:
+        good, bad = {name: library.load(name) for name in library.templates}, {}
     rows = [
         {"name": name, "description": found.description, "file": str(library.path(name))}
         for name, found in good.items()

@@ -85,11 +85,17 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
         check(lambda: _training(experiment, policy))
     for checks in (_structured, _scorers, _judge):
         check(partial(checks, experiment))
+    try:
+        found.append(f"null control: {library.control_of(name) or 'none'}")
+    except SettingsError as error:  # it names the file itself
+        raise SettingsError("\n".join([*_at(library.path(name), problems), str(error)])) from None
     if problems:
-        raise SettingsError("\n".join(f"{library.path(name)}: {problem}" for problem in problems))
-    control = library.control_of(name)
-    found.append(f"null control: {control}" if control else "null control: none")
+        raise SettingsError("\n".join(_at(library.path(name), problems)))
     return found
+
+
+def _at(path: Path, problems: Iterable[str]) -> list[str]:
+    return [f"{path}: {problem}" for problem in problems]
 
 
 def writable(folder: Path) -> None:

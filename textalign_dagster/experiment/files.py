@@ -16,6 +16,7 @@ from textalign_dagster.ids import content_hash, settings_diff
 from textalign_dagster.settings import (
     ONE_VALUE,
     SettingsError,
+    describe,
     merge,
     nearest,
     nested,
@@ -25,6 +26,7 @@ from textalign_dagster.settings import (
     write_yaml,
 )
 
+TEMPLATES = PROJECT / "experiments" / "templates"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
 
@@ -33,7 +35,8 @@ class Library:
     """The experiment files of some folders; the first folder that has a name wins.
 
     Files of one folder may refer to each other, and to those of the other folders, by name
-    (``extends``, ``control``).
+    (``extends``, ``control``). Templates can be read and extended likewise, but are no experiments:
+    they are not on the grid, and `textalign new` makes experiments of them.
     """
 
     folders: tuple[Path, ...]
@@ -58,19 +61,25 @@ class Library:
                 found.setdefault(path.stem, path)
         return dict(sorted(found.items()))
 
+    @cached_property
+    def templates(self) -> dict[str, Path]:
+        """Name → file of each template that no experiment of the same name hides, sorted by name."""
+        return {path.stem: path for path in sorted(TEMPLATES.glob("*.yaml")) if path.stem not in self.paths}
+
     def path(self, name: str) -> Path:
-        """The file of an experiment.
+        """The file of an experiment or template.
 
         Raises:
-            SettingsError: no experiment has that name.
+            SettingsError: none has that name.
         """
-        if name not in self.paths:
+        both = {**self.templates, **self.paths}
+        if name not in both:
             known = ", ".join(self.paths) or "none"
             raise SettingsError(
-                f"{name}: no such experiment{nearest(name, self.paths)}; known: {known} "
-                f"(in {', '.join(map(str, self.folders))})"
+                f"{name}: no such experiment{nearest(name, both)}; known: {known} "
+                f"(in {', '.join(map(str, self.folders))}); templates: {', '.join(self.templates) or 'none'}"
             )
-        return self.paths[name]
+        return both[name]
 
     def content(self, name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
         """The experiment's fields with those of the one it extends, not yet checked."""
@@ -95,7 +104,7 @@ class Library:
         try:
             return merge(self.content(parent, (*seen, name)), content)
         except SettingsError as error:
-            if parent not in self.paths:
+            if parent not in self.paths and parent not in self.templates:
                 raise SettingsError(f"{path}: extends: {error}") from None
             raise
 
@@ -128,6 +137,11 @@ class Library:
         experiment = self.load(name)
         if experiment.control is None:
             return None
+        if name in self.paths and experiment.control in self.templates:
+            raise SettingsError(
+                f"{self.path(name)}: control: {experiment.control} is a template and cannot be run; write an experiment "
+                f"and its control with `textalign new NAME --from TEMPLATE`, or set `control: null`"
+            )
         try:
             control = self.load(experiment.control)
         except SettingsError as error:
@@ -185,6 +199,63 @@ class Library:
             _write(folder / f"{control}.yaml", {"extends": experiment.control, **shared})
         _write(folder / f"{variant}.yaml", content)
         return variant
+
+    def adopt(self, name: str, template: str) -> list[Path]:
+        """Writes an experiment of the user's own from a template (or another experiment), commented.
+
+        Its null control is written beside it, as an experiment that extends it.
+
+        Returns:
+            The files written, in the first of the folders.
+
+        Raises:
+            SettingsError: a bad name, or one that is taken; nothing is written then.
+        """
+        if not NAME.fullmatch(name):
+            raise SettingsError(
+                f"{name!r}: a name starts with a letter or digit and holds letters, digits, and _ . + = - only"
+            )
+        experiment, content = self.load(template), self.content(template)
+        folder, control = self.folders[0], f"{name}_no_feedback"
+        files = {folder / f"{name}.yaml": ""}
+        if experiment.control is not None:
+            content["control"] = control
+            files[folder / f"{control}.yaml"] = ""
+        for path in files:
+            if path.stem in self.paths or path.exists():
+                raise SettingsError(
+                    f"{path.stem}: there is an experiment of that name already; choose another name"
+                )
+        described = describe(Experiment.model_validate(content), only=content)
+        files[folder / f"{name}.yaml"] = (
+            f"# Written from {template}. `textalign show-config {name}` shows every setting with its default.\n"
+            f"{described}\n"
+        )
+        if experiment.control is not None:
+            plain = self.load(experiment.control).model_dump(mode="json")
+            changes = _differences(experiment.model_dump(mode="json"), plain) | {"control": None}
+            files[folder / f"{control}.yaml"] = (
+                f"# The null control of {name}: the same without feedback.\n"
+                f"{write_yaml({'extends': name, **changes})}"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in files.items():
+            path.write_text(text, encoding="utf-8")
+        return list(files)
+
+
+def _differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ``other`` that differ from ``base``; a section of another name whole."""
+    found: dict[str, Any] = {}
+    for field, value in other.items():
+        before = base.get(field)
+        if value == before:
+            continue
+        found[field] = value
+        sections = isinstance(value, dict) and isinstance(before, dict) and field not in ONE_VALUE
+        if sections and value.get("name") == before.get("name"):  # type: ignore[union-attr]
+            found[field] = _differences(before, value)  # type: ignore[arg-type]
+    return found
 
 
 def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
     Iterations that were not begun share a row.
     """
     table = Table(pad_edge=False)
-    table.add_column("experiment")
+    table.add_column("experiment", no_wrap=True, overflow="ignore")
     table.add_column("iteration", justify="right")
     for stage in STAGES:
         table.add_column(stage, justify="right")

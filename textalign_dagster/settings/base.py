@@ -301,17 +301,24 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 
-def describe(settings: BaseModel, indent: int = 0) -> str:
-    """The settings as YAML, each field under its description: what ``textalign show-config`` prints."""
+def describe(settings: BaseModel, indent: int = 0, only: Mapping[str, Any] | None = None) -> str:
+    """The settings as YAML, each field under its description: what ``textalign show-config`` prints.
+
+    Args:
+        only: the fields to show, nested; None: all.
+    """
     lines: list[str] = []
     pad = " " * indent
     for name, field in type(settings).model_fields.items():
+        if only is not None and name not in only:
+            continue
         value = getattr(settings, name)
+        within = only.get(name) if only is not None else None
         if field.description:
             lines.append(f"{pad}# {field.description}")
         if isinstance(value, BaseModel):
             lines.append(f"{pad}{name}:")
-            lines.append(describe(value, indent + 2))
+            lines.append(describe(value, indent + 2, within if isinstance(within, Mapping) else None))
         else:
             plain = settings.model_dump(mode="json")[name]
             lines.append(f"{pad}{name}: {_scalar(plain)}")

@@ -122,7 +122,8 @@ def test_validate_with_overrides_writes_nothing(toys: Path, home: Path) -> None:
 def test_status_of_nothing(toys: Path) -> None:
     cells = json.loads(call("status", "toy", "--json").stdout)
     assert [cell["state"] for cell in cells] == ["missing"] * 12
-    shown = call("status").stdout
+    assert "nothing was run yet" in call("status").stdout
+    shown = call("status", "--all").stdout
     (row,) = [line for line in shown.splitlines() if "toy " in line]
     assert "1–2" in row and "-" in row  # what was not begun is one row
     assert call("status", "toi").exit_code == 1
