@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from training.objectives.base import CHOSEN, REJECTED, Loss, Need, Objective, Sequences
-from training.objectives.tokens import Tokens, per_sequence, target_log_probs
+from training.objectives.base import Loss, Need, Objective, Sequences
+from training.objectives.pairs import log_ratios, mass_of_pairs, paired
+from training.objectives.tokens import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,15 +39,10 @@ class DPO(Objective):
         return self.reference
 
     def mass(self, sequences: Sequences) -> Tensor:
-        return sequences.weights[sequences.roles == CHOSEN].sum()
+        return mass_of_pairs(sequences)
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.reference_log_probs is not None, "the objective needs it"
-        ratios = per_sequence(
-            target_log_probs(tokens.log_probs, tokens.targets) - tokens.reference_log_probs,
-            tokens.rows,
-            len(sequences.weights),
-        )
+        ratios = log_ratios(tokens, sequences)
         chosen, rejected = paired(sequences)
         return dpo(
             ratios[chosen],
@@ -55,17 +51,6 @@ class DPO(Objective):
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
-
-
-def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The places of the chosen and of the rejected sequences, [pairs] each, pair by pair."""
-    import torch
-
-    def places(role: int) -> Tensor:
-        found = (sequences.roles == role).nonzero()[:, 0]
-        return found[torch.argsort(sequences.groups[found])]
-
-    return places(CHOSEN), places(REJECTED)
 
 
 def dpo(

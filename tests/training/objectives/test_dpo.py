@@ -12,7 +12,8 @@ from tests.training.tiny import make_model, make_tokenizer
 from training.forward import labelled_tokens
 from training.objectives import DPO
 from training.objectives.base import CHOSEN, REJECTED, Sequences
-from training.objectives.dpo import dpo, paired
+from training.objectives.dpo import dpo
+from training.objectives.pairs import paired
 from training.objectives.tokens import Tokens, labelled, target_log_probs
 
 LOG = torch.tensor
