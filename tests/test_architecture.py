@@ -137,7 +137,11 @@ def test_every_room_says_what_lives_in_it() -> None:
 def test_methods_and_objectives_are_known_to_their_registries_only() -> None:
     """Stages and trainer never ask which method or objective it is."""
     for kind in ("textalign_dagster.methods", "training.objectives"):
-        own = {name for name in MODULES if name.startswith(f"{kind}.")} - {f"{kind}.base", f"{kind}.tokens", f"{kind}.pairs"}
+        own = {name for name in MODULES if name.startswith(f"{kind}.")} - {
+            f"{kind}.base",
+            f"{kind}.tokens",
+            f"{kind}.pairs",
+        }
         for module, others in IMPORTS.items():
             if not module.startswith(kind) and module.startswith(("assets", "training", "resources")):
                 assert not others & own, module
