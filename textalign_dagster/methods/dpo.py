@@ -14,7 +14,7 @@ from textalign_dagster.pool.examples import pairs
 class DPO(Method):
     """Pairs of a prompt's samples: the one with the higher reward is chosen, the other rejected."""
 
-    objectives: ClassVar[tuple[str, ...]] = ("dpo",)
+    objectives: ClassVar[tuple[str, ...]] = ("dpo", "ipo")
 
     name: Literal["dpo"] = "dpo"
     pairs_per_prompt: int = Field(
