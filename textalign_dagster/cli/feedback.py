@@ -239,7 +239,7 @@ def consistency(
     if iteration is None:
         files = read_feedback(Path(ratings), ratings_format), read_feedback(Path(rankings), rankings_format)
         told = [f"{path}: {found.summary()}" for path, found in zip((ratings, rankings), files, strict=True)]
-        rated, ranked = files[0].feedback, files[1].pairs
+        rated, ranked, identical = files[0].feedback, files[1].pairs_as_read, files[1].identical
         if ranked.is_empty():
             raise SettingsError(f"{rankings}: holds no rankings of pairs; give a file of them second")
     else:
@@ -247,6 +247,7 @@ def consistency(
 
         first, second = library_of(ratings)[1], library_of(rankings)[1]
         rated, ranked = ratings_and_rankings(open_store(), first, second, iteration)
+        identical = ()
         told = [f"{first}: {rated.height:,} ratings", f"{second}: {ranked.height:,} pairs"]
     try:
         report = compare(rated, ranked, margin=margin)
@@ -258,11 +259,21 @@ def consistency(
     for line in told:
         click.echo(line)
     _print_agreement(report.agreement)
+    known = {sample for sample, status in rated.select("sample_id", "status").iter_rows() if status == "ok"}
+    refused = [winner for sample, winner in identical if sample in known and winner is not None]
+    if refused and report.agreement.agreement.value is not None:
+        # Two equal texts have equal ratings: the rankings agree where they say so, too.
+        agreed = report.agreement.agreement.value * report.coverage.both + refused.count("tie")
+        click.echo(
+            f"agreement with the {len(refused)} pairs of identical texts, which are refused here: "
+            f"{agreed / (report.coverage.both + len(refused)):.3f}"
+        )
     coverage = report.coverage
     click.echo(
         f"pairs: {coverage.pairs:,}, ranked {coverage.ranked:,}, rated {coverage.rated:,}, both {coverage.both:,}"
     )
-    click.echo(f"calls won by the response shown first: {_told(report.position.first_wins)}")
+    if report.position.first_wins.value is not None:
+        click.echo(f"calls won by the response shown first: {_told(report.position.first_wins)}")
     click.echo(f"pairs in which the same place won twice: {_told(report.position.flips)}")
 
 

@@ -46,7 +46,8 @@ class Consistency:
     """Ratings against rankings, and what they are to be compared with.
 
     Attributes:
-        agreement: rows are the rankings that follow from ratings, columns the direct ones.
+        agreement: rows are the rankings that follow from ratings, columns the direct ones; first and second
+            are the pairs' own sample_a and sample_b.
         coverage: how much of what was asked for is counted.
         rating_repeats: rankings that follow from two rounds of ratings; None without repeats.
         ranking_repeats: two rounds of direct rankings; None without repeats.
@@ -65,7 +66,8 @@ class PositionBias:
     """What the order of showing does.
 
     Attributes:
-        first_wins: share of calls won by the response shown first; 0.5 without bias.
+        first_wins: share of calls won by the response shown first; 0.5 without bias. Without a value where
+            only the combined verdicts of both orders are known: it would be 0.5 whatever the judge did.
         flips: share of pairs in which the same place won both times (they count as ties).
     """
 
@@ -99,20 +101,19 @@ def consistency(
     direct, rated = ranked(pairs), rated_pairs(pairs, ratings, margin)
     both = _joined(rated, direct)
     rated_again = rated_pairs(pairs, repeated_ratings, margin) if repeated_ratings is not None else None
-    ranked_again = ranked(repeated_pairs) if repeated_pairs is not None else None
+    ranked_again = ranked(oriented(repeated_pairs)) if repeated_pairs is not None else None
     return Consistency(
         agreement=agree(both),
         coverage=Coverage(pairs.height, direct.height, rated.height, both.height),
         position=position_bias(pairs, resamples=resamples, level=level, seed=seed),
         rating_repeats=agree(_joined(rated, rated_again)) if rated_again is not None else None,
-        ranking_repeats=agree(_joined(direct, ranked_again)) if ranked_again is not None else None,
+        ranking_repeats=agree(_joined(oriented(direct), ranked_again)) if ranked_again is not None else None,
     )
 
 
 def ranked(pairs: pl.DataFrame) -> pl.DataFrame:
     """The usable direct rankings: prompt_id, sample_a, sample_b, winner."""
-    pairs = oriented(pairs)
-    _unique(pairs, list(_KEYS), "pairs")
+    _unique(oriented(pairs), list(_KEYS), "pairs")
     usable = pairs.filter((pl.col("status") == "ok") & pl.col("winner").is_not_null())
     return usable.select("prompt_id", *_KEYS, "winner")
 
@@ -122,7 +123,7 @@ def rated_pairs(pairs: pl.DataFrame, ratings: pl.DataFrame, margin: float = 0.0)
     _unique(ratings, ["sample_id"], "ratings")
     usable = ratings.filter((pl.col("status") == "ok") & pl.col("value").is_not_null())
     values = usable.select("sample_id", "value")
-    joined = oriented(pairs).select("prompt_id", *_KEYS)
+    joined = pairs.select("prompt_id", *_KEYS)
     for side in ("a", "b"):
         own = values.rename({"sample_id": f"sample_{side}", "value": f"value_{side}"})
         joined = joined.join(own, on=f"sample_{side}", how="inner")
@@ -140,11 +141,15 @@ def position_bias(
     of unknown direction (imported ones) count as flips only.
     """
     usable = pairs.filter(pl.col("status") == "ok")
+    by_call = (usable["favoured"].is_not_null() | (usable["call_keys"].list.len() > 0)).any()
     prompts = usable["prompt_id"].to_list()
     flipped = (usable["winner"] == "tie").to_list()
     by_place = {"first": 2.0, "second": 0.0}
     favoured = usable["favoured"].to_list()
-    wins = [by_place.get(f) if flip else 1.0 for flip, f in zip(flipped, favoured, strict=True)]
+    wins = [
+        (by_place.get(f) if flip else 1.0) if by_call else None
+        for flip, f in zip(flipped, favoured, strict=True)
+    ]
     interval = partial(estimate, resamples=resamples, level=level, seed=seed)
     return PositionBias(
         first_wins=interval(ratio_sums(wins, [2.0] * len(wins), prompts)),

@@ -46,6 +46,8 @@ class Imported:
         samples: rows of :data:`SAMPLES`.
         feedback: rows of FEEDBACK.
         pairs: rows of PAIRS.
+        pairs_as_read: the same with the two samples in the order of the file.
+        identical: pairs of two equal texts, which are refused: sample id and winner.
         rows: rows (or records) in the file.
         refused: those that are in none of the frames.
         notes: what was read otherwise than it stands there.
@@ -57,6 +59,8 @@ class Imported:
     rows: int
     refused: tuple[Refused, ...]
     notes: tuple[str, ...]
+    pairs_as_read: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PAIRS))
+    identical: tuple[tuple[str, str | None], ...] = ()
 
     def summary(self, show: int = 3) -> str:
         """What was taken and what was not, with reasons, counts and examples."""
@@ -90,6 +94,7 @@ class Collector:
     refused: list[Refused] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     rows: int = 0
+    identical: list[tuple[str, str | None]] = field(default_factory=list)
     _seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def sample(
@@ -148,13 +153,16 @@ class Collector:
         notes = tuple(f"{note} ({count:,} ×)" for note, count in self.notes.items())
         used = {sample for sample, _ in self.feedback} | {i for a, b, _ in self.pairs for i in (a, b)}
         samples = [row for sample, row in self.samples.items() if sample in used]
+        pairs = pl.DataFrame(list(self.pairs.values()), PAIRS)
         return Imported(
             pl.DataFrame(samples, SAMPLES),
             pl.DataFrame(list(self.feedback.values()), FEEDBACK),
-            oriented(pl.DataFrame(list(self.pairs.values()), PAIRS)),
+            oriented(pairs),
             self.rows,
             tuple(self.refused),
             notes,
+            pairs_as_read=pairs,
+            identical=tuple(self.identical),
         )
 
     def _told(self, status: str) -> dict[str, Any]:

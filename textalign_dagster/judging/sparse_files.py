@@ -53,9 +53,10 @@ def read_sparse_rankings(path: Path, *, aspect: str = "ranking") -> Imported:
 
     def take(rows: Collector, row: Sequence[str]) -> None:
         instruction, given, first, second, feedback = row
-        if first == second:
-            raise Refusal("both responses are the same text")
         prompt = _prompt(rows, instruction, given)
+        if first == second:
+            rows.identical.append((rows.sample(prompt, first), _WINNERS.get(feedback.strip())))
+            raise Refusal("both responses are the same text")
         a, b = rows.sample(prompt, first), rows.sample(prompt, second)
         winner = _WINNERS.get(feedback.strip())
         if winner:

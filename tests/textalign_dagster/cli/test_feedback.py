@@ -47,6 +47,29 @@ def test_consistency_is_told(files: tuple[str, str]) -> None:
     assert "agreement where both decide: 0.500, n = 2" in told
 
 
+def test_what_a_file_of_verdicts_cannot_show_is_not_shown(files: tuple[str, str]) -> None:
+    told = consistency(files).stdout
+    assert "shown first" not in told
+    assert json.loads(consistency(files, "--json").stdout)["position"]["first_wins"]["value"] is None
+    # The file's order: ratings say stone < pear (second better), the ranking says stone (first better).
+    lines = {
+        line.split("  ")[0]: line.split()[-3:]
+        for line in told.splitlines()
+        if " better" in line or line[:3] == "tie"
+    }
+    assert lines["first better"] == ["1", "0", "0"] and lines["second better"] == ["1", "0", "0"]
+
+
+def test_pairs_of_identical_texts_are_refused_and_reckoned_with(files: tuple[str, str]) -> None:
+    rankings = Path(files[1])
+    same = "Name a fruit.,,apple,apple,equal\nName a fruit.,,pear,pear,(a)\nName a fruit.,,fig,fig,equal\n"
+    rankings.write_text(RANKINGS + same, encoding="utf-8")
+    told = consistency(files).stdout
+    assert "refused, 3 × both responses are the same text" in told and "agreement: 0.667, n = 3" in told
+    # Two of three agree; of the two whose text is rated, one says equal: (2 + 1) / (3 + 2).
+    assert "agreement with the 2 pairs of identical texts, which are refused here: 0.600" in told
+
+
 def test_two_files_of_ratings_are_no_comparison(files: tuple[str, str]) -> None:
     refused = textalign("consistency", files[0], files[0], "--ratings-format", "sparse_ratings",
                         "--rankings-format", "sparse_ratings")  # fmt: skip

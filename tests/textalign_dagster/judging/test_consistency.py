@@ -82,7 +82,13 @@ def pairs(*rows: tuple[str, str, str, str | None, str | None]) -> pl.DataFrame:
     names = ("prompt_id", "sample_a", "sample_b", "winner", "favoured")
     frame = pl.DataFrame(rows, {name: pl.String for name in names}, orient="row")
     status = pl.when(pl.col("winner").is_null()).then(pl.lit("failed")).otherwise(pl.lit("ok"))
-    return frame.with_columns(status=status)
+    # As the calls of a judge of our own, unless told otherwise.
+    return frame.with_columns(status=status, call_keys=pl.lit(["c1", "c2"]))
+
+
+def from_a_file(frame: pl.DataFrame) -> pl.DataFrame:
+    """The same pairs, of which only the combined verdicts are known."""
+    return frame.with_columns(call_keys=pl.lit([], dtype=pl.List(pl.String)))
 
 
 RATED = ratings({"s1": 7, "s2": 5, "s3": 5, "t1": 2, "t2": 3, "u1": 4, "u2": None})
@@ -109,6 +115,12 @@ def test_ratings_against_rankings() -> None:
     assert found.rating_repeats is None and found.ranking_repeats is None
 
 
+def test_the_pairs_own_order_is_kept() -> None:
+    other = pairs(("p", "s3", "s1", "a", None), ("p", "s2", "s3", "tie", None), ("q", "t2", "t1", "a", None))
+    # Ratings say s3 < s1, s2 = s3, t2 > t1; the first of each pair is the file's first.
+    assert consistency(RATED, other, resamples=50).agreement.matrix == ((1, 0, 0), (0, 1, 0), (1, 0, 0))
+
+
 def test_position_bias_by_hand() -> None:
     # Calls won by the first place: 1+1+2+0+1 of 10. Pairs that flipped: 2 of 5.
     found = position_bias(RANKED)
@@ -118,6 +130,9 @@ def test_position_bias_by_hand() -> None:
     assert biased.first_wins.value == pytest.approx(0.75)
     unknown = position_bias(pairs(("p", "a", "b", "tie", None), ("q", "c", "d", "a", None)))
     assert (unknown.first_wins.value, unknown.first_wins.rows, unknown.flips.value) == (0.5, 1, 0.5)
+    # Of combined verdicts alone it would be 0.5 whatever the judge did: it cannot be measured.
+    combined = position_bias(from_a_file(pairs(("p", "a", "b", "tie", None), ("q", "c", "d", "a", None))))
+    assert (combined.first_wins.value, combined.flips.value) == (None, 0.5)
     nothing = position_bias(pairs())
     assert (nothing.first_wins.value, nothing.flips.value) == (None, None)
 
