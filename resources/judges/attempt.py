@@ -34,7 +34,7 @@ class Attempts:
     lost: int = 0  # of these, possibly paid for without a reply
     called_at: datetime | None = None  # first attempt
     started: float = 0.0  # last attempt; monotonic, as is the next
-    failed_at: float | None = None  # set aside: a full round has failed
+    failed_at: float | None = None  # when it was set aside
     seconds: float | None = None  # last attempt
     usd: float | None = None
     fault: Fault | None = None

@@ -100,7 +100,9 @@ def judge_calls(
             from resources.judges.batch import batch_replies, calls_in_progress
 
             sent_again = calls_in_progress(ledger.storage)
-            replies = {k: reply for k, reply in replies.items() if reply.status == "ok" or k not in sent_again}
+            replies = {
+                k: reply for k, reply in replies.items() if reply.status == "ok" or k not in sent_again
+            }
         worked = [r for key in replies if (r := _answered(unique[key], replies[key])) is not None]
         tally.total, tally.cached, tally.lost = len(unique), len(worked), _lost(rows)
         tally.failed = len(replies) - len(worked)

@@ -1,9 +1,10 @@
 """The calls of one batch: a window of concurrent calls, and the attempts of each.
 
-A call whose attempts all failed is set aside until it is clear whether the call or the endpoint is at fault.
-A reply to a request that was sent later shows that the endpoint is up: the call gets one more attempt, and is
-given up (``failed``) if that fails too. Where no such reply comes, a *probe* is sent: a call that worked
-before, or a neutral question. If the probe fails as well, the endpoint is down, and the batch stops.
+Before its last attempt, a call that keeps failing is set aside until it is clear whether the call or the
+endpoint is at fault. A reply to a request that was sent later shows that the endpoint is up: the call gets its
+last attempt, and is given up (``failed``) if that fails too. Where no such reply comes, a *probe* is sent: a
+call that worked before, or else a neutral question. If the probe fails as well, the endpoint is down or refuses
+everything, and the batch stops; calls that were set aside are sent again by the next run.
 
 `gate` decides when a request may be sent, `attempt` sends it and writes it to the ledger.
 """
@@ -173,8 +174,9 @@ class Engine:
                     problem = self._gate.pause(fault)
                     if problem is None:
                         continue
-                tried = call.sent - call.refused
-                if fault.kind == "again" and call.failed_at is None and tried < self.judge.limits.attempts:
+                tried, attempts = call.sent - call.refused, self.judge.limits.attempts
+                before = attempts if call.probe else max(1, attempts - 1)  # being set aside
+                if fault.kind == "again" and call.failed_at is None and tried < before:
                     await self._gate.back_off(tried, fault.wait)
                 elif call.probe:
                     self._probe_failed(call, problem)
@@ -212,7 +214,8 @@ class Engine:
 
     def _is_final(self, call: Attempts) -> bool:
         """Whether another attempt cannot end differently, now that the endpoint is up."""
-        return call.fault is not None and call.fault.kind in ("refused", "limited")
+        only_one = self.judge.limits.attempts == 1
+        return call.fault is not None and (only_one or call.fault.kind in ("refused", "limited"))
 
     def _patience(self) -> int:
         """How many calls are set aside before a probe is sent."""
@@ -252,8 +255,8 @@ class Engine:
             failed = f"{len(self._doubtful)} calls in a row failed"
             tested = "a call that worked before" if self._worked else "a test question"
             problem = (
-                f"{failed}, and so did {tested}, {self.judge.limits.attempts} attempts each, with: "
-                f"{fault.message}; the endpoint seems to be down, run it again later"
+                f"{failed}, and so did {tested}, with: {fault.message}; the endpoint seems to be down, run it "
+                "again later"
             )
         raise JudgeStoppedError(self._explained(problem))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -38,8 +39,13 @@ def main() -> None:
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable."
 )
 @click.option("--control/--no-control", default=True, help="Run the null control too (default: yes).")
+@click.option(
+    "--retry-failed", is_flag=True, help="Send judge calls again that were given up in earlier runs."
+)
 @readable
-def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool) -> None:
+def run(
+    experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool, retry_failed: bool
+) -> None:
     """Runs the iterations that are missing, in order, then shows the score table and the curves.
 
     What exists and is up to date is reused; after an interruption, the same command goes on. With
@@ -65,14 +71,14 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     library = Library(library.folders)  # reads the folders again: the variant is new
     beside = library.control_of(name)
     names = [name, *([beside] if beside and control else [])]
-    console = open_console()
+    console, since = open_console(), datetime.now(UTC) if retry_failed else None
     _use(library)
     # Imported now: the grid is that of the experiments known at import, and the variant is new.
     from textalign_dagster.cli.running import RunFailed, Runner, dagster_instance
 
     with dagster_instance() as instance:
         try:
-            Runner(instance, open_store(), library, console).run(names, iterations)
+            Runner(instance, open_store(), library, console, since).run(names, iterations)
         except RunFailed as error:
             raise Refused(
                 f"{error}\nFinished stages are kept; the same command goes on from there."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,17 +19,17 @@ from resources.store import ArtifactStore
 from tests.resources.judges.fake_endpoint import Running, reply_to, running
 from textalign_dagster.settings.judge import Judge, JudgeLimits
 
-ATTEMPTS = 3
+ATTEMPTS = 4
 QUICK = RetryPolicy(base_s=0.005, cap_s=0.02, patience_s=0.5, outage_calls=4, grace_s=5)
 NEVER = 10**6
 GOOD = st.just("")
 SLOW = st.sampled_from([0.02, 0.1]).map(lambda s: f'FAULT{{"kind": "reply", "times": 1, "latency": {s}}}')
-FLAKY = st.tuples(st.sampled_from(["500", "truncated", "reset", "gzip"]), st.integers(1, ATTEMPTS - 1)).map(
+FLAKY = st.tuples(st.sampled_from(["500", "truncated", "reset", "gzip"]), st.integers(1, ATTEMPTS - 2)).map(
     lambda drawn: f'FAULT{{"kind": "{drawn[0]}", "times": {drawn[1]}}}'
 )
-HOPELESS = st.sampled_from(["500", "page", "no_choices", "truncated", "gzip", "filter", "wall", "context"]).map(
-    lambda kind: f'FAULT{{"kind": "{kind}", "times": {NEVER}}}'
-)
+HOPELESS = st.sampled_from(
+    ["500", "page", "no_choices", "truncated", "gzip", "filter", "wall", "context"]
+).map(lambda kind: f'FAULT{{"kind": "{kind}", "times": {NEVER}}}')
 OUTAGES = st.none() | st.tuples(st.integers(0, 150), st.sampled_from([0.05, 0.3, 60.0]))
 numbers = itertools.count()
 
