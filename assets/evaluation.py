@@ -11,6 +11,7 @@ from assets.columns import columns_of
 from assets.figures import markdown_table, sample_blocks
 from assets.measuring import Measuring, Seconds, Subject
 from assets.stage import LOOP, Stage
+from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
 from resources.store import Artifact, Draft
 from textalign_dagster.experiment.evaluation import evaluation_source
@@ -96,7 +97,8 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
 
     inputs = {"trained_policy": own.policy_hash, "base_policy": base.policy_hash, **own.inputs}
     source = evaluation_source(measuring.prompts)
-    return stage.make({**inputs, "prompts": source}, produce, iteration=iteration)
+    again = {} if stage.experiment.evaluation.judge is None else sent_again(stage, iteration)
+    return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)
 
 
 def _work(made: Artifact) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The third stage: what the judge says of each sample."""
+"""The third stage: feedback on each sample."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from assets.columns import columns_of
 from assets.figures import sample_blocks
 from assets.generations import generations
 from assets.stage import LOOP, Stage
-from assets.verdicts import readable_failures
+from assets.verdicts import RETRY, readable_failures, sent_again
 from resources.configured import StoreResource
 from resources.feedback_sources import feedback_of
 from resources.store import Artifact, Draft
@@ -21,7 +21,7 @@ from textalign_dagster.loop import checks
 from textalign_dagster.tables import FEEDBACK, FEEDBACK_SPANS
 
 COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}
-"""What a judge recorded, and what the UI calls it."""
+"""Recorded fact → its name in the UI."""
 
 
 @dg.asset(
@@ -32,9 +32,9 @@ COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger"
     metadata=columns_of(FEEDBACK),
 )
 def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
-    """One row per sample: the reward, the category, or the feedback in words and its score.
+    """One row per sample: the reward, the category, or the feedback text and its score.
 
-    A row that is not `ok` has a reason and no value. The null control asks for no feedback; its
+    A row that is not `ok` has a reason and no value. The null control needs no feedback; its
     rows are all `skipped`. Where a judge compares samples, the table `pairs` has its comparisons.
     """
     with Stage.of(context, store.open()) as stage:
@@ -50,11 +50,12 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             if found.spans is not None:
                 draft.write("feedback_spans", found.spans, FEEDBACK_SPANS)
             seconds = time.monotonic() - started
-            # A judge is waited for; whatever else says what samples are worth computes it here.
+            # A judge is waited for; any other source computes here.
             part = "score" if stage.experiment.judge is None else "wait"
             draft.record(**found.facts, **again, work_seconds=seconds, part_seconds={part: seconds})
 
-        again = _asked_again(stage)
+        judge = stage.experiment.judge
+        again = {} if judge is None else sent_again(stage, stage.cell.iteration)
         made = stage.make({"prompt_draws": draws.key, "generations": source.key}, produce, **again)
         rows, judgements = made.frame("feedback"), _judgements(made)
         judged = rows.join(
@@ -66,14 +67,15 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         limits = stage.experiment.checks
         shares = rows["status"].value_counts(normalize=True)
         facts = made.manifest["facts"]
-        asked = stage.experiment.method.wants is not None
+        wanted = stage.experiment.method.wants is not None
         return stage.publish(
             made,
-            headline=f"{ok.height:,} of {rows.height:,} judged" if asked else "none asked for",
+            headline=f"{ok.height:,} of {rows.height:,} judged" if wanted else "none needed",
             rows=rows.height,
             checks=[
                 checks.schema(rows, FEEDBACK, ["sample_id", "aspect"]),
-                checks.usable(judgements, limits.max_unusable_feedback),
+                checks.usable(judgements, limits.max_unusable_feedback, "" if judge is None else RETRY),
+                checks.judge_model(None if judge is None else judge.model, facts.get("reply_models", {})),
                 checks.length_correlation(
                     ok["value"], ok["text_sampled"].str.len_chars(), limits.max_length_correlation
                 ),
@@ -89,7 +91,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
 
 def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
-    """The feedback; what people can act on becomes a failure that retrying would not mend."""
+    """The feedback; errors that users can act on become failures that Dagster does not retry."""
     with readable_failures(stage):
         return feedback_of(
             stage.experiment,
@@ -98,11 +100,12 @@ def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
             store=stage.store,
             report=stage.report(),
             purpose=str(stage.cell.key),
+            retry_before=stage.retry_before,
         )
 
 
 def _judgements(made: Artifact) -> pl.DataFrame:
-    """What can be unusable: of comparisons the pairs, for a sample is judged as soon as one of its pairs is."""
+    """The rows that can be unusable: with comparisons the pairs, since one usable pair judges a sample."""
     if "pairs" not in made.tables:
         return made.frame("feedback")
     both = pl.concat_str("sample_a", "sample_b", separator=" vs ")
@@ -112,7 +115,7 @@ def _judgements(made: Artifact) -> pl.DataFrame:
 
 
 def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
-    """Samples with what was said of them, from the worst to the best."""
+    """Samples with their feedback, from the worst to the best."""
     ordered = ok.sort("value", "sample_id")
     chosen = sorted({round(i * (ok.height - 1) / max(show - 1, 1)) for i in range(show)})
     named = ordered.select(
@@ -122,24 +125,6 @@ def _examples(ok: pl.DataFrame, show: int = 5) -> list[dict[str, Any]]:
         pl.col("text_sampled").alias("text"),
     )
     return named[chosen].to_dicts()
-
-
-def _asked_again(stage: Stage) -> dict[str, int]:
-    """How often calls that failed have been made again: a new table each time, beside the refused one.
-
-    What a judge could not say because it could not be reached must not be final. Replies that were
-    received are in the ledger and are not asked for twice.
-    """
-    if stage.experiment.judge is None:
-        return {}
-    pointer = stage.freshness.pointer(stage.cell.iteration, stage.name)
-    if pointer is None:
-        return {}
-    times = int(pointer.artifact.manifest["facts"].get("asked_again", 0))
-    failed = (_judgements(pointer.artifact)["status"] == "failed").any()
-    if pointer.checks.get("usable") is False and failed:
-        times += 1
-    return {"asked_again": times} if times else {}
 
 
 def _value_figures(ok: pl.DataFrame) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.experiment.policies import base_policy
-from textalign_dagster.loop.abandoned import mark
+from textalign_dagster.loop.abandoned import RETRY_TAG, mark
 from textalign_dagster.loop.partitions import GRID, Cell
 from textalign_dagster.loop.stages import artifact_key, stage_settings
 from textalign_dagster.progress import Finished, announce, reporter
@@ -139,6 +140,23 @@ class Stage:
         else:
             self.context.log.info(f"made {self.name} in {time.monotonic() - started:.1f} s")
         return artifact
+
+    @property
+    def retry_before(self) -> datetime | None:
+        """Judge calls that failed before this time are sent again (`textalign run --retry-failed`)."""
+        tag = self.context.run.tags.get(RETRY_TAG)
+        if tag is None:
+            return None
+        try:
+            time = datetime.fromisoformat(tag)
+        except ValueError:
+            time = None
+        if time is None or time.tzinfo is None:
+            raise SettingsError(
+                f"the run's tag {RETRY_TAG}: {tag!r} is not a time with an offset; write it as "
+                "2026-01-31T12:00:00+00:00"
+            )
+        return time
 
     def report(self) -> Callable[..., None]:
         """A progress callback ``(done, total, note="")``."""

@@ -1,7 +1,8 @@
-"""Samples of an evaluation before its scorer and its judge."""
+"""Scores and judgements of an evaluation's samples, and judge calls that failed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,14 @@ from assets.stage import Stage
 from resources.configured import SamplerResource
 from resources.judges.errors import BatchPendingError, JudgeError
 from resources.rewards.scoring import ScoringError, score_samples
-from resources.store import Draft
+from resources.store import Artifact, Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.loop.abandoned import BATCHES_TAG
 from textalign_dagster.scorers.base import TextScorer
 from textalign_dagster.tables import FEEDBACK
+
+RETRY = "`textalign run --retry-failed` sends failed calls again"
 
 
 def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
@@ -36,10 +39,10 @@ def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft:
 
 
 def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
-    """``samples`` with what the evaluation's judge says of those that were asked for as meant.
+    """``samples`` with the verdicts of the evaluation's judge, except on probes.
 
     Raises:
-        dg.Failure: it cannot be reached: numbers that rest on an outage must not be final.
+        dg.Failure: the judge cannot be reached, or too many of its calls failed.
     """
     judge = stage.experiment.evaluation.judge
     if judge is None:
@@ -47,7 +50,7 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
     from resources.judges.ask import ask_judge  # needs the extra `judges`
 
     asked = samples.filter(pl.col("role") != "probe")
-    if judge.ask == "win":  # a reference against itself says nothing
+    if judge.ask == "win":  # comparing a reference with itself is meaningless
         asked = asked.filter(~pl.col("by_people"))
     with readable_failures(stage, "evaluation.judge: "):
         found = ask_judge(
@@ -55,15 +58,15 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
             asked.select("sample_id", "prompt_id", "prompt", "reference", "text"),
             kind=None,
             store=stage.store,
-            report=stage.report(),  # which gets the engine's own notes
+            report=stage.report(),
+            retry_before=stage.retry_before,
             purpose=f"{stage.cell.key} evaluation",
         )
     failed = found.rows.filter(status="failed")
     if failed.height > stage.experiment.checks.max_unusable_feedback * found.rows.height:
         raise dg.Failure(
             f"evaluation.judge: {failed.height:,} of {found.rows.height:,} judgements failed, e.g. "
-            f"{failed['reason'][0]}; mend the cause and materialize this again: what was sampled and judged "
-            "is kept",
+            f"{failed['reason'][0]} (limit: checks.max_unusable_feedback); {RETRY}. Samples and replies are kept",
             allow_retries=False,
         )
     draft.write("judgements", found.rows, FEEDBACK)
@@ -84,9 +87,27 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
     )
 
 
+def sent_again(stage: Stage, iteration: int) -> dict[str, int]:
+    """How often failed judge calls were sent again: a new artifact each time, beside the earlier ones."""
+    pointer = stage.freshness.pointer(iteration, stage.name)
+    if pointer is None:
+        return {}
+    made, before = pointer.artifact, stage.retry_before
+    times = int(made.manifest["facts"].get("asked_again", 0))
+    if before is not None and has_failed(made):
+        times += datetime.fromisoformat(made.manifest["created_at"]) < before
+    return {"asked_again": times} if times else {}
+
+
+def has_failed(made: Artifact) -> bool:
+    """Whether judgements in an artifact failed."""
+    tables = [table for table in ("feedback", "pairs", "judgements") if table in made.tables]
+    return any((made.frame(table)["status"] == "failed").any() for table in tables)
+
+
 @contextmanager
 def readable_failures(stage: Stage, where: str = "") -> Iterator[None]:
-    """What a judge or scorer says that people can act on becomes a failure; retrying cannot help."""
+    """Errors of a judge or scorer that users can act on become failures that Dagster does not retry."""
     try:
         yield
     except BatchPendingError as pending:

@@ -1,8 +1,9 @@
-"""Who says what samples are worth: an LLM judge, a scorer, or the task itself."""
+"""The source of feedback on samples: an LLM judge, a scorer, or the task itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import polars as pl
@@ -20,18 +21,20 @@ def feedback_of(
     store: ArtifactStore,
     report: Callable[..., None],
     purpose: str,
+    retry_before: datetime | None = None,
 ) -> Judged:
-    """The feedback that the experiment's method wants, one row a sample.
+    """The feedback that the experiment's method needs, one row per sample.
 
-    A judge comes before a scorer, and a scorer before the task. A method that wants none gets rows
-    that say so.
+    A judge takes precedence over a scorer, and a scorer over the task. For a method that needs none, every
+    row is ``skipped``.
 
     Args:
         samples: sample_id, prompt_id, prompt, reference, text, finish_reason.
-        purpose: what for; kept in the ledger of judge calls.
+        purpose: stored in the ledger of judge calls.
+        retry_before: judge calls that were given up before this time are sent again.
 
     Raises:
-        JudgeError, ScoringError: no feedback can be had; says why.
+        JudgeError, ScoringError: there is no feedback; says why.
     """
     task, kind = experiment.task, experiment.method.wants
     if kind is None:
@@ -39,7 +42,15 @@ def feedback_of(
     if experiment.judge is not None:
         from resources.judges.ask import ask_judge  # needs the extra `judges`
 
-        return ask_judge(experiment.judge, samples, kind=kind, store=store, report=report, purpose=purpose)
+        return ask_judge(
+            experiment.judge,
+            samples,
+            kind=kind,
+            store=store,
+            report=report,
+            purpose=purpose,
+            retry_before=retry_before,
+        )
     scorer = experiment.sample_scorer
     if scorer is not None:
         from resources.rewards.scoring import score_samples  # models of scorers are loaded there only
@@ -53,7 +64,7 @@ def feedback_of(
 
 
 def _rows(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:
-    """Judgements that no LLM gave, as rows of FEEDBACK."""
+    """Judgements without an LLM, as rows of FEEDBACK."""
     name, version = scorer
     return judged.with_columns(
         kind=pl.lit(kind),

@@ -20,13 +20,13 @@ RESOURCES = {
     "store": (),
     "compute": (),
     "workers": ("compute",),
-    "engines": ("store", "workers"),
+    "engines": ("store", "workers", "backoff"),
     "rewards": ("workers",),
-    "judges": ("store",),
+    "judges": ("store", "backoff"),
     "launchers": ("compute",),
     "views": ("store", "judges"),
 }
-"""The rooms of resources and the other rooms that each imports, and no others."""
+"""The rooms of resources, and the rooms (and modules beside them) that each imports, and no others."""
 TRAINING = ("job", "settings", "acceleration", "state.snapshot_folder", "objectives", "data.batches")
 """What others import of training: plain data, without torch. (`objectives` are settings until they are called.)"""
 

@@ -35,6 +35,7 @@ CHECKS = {
     ("generations", "conditioned_once"): "blocks",
     ("feedback", "schema"): "blocks",
     ("feedback", "usable"): "blocks",
+    ("feedback", "judge_model"): "warns",
     ("feedback", "length_correlation"): "warns",
     ("datapool", "schema"): "blocks",
     ("datapool", "balance"): "warns",

@@ -9,7 +9,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 from resources.freshness import Freshness
 from resources.store import ArtifactError, ArtifactStore
 from textalign_dagster.experiment.files import Library, store_url
-from textalign_dagster.loop.abandoned import BATCHES_TAG, active_runs, release_abandoned
+from textalign_dagster.loop.abandoned import BATCHES_TAG, RETRY_TAG, active_runs, release_abandoned
 from textalign_dagster.loop.partitions import EXPERIMENTS, Cell
 from textalign_dagster.settings import SettingsError
 
@@ -141,7 +141,8 @@ def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
         waits_for = last[0].tags.get(BATCHES_TAG, "").split() if last else []
         if waits_for and not pending.keys() & set(waits_for):
             launched = True
-            yield dg.RunRequest(run_key=last[0].run_id, partition_key=cell.key)
+            retry = {name: value for name, value in last[0].tags.items() if name == RETRY_TAG}
+            yield dg.RunRequest(run_key=last[0].run_id, partition_key=cell.key, tags=retry)
     if not launched:
         told = f"{len(pending)} batches with {sum(pending.values()):,} calls are under way"
         yield dg.SkipReason("; ".join([told, *problems]))

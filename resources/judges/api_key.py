@@ -1,4 +1,4 @@
-"""The API key of a judge: it comes from the environment and goes to the endpoint, and nowhere else."""
+"""The API key of a judge: read from the environment, sent to the endpoint, stored and logged nowhere."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from textalign_dagster.settings.judge import Judge
 
 HIDDEN = "[key]"
 OPENAI = "https://api.openai.com/"
+SECRET_FROM = 8  # characters; replacing a shorter one would change words of replies
 
 
 class ApiKeyError(Exception):
@@ -29,27 +30,27 @@ class ApiKey:
         if not self._value:
             raise ApiKeyError(
                 f"the environment variable {judge.api_key_env} (api_key_env of judge {judge.model}) is not "
-                "set: put the key there, or say api_key_env: null for an endpoint without keys"
+                "set: put the key there, or set api_key_env: null for an endpoint without keys"
             )
         if not self._value.isascii() or not self._value.isprintable() or " " in self._value:
-            raise ApiKeyError(f"what the environment variable {judge.api_key_env} holds is no key")
+            raise ApiKeyError(f"the value of the environment variable {judge.api_key_env} is not a valid key")
 
     def __repr__(self) -> str:
         return "ApiKey()" if self._value is None else f"ApiKey({HIDDEN})"
 
     def hide(self, text: str) -> str:
-        """The text without the key: endpoints repeat it in errors."""
-        return text.replace(self._value, HIDDEN) if self._value else text
+        """The text without the key: endpoints repeat it in errors. A placeholder ("none") is no secret."""
+        return text.replace(self._value, HIDDEN) if self._value and len(self._value) >= SECRET_FROM else text
 
     def headers(self, judge: Judge) -> dict[str, Any]:
-        """Of every request: what the library would send and should not."""
-        # These it takes from the environment, whatever the endpoint.
+        """Headers of every request: removes those that the library should not send."""
+        # The library takes these from the environment, for any endpoint.
         foreign = [] if judge.base_url.startswith(OPENAI) else ["OpenAI-Organization", "OpenAI-Project"]
         unsent = [*foreign, *(["Authorization"] if self._value is None else [])]
         return {name: openai.Omit() for name in unsent}
 
     def client(self, judge: Judge, connections: int) -> openai.AsyncOpenAI:
-        """The one client of a batch; it tries nothing again by itself."""
+        """The client of a batch; it does not retry by itself."""
         return openai.AsyncOpenAI(
             api_key=self._value or "none",
             base_url=judge.base_url,
@@ -62,7 +63,7 @@ class ApiKey:
         )
 
     def blocking_client(self, judge: Judge) -> openai.OpenAI:
-        """For the few requests about a batch, which are harmless to repeat."""
+        """For the few requests of the Batch API, which are harmless to repeat."""
         return openai.OpenAI(
             api_key=self._value or "none",
             base_url=judge.base_url,

@@ -1,9 +1,11 @@
-"""Samples before an LLM judge: asked through the ledger, read back."""
+"""Judges samples: questions from a template, replies through the ledger, verdicts parsed from them."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 
 import polars as pl
 
@@ -24,17 +26,19 @@ def ask_judge(
     store: ArtifactStore,
     report: Callable[..., None],
     purpose: str,
+    retry_before: datetime | None = None,
 ) -> Judged:
-    """The judge's verdicts on samples, whatever it is asked.
+    """The judge's verdicts on samples, for any ``ask``.
 
     Args:
-        samples: sample_id, prompt_id, prompt, reference, text; one row a sample.
-        kind: what a method wants of it; None: whatever the judge says is welcome.
-        purpose: written into the ledger beside each call, e.g. the cell.
+        samples: sample_id, prompt_id, prompt, reference, text; one row per sample.
+        kind: the kind of feedback the method needs; None: any.
+        purpose: stored in the ledger with each call, e.g. the cell.
+        retry_before: calls that were given up before this time are sent again.
 
     Raises:
-        JudgeError: the endpoint refuses, or the budget is spent. What was paid for is kept; the same
-            again goes on from there.
+        JudgeError: the endpoint refuses or is down, or the budget is spent. Replies are kept; the next run
+            resumes.
         SettingsError: the judge's template cannot be used.
         ValueError: the judge cannot give feedback of that kind.
     """
@@ -44,7 +48,7 @@ def ask_judge(
     tally = Tally()
     with Ledger(store) as ledger:
         calls = [_call(question, purpose) for question in asked.questions]
-        replies = judge_calls(calls, judge, ledger, report, tally=tally)
+        replies = judge_calls(calls, judge, ledger, report, tally=tally, retry_before=retry_before)
     answers = [
         Answer(Reply(reply.text, reply.refusal, reply.finish_reason, reply.error), reply.call_key)
         for reply in replies
@@ -54,12 +58,13 @@ def ask_judge(
         "usd": tally.usd,
         "calls_lost": tally.lost,
         "calls_cached": tally.cached,
+        "reply_models": dict(Counter(reply.model for reply in replies if reply.model is not None)),
     }
     return replace(asked.judged(answers), facts=facts)
 
 
 def forecast_judging(judge: Judge, samples: pl.DataFrame, store: ArtifactStore) -> Forecast:
-    """What judging these samples would take, and what of it is paid already; calls nobody.
+    """The calls, tokens and money that judging these samples will take; sends nothing.
 
     Args:
         samples: as for :func:`ask_judge`.

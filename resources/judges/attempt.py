@@ -1,9 +1,10 @@
-"""One request to an endpoint: admitted, sent, its reply priced or its fault told apart."""
+"""One call in progress: sends its requests, and writes each to the ledger before and after."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,72 +12,105 @@ import httpx2
 import openai
 
 from resources.judges.api_key import ApiKey
-from resources.judges.call import Completion, Request, read_completion
-from resources.judges.course import Course, Recorder
+from resources.judges.call import Completion, Request, Tally, read_completion
 from resources.judges.gate import Gate
-from resources.judges.retry import classify
-from resources.judges.tally import Tally
+from resources.judges.ledger import Ledger
+from resources.judges.ledger_records import INTERRUPTED, CallRecord
+from resources.judges.retry import Fault, classify
 from textalign_dagster.settings.judge import Judge
+
+PROBE = "probe"  # the purpose of a call that tests the endpoint
+
+
+@dataclass
+class Attempts:
+    """A call in progress. ``asked`` is what the caller wants, ``request`` what is sent for it."""
+
+    asked: Request
+    request: Request
+    probe: bool = False
+    sent: int = 0  # attempts
+    refused: int = 0  # of these, for the rate limit
+    lost: int = 0  # of these, possibly paid for without a reply
+    called_at: datetime | None = None  # first attempt
+    started: float = 0.0  # last attempt; monotonic, as is the next
+    failed_at: float | None = None  # when it was set aside
+    seconds: float | None = None  # last attempt
+    usd: float | None = None
+    fault: Fault | None = None
+    completion: Completion | None = None
+    recorded: bool = False
 
 
 class Sender:
-    """Makes the attempts of a batch's calls."""
+    """Sends the requests of a batch, one attempt at a time."""
 
-    def __init__(self, judge: Judge, key: ApiKey, gate: Gate, recorder: Recorder, tally: Tally) -> None:
+    def __init__(
+        self, judge: Judge, ledger: Ledger, key: ApiKey, gate: Gate, tally: Tally, batch_id: str
+    ) -> None:
         self._judge = judge
+        self._ledger = ledger
+        self._key = key
         self._gate = gate
-        self._recorder = recorder
         self._tally = tally
+        self._batch_id = batch_id
         self._headers = key.headers(judge)
         self._params = judge.decoding.params()
 
-    async def attempt(self, course: Course, client: openai.AsyncOpenAI) -> bool:
-        """One request, as soon as limits and budget admit it: a completion, or else a fault."""
-        admitted = await self._gate.admit(course.request)
+    async def attempt(self, call: Attempts, client: openai.AsyncOpenAI) -> bool:
+        """Send one request as soon as limits and budget admit it. True: a completion; False: a fault."""
+        admitted = await self._gate.admit(call.request)
         usd, lost, used = 0.0, True, float(admitted.tokens)  # unless something better is known
         try:
-            course.sent += 1
-            course.fault = None
-            course.called_at = course.called_at or datetime.now(UTC)
-            self._recorder.sent(course)
+            call.sent += 1
+            call.fault = None
+            call.called_at = call.called_at or datetime.now(UTC)
+            self._ledger.add(self._row(call, "sent"))
             self._tally.requests += 1
-            started = time.monotonic()
+            call.started = time.monotonic()
             try:
                 async with asyncio.timeout(self._judge.limits.timeout_s):
-                    # What `client.chat.completions.create` does, without a third of its time: that goes
-                    # into checking the messages against their types.
+                    # `client.chat.completions.create` would take three times as long: it validates the
+                    # messages against their types.
                     response = await client.post(
                         "/chat/completions",
                         cast_to=httpx2.Response,
-                        body=self._body(course.request),
+                        body=self._body(call.request),
                         options={"headers": self._headers},
                     )
-                course.completion = read_completion(response.content)
+                call.completion = read_completion(response.content)
             except Exception as error:
-                course.fault = classify(error, self._judge.limits.timeout_s)
-                if course.fault is None:
+                call.fault = classify(error, self._judge.limits.timeout_s)
+                if call.fault is None:
                     raise
-                lost = course.fault.lost
+                lost = call.fault.lost
                 used = used if lost else 0.0
                 if isinstance(error, openai.APIStatusError):
                     self._gate.heed(error.response.headers, admitted)
                 return False
             finally:
-                course.seconds = time.monotonic() - started
+                call.seconds = time.monotonic() - call.started
             lost = False
             self._gate.replied()
-            counted = (course.completion.tokens_in or 0) + (course.completion.tokens_out or 0)
+            counted = (call.completion.tokens_in or 0) + (call.completion.tokens_out or 0)
             used = float(counted or admitted.tokens)
             if self._judge.prices is not None:
-                usd = course.usd = self._price(course.completion, admitted.usd)
+                usd = call.usd = self._price(call.completion, admitted.usd)
             self._tally.usd += usd
             self._gate.heed(response.headers, admitted)
             return True
         finally:
             if lost:
-                course.lost += 1
+                call.lost += 1
                 self._tally.lost += 1
             self._gate.settle(admitted, used, usd, lost)
+
+    def record(self, call: Attempts, status: str) -> CallRecord:
+        """Write to the ledger how the call ended: "ok", "failed" or "stopped"."""
+        record = self._row(call, status)
+        call.recorded = True
+        self._ledger.add(record)
+        return record
 
     def _body(self, request: Request) -> dict[str, Any]:
         body = {"model": self._judge.model, "messages": list(request.call.messages), **self._params}
@@ -85,10 +119,48 @@ class Sender:
         return body
 
     def _price(self, got: Completion, highest: float) -> float:
-        """USD of a reply; the highest it can be where the endpoint counts no tokens."""
+        """USD of a reply; the highest possible price where the endpoint counts no tokens."""
         assert self._judge.prices is not None
         if got.tokens_in is None or got.tokens_out is None:
             return highest
         return self._judge.prices.usd(
             got.tokens_in, got.tokens_out, min(got.tokens_cached or 0, got.tokens_in)
         )
+
+    def _row(self, call: Attempts, status: str) -> CallRecord:
+        request, received = call.request, status == "ok"
+        got = call.completion if call.completion is not None and received else Completion()
+        error = None
+        if status in ("failed", "stopped"):
+            error = call.fault.message if call.fault is not None else INTERRUPTED
+        assert call.called_at is not None
+        return CallRecord(
+            call_key=request.key,
+            judge=self._judge.model,
+            endpoint=self._judge.endpoint,
+            messages_hash=request.messages_hash,
+            params=request.params,
+            repeat=request.call.repeat,
+            order_shown=request.call.order_shown,
+            raw_reply=self._hide(got.text),
+            refusal=self._hide(got.refusal),
+            finish_reason=self._hide(got.finish_reason),
+            status=status,
+            error=self._hide(error),
+            attempts=call.sent,
+            lost_replies=call.lost,
+            chars_in=request.chars,
+            tokens_in=got.tokens_in,
+            tokens_cached=got.tokens_cached,
+            tokens_out=got.tokens_out,
+            usd=call.usd if received else None,
+            latency_s=None if call.seconds is None else round(call.seconds, 4),
+            called_at=call.called_at,
+            fingerprint=self._hide(got.fingerprint),
+            batch_id=self._batch_id,
+            purpose=PROBE if call.probe else request.call.purpose,
+            reply_model=self._hide(got.model),
+        )
+
+    def _hide(self, text: str | None) -> str | None:
+        return None if text is None else self._key.hide(text)

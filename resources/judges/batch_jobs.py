@@ -1,33 +1,44 @@
-"""Batches of judge calls as they are written down: a *job* each, two files in the store.
+"""Batches of judge calls: stored as *jobs*, two files each, and sent through the endpoint's Batch API.
 
 ::
 
-    ledger/batches/{name}.json      whom it asked, what for, the endpoint's ids, its state
-    ledger/batches/{name}.jsonl     the requests, as they are (or were) uploaded
+    ledger/batches/{name}.json      judge, purpose, the endpoint's ids, state
+    ledger/batches/{name}.jsonl     the requests, as uploaded
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
-from resources.judges.call import Request, highest_usd
+import openai
+
+from resources.judges.api_key import ApiKey, ApiKeyError
+from resources.judges.call import BrokenReplyError, Completion, Request, read_completion
+from resources.judges.errors import JudgeStoppedError
+from resources.judges.forecast import highest_usd
+from resources.judges.ledger import Ledger
+from resources.judges.ledger_records import CallRecord
+from resources.judges.retry import classify
 from resources.store.storage import Storage
 from textalign_dagster.ids import canonical_json
 from textalign_dagster.settings.judge import Judge
 
 FOLDER = "ledger/batches"
 URL: Final = "/v1/chat/completions"
-LARGEST = 100 * 2**20  # bytes of a file of requests; OpenAI takes 200 MB
+LARGEST = 100 * 2**20  # bytes of a file of requests; OpenAI accepts 200 MB
+OVER = ("completed", "failed", "expired", "cancelled")
+MINE = "textalign_job"  # in the metadata of a batch: the name of its job
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One request of a job: what its row in the ledger will say beside the reply."""
+    """One request of a job: the columns of its ledger row that are known before the reply."""
 
     call_key: str
     messages_hash: str
@@ -39,10 +50,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Job:
-    """A batch, from the intention to ask until its replies have been taken.
+    """A batch, from before it is sent until its replies have been read.
 
-    ``scope`` is the hash of all calls of the stage that asked; ``purpose`` the cell, for people and
-    for the sensor. ``judge`` holds the settings needed to fetch and price replies, and no key.
+    ``scope`` is the hash of all calls of the stage; ``purpose`` names the cell. ``judge``
+    holds the settings needed to fetch and price replies, and no key.
     """
 
     name: str
@@ -70,7 +81,7 @@ class Job:
 
 
 def save(storage: Storage, job: Job) -> None:
-    """Writes the job down, whole or not at all."""
+    """Stores the job atomically."""
     storage.replace(job.path, canonical_json(asdict(job)).encode())
 
 
@@ -87,13 +98,13 @@ def jobs(storage: Storage) -> list[Job]:
 
 
 def forget(storage: Storage, job: Job) -> None:
-    """Removes a job whose replies have been taken."""
+    """Removes a job whose replies have been read."""
     storage.remove(job.path)
     storage.remove(job.requests_path)
 
 
 def parts(requests: Sequence[Request], judge: Judge) -> Iterator[list[Request]]:
-    """The requests in files that the endpoint takes."""
+    """The requests, split into files that the endpoint accepts."""
     assert judge.batch is not None
     part: list[Request] = []
     size = 0
@@ -118,7 +129,7 @@ def line(request: Request, judge: Judge) -> bytes:
 
 
 def intend(storage: Storage, judge: Judge, requests: Sequence[Request], scope: str) -> Job:
-    """Writes a job down before anything is sent."""
+    """Stores a job before anything is sent."""
     job = Job(
         name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}",
         state="intended",
@@ -142,3 +153,161 @@ def intend(storage: Storage, judge: Judge, requests: Sequence[Request], scope: s
     storage.replace(job.requests_path, b"".join(line(request, judge) for request in requests))
     save(storage, job)
     return job
+
+
+class Endpoint:
+    """The Batch API of a judge's endpoint."""
+
+    def __init__(self, judge: Judge) -> None:
+        try:
+            self._key = ApiKey(judge)
+        except ApiKeyError as error:
+            raise JudgeStoppedError(str(error)) from None
+        self._judge = judge
+        self._client = self._key.blocking_client(judge)
+
+    def submit(self, storage: Storage, job: Job) -> Job:
+        """Sends an intended job, unless a process that was killed has already sent it."""
+        assert self._judge.batch is not None
+        with self._readable():
+            batch_id = self._sent_before(job)
+            if batch_id is None:
+                data = storage.read(job.requests_path)
+                assert data is not None, "written before the job"
+                file = self._client.files.create(file=(f"{job.name}.jsonl", data), purpose="batch")
+                batch = self._client.batches.create(
+                    input_file_id=file.id,
+                    endpoint=URL,
+                    completion_window=self._judge.batch.window,
+                    metadata={MINE: job.name},
+                )
+                batch_id = batch.id
+        sent = replace(job, state="open", id=batch_id)
+        save(storage, sent)
+        return sent
+
+    def _sent_before(self, job: Job) -> str | None:
+        since = datetime.fromisoformat(job.created_at).timestamp() - 60  # clocks differ
+        for batch in self._client.batches.list(limit=100):
+            if batch.created_at < since:
+                return None
+            if (batch.metadata or {}).get(MINE) == job.name:
+                return str(batch.id)
+        return None
+
+    def collect(self, storage: Storage, ledger: Ledger, job: Job) -> Job:
+        """The current state of the job; when its batch has ended, its replies are in the ledger."""
+        if job.state != "open":
+            return job
+        assert job.id is not None
+        outputs: list[bytes] = []
+        with self._readable():
+            try:
+                batch = self._client.batches.retrieve(job.id)
+                if batch.status not in OVER:
+                    counts = batch.request_counts
+                    return replace(job, answered=counts.completed + counts.failed if counts else 0)
+                why = (batch.errors.data or []) if batch.errors else []
+                unanswered = ": ".join(
+                    [
+                        f"the batch {job.id} is {batch.status}",
+                        *filter(None, ["; ".join(str(e.message) for e in why)]),
+                    ]
+                )
+                for file_id in (batch.output_file_id, batch.error_file_id):
+                    if file_id:
+                        outputs.append(self._client.files.content(file_id).content)
+            except openai.NotFoundError:  # asking again will not bring it back
+                unanswered = f"the endpoint no longer has the batch {job.id} or its replies (HTTP 404)"
+        for record in self._records(job, outputs, unanswered):
+            ledger.add(record)
+        ledger.flush()  # the job must not say "collected" before its replies are safe
+        done = replace(job, state="collected", answered=len(job.asked))
+        save(storage, done)
+        return done
+
+    def _records(self, job: Job, outputs: Sequence[bytes], unanswered: str) -> Iterator[CallRecord]:
+        """One row of the ledger for each request; a request without a line has failed, as ``unanswered`` says."""
+        lines: dict[str, Mapping[str, Any]] = {}
+        for output in outputs:
+            for text in output.splitlines():
+                with contextlib.suppress(
+                    ValueError, RecursionError
+                ):  # without a line, the request has failed
+                    found = json.loads(text)
+                    if isinstance(found, dict):
+                        lines.setdefault(str(found.get("custom_id")), found)
+        for asked in job.asked:
+            completion, error = self._read(lines.get(asked.call_key), unanswered)
+            yield self._row(job, asked, completion, error)
+
+    def _read(self, found: Mapping[str, Any] | None, unanswered: str) -> tuple[Completion | None, str | None]:
+        if found is None:
+            return None, unanswered
+        response = _mapping(found, "response")
+        status, body = response.get("status_code"), response.get("body")
+        if status != 200:
+            of_body = _mapping(_mapping(response, "body"), "error")
+            said = _mapping(found, "error").get("message") or of_body.get("message") or "no explanation"
+            return None, f"HTTP {status}: {said}" if status else str(said)
+        try:
+            return read_completion(json.dumps(body).encode()), None
+        except BrokenReplyError as broken:
+            return None, str(broken)
+
+    def _row(self, job: Job, asked: Asked, got: Completion | None, error: str | None) -> CallRecord:
+        hide = self._key.hide
+        return CallRecord(
+            call_key=asked.call_key,
+            judge=self._judge.model,
+            endpoint=self._judge.endpoint,
+            messages_hash=asked.messages_hash,
+            params=job.params,
+            repeat=asked.repeat,
+            order_shown=asked.order_shown,
+            raw_reply=None if got is None or got.text is None else hide(got.text),
+            refusal=None if got is None or got.refusal is None else hide(got.refusal),
+            finish_reason=None if got is None else got.finish_reason,
+            status="failed" if got is None else "ok",
+            error=None if error is None else hide(error),
+            attempts=1,
+            lost_replies=0,
+            chars_in=asked.chars,
+            tokens_in=got.tokens_in if got else None,
+            tokens_cached=got.tokens_cached if got else None,
+            tokens_out=got.tokens_out if got else None,
+            usd=self._usd(asked, got),
+            latency_s=None,
+            # The same each time it is collected: with the key, it identifies the row.
+            called_at=datetime.fromisoformat(job.created_at),
+            fingerprint=got.fingerprint if got else None,
+            batch_id=job.scope,
+            purpose=job.purpose,
+            reply_model=None if got is None or got.model is None else hide(got.model),
+        )
+
+    def _usd(self, asked: Asked, got: Completion | None) -> float | None:
+        prices, batch = self._judge.prices, self._judge.batch
+        if prices is None or got is None or batch is None:
+            return None
+        if got.tokens_in is None or got.tokens_out is None:
+            return asked.highest_usd * batch.price_factor
+        return prices.usd(got.tokens_in, got.tokens_out, got.tokens_cached or 0) * batch.price_factor
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turns the client's errors into one sentence; running it again resumes."""
+        try:
+            yield
+        except openai.OpenAIError as error:
+            fault = classify(error, self._judge.limits.timeout_s)
+            problem = str(error) if fault is None else "; ".join(filter(None, [fault.message, fault.remedy]))
+            raise JudgeStoppedError(
+                self._key.hide(f"the Batch API of {self._judge.endpoint}: {problem}")
+            ) from None
+
+
+def _mapping(found: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A field that should be an object; an empty one where it is something else."""
+    value = found.get(name)
+    return value if isinstance(value, dict) else {}

@@ -1,32 +1,28 @@
-"""One call of a judge: what identifies it, what it may cost, and the reply taken apart."""
+"""One judge call: its key, the request, the reply, and the progress of many calls."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from resources.judges.ledger import History, Ledger
 from resources.judges.ledger_records import CallRecord
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.settings.judge import Judge
 
-CHARS_PER_TOKEN = 4.0  # English with current vocabularies; replaced by the judge's own past usage
-TOKENS_PER_MESSAGE = 8  # role and separators, at most, in the chat formats in use
-CALIBRATE_FROM = 20  # replies: below, the past says too little
+TOKENS_PER_MESSAGE = 8  # role and separators; an upper bound for the chat formats in use
 
 Message = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Call:
-    """A question to a judge.
+    """A question for a judge.
 
-    ``messages`` are rendered chat messages (role, content). ``repeat`` tells repetitions of one
-    question apart. ``order_shown`` and ``purpose`` are written down with the reply and are no part
-    of its key: who asks the same again gets the same reply.
+    ``messages`` are rendered chat messages (role, content). ``repeat`` distinguishes repetitions of one
+    question. ``order_shown`` and ``purpose`` are stored with the reply and are not part of the key: the same
+    question asked for another purpose gets the same reply.
     """
 
     messages: Sequence[Message]
@@ -38,11 +34,11 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of a call. ``status`` is "ok" (a reply was received) or "failed" (see ``error``).
+    """The outcome of a call. ``status`` is "ok" (a reply was received) or "failed" (see ``error``).
 
-    ``text`` is the raw reply: None when the judge refused or said nothing. ``from_ledger``: nobody
-    was called. Costs are those of the call, whenever it was made; tokens are None where the endpoint
-    did not count them, ``usd`` where the judge has no prices.
+    ``text`` is the raw reply, None when the judge refused or returned no text. ``from_ledger``: no request
+    was sent. Costs are those of the original call; tokens are None where the endpoint did not count them,
+    ``usd`` where the judge has no prices. ``model`` is the model that the reply names.
     """
 
     call_key: str
@@ -57,6 +53,7 @@ class Reply:
     tokens_out: int | None
     usd: float | None
     latency_s: float | None
+    model: str | None
     from_ledger: bool
 
 
@@ -75,28 +72,64 @@ class Request:
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """The keys under which a reply to it may be found, the best first."""
+        """The keys under which a reply may be found, the best first."""
         return (self.key,) if self.plain is None else (self.key, self.plain.key)
 
 
 class BrokenReplyError(Exception):
-    """An answer that is no chat completion: cut off, or something else altogether."""
+    """A response that is not a chat completion: truncated, or something else altogether."""
 
 
 class Completion(NamedTuple):
-    """The parts of a chat completion that are kept."""
+    """The parts of a chat completion that are stored."""
 
-    text: str | None
-    refusal: str | None
-    finish_reason: str | None
-    tokens_in: int | None
-    tokens_cached: int | None
-    tokens_out: int | None
-    fingerprint: str | None
+    text: str | None = None
+    refusal: str | None = None
+    finish_reason: str | None = None
+    tokens_in: int | None = None
+    tokens_cached: int | None = None
+    tokens_out: int | None = None
+    fingerprint: str | None = None
+    model: str | None = None
+
+
+@dataclass
+class Tally:
+    """Progress of one batch of calls: calls, requests (attempts) and USD of this run.
+
+    ``failed`` counts calls that were given up, in earlier runs too. ``lost`` counts replies that may have
+    been paid for and were not received, in earlier runs too.
+    """
+
+    total: int = 0
+    cached: int = 0
+    received: int = 0
+    failed: int = 0
+    lost: int = 0
+    requests: int = 0
+    usd: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Calls with an outcome."""
+        return self.cached + self.received + self.failed
+
+    def note(self, seconds: float) -> str:
+        """Cost so far and, after this many seconds, the time left."""
+        parts = [f"${self.usd:.4f}"] if self.usd else []
+        if self.cached:
+            parts.append(f"{self.cached:,} from the ledger")
+        if self.failed:
+            parts.append(f"{self.failed:,} failed")
+        if self.lost:
+            parts.append(f"{self.lost:,} replies lost, possibly paid")
+        if self.received and self.done < self.total:
+            parts.append(f"about {seconds / self.received * (self.total - self.done):.0f} s left")
+        return ", ".join(parts)
 
 
 def prepare(call: Call, judge: Judge) -> Request:
-    """The request that a call becomes.
+    """The request for a call.
 
     Its key is ``content_hash(model, endpoint, params, messages, response_format, repeat)``.
     """
@@ -105,13 +138,18 @@ def prepare(call: Call, judge: Judge) -> Request:
     return _request(call, judge, wanted, plain)
 
 
+def neutral(judge: Judge, response_format: Mapping[str, Any] | None) -> Request:
+    """A question that every chat model can answer: tests the endpoint where no earlier call can."""
+    return _request(Call([{"role": "user", "content": "Reply with the word OK."}]), judge, response_format)
+
+
 def _request(
     call: Call, judge: Judge, response_format: Mapping[str, Any] | None, plain: Request | None = None
 ) -> Request:
     params = judge.decoding.params()
     messages = [dict(message) for message in call.messages]
     if not messages:
-        raise ValueError("a call to a judge has no messages")
+        raise ValueError("a judge call has no messages")
     key = content_hash(
         "feedback_call", judge.model, judge.endpoint, params, messages, response_format, call.repeat
     )
@@ -132,52 +170,8 @@ def _request(
     )
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Tokens of calls before they are made, from the judge's past usage where there is enough."""
-
-    tokens_per_char: float = 1 / CHARS_PER_TOKEN
-    tokens_out: float | None = None  # of a reply, on average
-    cached_share: float = 0.0  # of input tokens, answered from the endpoint's cache
-    seconds: float | None = None  # of a call, on average
-    calls: int = 0  # that this rests on
-
-    @classmethod
-    def of(cls, past: History) -> Estimate:
-        """From the sums over a judge's past calls."""
-        if past.calls < CALIBRATE_FROM or not past.chars_in or not past.tokens_in:
-            return cls()
-        return cls(
-            past.tokens_in / past.chars_in,
-            past.tokens_out / past.calls,
-            past.tokens_cached / past.tokens_in,
-            past.seconds / past.calls,
-            past.calls,
-        )
-
-    def tokens_in(self, request: Request) -> int:
-        """Input tokens to be expected."""
-        return min(request.most_tokens_in, math.ceil(request.chars * self.tokens_per_char))
-
-
-def estimate(ledger: Ledger, judge: Judge, params: str) -> Estimate:
-    """From the judge's past calls with these parameters, else from all its past calls, else the rule
-    of thumb."""
-    same = Estimate.of(ledger.history(judge.model, judge.endpoint, params))
-    return same if same.calls else Estimate.of(ledger.history(judge.model, judge.endpoint))
-
-
-def highest_usd(request: Request, judge: Judge) -> float:
-    """The most that one attempt can cost; 0 without prices."""
-    if judge.prices is None:
-        return 0.0
-    dearest = max(judge.prices.input, judge.prices.cached_input or 0.0)
-    tokens_out = judge.decoding.max_tokens or 0
-    return (request.most_tokens_in * dearest + tokens_out * judge.prices.output) / 1e6
-
-
 def reply_of(record: CallRecord, *, from_ledger: bool) -> Reply:
-    """The row as its caller sees it."""
+    """The reply in a row of the ledger."""
     return Reply(
         call_key=record.call_key,
         status=record.status,
@@ -191,27 +185,28 @@ def reply_of(record: CallRecord, *, from_ledger: bool) -> Reply:
         tokens_out=record.tokens_out,
         usd=record.usd,
         latency_s=record.latency_s,
+        model=record.reply_model,
         from_ledger=from_ledger,
     )
 
 
 def read_completion(body: bytes) -> Completion:
-    """Take an endpoint's answer apart.
+    """Parses a response body.
 
     Raises:
-        BrokenReplyError: no JSON (cut off), or no chat completion.
+        BrokenReplyError: not JSON (truncated), or not a chat completion.
     """
     try:
         content = json.loads(body)
-    except ValueError:
-        raise BrokenReplyError(f"the reply is cut off or no JSON ({len(body)} bytes)") from None
+    except (ValueError, RecursionError):
+        raise BrokenReplyError(f"the reply is cut off or not JSON ({len(body)} bytes)") from None
     try:
         choice = content["choices"][0]
         message = choice["message"]
         text, refusal = _text(message.get("content")), message.get("refusal")
         finish_reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise BrokenReplyError(f"the reply is no chat completion: {_problem(content)}") from None
+        raise BrokenReplyError(f"the reply is not a chat completion: {_problem(content)}") from None
     usage = content.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("prompt_tokens_details")
@@ -224,6 +219,7 @@ def read_completion(body: bytes) -> Completion:
         _count(cached),
         _count(usage.get("completion_tokens")),
         str(content["system_fingerprint"]) if content.get("system_fingerprint") else None,
+        str(content["model"]) if content.get("model") else None,
     )
 
 
@@ -234,7 +230,8 @@ def _text(content: Any) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 and not isinstance(value, bool) else None
+    known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+    return value if known else None
 
 
 def _problem(content: Any) -> str:

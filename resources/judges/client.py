@@ -1,9 +1,9 @@
-"""Asking an LLM judge: many calls at a time, each paid once, each reply kept.
+"""Many judge calls at a time: each paid once, each reply kept.
 
-`judge_calls` looks every call up in the ledger and asks only for what is missing. Calls go through a
-sliding window (a slow reply holds up nobody), within the endpoint's limits and the budget; a reply is
-in the ledger before anybody sees it. However a batch ends (an error, Ctrl-C, kill -9, no money left),
-running it again continues where it stopped.
+`judge_calls` looks up every call in the ledger and sends only those without an outcome. Calls go through a
+sliding window (a slow reply delays no other), within the endpoint's limits and the budget; a reply is in the
+ledger before the caller sees it. However a batch ends (an error, Ctrl-C, kill -9, budget spent), the next run
+resumes it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 
 import polars as pl
 
-from resources.judges.budget import Budget
-from resources.judges.call import Call, Reply, Request, estimate, highest_usd, prepare, reply_of
+from resources.judges.call import Call, Reply, Request, Tally, prepare, reply_of
 from resources.judges.engine import Engine
 from resources.judges.errors import BudgetExceededError, JudgeError, JudgeStoppedError
-from resources.judges.forecast import Forecast, forecast
+from resources.judges.forecast import Forecast, estimate, forecast, highest_usd
+from resources.judges.gate import Budget
 from resources.judges.ledger import Ledger
-from resources.judges.ledger_records import first_replies
+from resources.judges.ledger_records import outcomes
 from resources.judges.retry import RetryPolicy
-from resources.judges.tally import Tally
 from textalign_dagster.ids import content_hash
 from textalign_dagster.settings.judge import Judge
 
@@ -58,20 +58,22 @@ def judge_calls(
     batch_id: str | None = None,
     policy: RetryPolicy | None = None,
     tally: Tally | None = None,
+    retry_before: datetime | None = None,
 ) -> list[Reply]:
-    """The replies, in the order of ``calls``; calls in the ledger, and repeated ones, call nobody.
+    """The replies, in the order of ``calls``; a call with an outcome in the ledger is not sent.
 
-    A call that fails is a `Reply` with status "failed", and is made anew the next time. The event
-    loop runs in a thread of its own; ``progress(done, total, note)`` is called from this thread.
+    A call that was given up is a `Reply` with status "failed". The event loop runs in a thread of its own;
+    ``progress(done, total, note)`` is called from this thread.
 
     Args:
         budget: to share one among batches. By default ``judge.budget_usd`` for this batch,
             including what interrupted runs of it spent.
-        batch_id: what those runs are known by; by default a hash of the calls' keys.
-        tally: filled in meanwhile.
+        batch_id: identifies these runs; by default a hash of the calls' keys.
+        tally: updated meanwhile.
+        retry_before: calls that were given up before this time are sent again.
 
     Raises:
-        BatchPendingError: the calls went to the Batch API, and nobody waits for it here.
+        BatchPendingError: the calls are with the Batch API, and this process does not wait.
         JudgeStoppedError: the endpoint refuses every call, or is down, or the key is missing.
         BudgetExceededError: before the call that could exceed the budget.
         ArtifactError: the ledger cannot be read or saved.
@@ -82,25 +84,32 @@ def judge_calls(
     unique = {request.key: request for request in requests}
     batch_id = batch_id or content_hash("batch", sorted(unique))
     with contextlib.ExitStack() as held:
-        if judge.batch is None:  # jobs of the Batch API know of each other
+        if judge.batch is None:  # jobs of the Batch API are in the store
 
             def waiting() -> None:
-                log.info("another process makes the same %d calls; waiting for its replies", len(unique))
-                report(0, len(unique), "another process asks the same; waiting for it")
+                log.info("another process is making the same %d calls; waiting for its replies", len(unique))
+                report(0, len(unique), "another process is making the same calls; waiting for it")
 
             held.enter_context(ledger.alone(batch_id, waiting))
         compaction = ledger.compact_if_due()
         rows = ledger.rows([key for request in unique.values() for key in request.known_as])
         for damage in [*(compaction.damages if compaction is not None else ()), *ledger.damages]:
             log.warning("%s", damage)
-        replies = _received(unique, rows)
-        tally.total, tally.cached, tally.lost = len(unique), len(replies), _lost(rows)
+        replies = _known(unique, rows, retry_before)
+        if judge.batch is not None:
+            from resources.judges.batch import batch_replies, calls_in_progress
+
+            sent_again = calls_in_progress(ledger.storage)
+            replies = {
+                k: reply for k, reply in replies.items() if reply.status == "ok" or k not in sent_again
+            }
+        worked = [r for key in replies if (r := _answered(unique[key], replies[key])) is not None]
+        tally.total, tally.cached, tally.lost = len(unique), len(worked), _lost(rows)
+        tally.failed = len(replies) - len(worked)
         report(tally.done, tally.total, tally.note(0))
         missing = [request for key, request in unique.items() if key not in replies]
-        mine = rows.filter(pl.col("batch_id") == batch_id)  # what interrupted runs of it left
-        if missing and judge.batch is not None:
-            from resources.judges.batch import batch_replies
-
+        mine = rows.filter(pl.col("batch_id") == batch_id)  # rows of its earlier runs
+        if judge.batch is not None:
             replies |= batch_replies(
                 missing,
                 judge,
@@ -110,30 +119,46 @@ def judge_calls(
                 spent=float(mine["usd"].sum()),
                 tally=tally,
                 progress=report,
+                retry_before=retry_before,
             )
         elif missing:
             budget = budget or _resumed(judge, unique, mine)
             past = estimate(ledger, judge, missing[0].params)
-            engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally)
+            engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally, worked)
             _run(engine, missing, report)
             replies |= engine.replies
     return [replies[request.key] for request in requests]
 
 
-def _received(unique: Mapping[str, Request], rows: pl.DataFrame) -> dict[str, Reply]:
-    found = first_replies(rows)
-    records = {key: next((found[k] for k in r.known_as if k in found), None) for key, r in unique.items()}
-    return {key: reply_of(record, from_ledger=True) for key, record in records.items() if record is not None}
+def _known(
+    unique: Mapping[str, Request], rows: pl.DataFrame, retry_before: datetime | None
+) -> dict[str, Reply]:
+    """The outcomes that are in the ledger: a reply counts before a failure."""
+    found = outcomes(rows, retry_before)
+    known = {}
+    for key, request in unique.items():
+        records = [found[name] for name in request.known_as if name in found]
+        if records:
+            best = next((record for record in records if record.status == "ok"), records[0])
+            known[key] = reply_of(best, from_ledger=True)
+    return known
+
+
+def _answered(request: Request, reply: Reply) -> Request | None:
+    """The request as it was sent, if it got this reply."""
+    if reply.status != "ok":
+        return None
+    return request if request.plain is None or reply.call_key == request.key else request.plain
 
 
 def _lost(rows: pl.DataFrame) -> int:
-    """Replies that may have been paid for and were not received, in these rows."""
+    """Replies in these rows that may have been paid for and were not received."""
     over = rows.filter(pl.col("status") != "sent")
     return int(over["lost_replies"].sum()) + over.filter(pl.col("status") == "lost").height
 
 
 def _resumed(judge: Judge, unique: Mapping[str, Request], rows: pl.DataFrame) -> Budget:
-    """The judge's budget, less what earlier runs of the batch spent (``rows`` are theirs)."""
+    """The judge's budget, less what earlier runs of the batch spent (``rows``)."""
     highest = {key: highest_usd(r, judge) for r in unique.values() for key in r.known_as}
     uncertain = sum(
         highest[key] * _lost(group) for (key,), group in rows.filter(
@@ -144,7 +169,7 @@ def _resumed(judge: Judge, unique: Mapping[str, Request], rows: pl.DataFrame) ->
 
 
 def _run(engine: Engine, missing: Sequence[Request], report: Progress) -> None:
-    """Run the engine in a thread; after an interrupt in this one, calls in flight may end, briefly."""
+    """Run the engine in a thread; after an interrupt in this one, calls in flight have a moment to end."""
     over = threading.Event()
     failures: list[BaseException] = []
 

@@ -1,28 +1,76 @@
-"""What a batch of judge calls will take, before it is made: calls, tokens, money, time."""
+"""Estimates of judge calls before they are sent: tokens, money, time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resources.judges.call import Call, estimate, highest_usd, prepare
-from resources.judges.ledger import Ledger
+from resources.judges.call import Call, Request, prepare
+from resources.judges.ledger import History, Ledger
 from textalign_dagster.settings.judge import Judge
+
+CHARS_PER_TOKEN = 4.0  # English with current vocabularies; replaced by the judge's own past usage
+CALIBRATE_FROM = 20  # replies; fewer are not enough to calibrate on
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Tokens per call, from the judge's past usage where there is enough of it."""
+
+    tokens_per_char: float = 1 / CHARS_PER_TOKEN
+    tokens_out: float | None = None  # mean per reply
+    cached_share: float = 0.0  # share of input tokens served from the endpoint's cache
+    seconds: float | None = None  # mean per call
+    calls: int = 0  # past calls that this is based on
+
+    @classmethod
+    def of(cls, past: History) -> Estimate:
+        """From the sums over a judge's past calls."""
+        if past.calls < CALIBRATE_FROM or not past.chars_in or not past.tokens_in:
+            return cls()
+        return cls(
+            past.tokens_in / past.chars_in,
+            past.tokens_out / past.calls,
+            past.tokens_cached / past.tokens_in,
+            past.seconds / past.calls,
+            past.calls,
+        )
+
+    def tokens_in(self, request: Request) -> int:
+        """Expected input tokens."""
+        return min(request.most_tokens_in, math.ceil(request.chars * self.tokens_per_char))
+
+
+def estimate(ledger: Ledger, judge: Judge, params: str) -> Estimate:
+    """From the judge's past calls with these parameters, else all its past calls, else 4 characters a token."""
+    same = Estimate.of(ledger.history(judge.model, judge.endpoint, params))
+    return same if same.calls else Estimate.of(ledger.history(judge.model, judge.endpoint))
+
+
+def highest_usd(request: Request, judge: Judge) -> float:
+    """The highest cost of one attempt; 0 without prices."""
+    if judge.prices is None:
+        return 0.0
+    dearest = max(judge.prices.input, judge.prices.cached_input or 0.0)
+    tokens_out = judge.decoding.max_tokens or 0
+    return (request.most_tokens_in * dearest + tokens_out * judge.prices.output) / 1e6
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of the calls that are not in the ledger yet; ``usd`` is None without prices.
+    """For the calls that have no outcome in the ledger; ``usd`` is None without prices.
 
-    ``tokens_in`` is an estimate: ``calibrated_on`` past replies of this judge say how many tokens a
-    character makes, or else 4 characters are taken for one. ``*_max`` are bounds (bytes, max_tokens;
-    each call made once), None where there is no max_tokens. ``*_expected`` follow the past replies,
-    None where there are too few. ``seconds`` is what limits, concurrency and past latency allow, None
-    where nothing is known.
+    ``failed`` calls were given up by an earlier run; only ``--retry-failed`` sends them again.
+    ``tokens_in`` is an estimate: characters per token come from ``calibrated_on`` past replies of this
+    judge, or else are 4. ``*_max`` are upper bounds (bytes, max_tokens; one attempt per call), None
+    without max_tokens. ``*_expected`` follow past replies, None where there are too few. ``seconds``
+    follows from limits, concurrency and past latency, None where nothing is known.
     """
 
     calls: int
     cached: int
+    failed: int
     tokens_in: int
     tokens_in_max: int
     tokens_out_max: int | None
@@ -34,10 +82,12 @@ class Forecast:
 
 
 def forecast(calls: Sequence[Call], judge: Judge, ledger: Ledger) -> Forecast:
-    """The forecast; calls nobody and needs no key."""
+    """The forecast; sends nothing and needs no key."""
     unique = {request.key: request for request in (prepare(call, judge) for call in calls)}
-    found = ledger.find([key for request in unique.values() for key in request.known_as])
-    missing = [request for request in unique.values() if not any(key in found for key in request.known_as)]
+    found = ledger.outcomes([key for request in unique.values() for key in request.known_as])
+    known = [[found[key].status for key in r.known_as if key in found] for r in unique.values()]
+    missing = [request for request, statuses in zip(unique.values(), known, strict=True) if not statuses]
+    cached = sum("ok" in statuses for statuses in known)
     past = estimate(ledger, judge, missing[0].params if missing else "")
     n, longest = len(missing), judge.decoding.max_tokens
     tokens_in = sum(past.tokens_in(request) for request in missing)
@@ -59,7 +109,8 @@ def forecast(calls: Sequence[Call], judge: Judge, ledger: Ledger) -> Forecast:
         times.append(n / limits.concurrency * past.seconds)
     return Forecast(
         calls=n,
-        cached=len(unique) - n,
+        cached=cached,
+        failed=len(unique) - n - cached,
         tokens_in=tokens_in,
         tokens_in_max=sum(request.most_tokens_in for request in missing),
         tokens_out_max=None if longest is None else n * longest,

@@ -5,16 +5,50 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from resources.judges.budget import Budget
-from resources.judges.call import Estimate, Request, highest_usd
-from resources.judges.errors import BudgetExceededError, JudgeStoppedError
+from resources.judges.call import Request
+from resources.judges.errors import BudgetExceededError
+from resources.judges.forecast import Estimate, highest_usd
 from resources.judges.rate_limit import RateLimit
 from resources.judges.retry import Fault, RetryPolicy
 from textalign_dagster.settings.judge import Judge
+
+ROUNDING_USD = 1e-9  # sums of floats
+
+
+class Budget:
+    """A sum of money that calls may not exceed, including the highest cost of those in flight.
+
+    ``spent`` is known cost, ``uncertain`` the highest cost of calls whose reply was lost. ``limit`` in USD;
+    None: no limit, only sums. Thread-safe; several batches may share one budget.
+    """
+
+    def __init__(self, limit: float | None = None, spent: float = 0.0, uncertain: float = 0.0) -> None:
+        self.limit = limit
+        self.spent = spent
+        self.uncertain = uncertain
+        self.reserved = 0.0
+        self._lock = threading.Lock()
+
+    def reserve(self, usd: float) -> bool:
+        """Reserve a call's highest cost; False when that could exceed the limit."""
+        with self._lock:
+            committed = self.spent + self.uncertain + self.reserved
+            if self.limit is not None and committed + usd > self.limit + ROUNDING_USD:
+                return False
+            self.reserved += usd
+            return True
+
+    def settle(self, reserved: float, spent: float = 0.0, uncertain: float = 0.0) -> None:
+        """Replace a reservation by the actual cost of the call."""
+        with self._lock:
+            self.reserved -= reserved
+            self.spent += spent
+            self.uncertain += uncertain
 
 
 class Stopping(Exception):
@@ -23,16 +57,16 @@ class Stopping(Exception):
 
 @dataclass(frozen=True)
 class Admission:
-    """What is set aside for a request: tokens of the rate limit, and the most it can cost."""
+    """The reservation for a request: tokens of the rate limit, and its highest cost."""
 
     tokens: int
     usd: float
 
 
 class Gate:
-    """Lets the requests of one batch through. Lives in the batch's event loop.
+    """Admits the requests of one batch. Lives in the batch's event loop.
 
-    ``told`` makes a message for people of a problem.
+    ``explained`` turns a problem into a message for the user.
     """
 
     def __init__(
@@ -41,68 +75,64 @@ class Gate:
         budget: Budget,
         policy: RetryPolicy,
         past: Estimate,
-        told: Callable[[str], str],
+        explained: Callable[[str], str],
     ) -> None:
         self.stopping = asyncio.Event()
         self._judge = judge
         self._budget = budget
         self._policy = policy
         self._past = past
-        self._told = told
+        self._explained = explained
         self._limit = RateLimit(judge.limits.requests_per_minute, judge.limits.tokens_per_minute)
-        self._draw = random.Random()
-        self._flying = 0  # requests with money set aside
+        self._in_flight = 0  # requests with money reserved
         self._refusals = 0  # pauses for the rate limit in a row
         self._last_reply = time.monotonic()
         self._settled = asyncio.Event()
 
     async def admit(self, request: Request) -> Admission:
-        """Returns as soon as the request may go; `settle` must follow.
+        """Returns as soon as the request may be sent; `settle` must follow.
 
         Raises:
             Stopping: the batch stops.
             BudgetExceededError: it could cost more than is left.
         """
-        asked = Admission(
+        wanted = Admission(
             self._past.tokens_in(request) + (self._judge.decoding.max_tokens or 0),
             highest_usd(request, self._judge),
         )
-        wait = self._limit.take(asked.tokens)
+        wait = self._limit.take(wanted.tokens)
         try:
             await self.sleep(wait)
             while (pause := self._limit.paused()) > 0:
-                await self.sleep(pause + self._draw.uniform(0, min(1.0, pause / 4)))
-            await self._afford(asked.usd)
+                await self.sleep(pause + random.uniform(0, min(1.0, pause / 4)))
+            await self._afford(wanted.usd)
         except BaseException:
-            self._limit.give_back(asked.tokens)
+            self._limit.give_back(wanted.tokens)
             raise
-        return asked
+        return wanted
 
     def settle(self, admitted: Admission, tokens: float, usd: float, lost: bool) -> None:
-        """What an admitted request really took; ``lost``: it may have been paid for without a reply."""
+        """Actual use of an admitted request; ``lost``: it may have been paid for without a reply."""
         self._limit.correct(admitted.tokens, tokens)
-        self._flying -= 1
+        self._in_flight -= 1
         self._budget.settle(admitted.usd, usd, admitted.usd if lost else 0.0)
         self._settled.set()
         self._settled = asyncio.Event()
 
     def heed(self, headers: Mapping[str, str], admitted: Admission) -> None:
-        """What the endpoint says of its limits."""
+        """Apply the rate-limit headers of a response."""
         self._limit.heed(headers, admitted.tokens)
 
     def replied(self) -> None:
-        """A reply came: the endpoint lives."""
+        """A reply was received."""
         self._last_reply = time.monotonic()
-
-    def succeeded(self) -> None:
-        """A call is over and well: refusals count from nought."""
         self._refusals = 0
 
     async def sleep(self, seconds: float) -> None:
         """Waits, but no longer than until the batch stops.
 
         Raises:
-            Stopping: it does.
+            Stopping: the batch stops.
         """
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
@@ -111,43 +141,38 @@ class Gate:
             raise Stopping
 
     async def back_off(self, attempts: int, wait: float | None) -> None:
-        """Waits before the next of a call's attempts; ``wait``: what the endpoint asked for."""
-        own = self._policy.backoff(attempts, self._draw)
+        """Waits before the next of a call's attempts; ``wait``: as the endpoint requested."""
+        own = self._policy.backoff(attempts)
         await self.sleep(own if wait is None else wait + min(own, 1.0))
 
-    def pause(self, fault: Fault) -> None:
-        """Refused for the rate limit: nobody sends for a while.
-
-        Raises:
-            JudgeStoppedError: that has gone on for too long.
-        """
+    def pause(self, fault: Fault) -> str | None:
+        """Refused for the rate limit: pauses all requests. What is wrong, if that has lasted too long."""
         silent = time.monotonic() - self._last_reply
         if self._limit.paused() == 0:
             self._refusals += 1
         wait = fault.wait
         if wait is None:
-            wait = self._policy.backoff(self._refusals, self._draw)
+            wait = self._policy.backoff(self._refusals)
         if silent + wait > self._policy.patience_s:
-            raise JudgeStoppedError(
-                self._told(
-                    f"{fault.message}: no reply for {silent:.0f} s, and another {wait:.0f} s to wait; run it "
-                    "again later, or lower limits.requests_per_minute and limits.concurrency"
-                )
+            return (
+                f"{fault.message}: no reply for {silent:.0f} s, and another {wait:.0f} s to wait; run it again "
+                "later, or lower limits.requests_per_minute and limits.concurrency"
             )
         self._limit.pause(wait)
+        return None
 
     async def _afford(self, usd: float) -> None:
-        """Set a request's highest cost aside; wait for those in flight, which may turn out cheaper."""
+        """Reserve a request's highest cost; waits for those in flight, which may turn out cheaper."""
         while not self._budget.reserve(usd):
-            if not self._flying:
+            if not self._in_flight:
                 budget = self._budget
                 unsure = f" and up to ${budget.uncertain:.4f} for lost replies" if budget.uncertain else ""
                 raise BudgetExceededError(
-                    self._told(
-                        f"the budget of ${budget.limit:g} does not cover another call (up to ${usd:.6f}), "
-                        f"${budget.spent:.4f} being spent{unsure}: raise budget_usd, or ask for less"
+                    self._explained(
+                        f"the budget of ${budget.limit:g} does not cover another call (up to ${usd:.6f}); "
+                        f"${budget.spent:.4f} is spent{unsure}: raise budget_usd, or judge fewer samples"
                     )
                 )
             await self._settled.wait()
             await self.sleep(0)
-        self._flying += 1
+        self._in_flight += 1

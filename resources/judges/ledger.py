@@ -1,15 +1,15 @@
-"""The ledger of judge calls: what was asked, what was answered, what it cost. Only ever appended to.
+"""The append-only ledger of judge calls: question, reply, cost.
 
 Layout below the store's root::
 
-    ledger/segments/{time}-{pid}-{random}.jsonl     one writer's lines (see `ledger_writer`)
-    ledger/compacted/{hash}.parquet                 what was in segments whose writers are gone
+    ledger/segments/{time}-{pid}-{random}.jsonl     the lines of one writer (see `ledger_writer`)
+    ledger/compacted/{hash}.parquet                 the rows of segments whose writers have ended
 
-A line is a row of `FEEDBACK_CALLS`, with NULLs left out. A call has two lines of one identity
-(call_key, called_at): ``sent`` before the request, ``ok`` or ``failed`` when it is over; the later
-one holds. A ``sent`` without an end, of a writer that is gone, reads as ``lost``: the process was
-killed meanwhile, and the call may have been paid for. Compaction publishes a Parquet file before it
-removes the segments, and readers count an identity once: killed anywhere, nothing is lost or doubled.
+A line is a row of `FEEDBACK_CALLS` without NULLs. A call has two lines with one identity (call_key,
+called_at): ``sent`` before the request, ``ok``, ``failed`` or ``stopped`` when it ends; the later one counts.
+A ``sent`` without an end, from a writer that no longer runs, reads as ``lost``: the process was killed and
+the call may have been paid for. Compaction publishes a Parquet file before it removes the segments, and
+readers count an identity once: whenever it is killed, nothing is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 import polars as pl
 
-from resources.judges.ledger_records import CallRecord, first_replies, no_calls, one_row_a_call, parse_lines
+from resources.judges.ledger_records import CallRecord, no_calls, one_row_a_call, outcomes, parse_lines
 from resources.judges.ledger_writer import SEGMENTS, Writer, new_writer
 from resources.store import ArtifactStore
 from resources.store.durable import ArtifactError, make_folder, readable_errors, temporary_name
@@ -36,13 +36,13 @@ from textalign_dagster.ids import content_hash
 
 COMPACTED = "ledger/compacted"
 COMPACT_BYTES = 8 * 2**20  # of finished segments, or…
-COMPACT_SEGMENTS = 64  # …so many of them make compaction worth while
-REMOTE_ALIVE = timedelta(hours=1)  # an object store does not tell who lives: so long may a call take
+COMPACT_SEGMENTS = 64  # …or this many of them trigger a compaction
+REMOTE_ALIVE = timedelta(hours=1)  # on an object store, a writer counts as running for this long
 
 
 @dataclass(frozen=True)
 class History:
-    """What a judge's calls used so far: sums over ``calls`` replies with known tokens."""
+    """Past usage of a judge: sums over ``calls`` replies with known tokens."""
 
     calls: int
     chars_in: int
@@ -54,7 +54,7 @@ class History:
 
 @dataclass(frozen=True)
 class Compaction:
-    """What a compaction did: segments and rows taken over, and the damage it met."""
+    """The result of a compaction: segments and rows moved, and damaged lines."""
 
     segments: int
     rows: int
@@ -64,7 +64,7 @@ class Compaction:
 class Ledger:
     """The ledger of a store. A context manager; any thread may call.
 
-    ``damages`` lists what the last read had to leave out: torn last lines of killed writers.
+    ``damages`` lists what the last read skipped: torn last lines of killed writers.
     """
 
     def __init__(self, store: ArtifactStore) -> None:
@@ -76,7 +76,7 @@ class Ledger:
 
     @property
     def storage(self) -> Storage:
-        """Where the ledger lies."""
+        """The storage that holds the ledger."""
         return self._storage
 
     def add(self, record: CallRecord) -> None:
@@ -97,7 +97,7 @@ class Ledger:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush, and let go of this writer's segment. A later `add` begins another."""
+        """Flush and release this writer's segment. A later `add` starts another."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -110,12 +110,12 @@ class Ledger:
 
     @contextlib.contextmanager
     def alone(self, batch_id: str, waiting: Callable[[], None]) -> Iterator[None]:
-        """Holds a batch of calls: who else wants to make the same one waits, and then finds the replies.
+        """Locks a batch of calls: another process with the same batch waits, and then finds the replies.
 
-        Among the processes of one machine only; on an object store nobody is held off.
+        Works among processes of one machine; on an object store there is no lock.
 
         Args:
-            waiting: called when somebody else holds it.
+            waiting: called when another process holds the lock.
         """
         with contextlib.ExitStack() as held:
             if not self._store.is_remote:
@@ -123,7 +123,7 @@ class Ledger:
                 with readable_errors(self._store.local, place, "write"):
                     make_folder(place.parent)
                     handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
-                held.callback(os.close, handle)  # lets go of it, as the end of the process does
+                held.callback(os.close, handle)  # releases the lock, as the end of the process does
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -143,12 +143,12 @@ class Ledger:
             "called_at", "call_key"
         )
 
-    def find(self, keys: Collection[str]) -> dict[str, CallRecord]:
-        """The reply to each of these calls that was received, the first one where there are several."""
-        return first_replies(self.rows(keys))
+    def outcomes(self, keys: Collection[str]) -> dict[str, CallRecord]:
+        """The outcome of each of these calls that has one: its first reply, or why it was given up."""
+        return outcomes(self.rows(keys))
 
     def history(self, judge: str, endpoint: str, params: str | None = None) -> History:
-        """What this judge used so far; with these parameters only, if given."""
+        """Past usage of this judge; with these parameters only, if given."""
         mine = (
             (pl.col("judge") == judge)
             & (pl.col("endpoint") == endpoint)
@@ -166,10 +166,10 @@ class Ledger:
         return History(rows.height, chars, fresh, cached, out, float(sums[4]))
 
     def parts(self) -> tuple[list[Path], pl.DataFrame]:
-        """The ledger without reading it whole: Parquet files, and the rows that are in none yet.
+        """The ledger without reading it whole: Parquet files, and the rows that are not in one yet.
 
-        The files never change. An identity may stand in both, or in several files: the least status of
-        `STATUS_RANK` counts, and of these the most attempts.
+        The files never change. An identity may be in both, or in several files: the lowest status by
+        `STATUS_RANK` counts, and among these the most attempts.
         """
         damages: list[str] = []
         # Segments first, as in `_read`.
@@ -186,7 +186,7 @@ class Ledger:
         return self.compact()
 
     def compact(self) -> Compaction:
-        """Move the rows of writers that are gone from segments into one Parquet file."""
+        """Move the rows of writers that have ended from segments into one Parquet file."""
         with contextlib.ExitStack() as locks:
             if not self._is_only_compaction(locks):
                 return Compaction(0, 0, [])
@@ -201,7 +201,7 @@ class Ledger:
             return Compaction(len(names), rows.height, damages)
 
     def _read(self, narrow: Any) -> pl.DataFrame:
-        """All rows after ``narrow`` (LazyFrame → LazyFrame), one of each identity."""
+        """All rows after ``narrow`` (LazyFrame → LazyFrame), one per identity."""
         for _ in range(100):
             damages: list[str] = []
             # Segments first: one that disappears meanwhile is in a Parquet file that is listed later.
@@ -212,7 +212,8 @@ class Ledger:
             except FileNotFoundError:
                 continue
             self.damages = damages
-            return one_row_a_call(pl.concat([no_calls(), *parts]))
+            # Files written before a column was added lack it.
+            return one_row_a_call(pl.concat([no_calls(), *parts], how="diagonal"))
         raise ArtifactError(f"{self._storage.place('ledger')} changes faster than it can be read")
 
     def _segment_names(self) -> list[str]:
@@ -228,7 +229,7 @@ class Ledger:
             whole, newline, torn = data.rpartition(b"\n")
             if torn and over:
                 place = self._storage.place(name)
-                damages.append(f"{place}: the last line is torn ({len(torn)} bytes) and was left out")
+                damages.append(f"{place}: the last line is incomplete ({len(torn)} bytes) and was skipped")
             frame = parse_lines(whole + newline, self._storage.place(name), damages)
             oldest = datetime.now(UTC) - REMOTE_ALIVE
             gone = pl.lit(over) | (pl.lit(self._store.is_remote) & (pl.col("called_at") < oldest))
@@ -265,7 +266,7 @@ class Ledger:
             self._storage.upload(name, path)
 
     def _is_only_compaction(self, locks: contextlib.ExitStack) -> bool:
-        """Be the one compaction of a local store; on an object store two do no harm, only work twice."""
+        """Take the compaction lock of a local store; on an object store two compactions only repeat work."""
         if self._store.is_remote:
             return True
         place = Path(self._storage.place("ledger/compaction.lock"))
@@ -274,15 +275,15 @@ class Ledger:
             return self._locked(os.open(place, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX, locks)
 
     def _is_over(self, name: str, locks: contextlib.ExitStack | None = None) -> bool:
-        """Whether a segment's writer is gone. With ``locks`` it stays so until they end."""
+        """Whether a segment's writer has ended. With ``locks`` that stays so until they are released."""
         if self._store.is_remote:
-            return locks is not None  # objects never change; who lives is not known
+            return locks is not None  # objects never change; whether the writer still runs is unknown
         try:
             handle = os.open(self._storage.place(name), os.O_RDONLY)
         except FileNotFoundError:
             return False
         with contextlib.ExitStack() as for_now:
-            # Shared, so that readers and a compaction do not take each other for the writer.
+            # Shared, so that readers and a compaction do not mistake each other for the writer.
             return self._locked(handle, fcntl.LOCK_SH, for_now if locks is None else locks)
 
     @staticmethod

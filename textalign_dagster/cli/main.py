@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import click
@@ -38,8 +39,13 @@ def main() -> None:
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable."
 )
 @click.option("--control/--no-control", default=True, help="Run the null control too (default: yes).")
+@click.option(
+    "--retry-failed", is_flag=True, help="Send judge calls again that were given up in earlier runs."
+)
 @readable
-def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool) -> None:
+def run(
+    experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool, retry_failed: bool
+) -> None:
     """Runs the iterations that are missing, in order, then shows the score table and the curves.
 
     What exists and is up to date is reused; after an interruption, the same command goes on. With
@@ -71,6 +77,7 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
     beside = library.control_of(name)
     names = [name, *([beside] if beside and control else [])]
     store, console = open_store(), open_console()
+    since = datetime.now(UTC) if retry_failed else None
     check_space(library, names, iterations, store)
     _use(library)
     # Imported now: the grid is that of the experiments known at import, and the variant is new.
@@ -78,7 +85,7 @@ def run(experiment: str, iterations: int | None, overrides: tuple[str, ...], con
 
     with dagster_instance() as instance:
         try:
-            Runner(instance, store, library, console).run(names, iterations)
+            Runner(instance, store, library, console, since).run(names, iterations)
         except RunFailed as error:
             raise Refused(
                 f"{error}\nFinished stages are kept; the same command goes on from there."

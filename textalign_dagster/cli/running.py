@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import uuid4
 
@@ -16,7 +17,7 @@ from resources.store import ArtifactError, ArtifactStore
 from textalign_dagster import PROJECT
 from textalign_dagster.cli.console import ProgressLines
 from textalign_dagster.experiment.files import Library, home
-from textalign_dagster.loop.abandoned import active_runs, process_tag, release_abandoned
+from textalign_dagster.loop.abandoned import RETRY_TAG, active_runs, process_tag, release_abandoned
 from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.progress import shown_by
 from textalign_dagster.settings import SettingsError
@@ -65,6 +66,7 @@ class Runner:
     store: ArtifactStore
     experiments: Library
     console: Console
+    retry_before: datetime | None = None  # judge calls that failed before this time are sent again
 
     def run(self, names: Sequence[str], iterations: int | None = None) -> None:
         """Runs iterations 1 … K of the experiments, side by side.
@@ -98,7 +100,11 @@ class Runner:
             fresh = freshness.iteration(cell.iteration).kind == "fresh"
         except ArtifactError:
             fresh = False  # the stage concerned makes it anew, or says what is wrong
-        if fresh and str(cell.key) in self.instance.get_materialized_partitions(evaluation.key):
+        if (
+            fresh
+            and not self._retries(freshness, cell)
+            and str(cell.key) in self.instance.get_materialized_partitions(evaluation.key)
+        ):
             self.console.print(f"[dim]{cell.key}  up to date[/dim]", highlight=False)
             return
         run_id = str(uuid4())
@@ -107,13 +113,31 @@ class Runner:
             partition_key=cell.key,
             instance=self.instance,
             raise_on_error=False,
-            tags=process_tag(run_id),
+            tags={**process_tag(run_id), **self._retry_tag()},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
         if _interrupted(result):
             raise KeyboardInterrupt
         if not result.success:
             raise RunFailed(f"{cell.key}: {_why(result)}")
+
+    def _retries(self, freshness: Freshness, cell: Cell) -> bool:
+        """Whether a cell has failed judge calls that are to be sent again."""
+        from assets.verdicts import has_failed
+
+        if self.retry_before is None:
+            return False
+        experiment, at = (
+            freshness.experiment,
+            [(cell.iteration, "feedback")] if freshness.experiment.judge else [],
+        )
+        if experiment.evaluation.judge is not None:
+            at += [(k, "evaluation") for k in ([0, 1] if cell.iteration == 1 else [cell.iteration])]
+        found = [freshness.pointer(iteration, stage) for iteration, stage in at]
+        return any(pointer is not None and has_failed(pointer.artifact) for pointer in found)
+
+    def _retry_tag(self) -> dict[str, str]:
+        return {} if self.retry_before is None else {RETRY_TAG: self.retry_before.isoformat()}
 
 
 def _interrupted(result: dg.ExecuteInProcessResult) -> bool:

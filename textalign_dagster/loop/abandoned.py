@@ -13,6 +13,8 @@ EXPERIMENT_TAG = "dagster/partition/experiment"
 PROCESS_TAG = "textalign/process"
 BATCHES_TAG = "textalign/waits_for_batches"
 """On a run whose judge's calls went to a Batch API: the jobs whose replies it needs, by name."""
+RETRY_TAG = "textalign/retry_failed_before"
+"""On a run that sends judge calls again that had failed before this time (ISO 8601, with an offset)."""
 ONE_PROCESS = ("in_process", "execute_in_process_executor")
 ACTIVE = [
     dg.DagsterRunStatus.QUEUED,

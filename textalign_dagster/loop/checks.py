@@ -6,6 +6,7 @@ the iteration before the next stage; WARN only shows.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +31,7 @@ CHECKS: Mapping[str, Mapping[str, str]] = {
     "feedback": {
         "schema": "Columns, types and a unique key; only `ok` rows carry a value.",
         "usable": "Little feedback is unparseable or failed.",
+        "judge_model": "All replies name the model requested.",
         "length_correlation": "The feedback's value does not just follow length.",
     },
     "datapool": {
@@ -42,7 +44,8 @@ CHECKS: Mapping[str, Mapping[str, str]] = {
         "diversity": "Samples are nearly as diverse as those of iteration 0.",
     },
 }
-WARNINGS = {"length_correlation", "balance"}
+WARNINGS = {"judge_model", "length_correlation", "balance"}
+DATED = re.compile(r"[-@:]?(\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3})")  # after a model's name
 
 
 def specs(asset: str) -> list[dg.AssetCheckSpec]:
@@ -145,8 +148,12 @@ def conditioned_once(template: str, conditions: pl.Series, prompts: pl.Series) -
     )
 
 
-def usable(feedback: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
-    """The share of feedback that is unparseable or failed, with reasons and examples."""
+def usable(feedback: pl.DataFrame, limit: float, remedy: str = "") -> dg.AssetCheckResult:
+    """The share of feedback that is unparseable or failed, with reasons and examples.
+
+    Args:
+        remedy: for rows that failed.
+    """
     bad = feedback.filter(pl.col("status").is_in(["unparseable", "failed"]))
     share = bad.height / max(feedback.height, 1)
     reasons = bad.group_by("status", "reason").len().sort("len", descending=True).head(5)
@@ -154,10 +161,43 @@ def usable(feedback: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
     return _verdict(
         "usable",
         share <= limit,
-        f"{share:.1%} of feedback is unusable (limit {limit:.0%})" + (f": {told}" if told else ""),
+        f"{share:.1%} of feedback is unusable (limit {limit:.0%})"
+        + (f": {told}" if told else "")
+        + (f"; {remedy}" if remedy and share > limit and "failed" in bad["status"] else ""),
         share=share,
         examples=_list(bad["sample_id"]),
     )
+
+
+def judge_model(requested: str | None, named: Mapping[str, int]) -> dg.AssetCheckResult:
+    """The models that the replies name: all the same, and the one requested (or a dated form of it).
+
+    Args:
+        requested: None: no judge.
+        named: model → replies; replies that name none are not in it.
+    """
+    listed = ", ".join(f"{name} ({n:,} replies)" for name, n in sorted(named.items()))
+    others = [name for name in named if requested is not None and not is_dated_form(name, requested)]
+    passed = not others and len(named) <= 1
+    if requested is None or not named:
+        told = "no reply names a model" if requested is not None else "no judge"
+    elif passed:
+        told = listed
+    elif others:
+        told = f"{requested} was requested, and replies name {listed}: set judge.model to the model you want"
+    else:
+        told = f"replies name {len(named)} models, {listed}: set judge.model to a dated one"
+    return _verdict("judge_model", passed, told)
+
+
+def is_dated_form(name: str, requested: str) -> bool:
+    """Whether a model's name is the one requested, or that with a date or number of a snapshot.
+
+    An organisation before the name ("openai/…") may be missing in one of them.
+    """
+    if "/" not in name or "/" not in requested:
+        name, requested = name.rpartition("/")[2], requested.rpartition("/")[2]
+    return name.startswith(requested) and DATED.fullmatch(name[len(requested) :] or "-000") is not None
 
 
 def length_correlation(values: pl.Series, lengths: pl.Series, limit: float) -> dg.AssetCheckResult:

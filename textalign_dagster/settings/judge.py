@@ -99,8 +99,8 @@ class JudgeLimits(Settings):
         6,
         ge=1,
         le=100,
-        description="Tries of one call before it counts as failed. Refusals for the rate limit (429) "
-        "do not count: they are waited out.",
+        description="Requests for one call before it counts as failed; the last one is sent once the endpoint "
+        "answers other calls. Refusals for the rate limit (429) do not count.",
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from typing import Any
 import httpx2
 import openai
 
-from resources.judges.retry import RETRIED_STATUSES, RetryPolicy
+from resources.backoff import RETRIED_STATUSES, jitter
 
 FAULTS = 3  # answers in a row that are the server's fault, after which it is left out
-WAITING = RetryPolicy(base_s=0.5, cap_s=5.0)
+BASE_S, CAP_S = 0.5, 5.0  # of the wait after a failure
 
 
 class EndpointError(Exception):
@@ -108,7 +107,6 @@ class Endpoints:
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self.servers = list(servers)
-        self._draw = random.Random()
 
     @property
     def live(self) -> list[Server]:
@@ -141,7 +139,7 @@ class Endpoints:
             finally:
                 server.flying -= 1
             if self.live:
-                await asyncio.sleep(0 if server.failed else WAITING.backoff(server.faults, self._draw))
+                await asyncio.sleep(0 if server.failed else jitter(server.faults, BASE_S, CAP_S))
 
     async def each(self, function: Callable[[Server], Awaitable[None]]) -> None:
         """``function`` of every live server at once; those with which it fails are left out."""

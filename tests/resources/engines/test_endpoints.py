@@ -18,7 +18,6 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 from resources.engines.endpoints.servers import EndpointError, Endpoints, Server, ServerFault, connected
 from resources.engines.endpoints.weights import have, label_of, still_has
 from resources.engines.endpoints.worker import Engine, every
-from resources.judges.retry import RetryPolicy
 from textalign_dagster import PROJECT
 from textalign_dagster.cli import preflight
 from textalign_dagster.experiment.files import Library
@@ -158,7 +157,7 @@ def test_nothing_is_kept_of_a_server_that_has_failed_since(when: str) -> None:
 
 
 def test_faults_in_a_row_leave_a_server_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resources.engines.endpoints.servers.WAITING", RetryPolicy(base_s=0.0))
+    monkeypatch.setattr("resources.engines.endpoints.servers.BASE_S", 0.0)
     answered = {"bad": 0, "shaky": 0}
 
     def bad(path: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -115,12 +115,19 @@ class Handler(BaseHTTPRequestHandler):
                 listed = list(self.server.batches.values())[::-1]
                 self._send({"object": "list", "data": listed, "has_more": False})
             elif found := re.fullmatch(r"/v1/batches/(\w+)", self.path):
-                batch = self.server.batches[found[1]]
+                batch = self.server.batches.get(found[1])
+                if batch is None:
+                    self._send({"error": {"message": f"No batch found with id {found[1]}"}}, 404)
+                    return
                 if self.server.ends and batch["status"] == "in_progress":
                     self.server._end(batch, "completed")
                 self._send(batch)
             elif found := re.fullmatch(r"/v1/files/([\w-]+)/content", self.path):
-                self._raw(self.server.files[found[1]], 200)
+                content = self.server.files.get(found[1])
+                if content is None:
+                    self._send({"error": {"message": "No such File object"}}, 404)
+                else:
+                    self._raw(content, 200)
             else:
                 self._send({"error": {"message": self.path}}, 404)
 

@@ -1,12 +1,13 @@
-"""An OpenAI-compatible endpoint that misbehaves on order, in a process of its own.
+"""An OpenAI-compatible endpoint with faults on request, in a process of its own.
 
-    python tests/judging/fake_endpoint.py --log requests.jsonl [--latency 0.2] [--key-sha256 HEX]
+    python tests/resources/judges/fake_endpoint.py --log requests.jsonl [--latency 0.2] [--key-sha256 HEX]
 
-prints its URL and answers ``POST /v1/chat/completions``. What goes wrong is said in the last message,
-as ``FAULT{"kind": "429", "times": 2, "retry_after": 0.1}``: the first ``times`` requests with that
-message meet the fault, later ones get the reply (`reply_to`). ``POST /control`` with
-``{"outage": true}`` lets every request fail until ``{"outage": false}``. The log has a line for every
-request when it arrives and one when it has been answered, written before the answer is sent.
+prints its URL and answers ``POST /v1/chat/completions``. The last message says what goes wrong, as
+``FAULT{"kind": "429", "times": 2, "retry_after": 0.1}``: the first ``times`` requests with that message get
+the fault, later ones the reply (`reply_to`). ``POST /control`` with ``{"every": {"kind": "503"}}`` gives every
+request that fault until ``{"every": null}``, and ``{"outage_after": [20, 0.5]}`` starts an outage (503) of 0.5
+seconds with the 20th request. The log has a line for every request when it arrives and one when it
+is answered, written before the answer is sent.
 """
 
 from __future__ import annotations
@@ -57,9 +58,18 @@ class Endpoint:
         self.latency = latency
         self.key_sha256 = key_sha256
         self.seen: Counter[str] = Counter()
-        self.outage = False
+        self.every: dict[str, Any] | None = None
+        self.outage_after: tuple[int, float] | None = None
+        self.outage_until: float | None = None
         self.no_schema = False
         self.headers: dict[str, str] = {}
+
+    def is_down(self) -> bool:
+        """Whether the outage has begun and not ended yet."""
+        if self.outage_after is None or self.seen.total() < self.outage_after[0]:
+            return False
+        self.outage_until = self.outage_until or time.monotonic() + self.outage_after[1]
+        return time.monotonic() < self.outage_until
 
     def log(self, event: str, prompt: str, what: str, **more: Any) -> None:
         line = {"event": event, "prompt": prompt, "what": what, "at": time.time(), **more}
@@ -101,8 +111,11 @@ class Connection(asyncio.Protocol):
         found = FAULT.search(prompt)
         order = json.loads(found[1]) if found else {}
         kind = order.get("kind") if self.endpoint.seen[prompt] <= order.get("times", 1) else None
-        if self.endpoint.outage:
-            kind = "503"
+        if self.endpoint.every is not None:
+            order = self.endpoint.every
+            kind = order["kind"]
+        elif self.endpoint.is_down():
+            order, kind = {}, "503"
         if self.endpoint.no_schema and "response_format" in content:
             kind = "no_schema"
         key = headers.get("authorization", "").removeprefix("Bearer ")
@@ -148,6 +161,18 @@ class Connection(asyncio.Protocol):
             self.answer(200, reply, cut=order.get("cut", "body"))
         elif kind == "schema":
             self.answer(200, {"error": {"message": "provider failed"}})
+        elif kind == "no_choices":
+            self.answer(200, {**reply, "choices": []})
+        elif kind == "page":
+            self.answer(200, b"<html><body>Gateway. Your score: 3</body></html>")
+        elif kind == "nested":
+            self.answer(200, b"[" * 100_000)
+        elif kind == "gzip":
+            self.answer(200, b"\x1f\x8b\x08nogzip", {"content-encoding": "gzip"})
+        elif kind == "filter":
+            self.answer(400, {"error": {"message": "The request was blocked.", "code": "blocked"}})
+        elif kind == "wall":
+            self.answer(403, b"<html>Request blocked</html>")
         elif kind == "dribble":
             self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
             self.dribble()
@@ -158,6 +183,12 @@ class Connection(asyncio.Protocol):
                 message |= {"content": None, "refusal": "I cannot judge that."}
             elif kind == "no_usage":
                 del reply["usage"]
+            elif kind == "huge_usage":
+                reply["usage"]["prompt_tokens"] = 10**30
+            elif kind == "model":
+                reply["model"] = order["model"]
+            elif kind == "no_model":
+                del reply["model"]
             self.answer(200, reply, self.endpoint.headers)
 
     def dribble(self) -> None:
@@ -187,7 +218,7 @@ class Connection(asyncio.Protocol):
     def answer(
         self, status: int, content: Any, headers: dict[str, str] | None = None, cut: str | None = None
     ) -> None:
-        body = json.dumps(content).encode()
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         size = len(body)
         if cut is not None:
             body = body[: len(body) // 2]
@@ -208,7 +239,7 @@ class Running:
         self.log = log
 
     def control(self, **orders: Any) -> None:
-        """Change what holds for all requests: ``outage``, ``latency``, ``headers``, ``no_schema``."""
+        """Change what holds for all requests: ``every``, ``outage_after``, ``latency``, ``headers``, …."""
         url = self.url.removesuffix("/v1") + "/control"
         urlopen(Request(url, json.dumps(orders).encode(), method="POST")).close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 
 from resources.judges import batch_jobs
 from resources.judges.batch import collect_all
-from resources.judges.batch_endpoint import Endpoint
-from resources.judges.batch_jobs import jobs
+from resources.judges.batch_jobs import Endpoint, jobs
 from resources.judges.client import BudgetExceededError, Call, JudgeStoppedError, Tally, judge_calls
 from resources.judges.errors import BatchPendingError
 from resources.judges.ledger import Ledger
@@ -103,7 +103,7 @@ def test_the_command_line_waits(store: ArtifactStore, endpoint: BatchEndpoint) -
     with shown_by(lambda _: None):
         replies = ask(store, judge(endpoint), "a", "b", progress=progress)
     assert [reply.text for reply in replies] == ["re: a", "re: b"]
-    assert "0/2 1 of 1 batches under way" in said
+    assert "0/2 1 of 1 batches in progress" in said
     assert said[-1].startswith("2/2")
 
 
@@ -140,7 +140,7 @@ def test_killed_before_sending(
     assert list(endpoint.taken.values()) == [1]
 
 
-def test_what_failed_is_no_number_and_is_asked_anew_only_on_demand(
+def test_what_failed_has_no_value_and_is_sent_again_only_on_request(
     store: ArtifactStore, endpoint: BatchEndpoint
 ) -> None:
     settings = judge(endpoint)
@@ -154,11 +154,62 @@ def test_what_failed_is_no_number_and_is_asked_anew_only_on_demand(
     assert bad.error == "HTTP 400: bad request with [key]"
     assert "batch_0 is completed" in forgotten.error
     endpoint.fails, endpoint.forgets = set(), set()
-    with pytest.raises(BatchPendingError, match="2 calls are with"):
-        ask(store, settings, "a", "b", "c")
+    again = ask(store, settings, "a", "b", "c")
+    assert [reply.error for reply in again] == [None, bad.error, forgotten.error]
+    assert all(reply.from_ledger for reply in again) and len(endpoint.batches) == 1
+    start = datetime.now(UTC)
+    for _ in range(2):
+        with pytest.raises(BatchPendingError, match="2 calls are with"):
+            ask(store, settings, "a", "b", "c", retry_before=start)
     endpoint.end()
-    assert [r.text for r in ask(store, settings, "a", "b", "c")] == ["re: a", "re: b", "re: c"]
-    assert sorted(endpoint.taken.values()) == [1, 2, 2]
+    replies = ask(store, settings, "a", "b", "c", retry_before=start)
+    assert [reply.text for reply in replies] == ["re: a", "re: b", "re: c"]
+    assert sorted(endpoint.taken.values()) == [1, 2, 2] and jobs(store.storage) == []
+
+
+def test_a_failed_call_that_the_sensor_collected_is_sent_again_on_request(
+    store: ArtifactStore, endpoint: BatchEndpoint
+) -> None:
+    settings = judge(endpoint)
+    endpoint.fails = {"b"}
+    with pytest.raises(BatchPendingError):
+        ask(store, settings, "a", "b")
+    endpoint.end()
+    with Ledger(store) as ledger:
+        collect_all(store.storage, ledger)
+    endpoint.fails = set()
+    with pytest.raises(BatchPendingError, match="1 calls are with"):
+        ask(store, settings, "a", "b", retry_before=datetime.now(UTC))
+    endpoint.end()
+    assert [reply.text for reply in ask(store, settings, "a", "b")] == ["re: a", "re: b"]
+    assert jobs(store.storage) == []
+
+
+@pytest.mark.parametrize("gone", ["batch", "file"])
+def test_a_batch_that_the_endpoint_no_longer_has(
+    store: ArtifactStore, endpoint: BatchEndpoint, gone: str
+) -> None:
+    with pytest.raises(BatchPendingError):
+        ask(store, judge(endpoint), "a")
+    endpoint.end()
+    if gone == "batch":
+        endpoint.batches.clear()
+    else:
+        del endpoint.files[endpoint.batches["batch_0"]["output_file_id"]]
+    (reply,) = ask(store, judge(endpoint), "a")
+    assert reply.status == "failed" and "no longer has the batch batch_0" in str(reply.error)
+
+
+def test_a_damaged_line_fails_its_call_only(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+    with pytest.raises(BatchPendingError):
+        ask(store, judge(endpoint), "a", "b")
+    endpoint.end()
+    name = endpoint.batches["batch_0"]["output_file_id"]
+    first, second = endpoint.files[name].splitlines()
+    odd = [b"[]", b"1", b'{"custom_id": 7}', b'{"custom_id": "x", "response": [], "error": "e"}', first[:-20]]
+    endpoint.files[name] = b"\n".join([*odd, second])
+    replies = ask(store, judge(endpoint), "a", "b")
+    assert sorted(reply.status for reply in replies) == ["failed", "ok"]
 
 
 def test_expired(store: ArtifactStore, endpoint: BatchEndpoint) -> None:

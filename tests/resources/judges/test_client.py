@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ def test_the_same_batch_at_the_same_time_is_paid_once(endpoint: Running, tmp_pat
         both = list(pool.map(run, range(2)))
     assert set(endpoint.counts().values()) == {1}
     assert sorted(reply.from_ledger for replies, _ in both for reply in replies) == [False] * 6 + [True] * 6
-    assert ["another process asks the same; waiting for it" in notes for _, notes in both].count(True) == 1
+    assert ["another process is making the same calls; waiting for it" in notes for _, notes in both].count(
+        True
+    ) == 1
 
 
 def test_what_makes_a_call_another_call(endpoint: Running, ledger: Ledger) -> None:
@@ -214,30 +217,119 @@ def test_own_rate_limit_is_kept(endpoint: Running, ledger: Ledger) -> None:
 
 def test_endless_refusals_stop_the_batch(endpoint: Running, ledger: Ledger) -> None:
     policy = RetryPolicy(base_s=0.01, cap_s=0.02, patience_s=0.3)
+    endpoint.control(every={"kind": "429"})
     with pytest.raises(JudgeStoppedError, match=r"HTTP 429.*run it again later"):
-        ask([fault("429", 10**6)], a_judge(endpoint), ledger, policy=policy)
+        ask(["limited"], a_judge(endpoint), ledger, policy=policy)
+    endpoint.control(every={"kind": "429", "retry_after": 3600})
     with pytest.raises(JudgeStoppedError, match="another 3600 s"):
-        ask([fault("429", 10**6, retry_after=3600)], a_judge(endpoint), ledger)
+        ask(["limited"], a_judge(endpoint), ledger)
+    assert accounted(endpoint, ledger)
+    endpoint.control(every=None)
+    assert ask(["limited"], a_judge(endpoint), ledger)[0].status == "ok"
+
+
+def test_a_call_that_alone_is_refused_for_ever_is_given_up(endpoint: Running, ledger: Ledger) -> None:
+    prompts = [fault("429", 10**6), *(f"fine {i}" for i in range(20))]
+    policy = RetryPolicy(base_s=0.01, cap_s=0.02, patience_s=0.5)
+    hopeless, *fine = ask(prompts, a_judge(endpoint), ledger, policy=policy)
+    assert hopeless.status == "failed" and "HTTP 429" in str(hopeless.error)
+    assert {reply.status for reply in fine} == {"ok"}
     assert accounted(endpoint, ledger)
 
 
-def test_a_call_that_keeps_failing_is_no_reply_and_is_asked_again(endpoint: Running, ledger: Ledger) -> None:
-    prompts = ["fine", fault("500", 6), fault("truncated", 10**6)]
+HOPELESS = (
+    "500",
+    "truncated",
+    "reset",
+    "page",
+    "no_choices",
+    "gzip",
+    "nested",
+    "wall",
+    "filter",
+    "400",
+    "401",
+)
+NEVER = 10**6
+
+
+def test_calls_that_always_fail_are_given_up_once_and_sent_again_only_on_request(
+    endpoint: Running, ledger: Ledger
+) -> None:
+    prompts = [fault(kind, NEVER) for kind in HOPELESS] + [f"fine {i}" for i in range(20)]
     judge = a_judge(endpoint)
-    fine, broken, cut = ask(prompts, judge, ledger)
-    assert fine.status == "ok"
-    for reply, words in ((broken, "HTTP 500"), (cut, "cut off")):
-        assert (reply.status, reply.text, reply.attempts, reply.usd) == ("failed", None, 4, None)
-        assert reply.error is not None and words in reply.error
-    fine, broken, cut = ask(prompts, judge, ledger)
-    assert (fine.from_ledger, broken.text, cut.status) == (True, reply_to(prompts[1]), "failed")
+    before = datetime.now(UTC)
+    replies = dict(zip(prompts, ask(prompts, judge, ledger), strict=True))
+    for prompt, reply in replies.items():
+        assert reply.status == ("ok" if prompt.startswith("fine") else "failed"), prompt
+    for kind, words in (
+        ("500", "HTTP 500"),
+        ("truncated", "cut off"),
+        ("gzip", "Decoding"),
+        ("filter", "blocked"),
+    ):
+        reply = replies[fault(kind, NEVER)]
+        assert (reply.text, reply.usd) == (None, None) and words in str(reply.error)
+    counts = endpoint.counts()
+    for kind in HOPELESS:
+        sent = {"wall": 2, "401": 2, "filter": 1, "400": 1}.get(kind, 4)
+        assert counts[fault(kind, NEVER)] == sent == replies[fault(kind, NEVER)].attempts, kind
     assert accounted(endpoint, ledger)
+
+    requests = len(endpoint.lines())
+    again = ask(prompts, judge, ledger)
+    assert [reply.status for reply in again] == [reply.status for reply in replies.values()]
+    assert [reply.error for reply in again] == [reply.error for reply in replies.values()]
+    assert all(reply.from_ledger for reply in again) and len(endpoint.lines()) == requests
+    ahead = forecast(calls_for(prompts), judge, ledger)
+    assert (ahead.calls, ahead.cached, ahead.failed) == (0, 20, len(HOPELESS))
+
+    # On request: those alone, and a probe, for nothing else can show that the endpoint is up.
+    start = datetime.now(UTC)
+    retried = ask(prompts, judge, ledger, retry_before=start)
+    assert sum(not reply.from_ledger for reply in retried) == len(HOPELESS)
+    assert [reply.status for reply in retried] == [reply.status for reply in replies.values()]
+    requests = len(endpoint.lines())
+    ask(prompts, judge, ledger, retry_before=start)  # in the same run, for another stage
+    ask(prompts, judge, ledger, retry_before=before)
+    assert len(endpoint.lines()) == requests
+    assert accounted(endpoint, ledger)
+    probes = ledger.frame().filter(purpose="probe")
+    assert 1 <= probes.height <= 5 and set(probes["status"]) == {"ok"}
+
+
+def test_what_was_given_up_and_answers_now_is_ok(endpoint: Running, ledger: Ledger) -> None:
+    prompts = ["fine", fault("500", 4)]
+    judge = a_judge(endpoint, limits={"concurrency": 1})
+    assert [reply.status for reply in ask(prompts, judge, ledger)] == ["ok", "failed"]
+    assert [reply.status for reply in ask(prompts, judge, ledger)] == ["ok", "failed"]
+    retried = ask(prompts, judge, ledger, retry_before=datetime.now(UTC))
+    assert [reply.status for reply in retried] == ["ok", "ok"]
+    assert [reply.status for reply in ask(prompts, judge, ledger)] == ["ok", "ok"]
+
+
+def test_hopeless_calls_at_the_end_do_not_look_like_an_outage(endpoint: Running, ledger: Ledger) -> None:
+    """More than `outage_calls` of them, all together, with nothing else left to ask."""
+    fine = [f"fine {i}" for i in range(10)]
+    hopeless = [f"{i} {fault('page', NEVER)}" for i in range(40)]
+    judge = a_judge(endpoint, limits={"attempts": 2})
+    ask(fine, judge, ledger)
+    replies = ask([*fine, *hopeless], judge, ledger)
+    assert [reply.status for reply in replies] == ["ok"] * 10 + ["failed"] * 40
+    assert accounted(endpoint, ledger)
+
+
+def test_where_no_call_ever_worked_a_neutral_question_decides(endpoint: Running, ledger: Ledger) -> None:
+    replies = ask([fault("page", NEVER), fault("filter", NEVER)], a_judge(endpoint), ledger)
+    assert [reply.status for reply in replies] == ["failed", "failed"]
+    probes = ledger.frame().filter(purpose="probe")
+    assert set(probes["status"]) == {"ok"} and accounted(endpoint, ledger)
 
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
     [
-        ("400", "mend decoding"),
+        ("400", "correct decoding"),
         ("401", "api_key_env"),
         ("403", "this model"),
         ("404", "check model and base_url"),
@@ -245,26 +337,42 @@ def test_a_call_that_keeps_failing_is_no_reply_and_is_asked_again(endpoint: Runn
         ("quota", "top up the account"),
     ],
 )
-def test_what_only_a_person_can_mend_stops_at_once(
-    endpoint: Running, ledger: Ledger, kind: str, remedy: str
+@pytest.mark.parametrize("worked", [False, True])
+def test_what_every_call_is_refused_for_stops_at_once(
+    endpoint: Running, ledger: Ledger, kind: str, remedy: str, worked: bool
 ) -> None:
     judge = a_judge(endpoint, limits={"concurrency": 2})
+    prompts = [f"call {i}" for i in range(100)]
+    if worked:
+        ask(prompts[:10], judge, ledger)
+    endpoint.control(every={"kind": kind})
     with pytest.raises(JudgeStoppedError, match=remedy):
-        ask([fault(kind, 10**6), *(f"after {i}" for i in range(500))], judge, ledger)
-    assert len(endpoint.lines()) < 100
-    assert endpoint.counts()[fault(kind, 10**6)] == 1
+        ask(prompts, judge, ledger)
+    assert len(endpoint.lines()) < 20
     assert accounted(endpoint, ledger)
+    endpoint.control(every=None)
+    assert {reply.status for reply in ask(prompts, judge, ledger)} == {"ok"}
 
 
 def test_what_one_call_is_refused_for_fails_that_call_only(endpoint: Running, ledger: Ledger) -> None:
-    long, fine = ask([fault("context", 10**6), "fine"], a_judge(endpoint), ledger)
+    long, fine = ask([fault("context", NEVER), "fine"], a_judge(endpoint), ledger)
     assert (long.status, long.attempts, fine.status) == ("failed", 1, "ok")
     assert long.error is not None and "context" in long.error
 
 
+def test_a_reply_names_its_model(endpoint: Running, ledger: Ledger) -> None:
+    prompts = ["as requested", fault("model", NEVER, model="judge-2-mini"), fault("no_model", NEVER)]
+    replies = ask(prompts, a_judge(endpoint), ledger)
+    assert [reply.model for reply in replies] == ["judge-1", "judge-2-mini", None]
+    assert [reply.model for reply in ask(prompts, a_judge(endpoint), ledger)] == [r.model for r in replies]
+    assert sorted(ledger.frame()["reply_model"].drop_nulls()) == ["judge-1", "judge-2-mini"]
+
+
 def test_empty_replies_and_refusals_are_replies(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, prices=PRICES)
-    empty, refusal, uncounted = ask([fault("empty"), fault("refusal"), fault("no_usage")], judge, ledger)
+    kinds = ("empty", "refusal", "no_usage", "huge_usage")
+    empty, refusal, uncounted, huge = ask([fault(kind) for kind in kinds], judge, ledger)
+    assert huge.tokens_in is None and ledger.frame().height == 4
     assert (empty.status, empty.text, empty.refusal) == ("ok", "", None)
     assert (refusal.status, refusal.text, refusal.refusal) == ("ok", None, "I cannot judge that.")
     assert uncounted.tokens_in is None
@@ -286,11 +394,11 @@ def test_an_outage_stops_the_batch_and_later_it_goes_on(endpoint: Running, ledge
 
     def cut(done: int, total: int, note: str) -> None:
         if done < 300:
-            endpoint.control(outage=True)
+            endpoint.control(every={"kind": "503"})
 
-    with pytest.raises(JudgeStoppedError, match=r"16 calls in a row.*503.*down"):
+    with pytest.raises(JudgeStoppedError, match=r"\d+ calls in a row failed.*503.*down"):
         ask(prompts, judge, ledger, progress=cut)
-    endpoint.control(outage=False)
+    endpoint.control(every=None)
     replies = ask(prompts, judge, ledger)
     assert [reply.text for reply in replies] == [reply_to(prompt) for prompt in prompts]
     answered = [line["prompt"] for line in endpoint.lines("answered") if line["what"] == "reply"]
@@ -299,8 +407,8 @@ def test_an_outage_stops_the_batch_and_later_it_goes_on(endpoint: Running, ledge
 
 
 def test_a_short_outage_is_sat_out(endpoint: Running, ledger: Ledger) -> None:
-    endpoint.control(outage=True)
-    timer = threading.Timer(0.3, lambda: endpoint.control(outage=False))
+    endpoint.control(every={"kind": "503"})
+    timer = threading.Timer(0.3, lambda: endpoint.control(every=None))
     timer.start()
     policy = RetryPolicy(base_s=0.2, cap_s=0.4)
     judge = a_judge(endpoint, limits={"attempts": 20})
@@ -312,10 +420,12 @@ def test_a_short_outage_is_sat_out(endpoint: Running, ledger: Ledger) -> None:
 
 def test_nobody_there(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, base_url="http://127.0.0.1:9/v1", limits={"attempts": 2})
-    replies = ask(["a", "b"], judge, ledger)
-    assert {reply.status for reply in replies} == {"failed"}
-    assert ledger.frame()["lost_replies"].sum() == 0  # never sent, never paid
-    assert all("connection failed" in (reply.error or "") for reply in replies)
+    with pytest.raises(JudgeStoppedError, match=r"connection failed.*seems to be down"):
+        ask(["a", "b"], judge, ledger)
+    rows = ledger.frame()
+    assert rows["lost_replies"].sum() == 0  # never sent, never paid
+    assert set(rows["status"]) == {"stopped"}
+    assert all("connection failed" in error for error in rows["error"])
 
 
 def start(endpoint: Running, store: Path, calls: int) -> subprocess.Popen[bytes]:
@@ -400,7 +510,7 @@ def test_an_interrupt_does_not_wait_for_ever(endpoint: Running, ledger: Ledger) 
     with pytest.raises(StopError):
         ask([fault("timeout")], a_judge(endpoint), ledger, progress=stop, policy=policy)
     (row,) = ledger.frame().to_dicts()
-    assert (row["status"], row["lost_replies"], row["error"]) == ("failed", 1, "stopped while in flight")
+    assert (row["status"], row["lost_replies"], row["error"]) == ("stopped", 1, "stopped while in flight")
 
 
 def test_the_budget_stops_before_it_is_exceeded(endpoint: Running, ledger: Ledger) -> None:
@@ -464,10 +574,12 @@ def test_the_key_is_nowhere(endpoint: Running, tmp_path: Path, ledger: Ledger) -
         process.wait(timeout=30)
     output = told(store).read_text()
     assert "finished" in output and "DEBUG" in output
+    endpoint.control(every={"kind": "echo_key"})
     with pytest.raises(JudgeStoppedError) as stopped:
-        ask([fault("echo_key", 10**6)], a_judge(endpoint), ledger)
+        ask(["echoed"], a_judge(endpoint), ledger)
     assert "[key]" in str(stopped.value)
-    (reply,) = ask([fault("echo_key_500", 10**6)], a_judge(endpoint), ledger)
+    endpoint.control(every=None)
+    (reply,) = ask([fault("echo_key_500", NEVER)], a_judge(endpoint), ledger)
     assert reply.error is not None and "[key]" in reply.error
     ledger.flush()
     texts = [output, str(stopped.value), repr(stopped.value), repr(reply), repr(a_judge(endpoint))]
@@ -483,10 +595,18 @@ def test_a_missing_key_stops_before_anything(
     with pytest.raises(JudgeStoppedError, match="environment variable CANARY_KEY"):
         ask(["a"], a_judge(endpoint), ledger)
     monkeypatch.setenv("CANARY_KEY", "not a key\n at all")
-    with pytest.raises(JudgeStoppedError, match="holds is no key") as stopped:
+    with pytest.raises(JudgeStoppedError, match="is not a valid key") as stopped:
         ask(["a"], a_judge(endpoint), ledger)
     assert "at all" not in str(stopped.value)
     assert not endpoint.lines()
+
+
+def test_a_placeholder_for_a_key_changes_no_reply(
+    tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANARY_KEY", "e")
+    with running(tmp_path / "open.jsonl") as endpoint:
+        assert ask(["a"], a_judge(endpoint), ledger)[0].text == reply_to("a")
 
 
 def test_without_a_key_none_is_sent(tmp_path: Path, ledger: Ledger) -> None:
@@ -507,7 +627,9 @@ def test_response_formats(endpoint: Running, ledger: Ledger) -> None:
     replies = judge_calls(calls, auto, ledger)
     assert {reply.status for reply in replies} == {"ok"}
     assert sum(reply.from_ledger for reply in replies) == 2
-    assert set(ledger.find([reply.call_key for reply in replies])) == {reply.call_key for reply in replies}
+    assert set(ledger.outcomes([reply.call_key for reply in replies])) == {
+        reply.call_key for reply in replies
+    }
     before = len(endpoint.lines())
     assert all(reply.from_ledger for reply in judge_calls(calls, auto, ledger))
     off = judge_calls(calls, a_judge(endpoint, structured="off"), ledger)

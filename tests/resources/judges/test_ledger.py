@@ -18,8 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.judges.ledger import Ledger
-from resources.judges.ledger_records import CallRecord
-from resources.judges.ledger_table import FEEDBACK_CALLS
+from resources.judges.ledger_records import FEEDBACK_CALLS, CallRecord
 from resources.store import ArtifactError, ArtifactStore
 from resources.views import connect, write_catalog
 from textalign_dagster import PROJECT
@@ -63,7 +62,7 @@ def in_process(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 def test_what_is_added_is_there(any_store: ArtifactStore) -> None:
     with Ledger(any_store) as ledger:
-        assert ledger.frame().schema == FEEDBACK_CALLS and ledger.find(["key000000001"]) == {}
+        assert ledger.frame().schema == FEEDBACK_CALLS and ledger.outcomes(["key000000001"]) == {}
         added = [record(1, raw_reply='line\nbreak " é \0', refusal="no"), record(2), record(3, "failed")]
         for each in added:
             ledger.add(each)
@@ -71,7 +70,7 @@ def test_what_is_added_is_there(any_store: ArtifactStore) -> None:
         for reader in (ledger, Ledger(any_store)):
             assert reader.frame().schema == FEEDBACK_CALLS
             assert [CallRecord._make(row) for row in reader.frame().iter_rows()] == added
-            assert reader.find([f"key{n:09}" for n in range(9)]) == {r.call_key: r for r in added[:2]}
+            assert reader.outcomes([f"key{n:09}" for n in range(9)]) == {r.call_key: r for r in added}
     with Ledger(any_store) as ledger:
         assert ledger.compact().rows == 3
         assert [CallRecord._make(row) for row in ledger.frame().iter_rows()] == added
@@ -84,7 +83,7 @@ def test_lone_surrogates_do_not_break_readers(store: ArtifactStore) -> None:
     with Ledger(store) as ledger:
         ledger.add(record(1, raw_reply="half \ud83d of a pair"))
         ledger.flush()
-        assert ledger.find(["key000000001"])["key000000001"].raw_reply == "half ? of a pair"
+        assert ledger.outcomes(["key000000001"])["key000000001"].raw_reply == "half ? of a pair"
 
 
 def test_the_first_reply_counts_and_every_payment_shows(store: ArtifactStore) -> None:
@@ -92,7 +91,7 @@ def test_the_first_reply_counts_and_every_payment_shows(store: ArtifactStore) ->
         second.add(record(1, called_at=START + timedelta(seconds=9), raw_reply="later"))
         first.add(record(1))
         first.flush(), second.flush()
-        assert first.find(["key000000001"])["key000000001"].raw_reply == "reply 1"
+        assert first.outcomes(["key000000001"])["key000000001"].raw_reply == "reply 1"
         assert second.frame()["usd"].sum() == 1.0
 
 
@@ -108,7 +107,7 @@ def test_calls_in_flight_become_lost_when_their_writer_is_gone(store: ArtifactSt
         assert reader.frame()["status"].to_list() == ["lost", "ok", "failed"]
         assert reader.compact().rows == 3 and not segments(store)
         assert reader.frame()["status"].to_list() == ["lost", "ok", "failed"]
-        assert list(reader.find([f"key{n:09}" for n in range(5)])) == ["key000000002"]
+        assert set(reader.outcomes([f"key{n:09}" for n in range(5)])) == {"key000000002", "key000000003"}
 
 
 def test_several_processes_write_at_once(store: ArtifactStore) -> None:
@@ -150,7 +149,7 @@ def test_a_torn_end_costs_its_line_only(
     reader = Ledger(store)
     assert reader.frame()["call_key"].to_list() == ["key000000000", "key000000001"]
     assert len(reader.damages) == (len(whole) - cut > ends[1] + 1 or garbage)
-    assert all("torn" in damage and segment.name in damage for damage in reader.damages)
+    assert all("incomplete" in damage and segment.name in damage for damage in reader.damages)
     assert reader.compact().rows == 2
 
 
@@ -245,7 +244,7 @@ def test_a_hundred_thousand_lookups_take_less_than_a_second(large: ArtifactStore
     seconds = []
     for _ in range(3):
         started = time.process_time()  # of all threads: more than the wall time of an idle machine
-        assert len(ledger.find(keys)) == 50_000
+        assert len(ledger.outcomes(keys)) == 50_000
         seconds.append(time.process_time() - started)
     assert min(seconds) < 1.0
 
@@ -290,3 +289,34 @@ def test_a_catalog_copies_no_compacted_call(store: ArtifactStore) -> None:
         assert database.execute("SELECT count(*), sum(usd) FROM feedback_calls").fetchall() == [
             (2_000, 1_000)
         ]
+
+
+def test_a_ledger_without_the_newest_column_is_read(store: ArtifactStore) -> None:
+    """Written before replies named their model: a segment, and a Parquet file."""
+    names = [name for name in FEEDBACK_CALLS if name != "reply_model"]
+    old = pl.DataFrame([record(n)._asdict() for n in (1, 2)], schema=FEEDBACK_CALLS).select(names)
+    compacted = store.local / "ledger" / "compacted" / "old.parquet"
+    compacted.parent.mkdir(parents=True)
+    old.write_parquet(compacted)
+    segment = store.local / "ledger" / "segments" / "20260101T000000-1-00000000.jsonl"
+    segment.parent.mkdir(parents=True)
+    segment.write_bytes(record(3).line())
+    assert b"reply_model" not in segment.read_bytes()
+    with Ledger(store) as ledger:
+        ledger.add(record(4, reply_model="m-1"))
+        ledger.flush()
+        assert ledger.frame().schema == FEEDBACK_CALLS
+        assert ledger.frame()["reply_model"].to_list() == [None, None, None, "m-1"]
+        assert len(ledger.outcomes([f"key{n:09}" for n in (1, 2, 3, 4)])) == 4
+    with connect(store) as database:
+        rows = database.execute("SELECT call_key, reply_model FROM feedback_calls ORDER BY ALL").fetchall()
+    assert rows == [(f"key{n:09}", "m-1" if n == 4 else None) for n in (1, 2, 3, 4)]
+
+
+def test_a_call_stopped_by_an_earlier_version_has_no_outcome(store: ArtifactStore) -> None:
+    with Ledger(store) as ledger:
+        ledger.add(record(1, "failed", error="stopped while in flight"))
+        ledger.add(record(2, "stopped", error="HTTP 503: Overloaded"))
+        ledger.add(record(3, "failed", error="HTTP 503: Overloaded"))
+        ledger.flush()
+        assert list(ledger.outcomes([f"key{n:09}" for n in (1, 2, 3)])) == ["key000000003"]

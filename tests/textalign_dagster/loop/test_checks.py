@@ -118,6 +118,37 @@ def test_usable() -> None:
     assert checks.usable(rows.filter(pl.col("status") == "skipped"), limit=0.0).passed  # nothing was asked
 
 
+def test_usable_names_the_remedy_where_it_helps() -> None:
+    rows = pl.DataFrame({"sample_id": ["a"], "status": ["failed"], "reason": ["timeout"]})
+    assert str(checks.usable(rows, 0.0, "send it again").description).endswith("; send it again")
+    assert "send" not in str(checks.usable(rows, 1.0, "send it again").description)
+    garbled = rows.with_columns(status=pl.lit("unparseable"))
+    assert "send" not in str(checks.usable(garbled, 0.0, "send it again").description)
+
+
+@pytest.mark.parametrize(
+    ("requested", "named", "passed"),
+    [
+        ("judge-1", {"judge-1": 9}, True),
+        ("judge-1", {}, True),
+        (None, {}, True),
+        ("gpt-4o-mini", {"gpt-4o-mini-2024-07-18": 9}, True),
+        ("gpt-4o", {"gpt-4o-mini-2024-07-18": 9}, False),
+        ("claude-3-opus", {"claude-3-opus@20240229": 9}, True),
+        ("openai/gpt-4o", {"gpt-4o-2024-08-06": 1}, True),
+        ("Qwen/Qwen2.5-7B", {"Other/Qwen2.5-7B": 1}, False),
+        ("judge-1", {"judge-2-mini": 9}, False),
+        ("judge-1", {"judge-1-mini": 9}, False),
+        ("gpt-4o-mini-2024-07-18", {"gpt-4o-mini": 9}, False),
+        ("gpt-4", {"gpt-4-0613": 5, "gpt-4-0314": 4}, False),
+    ],
+)
+def test_judge_model(requested: str | None, named: dict[str, int], passed: bool) -> None:
+    found = checks.judge_model(requested, named)
+    assert (found.passed, found.severity) == (passed, WARN)
+    assert all(name in str(found.description) for name in named)
+
+
 @pytest.mark.parametrize(("lengths", "passed"), [([1, 2, 3, 4], False), ([2, 1, 1, 2], True)])
 def test_length_correlation(lengths: list[int], passed: bool) -> None:
     result = checks.length_correlation(pl.Series([1.0, 2.0, 3.0, 4.0]), pl.Series(lengths), limit=0.5)
