@@ -31,7 +31,7 @@ from textalign_dagster.experiment.evaluation import (
 )
 from textalign_dagster.experiment.policies import baselines, fluency_model
 from textalign_dagster.ids import content_hash
-from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING
+from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, swapped
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
@@ -154,6 +154,7 @@ class Measuring:
                 "engine": experiment.sampling.engine,
                 "dtype": experiment.policy.dtype,
                 **experiment.sampling.served,
+                **swapped(experiment.sampling.engine),
             }
         asked_of = self.prompts.select("prompt_id", "seeds").rows()
 
@@ -189,7 +190,8 @@ class Measuring:
             nll = [(i, -logprob, n) for i, (logprob, n) in zip(known["sample_id"], found, strict=True)]
             draft.write("surprise", pl.DataFrame(nll, SURPRISE, orient="row"), SURPRISE)
 
-        settings = {"engine": self.experiment.sampling.engine, "dtype": self.experiment.policy.dtype}
+        engine = self.experiment.sampling.engine
+        settings = {"engine": engine, "dtype": self.experiment.policy.dtype, **swapped(engine)}
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
         return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
 

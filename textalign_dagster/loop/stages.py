@@ -44,6 +44,20 @@ VERSIONS = {
 """Raised when a change of code changes what a stage makes of the same inputs and settings."""
 
 
+SWAPPED = {"vllm": 2}
+"""Raised when an engine has used wrong weights after it was given other ones.
+
+vllm 2: vLLM's CPU build kept the first model's output head where embeddings are tied, so from iteration 2 on it
+sampled from a mixture of two policies. A key does not tell a CPU from a GPU, nor tied embeddings: all samples that
+`engine: vllm` drew from swapped-in weights count as stale.
+"""
+
+
+def swapped(engine: str) -> dict[str, int]:
+    """What marks the output of an engine whose weights were swapped, for the keys of artifacts."""
+    return {"swapped_weights": SWAPPED[engine]} if engine in SWAPPED else {}
+
+
 def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[str, Any]:
     """What of the experiment matters to a stage in an iteration, as plain JSON.
 
@@ -73,6 +87,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
                 **_structured(experiment),
             },
             "dtype": experiment.policy.dtype,
+            **(swapped(experiment.sampling.engine) if iteration > 1 else {}),
             **(conditioning if iteration > 1 and method.exemplar is not None else unconditioned),
         }
     elif stage == "feedback":
@@ -108,6 +123,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
             "dtype": experiment.policy.dtype,
             "seed": experiment.seed,
             "probes": list(probes),
+            **(swapped(experiment.sampling.engine) if iteration > 0 else {}),
             **(conditioning if asked else unconditioned),
         }
     else:

@@ -147,3 +147,19 @@ def test_an_unknown_stage_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown stage 'x'; one of prompt_draws, "):
         stage_settings(LIBRARY.load("pep8_quark"), "x", 1)
     assert set(VERSIONS) == set(STAGES)
+
+
+def test_samples_of_swapped_weights_are_marked_by_engine() -> None:
+    """vLLM's CPU build sampled from wrong weights once they were swapped: such samples count as stale."""
+    plain = LIBRARY.load("pep8_alt_lmu")
+    vllm = LIBRARY.overridden("pep8_alt_lmu", ["sampling.engine=vllm"])
+    marked = {"swapped_weights": 2}
+    for stage, iteration, expected in (
+        ("generations", 1, {}),  # the first weights of an engine
+        ("generations", 2, marked),
+        ("evaluation", 0, {}),
+        ("evaluation", 1, marked),
+    ):
+        settings = stage_settings(vllm, stage, iteration)
+        assert {k: v for k, v in settings.items() if k == "swapped_weights"} == expected, stage
+        assert "swapped_weights" not in stage_settings(plain, stage, iteration)
