@@ -104,6 +104,24 @@ class Method(Settings):
         return single(rows)
 
 
+class Unconditional(Method):
+    """A method that trains on all usable samples and asks the policy for nothing."""
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return ("sample",)
+
+    @property
+    def exemplar(self) -> None:
+        return None
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        usable = pl.col("status") == "ok"
+        return rows.with_columns(
+            label=pl.when(usable).then(pl.lit(self.buckets[0])), condition=pl.lit(None, dtype=pl.String)
+        )
+
+
 class Conditional(Method):
     """A method that asks for something, by one of the published policies."""
 

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import polars as pl
 from pydantic import Field
 
-from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.base import FeedbackKind, Unconditional
 from textalign_dagster.pool.examples import pairs
 
 
-class DPO(Method):
+class DPO(Unconditional):
     """Pairs of a prompt's samples: the one with the higher reward is chosen, the other rejected."""
 
     objectives: ClassVar[tuple[str, ...]] = ("dpo", "ipo")
@@ -28,20 +28,6 @@ class DPO(Method):
     @property
     def wants(self) -> FeedbackKind:
         return "reward"
-
-    @property
-    def buckets(self) -> tuple[str, ...]:
-        return ("sample",)
-
-    @property
-    def exemplar(self) -> None:
-        return None
-
-    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        usable = (pl.col("status") == "ok") & pl.col("value").is_not_null()
-        return rows.with_columns(
-            label=pl.when(usable).then(pl.lit(self.buckets[0])), condition=pl.lit(None, dtype=pl.String)
-        )
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         return pairs(rows, per_prompt=self.pairs_per_prompt, margin=self.margin)

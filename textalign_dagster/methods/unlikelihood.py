@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import polars as pl
-
-from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.base import FeedbackKind, Unconditional
 
 
-class Unlikelihood(Method):
+class Unlikelihood(Unconditional):
     """Every sample is trained on: marked stretches become less likely, the rest more."""
 
     objectives: ClassVar[tuple[str, ...]] = ("unlikelihood",)
@@ -19,17 +17,3 @@ class Unlikelihood(Method):
     @property
     def wants(self) -> FeedbackKind:
         return "spans"
-
-    @property
-    def buckets(self) -> tuple[str, ...]:
-        return ("sample",)
-
-    @property
-    def exemplar(self) -> None:
-        return None
-
-    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        usable = pl.col("status") == "ok"
-        return rows.with_columns(
-            label=pl.when(usable).then(pl.lit(self.buckets[0])), condition=pl.lit(None, dtype=pl.String)
-        )

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from training.objectives.base import Loss, Need, Objective, Sequences
-from training.objectives.pairs import log_ratios, mass_of_pairs, paired
+from training.objectives.base import Loss, Sequences
+from training.objectives.pairs import ReferencePairObjective, log_ratios, pair_loss, paired
 from training.objectives.tokens import Tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class DPO(Objective):
+class DPO(ReferencePairObjective):
     """The loss per pair: −log σ(β·margin), the margin of the implicit rewards log π/π_ref."""
 
     name: Literal["dpo"] = "dpo"
@@ -26,24 +26,9 @@ class DPO(Objective):
         lt=0.5,
         description="Probability that a pair is the wrong way round (cDPO), e.g. the judge's inconsistency.",
     )
-    reference: Literal["base", "parent"] = Field(
-        "base", description="The reference: the base policy, or the policy this iteration started from."
-    )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        return frozenset({"reference log-probs", "groups"})
-
-    @property
-    def reference_policy(self) -> Literal["base", "parent"]:
-        return self.reference
-
-    def mass(self, sequences: Sequences) -> Tensor:
-        return mass_of_pairs(sequences)
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        ratios = log_ratios(tokens, sequences)
-        chosen, rejected = paired(sequences)
+        ratios, (chosen, rejected) = log_ratios(tokens, sequences), paired(sequences)
         return dpo(
             ratios[chosen],
             ratios[rejected],
@@ -66,12 +51,6 @@ def dpo(
     """
     from torch.nn.functional import logsigmoid
 
-    margins = chosen - rejected
-    losses = -(1 - label_smoothing) * logsigmoid(beta * margins) - label_smoothing * logsigmoid(
-        -beta * margins
-    )
-    weights = weights.to(losses.dtype)
-    parts = {"margin": beta * margins, "accuracy": (margins > 0).to(losses.dtype)}
-    return Loss(
-        (weights * losses).sum(), {name: (weights * part).sum().detach() for name, part in parts.items()}
-    )
+    margins = beta * (chosen - rejected)
+    losses = -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)
+    return pair_loss(losses, margins, weights)

@@ -1,14 +1,45 @@
-"""What objectives over preference pairs share: which sequences make a pair, and their log-ratios."""
+"""What objectives over preference pairs share: which sequences make a pair, their weights and log-ratios."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
-from training.objectives.base import CHOSEN, REJECTED, Sequences
+from pydantic import Field
+
+from training.objectives.base import CHOSEN, REJECTED, Loss, Need, Objective, Sequences
 from training.objectives.tokens import Tokens, per_sequence, target_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class PairObjective(Objective):
+    """A mean over pairs, each with its weight; both sequences of a pair share a micro-batch."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"groups"})
+
+    def mass(self, sequences: Sequences) -> Tensor:
+        """The sum of the pairs' weights; both sequences of a pair have the pair's weight."""
+        return sequences.weights[sequences.roles == CHOSEN].sum()
+
+
+class ReferencePairObjective(PairObjective):
+    """One that compares the policy with a reference."""
+
+    reference: Literal["base", "parent"] = Field(
+        "base", description="The reference: the base policy, or the policy this iteration started from."
+    )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"reference log-probs", "groups"})
+
+    @property
+    def reference_policy(self) -> Literal["base", "parent"]:
+        return self.reference
 
 
 def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
@@ -22,9 +53,10 @@ def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return places(CHOSEN), places(REJECTED)
 
 
-def mass_of_pairs(sequences: Sequences) -> Tensor:
-    """The sum of the pairs' weights; both sequences of a pair have the pair's weight."""
-    return sequences.weights[sequences.roles == CHOSEN].sum()
+def log_probs(tokens: Tokens, sequences: Sequences) -> Tensor:
+    """log π(y|x) of every sequence, summed over its tokens, [B]."""
+    values = target_log_probs(tokens.log_probs, tokens.targets)
+    return per_sequence(values, tokens.rows, len(sequences.weights))
 
 
 def log_ratios(tokens: Tokens, sequences: Sequences) -> Tensor:
@@ -32,3 +64,16 @@ def log_ratios(tokens: Tokens, sequences: Sequences) -> Tensor:
     assert tokens.reference_log_probs is not None, "the objective needs them"
     ratios = target_log_probs(tokens.log_probs, tokens.targets) - tokens.reference_log_probs
     return per_sequence(ratios, tokens.rows, len(sequences.weights))
+
+
+def pair_loss(losses: Tensor, margins: Tensor, weights: Tensor) -> Loss:
+    """The weighted sum of the pairs' losses, with the mean margin and how often it is positive.
+
+    Args:
+        losses, margins, weights: [pairs].
+    """
+    weights = weights.to(losses.dtype)
+    parts: Mapping[str, Tensor] = {"margin": margins, "accuracy": (margins > 0).to(losses.dtype)}
+    return Loss(
+        (weights * losses).sum(), {name: (weights * part).sum().detach() for name, part in parts.items()}
+    )

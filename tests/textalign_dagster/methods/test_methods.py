@@ -8,7 +8,18 @@ import polars as pl
 import pytest
 from pydantic import ValidationError
 
-from textalign_dagster.methods import AltLMC, AltLMU, AltRM, AnyMethod, Method, NoFeedback, Quark, SteerLM
+from textalign_dagster.methods import (
+    DPO,
+    AltLMC,
+    AltLMU,
+    AltRM,
+    AnyMethod,
+    Method,
+    NoFeedback,
+    Quark,
+    SteerLM,
+    Unlikelihood,
+)
 from textalign_dagster.methods.base import VARIED
 from textalign_dagster.pool.conditioning import render
 
@@ -29,6 +40,8 @@ METHODS: list[Method] = [
     Quark(),
     SteerLM(),
     NoFeedback(),
+    DPO(),
+    Unlikelihood(),
 ]
 
 
