@@ -6,10 +6,10 @@ from typing import Literal
 
 import polars as pl
 
-from textalign_dagster.methods.base import Method
+from textalign_dagster.methods.base import Unconditional
 
 
-class NoFeedback(Method):
+class NoFeedback(Unconditional):
     """Trains on the policy's own samples, unconditioned and unfiltered.
 
     Whatever this improves is not due to feedback: training on one's own samples alone can sharpen
@@ -25,10 +25,6 @@ class NoFeedback(Method):
     @property
     def buckets(self) -> tuple[str, ...]:
         return ("own sample",)
-
-    @property
-    def exemplar(self) -> None:
-        return None
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         return rows.with_columns(label=pl.lit(self.buckets[0]), condition=pl.lit(None, dtype=pl.String))

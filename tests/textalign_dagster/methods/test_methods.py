@@ -20,7 +20,7 @@ from textalign_dagster.methods import (
     SteerLM,
     Unlikelihood,
 )
-from textalign_dagster.methods.base import VARIED
+from textalign_dagster.methods.base import VARIED, Unconditional
 from textalign_dagster.pool.conditioning import render
 
 ROWS = pl.DataFrame(
@@ -164,7 +164,7 @@ def test_what_holds_of_every_method(method: Method) -> None:
     assert len(set(method.buckets)) == len(method.buckets) > 0
     assert all(isinstance(bucket, str) and bucket for bucket in method.buckets)
     assert method.exemplar not in method.probes
-    assert (method.exemplar is None) == (method.wants is None)
+    assert (method.exemplar is None) == isinstance(method, Unconditional)
     assert set(method.special_tokens) <= set(method.buckets)
     assert method.sweep == (() if method.exemplar is None else (method.exemplar, *method.probes))
     assert type(method).__doc__

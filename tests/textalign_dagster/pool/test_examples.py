@@ -159,9 +159,7 @@ def test_batches_of_alignment_with_huggingface(setting: str, tmp_path: Path) -> 
     )
     store.assign("e", 1, "datapool", pool, settings={}, checks={})
     with connect(store) as connection:
-        batch = pl.from_arrow(
-            connection.execute("FROM preference_batches ORDER BY generation1").to_arrow_table()
-        )
+        batch = pl.from_arrow(connection.sql("FROM preference_batches ORDER BY generation1").to_arrow_table())
         assert isinstance(batch, pl.DataFrame)
     assert list(batch.select("generation1_reward", "generation2_reward").iter_rows()) == [
         (first, second) for first, second, _ in expected
