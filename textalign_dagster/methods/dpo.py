@@ -14,7 +14,7 @@ from textalign_dagster.pool.examples import pairs
 class DPO(Unconditional):
     """Pairs of a prompt's samples: the one with the higher reward is chosen, the other rejected."""
 
-    objectives: ClassVar[tuple[str, ...]] = ("dpo", "ipo")
+    objectives: ClassVar[tuple[str, ...]] = ("dpo", "ipo", "simpo")
 
     name: Literal["dpo"] = "dpo"
     pairs_per_prompt: int = Field(

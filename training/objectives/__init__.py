@@ -10,8 +10,9 @@ from training.objectives.base import Objective
 from training.objectives.dpo import DPO
 from training.objectives.ipo import IPO
 from training.objectives.nll import NLL
+from training.objectives.simpo import SimPO
 from training.objectives.unlikelihood import Unlikelihood
 
-AnyObjective = Annotated[NLL | DPO | IPO | Unlikelihood, Field(discriminator="name")]
+AnyObjective = Annotated[NLL | DPO | IPO | SimPO | Unlikelihood, Field(discriminator="name")]
 
-__all__ = ["DPO", "IPO", "NLL", "AnyObjective", "Objective", "Unlikelihood"]
+__all__ = ["DPO", "IPO", "NLL", "AnyObjective", "Objective", "SimPO", "Unlikelihood"]
