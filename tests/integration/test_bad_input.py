@@ -114,7 +114,9 @@ def test_a_bad_file_stops_the_run_before_anything(place: Place, case: str) -> No
     for part in says:
         assert part in told
     assert told.startswith("error: ")
-    assert len(told.strip().splitlines()) == 1
+    # One line a problem; a file that is too short to draw from may also be the one evaluated on.
+    lines = told.removeprefix("error: ").strip().splitlines()
+    assert len(lines) == (2 if case == "trained and evaluated on the same" else 1), lines
     assert not place.home.exists()  # nothing was started, and nothing is left behind
 
 
