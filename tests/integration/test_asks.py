@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ from resources.views import connect
 from tests.integration.toy_location import defs
 from tests.resources.judges.rule_endpoint import RuleEndpoint, judged_by
 from textalign_dagster.cli.main import main
+from textalign_dagster.loop.abandoned import RETRY_TAG
 from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.settings import write_yaml
 
@@ -63,8 +65,9 @@ class Loop:
         named = {"base_url": self.endpoint.url, **judge} if judge is not None else None
         (self.folder / "experiments" / f"{name}.yaml").write_text(write_yaml(settings(named, **more)))
 
-    def run(self, name: str = REWARD) -> dict[str, Any]:
+    def run(self, name: str = REWARD, retry_failed: bool = False) -> dict[str, Any]:
         """Prompts, samples and feedback; the feedback's metadata and checks, or ``failed`` with the reason."""
+        tags = {RETRY_TAG: datetime.now(UTC).isoformat()} if retry_failed else {}
         job = defs.resolve_implicit_global_asset_job_def()
         with dg.DagsterInstance.ephemeral() as instance:
             done = job.execute_in_process(
@@ -72,6 +75,7 @@ class Loop:
                 asset_selection=[dg.AssetKey(s) for s in ("prompt_draws", "generations", "feedback")],
                 instance=instance,
                 raise_on_error=False,
+                tags=tags,
                 run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
             )
             failures = [e.step_failure_data.user_failure_data for e in done.get_step_failure_events()]
@@ -208,24 +212,28 @@ def test_a_draw_of_pairs(loop: Loop) -> None:
     assert set(loop.endpoint.asked.values()) == {1}
 
 
-def test_an_outage_half_way_through_a_ranking(loop: Loop) -> None:
+def test_comparisons_that_fail_are_made_on_request(loop: Loop) -> None:
     loop.endpoint.down = lambda shown: quality(shown["RESPONSE A"]) % 3 == 0
     loop.configure(RANKING)
     made = loop.run()
     answered = dict(loop.endpoint.asked)
     calls = PROMPTS * SAMPLES * (SAMPLES - 1)
     assert 0 < len(answered) < calls
+    assert made["checks"]["judge_model"].passed and "toy" in str(made["checks"]["judge_model"].description)
     assert not made["checks"]["usable"].passed and "failed" in str(made["checks"]["usable"].description)
     pairs = loop.artifact().frame("pairs")
     assert set(pairs["status"]) == {"ok", "failed"}
     assert pairs.filter(pl.col("status") == "failed")["winner"].null_count() == made["pairs unusable"]
     left = json.loads(loop.textalign("forecast", REWARD, "--json"))
-    assert (left["cached"], left["calls"]) == (len(answered), calls - len(answered))
+    assert (left["cached"], left["failed"]) == (len(answered), calls - len(answered))
 
     loop.endpoint.down = lambda shown: False
-    made = loop.run()
+    assert not loop.run()["checks"]["usable"].passed  # without a request, nothing is sent again
+    made = loop.run(retry_failed=True)
     assert made["checks"]["usable"].passed
-    assert set(loop.endpoint.asked.values()) == {1} and len(loop.endpoint.asked) == calls
+    with connect(loop.store) as database:
+        probes = database.execute("select count(*) from feedback_calls where purpose = 'probe'").fetchall()
+    assert len(loop.endpoint.asked) == calls and sum(loop.endpoint.asked.values()) <= calls + probes[0][0]
     assert made["calls"] == calls - len(answered) and made["calls from the ledger"] == len(answered)
     assert set(loop.artifact().frame("pairs")["status"]) == {"ok"}
 

@@ -1,6 +1,6 @@
-"""The loop with an LLM judge behind HTTP: a stage that fails half-way goes on, and pays for nothing twice.
+"""The loop with an LLM judge behind HTTP: a stage that fails half-way resumes, and pays for nothing twice.
 
-The endpoint here answers by rule; what a real model answers is for the tests of the parser.
+The endpoint here answers by rule; replies of real models are for the tests of the parser.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ KEY = "sk-canary-3f2a9c"
 
 
 class Judge(ThreadingHTTPServer):
-    """An endpoint that gives a feedback sentence and a score; ``broken``: it is down for now."""
+    """An endpoint that gives a feedback sentence and a score.
+
+    ``broken``: it fails for half of the questions, every time. ``down``: for all of them.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.broken = False
+        self.broken = self.down = False
+        self.requests = 0
+        self.model = "toy-judge"
         self.asked: Counter[str] = Counter()
         self.lock = threading.Lock()
 
@@ -46,8 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         assert self.headers["Authorization"] == f"Bearer {KEY}"
         question = json.loads(body)["messages"][-1]["content"]
         with self.server.lock:
-            # Half of the questions are answered before the endpoint goes down.
-            down = self.server.broken and len(question) % 2 == 0
+            self.server.requests += 1
+            down = self.server.down or (self.server.broken and len(question) % 2 == 0)
             if not down:
                 self.server.asked[question] += 1
         score = len(question) % 4
@@ -56,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             "id": "x",
             "object": "chat.completion",
             "created": 0,
-            "model": "toy-judge",
+            "model": self.server.model,
             "choices": [
                 {
                     "index": 0,
@@ -110,24 +115,33 @@ def judged_toy(folder: Path, judge: Judge) -> Path:
     return folder
 
 
-def test_an_outage_stops_the_iteration_and_the_rest_is_asked_later(tmp_path: Path, judge: Judge) -> None:
+def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Path, judge: Judge) -> None:
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
     before = json.loads(textalign("forecast", "judged", "--json", env=env).stdout)
     assert before["calls"] == 12 and before["cached"] == 0 and not before["samples_exist"]
 
-    judge.broken = True
-    failed = textalign("run", "judged", env=env, ok=False)
-    assert "usable" in failed.stderr
-    answered = dict(judge.asked)
-    assert 0 < len(answered) < 12 and set(answered.values()) == {1}
+    judge.down = True
+    stopped = textalign("run", "judged", env=env, ok=False)
+    assert "seems to be down" in stopped.stderr
+    judge.down, judge.broken, judge.requests = False, True, 0
 
+    failed = textalign("run", "judged", env=env, ok=False)
+    assert "usable" in failed.stderr and "--retry-failed" in failed.stderr
+    answered = len(judge.asked)
+    assert 0 < answered < 12
     between = json.loads(textalign("forecast", "judged", "--json", env=env).stdout)
-    assert between["samples_exist"] and between["cached"] == len(answered)
+    assert between["samples_exist"]
+    assert (between["cached"], between["failed"], between["calls"]) == (answered, 12 - answered, 0)
+
+    requests = judge.requests
+    again = textalign("run", "judged", env=env, ok=False)
+    assert "usable" in again.stderr and judge.requests == requests, "a plain run sent a failed call again"
 
     judge.broken = False
-    textalign("run", "judged", env=env)
-    assert set(judge.asked.values()) == {1}, "something was paid for twice"
+    textalign("run", "judged", "--retry-failed", env=env)
+    up_to_date = textalign("run", "judged", "--retry-failed", env=env)
+    assert "up to date" in up_to_date.stdout
 
     store = ArtifactStore(str(home / "store"))
     with connect(store) as database:
@@ -135,13 +149,28 @@ def test_an_outage_stops_the_iteration_and_the_rest_is_asked_later(tmp_path: Pat
             "select status, kind, text, value, scorer, len(call_keys) from feedback"
         ).fetchall()
         paid = database.execute(
-            "select count(*), sum(usd) from feedback_calls where status = 'ok'"
+            "select count(*), sum(usd) from feedback_calls where status = 'ok' and purpose <> 'probe'"
         ).fetchall()
+        probes = database.execute("select count(*) from feedback_calls where purpose = 'probe'").fetchall()
+        sent = database.execute("select sum(attempts) from feedback_calls").fetchall()
+    assert sum(judge.asked.values()) <= 12 + probes[0][0], "something was paid for twice"
+    assert sent[0][0] >= judge.requests
     assert len(rows) == 12
     assert {row[0] for row in rows} == {"ok"}
     assert all(text == f"has {3 - int(value)} flaws" and keys == 1 for _, _, text, value, _, keys in rows)
     count, usd = paid[0]
-    assert count == len(judge.asked) and usd == pytest.approx(count * (100 * 1.0 + 20 * 2.0) / 1e6)
+    assert count == 12 and usd == pytest.approx(count * (100 * 1.0 + 20 * 2.0) / 1e6)
+
+
+def test_another_model_in_the_replies_is_a_warning(tmp_path: Path, judge: Judge) -> None:
+    judge.model = "toy-judge-mini"
+    home = tmp_path / "home"
+    env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
+    textalign("run", "judged", env=env)
+    pointer = ArtifactStore(str(home / "store")).pointer("judged", 1, "feedback")
+    assert pointer is not None and pointer.artifact.manifest["facts"]["reply_models"] == {
+        "toy-judge-mini": 12
+    }
 
 
 def test_the_key_is_written_nowhere(tmp_path: Path, judge: Judge) -> None:

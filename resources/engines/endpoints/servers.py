@@ -1,4 +1,4 @@
-"""Running vLLM servers: the least busy one is asked, and one that fails is left out.
+"""Running vLLM servers: requests go to the least busy one, and one that fails is left out.
 
     async with Endpoints(urls, key=None, timeout_s=600, connections=256) as endpoints:
         server, choice = await endpoints.complete({"prompt": [1, 2, 3], "max_tokens": 8})
@@ -20,16 +20,17 @@ import openai
 
 from resources.backoff import RETRIED_STATUSES, jitter
 
-FAULTS = 3  # answers in a row that are the server's fault, after which it is left out
+FAULTS = 3  # failures in a row after which a server is left out
+HOPELESS = 6  # failures of one request, while its server answers others, after which the request is at fault
 BASE_S, CAP_S = 0.5, 5.0  # of the wait after a failure
 
 
 class EndpointError(Exception):
-    """The servers cannot do what they are asked for; the message is for the user."""
+    """The servers cannot do what is needed; the message is for the user."""
 
 
 class Refused(EndpointError):
-    """A server refuses a request for what it says."""
+    """A server refuses a request because of its content."""
 
 
 class ServerFault(Exception):
@@ -123,9 +124,11 @@ class Endpoints:
         Raises:
             EndpointError: no server is left, or the request is at fault.
         """
+        hopeless = 0  # times that it failed while its server answered other requests
         while True:
             server = self._least_busy()
             server.flying += 1
+            before = server.answered
             try:
                 reply = await server.post("/v1/completions", {"model": server.model, **body})
                 choice: dict[str, Any] = _choice(reply)
@@ -133,8 +136,16 @@ class Endpoints:
                 return server, choice
             except ServerFault as fault:
                 server.faults += 1
-                if fault.gone or server.faults >= FAULTS:
-                    # Gone, it may come back with the weights that it starts with: not within this call.
+                if server.answered > before and not fault.gone:
+                    hopeless += 1
+                    if hopeless >= HOPELESS:
+                        raise EndpointError(
+                            f"{server.url} answers other requests, but one of {len(body.get('prompt', ''))} prompt "
+                            f"tokens failed {hopeless} times, the last time with: {fault}; see the server's log, or "
+                            "sample without this prompt"
+                        ) from None
+                elif fault.gone or server.faults >= FAULTS:
+                    # A server that is gone may come back with its initial weights: not within this call.
                     server.failed = server.failed or str(fault)
             finally:
                 server.flying -= 1

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -175,6 +176,34 @@ def test_faults_in_a_row_leave_a_server_out(monkeypatch: pytest.MonkeyPatch) -> 
     assert answers == ["shaky"] * 6
     assert left_out == {one: "HTTP 500: EngineCore encountered an issue"}
     assert answered["bad"] == 3
+
+
+def test_a_request_that_always_fails_ends_the_call_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While others succeed it would never be the third failure in a row."""
+    monkeypatch.setattr("resources.engines.endpoints.servers.BASE_S", 0.0)
+
+    def poisoned(path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if body["prompt"] == [7, 7]:
+            time.sleep(0.02)  # others are answered meanwhile
+            return 500, {"error": {"message": "unlucky"}}
+        return completion("fine")
+
+    async def run(url: str) -> None:
+        async with connected([url], key=None, timeout_s=10, connections=4) as endpoints:
+            done = asyncio.Event()
+
+            async def others() -> None:
+                while not done.is_set():
+                    await endpoints.complete({"prompt": [1]})
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(others())
+                with pytest.raises(EndpointError, match=r"answers other requests.*2 prompt tokens.*unlucky"):
+                    await endpoints.complete({"prompt": [7, 7]})
+                done.set()
+
+    with server(poisoned) as one:
+        asyncio.run(run(one))
 
 
 def test_when_all_are_gone_one_sentence_says_why() -> None:
