@@ -7,10 +7,12 @@ processes of their own, so that one that crashes on import is a finding, too.
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
@@ -164,12 +166,14 @@ def _deepspeed(found: Mapping[str, Any]) -> Iterator[Finding]:
         remedy = "for ZeRO: pip install -e '.[deepspeed]'"
         yield _not_working("deepspeed", _version("deepspeed"), str(found["error"]), remedy)
         return
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    yield Finding("deepspeed", "ok", str(found["version"]))
+    command = os.environ.get("CXX") or "g++"
+    compiler = shutil.which((shlex.split(command) or [command])[0])  # CXX may hold arguments: ccache g++
     yield Finding(
-        "deepspeed",
+        "C++ compiler",
         "ok" if compiler else "missing",
-        f"{found['version']}, {'compiler ' + compiler if compiler else 'no C++ compiler'}",
-        "" if compiler else "offloading builds an operator when it is first used: install g++",
+        compiler or f"{command} is not on the PATH",
+        "" if compiler else "DeepSpeed's offloading compiles an operator at its first use: install g++",
     )
 
 
@@ -197,7 +201,9 @@ def _slurm() -> Finding:
     try:
         found = partitions()
     except SettingsError as error:
-        return Finding("slurm", "missing", str(error), "for `launcher: slurm`: mend SLURM_CONF")
+        return Finding(
+            "slurm", "problem", f"sbatch is installed, but {error}", "fix SLURM_CONF or the cluster"
+        )
     told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
     return Finding("slurm", "ok", f"partitions {told}")
 
@@ -210,7 +216,9 @@ def _kubernetes() -> Finding:
     try:
         return Finding("kubernetes", "ok", version(KubernetesPod()))
     except SettingsError as error:
-        return Finding("kubernetes", "missing", str(error), "for `launcher: k8s`: set KUBECONFIG")
+        installed = _version("dagster-k8s") is not None
+        remedy = "set KUBECONFIG to a cluster that answers" if installed else "pip install -e '.[k8s]'"
+        return Finding("kubernetes", "missing", str(error), f"for `launcher: k8s`: {remedy}")
 
 
 def _places() -> Iterator[Finding]:
@@ -249,7 +257,11 @@ def _port(port: int) -> Finding:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             taken.bind(("127.0.0.1", port))
-        except OSError:
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                return Finding(
+                    f"port {port}", "problem", f"cannot be used ({error.strerror})", "choose another port"
+                )
             return Finding(
                 f"port {port}", "missing", "is taken", "the UI runs already, or use dagster dev -p 3001"
             )

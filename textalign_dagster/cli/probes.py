@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -29,7 +30,13 @@ def probe(code: str) -> dict[str, Any]:
         )
     except subprocess.TimeoutExpired:
         return {"error": f"no answer within {PROBE_SECONDS:g} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1]))
-    return {"error": (done.stderr.strip().splitlines() or ["it ended without output"])[-1]}
+    if done.returncode == 0:
+        for line in reversed(done.stdout.splitlines()):  # packages print, also when the process ends
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    return found
+    said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    if done.returncode < 0:
+        said = f"ended by signal {-done.returncode} ({said})"
+    return {"error": said}

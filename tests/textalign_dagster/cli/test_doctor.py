@@ -54,7 +54,9 @@ def of(findings: Iterator[Finding], subject: str) -> Finding:
 
 def test_probes_run_elsewhere() -> None:
     assert probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
-    assert probe("import os; os.abort()").keys() == {"error"}
+    assert probe("print('{\"a\": 1}'); print('a package says goodbye'); print(3)") == {"a": 1}
+    assert probe("import os; os.abort()")["error"].startswith("ended by signal 6")
+    assert probe("pass") == {"error": "no output"}
     assert "No module named 'nowhere'" in probe("import nowhere")["error"]
 
 
@@ -87,7 +89,37 @@ def test_a_package_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_installed_deepspeed_is_found() -> None:
     version = pytest.importorskip("importlib.metadata").version("deepspeed")
     found = of(doctor._deepspeed(probe(doctor.DEEPSPEED_PROBE)), "deepspeed")
-    assert found.state in ("ok", "missing") and found.detail.startswith(version)  # missing: no compiler
+    assert (found.state, found.detail) == ("ok", version)
+
+
+def test_a_compiler_is_a_finding_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "g++"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for command, expected in ((None, "ok"), (f"{program} -O2", "ok"), ("nowhere++", "missing")):
+        monkeypatch.delenv("CXX", raising=False)
+        if command is not None:
+            monkeypatch.setenv("CXX", command)
+        findings = list(doctor._deepspeed({"version": "0.19"}))
+        assert of(iter(findings), "deepspeed").state == "ok"
+        assert of(iter(findings), "C++ compiler").state == expected
+
+
+def test_slurm_that_is_installed_and_does_not_answer_is_not_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, body in (
+        ("sbatch", "exit 0"),
+        ("sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    found = doctor._slurm()
+    assert found.state == "problem" and "Unable to contact slurm controller" in found.detail
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    assert doctor._slurm().state == "missing"
 
 
 def test_endpoints_and_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
