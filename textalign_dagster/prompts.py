@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
-        ".parquet": pl.read_parquet,
+        ".parquet": partial(pl.read_parquet, glob=False),
     }
     if path.suffix not in readers:
         raise SettingsError(f"{path}: prompt files end in {', '.join(readers)}")
@@ -118,7 +119,7 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
 
 def _read_csv(path: Path) -> pl.DataFrame:
     path.read_text(encoding="utf-8")  # polars' own message does not name the byte
-    return pl.read_csv(path, infer_schema=False)
+    return pl.read_csv(path, infer_schema=False, glob=False)
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:

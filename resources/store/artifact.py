@@ -72,13 +72,13 @@ class Artifact:
             ArtifactError: no such table here, or its file is not readable Parquet.
         """
         try:
-            return pl.read_parquet(self._local_file(self._table(name)))
+            return pl.read_parquet(self._local_file(self._table(name)), glob=False)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise self._damaged(f"{name}.parquet cannot be read ({str(error).splitlines()[0]})") from error
 
     def scan(self, name: str) -> pl.LazyFrame:
         """A table, read when and as far as needed."""
-        return pl.scan_parquet(self._local_file(self._table(name)))
+        return pl.scan_parquet(self._local_file(self._table(name)), glob=False)
 
     def path(self, name: str) -> Path:
         """The local path of a folder, e.g. a model (downloaded once from an object store)."""

@@ -251,3 +251,11 @@ def test_unweighted_draws_are_uniform() -> None:
         found = pl.concat(draw(table(5), k, per_iteration=2, **settings) for k in range(1, n + 1))
         for _, share in found.group_by("prompt").agg(pl.len() / n).rows():
             assert abs(share - wanted) < 0.08
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_path_with_brackets_is_no_pattern(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"prompts[v2]*.{kind}"
+    frame = pl.DataFrame({"prompt": ["a"]})
+    frame.write_csv(path) if kind == "csv" else frame.write_parquet(path)
+    assert read_prompt_file(path)["prompt"].to_list() == ["a"]

@@ -70,7 +70,7 @@ def read_plain(path: Path, *, aspect: str = "imported") -> Imported:
     """
     if path.suffix == ".parquet":
         try:
-            frame = pl.read_parquet(path)
+            frame = pl.read_parquet(path, glob=False)
             rows = collector(path, path.read_bytes(), aspect)
         except (pl.exceptions.PolarsError, OSError) as error:
             raise SettingsError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
