@@ -605,12 +605,11 @@ def test_code_revision_is_the_commit(tmp_path: Path) -> None:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     def revision() -> str:
-        script = "from resources.store.provenance import code_revision; print(code_revision())"
-        path = os.pathsep.join([str(tmp_path), str(ROOT)])
+        script = "from provenance import code_revision; print(code_revision())"
         done = subprocess.run(
             [sys.executable, "-c", script],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             check=True,
             capture_output=True,
             text=True,
@@ -619,15 +618,17 @@ def test_code_revision_is_the_commit(tmp_path: Path) -> None:
 
     if shutil.which("git") is None:
         pytest.skip("no git here")
-    (tmp_path / "resources").mkdir()
-    for name in ("__init__.py", "provenance.py"):
-        shutil.copy(ROOT / "resources" / name, tmp_path / "resources")
+    # A checkout of its own: the package says where the project is.
+    (tmp_path / "textalign_dagster").mkdir()
+    for name in ("__init__.py", "ids.py"):
+        shutil.copy(ROOT / "textalign_dagster" / name, tmp_path / "textalign_dagster")
+    shutil.copy(ROOT / "resources" / "store" / "provenance.py", tmp_path)
     git("init", "--quiet")
     assert "\n" not in revision() and revision(), "without a commit, the version"
-    git("add", "resources/__init__.py", "resources/store/provenance.py")
+    git("add", ".")
     git("commit", "--quiet", "-m", "one")
     assert revision() == git("rev-parse", "HEAD")
-    with (tmp_path / "resources" / "__init__.py").open("a") as stream:
+    with (tmp_path / "textalign_dagster" / "__init__.py").open("a") as stream:
         stream.write("# changed\n")
     assert revision() == git("rev-parse", "HEAD") + "+changes"
 
