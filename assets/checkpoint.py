@@ -111,7 +111,7 @@ def checkpoint(
                 tokens=done["tokens"],
                 peak_memory=done["peak_memory"],
                 coefficients=done["coefficients"],
-                measured=done["measured"],
+                measured=done.get("measured", {}),  # a job of an earlier version has none
                 resumed_at=done["resumed_at"],
                 **({} if gpu_seconds is None else {"gpu_seconds": gpu_seconds}),
             )

@@ -100,6 +100,7 @@ class ToyLauncher(LocalLauncher):
             "accelerators": 0,
             "peak_memory": None,
             "coefficients": {},
+            "measured": {},
         }
         (out / "done.json").write_text(json.dumps(facts))
         return Launched(time.monotonic() - started, facts)
