@@ -89,7 +89,8 @@ def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
 
 def sent_again(stage: Stage, iteration: int) -> dict[str, int]:
     """How often failed judge calls were sent again: a new artifact each time, beside the earlier ones."""
-    pointer = stage.freshness.pointer(iteration, stage.name)
+    # Not `stage.freshness`, which remembers what it saw: this stage is about to make the artifact.
+    pointer = stage.store.pointer(stage.cell.experiment, iteration, stage.name)
     if pointer is None:
         return {}
     made, before = pointer.artifact, stage.retry_before

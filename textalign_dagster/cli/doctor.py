@@ -202,7 +202,10 @@ def _slurm() -> Finding:
         found = partitions()
     except SettingsError as error:
         return Finding(
-            "slurm", "problem", f"sbatch is installed, but {error}", "fix SLURM_CONF or the cluster"
+            "slurm",
+            "missing",
+            f"sbatch is installed, but {error}",
+            "for `launcher: slurm`: fix SLURM_CONF or the cluster",
         )
     told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
     return Finding("slurm", "ok", f"partitions {told}")

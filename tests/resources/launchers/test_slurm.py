@@ -104,7 +104,7 @@ def test_what_the_cluster_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     commands(tmp_path, monkeypatch, **quiet, sinfo="echo 'sinfo: error: no controller' >&2; exit 1")
     with pytest.raises(SettingsError, match=r"does not answer \(sinfo: no controller\); is slurmctld up"):
         slurm.check_slurm(Slurm())
-    assert _slurm().state == "problem"
+    assert _slurm().state == "missing"
     commands(tmp_path, monkeypatch, sinfo="true")
     with pytest.raises(SettingsError, match="slurm needs sbatch, squeue, scancel, scontrol on the PATH"):
         slurm.check_slurm(Slurm())

@@ -117,7 +117,7 @@ def test_slurm_that_is_installed_and_does_not_answer_is_not_missing(
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     found = doctor._slurm()
-    assert found.state == "problem" and "Unable to contact slurm controller" in found.detail
+    assert found.state == "missing" and "Unable to contact slurm controller" in found.detail
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
     assert doctor._slurm().state == "missing"
 
