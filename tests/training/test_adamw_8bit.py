@@ -32,17 +32,17 @@ def train(
 ) -> tuple[list[float], dict[str, dict[str, Any]]]:
     """The losses, and the optimizer's state by the name of the weight."""
     states: dict[str, dict[str, Any]] = {}
-    save = training.model_folder.save
+    save = training.state.model_folder.save
 
     def look(trainer: Any, *others: Any) -> None:
         optimizer = trainer.optimizer.optimizer
         states.update({name: dict(optimizer.state[p]) for name, p in trainer.model.named_parameters()})
         save(trainer, *others)
 
-    monkeypatch.setattr(training.model_folder, "save", look)
+    monkeypatch.setattr(training.state.model_folder, "save", look)
     job = job | {"training": job["training"] | settings}
     assert main([str(write_job(folder, job))]) == 0
-    monkeypatch.setattr(training.model_folder, "save", save)
+    monkeypatch.setattr(training.state.model_folder, "save", save)
     return json.loads((Path(job["out"]) / "done.json").read_text())["losses"], states
 
 

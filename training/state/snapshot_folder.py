@@ -2,7 +2,7 @@
 
 ::
 
-    {training}-{step:08d}-{life:08x}/    what `training.snapshots` writes
+    {training}-{step:08d}-{life:08x}/    what `training.state.snapshots` writes
 
 ``training`` is a hash of all that the training follows from, so that nothing is ever taken for a snapshot
 of another one; ``life`` is the process, or group of processes, that wrote it. A snapshot is written under

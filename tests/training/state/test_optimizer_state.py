@@ -35,7 +35,7 @@ def carried(folder: Path, job: dict[str, Any], **settings: Any) -> dict[str, Any
 def test_two_iterations_are_one_training(
     tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = training.batches.plan_batches
+    plan = training.data.batches.plan_batches
     job = carried(tmp_path, job)
     first = job | {"seed": 1, "out": str(tmp_path / "first")}
     second = job | {
@@ -51,10 +51,10 @@ def test_two_iterations_are_one_training(
         tmp_path, second, optimizer=None, out=str(tmp_path / "fresh"), beside=str(tmp_path / "beside3")
     )
 
-    def both(lengths: list[int], *, seed: int, **options: Any) -> Any:
-        return plan(lengths, seed=1, **options) + plan(lengths, seed=2, **options)
+    def both(*rows: Any, seed: int, **options: Any) -> Any:
+        return plan(*rows, seed=1, **options) + plan(*rows, seed=2, **options)
 
-    monkeypatch.setattr(training.batches, "plan_batches", both)
+    monkeypatch.setattr(training.data.batches, "plan_batches", both)
     once = train(tmp_path, job, out=str(tmp_path / "once"), beside=str(tmp_path / "beside1"))
     assert all(torch.equal(twice[name], once[name]) for name in once)
     assert not all(torch.equal(fresh[name], once[name]) for name in once)

@@ -69,7 +69,7 @@ def killed_after(snapshots: int, job: dict[str, Any], folder: Path, monkeypatch:
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.snapshots, "publish", counted)
+        patch.setattr(training.state.snapshots, "publish", counted)
         with pytest.raises(Killed):
             main([str(write_job(folder, job))])
 
@@ -258,7 +258,7 @@ def test_a_training_goes_on_where_its_folder_is_removed(
             shutil.rmtree(place)
         publish(place, draft, name)
 
-    monkeypatch.setattr(training.snapshots, "publish", removed)
+    monkeypatch.setattr(training.state.snapshots, "publish", removed)
     snapshots = keep(job)
     assert main([str(write_job(tmp_path, job))]) == 0
     assert "no snapshot of step 2 in" in capsys.readouterr().err
