@@ -14,7 +14,7 @@ def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
 
     Args:
         inputs: as ``Collator`` gives them.
-        prefix: which context: the policy's own (empty), ``reference_`` or ``second_``.
+        prefix: whose prompts: the policy's own (empty), or ``reference_``.
     """
     bare = getattr(model, "module", model)
     if hasattr(bare, "get_base_model"):  # an adapter passes on what it does not know

@@ -109,7 +109,9 @@ def _log_probs(
     model: PreTrainedModel, collator: Collator, keys: list[str], examples: list[Example]
 ) -> list[tuple[None, str, str, float, list[float]]]:
     """Rows of the table for one batch; the policy's hash is not known here."""
-    seen = [replace(e, prompt=e.prompt if e.reference is None else e.reference) for e in examples]
+    seen = [
+        replace(e, prompt=e.prompt if e.reference is None else e.reference, second=None) for e in examples
+    ]
     batch = collator(seen)
     inputs = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value

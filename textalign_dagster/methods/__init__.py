@@ -1,38 +1,62 @@
-"""The methods: one module each, one line each here."""
+"""The methods: one module each, one entry each in `AnyMethod`."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
 from textalign_dagster.methods.alt_lmc import AltLMC
 from textalign_dagster.methods.alt_lmu import AltLMU
 from textalign_dagster.methods.base import FeedbackKind, Method
+from textalign_dagster.methods.conditional import ConditionalTraining
+from textalign_dagster.methods.cut import CUT
 from textalign_dagster.methods.dpo import DPO
+from textalign_dagster.methods.filtering import RWR, Filtering
+from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
+from textalign_dagster.methods.sft import SFT
 from textalign_dagster.methods.steerlm import SteerLM
 from textalign_dagster.methods.unlikelihood import Unlikelihood
 
 AnyMethod = Annotated[
-    AltLMC | AltLMU | AltRM | Quark | SteerLM | NoFeedback | DPO | Unlikelihood, Field(discriminator="name")
+    AltLMC
+    | AltLMU
+    | AltRM
+    | Quark
+    | SteerLM
+    | NoFeedback
+    | CUT
+    | DPO
+    | Unlikelihood
+    | GRPO
+    | SFT
+    | Filtering
+    | RWR
+    | ConditionalTraining,
+    Field(discriminator="name"),
 ]
 
 METHODS: dict[str, type[Method]] = {
-    method.model_fields["name"].default: method
-    for method in (AltLMC, AltLMU, AltRM, Quark, SteerLM, NoFeedback, DPO, Unlikelihood)
+    method.model_fields["name"].default: method for method in get_args(get_args(AnyMethod)[0])
 }
 """Every method by its name."""
 
 __all__ = [
+    "CUT",
     "DPO",
+    "GRPO",
     "METHODS",
+    "RWR",
+    "SFT",
     "AltLMC",
     "AltLMU",
     "AltRM",
     "AnyMethod",
+    "ConditionalTraining",
     "FeedbackKind",
+    "Filtering",
     "Method",
     "NoFeedback",
     "Quark",

@@ -126,8 +126,7 @@ class Collator:
 
     Gives the fields of ``Sequences`` [B], ``tokens``, how many there are in all, and where the objective
     needs them ``scores`` and ``reference_log_probs`` [N] of all labels; and of the prompts of the policy,
-    and with the prefixes ``reference_`` and ``second_`` of those of the reference where it reads others and
-    of the second context, either
+    and with the prefix ``reference_`` of those of the reference where it reads others, either
 
     - rows padded on the right: ``input_ids``, ``attention_mask``, ``labels`` [B, T]; ``keep``: the last
       ``keep`` positions hold all labels and what predicts them; or
@@ -143,7 +142,9 @@ class Collator:
         import torch
 
         form = self._pack if self.packed else self._pad
-        batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples])
+        seconds = [(i, (e.second, e.text)) for i, e in enumerate(examples) if e.second is not None]
+        batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples] + [pair for _, pair in seconds])
+        batch["second_of"] = torch.tensor([i for i, _ in seconds], dtype=torch.long)
         batch["weights"] = torch.tensor([e.weight for e in examples], dtype=torch.float32)
         batch["counted"] = torch.tensor([e.labels for e in examples])
         batch["roles"] = torch.tensor([e.role for e in examples])
@@ -161,11 +162,9 @@ class Collator:
                     for v in values[len(values) - e.labels :]
                 ]
                 batch[name] = torch.tensor(labels, dtype=torch.float32)
-        for name in ("reference", "second"):
-            prompts = [getattr(e, name) for e in examples]
-            if None not in prompts:
-                other = form([(prompt, e.text) for prompt, e in zip(prompts, examples, strict=True)])
-                batch |= {f"{name}_{key}": value for key, value in other.items()}
+        referred = [(e.reference, e.text) for e in examples if e.reference is not None]
+        if len(referred) == len(examples):
+            batch |= {f"reference_{key}": value for key, value in form(referred).items()}
         return batch
 
     def _pack(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Any]:

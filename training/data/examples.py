@@ -75,7 +75,7 @@ def read_rows(path: Path, template: str | None, needs: Collection[Need] = ()) ->
     """The examples to train on; those of weight 0 are left out.
 
     Args:
-        needs: of the objective; their columns must be there, without NULL.
+        needs: of the objective; their columns must be there, without NULL (but in ``second_prompt``).
 
     Raises:
         JobError: unreadable, empty, a missing column, a NULL, or a value that means nothing.
@@ -93,7 +93,8 @@ def read_rows(path: Path, template: str | None, needs: Collection[Need] = ()) ->
     for need, column in wanted.items():
         if column not in frame.columns:
             raise JobError(f"{path}: {column}: missing; the objective needs {need}")
-        _refuse(frame, pl.col(column).is_null(), path, column, f"is NULL, but the objective needs {need}")
+        if need != "second context":  # NULL: this example has none
+            _refuse(frame, pl.col(column).is_null(), path, column, f"is NULL, but the objective needs {need}")
     if "role" in frame.columns:
         _refuse(frame, ~pl.col("role").is_in(list(ROLES)), path, "role", f"is none of {', '.join(ROLES)}")
     if "groups" in needs:
@@ -193,7 +194,8 @@ def encode(
     if objective.reference_policy is not None and not objective.reference_sees_condition:
         unconditioned = _Prompts(tokenizer, None, rows["prompt"].to_list(), bare)
     if "second context" in objective.needs:
-        second = _Prompts(tokenizer, None, rows["second_prompt"].to_list(), bare)
+        seconds = rows["second_prompt"].to_list()
+        second = _Prompts(tokenizer, None, [prompt or "" for prompt in seconds], bare)
     scores = _token_scores(tokenizer, rows) if "token scores" in objective.needs else None
     groups = _groups(rows) if "groups" in objective.needs else [None] * rows.height
     columns = ("sample_id", "text", "finish_reason", "weight", "role", "reward", "sampled_logprob")
@@ -219,7 +221,9 @@ def encode(
                 list(ids),
                 float(row["weight"]),
                 reference=unconditioned.cut(i, room) if unconditioned else None,
-                second=_fitting(second, i, room, len(ids), where, longest) if second else None,
+                second=_fitting(second, i, room, len(ids), where, longest)
+                if second and seconds[i] is not None
+                else None,
                 role=ROLES.index(row["role"]),
                 group=group,
                 reward=_number(row["reward"]),

@@ -33,7 +33,8 @@ Need = Literal[
 - ``reference``: the reference's log-probabilities over the full vocabulary, in every step;
 - ``reference log-probs``: those of the targets alone. They are computed once for each (reference, sequence)
   and kept in a table that all methods share;
-- ``second context``: the same targets read under the example's ``second_prompt``;
+- ``second context``: the targets of examples that have a ``second_prompt``, read under it too, by the
+  policy and in the same forward pass;
 - ``token scores``: the scores of the example's ``spans``, by token;
 - ``groups``: all sequences of a ``group_id`` (a pair, say) in the same micro-batch;
 - ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``."""

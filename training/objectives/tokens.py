@@ -12,6 +12,7 @@ All quantities are in nats, in float32 (float64 if the logits are).
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 
+FLOOR = 1e-20
+"""1 − p is not less than this in a logarithm."""
+
 KLDirection = Literal["reference_to_policy", "policy_to_reference"]
 
 
 class Tokens(NamedTuple):
     """The labelled tokens of a batch, in row-major order.
 
-    The last four are there where the objective needs them, see :data:`training.objectives.base.Need`.
+    Those from ``scores`` on are there where the objective needs them, see :data:`training.objectives.base.Need`.
     """
 
     log_probs: Tensor  # [N, V]
@@ -34,7 +38,8 @@ class Tokens(NamedTuple):
     scores: Tensor | None = None  # [N] score of each token, from the example's spans
     reference: Tensor | None = None  # [N, v] log-probabilities under the reference
     reference_log_probs: Tensor | None = None  # [N] log-probability of each target under the reference
-    second: Tensor | None = None  # [N, V] log-probabilities of the same targets in the second context
+    second: Tensor | None = None  # [M, V] of those targets whose sequence has a second context, in it
+    second_places: Tensor | None = None  # [M] which of the N targets they are
 
 
 def labelled(logits: Tensor, labels: Tensor) -> Tokens:
@@ -67,6 +72,20 @@ def chosen_tokens(logits: Tensor, targets: Tensor, rows: Tensor) -> Tokens:
 def target_log_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
     """log p of every labelled token: [N, V] and [N] -> [N]."""
     return log_probs.gather(-1, targets[:, None])[:, 0]
+
+
+def log_complement(log_probs: Tensor) -> Tensor:
+    """log(1 − p) of log p, not less than log 1e-20 (Korbak et al. 2023): [N] -> [N].
+
+    No cancellation for small p. Where p rounds to 1 the floor holds, and no gradient flows.
+    """
+    import torch
+
+    lowest = math.log(FLOOR)
+    certain = log_probs > -FLOOR
+    safe = torch.where(certain, torch.full_like(log_probs, -1.0), log_probs)
+    exact = torch.log(-torch.expm1(safe))
+    return torch.where(certain, torch.full_like(safe, lowest), exact).clamp(min=lowest)
 
 
 def per_sequence(values: Tensor, rows: Tensor, sequences: int) -> Tensor:

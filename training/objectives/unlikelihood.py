@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from training.objectives.base import Loss, Need, Objective, Sequences, Step
-from training.objectives.tokens import Tokens, target_log_probs, token_weights
+from training.objectives.tokens import Tokens, log_complement, target_log_probs, token_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FLOOR = 1e-20
-"""1 − p is not less than this in the logarithm, as published."""
 
 
 class Unlikelihood(Objective):
@@ -68,15 +65,8 @@ def unlikelihood(log_probs: Tensor, aligned: Tensor, weights: Tensor, *, alpha: 
         aligned: [N] a_t, from 0 (marked) to 1 (not marked).
         weights: [N].
     """
-    import torch
-
-    # log(1 - p) without cancellation. Where p rounds to 1 the floor holds and no gradient flows, as published.
-    lowest = torch.tensor(FLOOR, dtype=log_probs.dtype).log().item()
-    certain = log_probs > -FLOOR
-    safe = torch.where(certain, torch.full_like(log_probs, -1.0), log_probs)
-    log_unlikely = torch.where(certain, torch.full_like(safe, lowest), torch.log(-torch.expm1(safe)))
     marked = 1 - aligned
-    losses = -aligned * log_probs - alpha * marked * log_unlikely.clamp(min=lowest)
+    losses = -aligned * log_probs - alpha * marked * log_complement(log_probs)
     return Loss(
         (weights * losses).sum(),
         {

@@ -9,11 +9,17 @@ import pytest
 from pydantic import ValidationError
 
 from textalign_dagster.methods import (
+    CUT,
     DPO,
+    GRPO,
+    RWR,
+    SFT,
     AltLMC,
     AltLMU,
     AltRM,
     AnyMethod,
+    ConditionalTraining,
+    Filtering,
     Method,
     NoFeedback,
     Quark,
@@ -42,6 +48,12 @@ METHODS: list[Method] = [
     NoFeedback(),
     DPO(),
     Unlikelihood(),
+    CUT(),
+    GRPO(),
+    SFT(),
+    Filtering(),
+    RWR(),
+    ConditionalTraining(),
 ]
 
 

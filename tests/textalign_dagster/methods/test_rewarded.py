@@ -1,0 +1,71 @@
+"""SFT, filtering, RWR, GRPO and conditional training: which samples are trained on, and with what weight."""
+
+from __future__ import annotations
+
+import math
+
+import polars as pl
+import pytest
+from pydantic import ValidationError
+
+from tests.textalign_dagster.pool.test_examples import SIX, rows
+from textalign_dagster.methods import GRPO, RWR, SFT, ConditionalTraining, Filtering, Method
+
+KNOWN = rows(
+    *(
+        {"sample_id": s, "prompt_id": "p", "value": v}
+        for s, v in zip("abcd", (1.0, 0.0, -1.0, 3.0), strict=True)
+    ),
+    {"sample_id": "e", "value": None},
+    {"sample_id": "f", "value": math.nan},
+)
+
+
+def trained(method: Method) -> list[str]:
+    return sorted(method.examples(KNOWN)["sample_id"])
+
+
+def test_sft_takes_the_best_of_each_prompt() -> None:
+    assert SFT().examples(SIX)["sample_id"].to_list() == ["b", "e"]  # e and f are equal: by id
+    assert SFT(best=2).examples(SIX)["sample_id"].to_list() == ["b", "c", "e", "f"]
+    assert SFT(best=9).examples(SIX).height == 6
+    assert trained(SFT()) == ["d"]
+
+
+def test_filtering() -> None:
+    assert trained(Filtering(threshold=0.0)) == ["a", "b", "d"]
+    assert trained(Filtering(threshold=-5)) == ["a", "b", "c", "d"]
+    assert trained(Filtering(quantile=0.0)) == ["a", "b", "c", "d"]
+    assert trained(Filtering(quantile=0.75)) in (["d"], ["a", "d"])
+    assert trained(Filtering()) == trained(Filtering(quantile=0.5))
+    with pytest.raises(ValidationError, match="exclude each other"):
+        Filtering(threshold=0.0, quantile=0.5)
+
+
+def test_rwr_weighs_by_reward() -> None:
+    found = RWR(beta=2.0, highest=3.0).examples(KNOWN)
+    weights = dict(found.select("sample_id", "weight").iter_rows())
+    assert weights == pytest.approx(
+        {"a": math.exp(0.5), "b": 1.0, "c": math.exp(-0.5), "d": 3.0}  # e^1.5 is above 3
+    )
+
+
+def test_grpo_groups_a_prompts_samples() -> None:
+    found = GRPO().examples(KNOWN)
+    assert found["sample_id"].to_list() == ["a", "b", "c", "d"]
+    assert set(found["role"]) == {"member"} and found["group_id"].n_unique() == 1
+
+
+def test_conditional_training_labels_by_a_threshold() -> None:
+    given = KNOWN.with_columns(status=pl.Series(["ok", "ok", "ok", "failed", "ok", "ok"]))
+    found = ConditionalTraining().label(given)
+    good, bad = "<|aligned|>", "<|misaligned|>"
+    assert found["label"].to_list() == found["condition"].to_list() == [good, good, bad, None, None, None]
+    assert ConditionalTraining().exemplar == good and ConditionalTraining().special_tokens == (good, bad)
+
+
+def test_some_samples_are_trained_on_without_their_token() -> None:
+    many = rows(*({"sample_id": f"s{i}", "condition": "<|aligned|>"} for i in range(1000)))
+    for share, bound in ((0.0, 0), (0.1, 40)):
+        found = ConditionalTraining(drop_fraction=share).examples(many)
+        assert abs(found["condition"].null_count() - 1000 * share) <= bound and found.height == 1000

@@ -1,0 +1,110 @@
+"""CUT through the real trainer: texts that are read under two prompts, the same step however it is spread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from resources.launchers.launcher import Acceleration
+from tests.training.test_train import by_hand, done, weights
+from tests.training.tiny import make_rows, write_job
+from training.train import main
+
+HEADINGS = "### Response:\n{prompt} feedback: {condition} input: "
+
+
+def judged(count: int = 9) -> pl.DataFrame:
+    """Rows with judgments of different lengths at odd places, none at even ones."""
+    given = [None if i % 2 == 0 else "E225 " * (i // 2) + HEADINGS[: 3 * i] for i in range(count)]
+    rows = make_rows(count).with_columns(condition=pl.Series(given, dtype=pl.String))
+    return rows.with_columns(second_prompt=pl.when(pl.col("condition").is_not_null()).then("prompt"))
+
+
+@pytest.fixture
+def cut(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
+    judged().write_parquet(tmp_path / "rows.parquet")
+    job["training"] |= {"objective": {"name": "cut"}, "gradient_accumulation": 1, "warmup_ratio": 0.0}
+    job["training"] |= {"epochs": 2, "batch_size": 4, "max_length": 96}
+    return job
+
+
+def test_the_first_loss_by_hand(tmp_path: Path, cut: dict[str, Any], policy: Path) -> None:
+    """One step over all rows; contexts of different lengths, one with the template's own words in it."""
+    cut["training"] |= {"batch_size": 16, "epochs": 1}
+    assert main([str(write_job(tmp_path, cut))]) == 0
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+
+    def log_probs(prompt: str, text: list[int]) -> torch.Tensor:
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([[*ids, *text]])).logits[0, len(ids) - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(text)[:, None])[:, 0].double()
+
+    total = weight = 0.0
+    flagged = tokens = 0
+    for row in judged().iter_rows(named=True):
+        text = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
+        text = [*text, *([tokenizer.eos_token_id] if row["finish_reason"] == "stop" else [])]
+        bare = log_probs(row["prompt"], text)
+        each = float(-bare.mean())
+        if row["condition"] is not None:
+            under = log_probs(f"feedback: {row['condition']} input: {row['prompt']}", text)
+            marked = (under - bare).exp() > 1.1
+            unlike = -torch.where(marked, torch.log1p(-bare.exp()), bare)
+            each = float((-under.mean() + unlike.mean()) / 2)
+            flagged, tokens = flagged + int(marked.sum()), tokens + len(text)
+        total, weight = total + row["weight"] * each, weight + row["weight"]
+    assert done(cut)["losses"][0] == pytest.approx(total / weight, abs=1e-4)
+    assert done(cut)["measured"]["flagged share"] == pytest.approx(flagged / tokens) and 0 < flagged < tokens
+
+
+def test_one_step_however_it_is_spread(tmp_path: Path, cut: dict[str, Any]) -> None:
+    found = {}
+    spreads = {
+        "whole": {"batch_size": 4},
+        "single": {"batch_size": 1, "gradient_accumulation": 4},
+        "packed": {"batch_size": 4, "packing": True},
+    }
+    for name, settings in spreads.items():
+        job = cut | {"training": cut["training"] | settings}
+        assert main([str(write_job(tmp_path, job))]) == 0
+        found[name] = (done(cut), weights(cut))
+    job = cut | {"world_size": 2, "training": cut["training"] | {"batch_size": 2}}
+    two = Acceleration(processes=2, cpu=True, threads=1)
+    result = by_hand(two, write_job(tmp_path, job))
+    assert result.returncode == 0, result.stderr
+    found["two processes"] = (done(cut), weights(cut))
+    whole, expected = found["whole"]
+    for name, (facts, these) in found.items():
+        assert facts["losses"] == pytest.approx(whole["losses"], abs=1e-4), name
+        for weight, value in expected.items():
+            assert torch.allclose(value, these[weight], atol=2e-3), (name, weight)
+
+
+def test_rows_without_any_judgment(tmp_path: Path, cut: dict[str, Any]) -> None:
+    rows = judged().with_columns(
+        condition=pl.lit(None, dtype=pl.String), second_prompt=pl.lit(None, dtype=pl.String)
+    )
+    rows.write_parquet(tmp_path / "rows.parquet")
+    assert main([str(write_job(tmp_path, cut))]) == 0
+    losses = done(cut)["losses"]
+    assert losses[-1] < losses[0] and done(cut)["measured"] == {}
+
+
+def test_a_judgment_that_is_too_long_is_named(
+    tmp_path: Path, cut: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut["training"]["max_length"] = 40
+    rows = judged().with_columns(
+        condition=pl.when(pl.col("condition").is_not_null()).then(pl.lit("E225 " * 20))
+    )
+    rows.write_parquet(tmp_path / "rows.parquet")
+    assert main([str(write_job(tmp_path, cut))]) == 1
+    assert (
+        "sample s1: the text has" in (said := capsys.readouterr().err) and "training.max_length (40)" in said
+    )

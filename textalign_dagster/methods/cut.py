@@ -1,0 +1,70 @@
+"""Contrastive unlikelihood training: learning from judgments in words (Xu et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import polars as pl
+from pydantic import Field
+
+from textalign_dagster.ids import content_hash
+from textalign_dagster.methods.base import FeedbackKind, Unconditional
+
+NO_JUDGMENT = r"^\W*(\$ERROR\$)?\W*$"
+"""An empty judgment, and what the published data holds where the judge's API failed."""
+
+
+class CUT(Unconditional):
+    """A sample with a judgment is trained on under it, and under its bare prompt token by token; a sample that
+    the judge is satisfied with under its bare prompt alone."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("cut",)
+
+    name: Literal["cut"] = "cut"
+    template: str = Field(
+        "Judgment: {condition}\n{prompt}", description="How a judgment stands before a prompt, in training."
+    )
+    satisfied: tuple[str, ...] = Field(
+        ("perfect",),
+        strict=False,
+        description="A judgment that begins with one of these words finds no fault; case and punctuation before "
+        "it do not matter.",
+    )
+    satisfied_score: float | None = Field(
+        None, description="Feedback with this score or a higher one finds no fault, whatever it says."
+    )
+    satisfied_per_judged: float | None = Field(
+        0.25,
+        ge=0,
+        description="Samples without fault that are trained on, at most, for each sample with a judgment "
+        "(drawn by the samples' ids); null: all.",
+    )
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "text"
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return ("satisfied", "judged")
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        words = pl.col("text").str.to_lowercase().str.replace(r"^\W+", "")
+        begins = [words.str.starts_with(word.lower()) for word in self.satisfied]
+        satisfied = pl.any_horizontal(pl.lit(False), *begins)
+        if self.satisfied_score is not None:
+            satisfied |= (pl.col("value") >= self.satisfied_score).fill_null(False)
+        usable = (pl.col("status") == "ok") & ~pl.col("text").fill_null("").str.contains(NO_JUDGMENT)
+        return rows.with_columns(
+            label=pl.when(usable & satisfied).then(pl.lit("satisfied")).when(usable).then(pl.lit("judged")),
+            condition=pl.when(usable & ~satisfied).then(pl.col("text")),
+        )
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        if self.satisfied_per_judged is not None:
+            satisfied = rows.filter(pl.col("condition").is_null())["sample_id"].unique()
+            room = int((rows.height - rows["condition"].null_count()) * self.satisfied_per_judged)
+            drawn = sorted(satisfied, key=lambda sample_id: content_hash("cut", sample_id))[:room]
+            rows = rows.filter(pl.col("condition").is_not_null() | pl.col("sample_id").is_in(drawn))
+        judged = pl.col("condition").is_not_null()
+        return super().examples(rows).with_columns(second_prompt=pl.when(judged).then(pl.col("prompt")))

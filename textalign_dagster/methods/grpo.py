@@ -1,0 +1,25 @@
+"""Policy gradients over a prompt's samples and their rewards (Shao et al. 2024, Ahmadian et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import polars as pl
+
+from textalign_dagster.methods.base import FeedbackKind, Unconditional
+from textalign_dagster.pool.examples import groups
+
+
+class GRPO(Unconditional):
+    """All samples of a prompt are one group: those better than the others become likelier, the worse less so."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("grpo", "rloo")
+
+    name: Literal["grpo"] = "grpo"
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        return groups(rows.filter(pl.col("value").is_finite()))

@@ -1,0 +1,29 @@
+"""Supervised fine-tuning on the best samples: RAFT (Dong et al. 2023) and rejection sampling (Touvron et al. 2023)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import polars as pl
+from pydantic import Field
+
+from textalign_dagster.methods.base import FeedbackKind, Unconditional
+
+
+class SFT(Unconditional):
+    """The samples of each prompt with the highest rewards are trained on, the others are not."""
+
+    name: Literal["sft"] = "sft"
+    best: int = Field(
+        1, ge=1, description="Samples of a prompt that are trained on, the highest rewards first."
+    )
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        ranked = rows.filter(pl.col("value").is_finite()).sort(
+            "prompt_id", "value", "sample_id", descending=[False, True, False]
+        )
+        return super().examples(ranked.group_by("prompt_id", maintain_order=True).head(self.best))

@@ -1,0 +1,127 @@
+"""Contrastive unlikelihood training (Xu et al. 2024): a judgment shows which tokens of a text are at fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from training.objectives.base import Loss, Need, Objective, Sequences, Step
+from training.objectives.tokens import Tokens, log_complement, per_sequence, target_log_probs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class CUT(Objective):
+    """A text is read under its judgment and, if that finds fault, under the bare prompt too.
+
+    Tokens that the judgment makes more likely are the ones it complains about: under the bare prompt they are
+    trained to be unlikely, all others likely. Under the judgment the whole text is trained to be likely.
+    """
+
+    name: Literal["cut"] = "cut"
+    threshold: float = Field(
+        1.1,
+        gt=0,
+        description="A token is flagged if the judgment makes it more than this many times as likely (λ).",
+    )
+    weight: float = Field(1.0, ge=0, description="Weight of the unlikelihood of flagged tokens (α).")
+    gamma: float = Field(
+        0.0,
+        ge=0,
+        description="Flagged tokens weigh α·p^γ, p their probability under the judgment; 0: all the same.",
+    )
+    combine: Literal["mean", "sum"] = Field(
+        "mean",
+        description="How the losses under the judgment and under the bare prompt become one: mean, as in the "
+        "released code, or sum, as in the paper.",
+    )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        return frozenset({"second context"})
+
+    def mass(self, sequences: Sequences) -> Tensor:
+        """The sequences' weights: a text counts the same whatever its length and whatever is beside it."""
+        return sequences.weights.sum()
+
+    def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
+        assert tokens.second is not None and tokens.second_places is not None, "the objective needs them"
+        places = tokens.second_places
+        return cut(
+            target_log_probs(tokens.log_probs, tokens.targets),
+            target_log_probs(tokens.second, tokens.targets[places]),
+            places,
+            tokens.rows,
+            sequences,
+            threshold=self.threshold,
+            weight=self.weight,
+            gamma=self.gamma,
+            share=0.5 if self.combine == "mean" else 1.0,
+        )
+
+    def adapt(
+        self, coefficients: Mapping[str, float], sums: Mapping[str, float], step: Step
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        judged = sums["judged"]
+        if judged <= 0:
+            return dict(coefficients), {}
+        figures = {"flagged share": sums["flagged"] / judged, "log ratio": sums["log_ratio"] / judged}
+        return dict(coefficients), figures
+
+
+def cut(
+    first: Tensor,
+    second: Tensor,
+    places: Tensor,
+    rows: Tensor,
+    sequences: Sequences,
+    *,
+    threshold: float,
+    weight: float,
+    gamma: float,
+    share: float,
+) -> Loss:
+    """The sum over texts of weight · l. Of a text without fault, of n tokens:
+
+    l = −1/n Σ log p_t
+
+    and of one with a judgment j, where p_t = p(y_t|y_<t, x, j) and q_t = p(y_t|y_<t, x), flagged iff p_t/q_t > λ:
+
+    l = share · (−1/n Σ log p_t − 1/n Σ [flagged: α·p_t^γ·log(1 − q_t), else: log q_t])
+
+    This is the released loss of one text a process, whose average over processes it is then. No gradient goes
+    through the ratio and through p^γ.
+
+    Args:
+        first: [N] log-probabilities of the targets under the first context (log p).
+        second: [M] those of some of the targets under the second context (log q).
+        places: [M] which of the N targets they are of.
+        rows: [N] see ``Tokens``.
+    """
+    import torch
+
+    texts = len(sequences.weights)
+    judged = torch.zeros(texts, dtype=torch.bool, device=first.device)
+    judged[rows[places]] = True
+    # Flagged in logarithms: probabilities that underflow to 0 still compare.
+    ratios = (first[places] - second).detach()
+    flagged = ratios > math.log(threshold)
+    weights = weight * torch.exp(gamma * first[places].detach())
+    unlike = -torch.where(flagged, weights * log_complement(second), second)
+    counted = sequences.counted.clamp(min=1).to(first.dtype)
+    under_judgment = per_sequence(-first, rows, texts) / counted
+    bare = per_sequence(unlike, rows[places], texts) / counted
+    each = torch.where(judged, share * (under_judgment + bare), under_judgment)
+    present = (sequences.weights > 0)[rows[places]]
+    return Loss(
+        (sequences.weights.to(first.dtype) * each).sum(),
+        {
+            "judged": present.sum().to(first.dtype),
+            "flagged": (present & flagged).sum().to(first.dtype),
+            "log_ratio": (present * ratios).sum(),
+        },
+    )
