@@ -19,6 +19,7 @@ from training.settings import Training
 JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "text": ("text",),
     "category": ("category",),
+    "judgment": ("judgment",),
     "rating": ("reward",),
     "ranking": ("reward",),
     "win": ("reward",),

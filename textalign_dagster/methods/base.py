@@ -14,7 +14,7 @@ from textalign_dagster.pool.examples import single
 from textalign_dagster.pool.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
-FeedbackKind = Literal["reward", "text", "category", "spans"]
+FeedbackKind = Literal["reward", "text", "category", "judgment", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
 
 VARIED = "(varied)"

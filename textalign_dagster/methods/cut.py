@@ -10,9 +10,6 @@ from pydantic import Field
 from textalign_dagster.ids import content_hash
 from textalign_dagster.methods.base import FeedbackKind, Unconditional
 
-NO_JUDGMENT = r"^\W*(\$ERROR\$)?\W*$"
-"""An empty judgment, and what the published data holds where the judge's API failed."""
-
 
 class CUT(Unconditional):
     """A sample with a judgment is trained on under it, and under its bare prompt token by token; a sample that
@@ -27,8 +24,8 @@ class CUT(Unconditional):
     satisfied: tuple[str, ...] = Field(
         ("perfect",),
         strict=False,
-        description="A judgment that begins with one of these words finds no fault; case and punctuation before "
-        "it do not matter.",
+        description="A judgment finds no fault if its label is one of these words or it begins with one; case "
+        "and punctuation before it do not matter.",
     )
     satisfied_score: float | None = Field(
         None, description="Feedback with this score or a higher one finds no fault, whatever it says."
@@ -42,7 +39,7 @@ class CUT(Unconditional):
 
     @property
     def wants(self) -> FeedbackKind:
-        return "text"
+        return "judgment"
 
     @property
     def buckets(self) -> tuple[str, ...]:
@@ -51,10 +48,11 @@ class CUT(Unconditional):
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         words = pl.col("text").str.to_lowercase().str.replace(r"^\W+", "")
         begins = [words.str.starts_with(word.lower()) for word in self.satisfied]
-        satisfied = pl.any_horizontal(pl.lit(False), *begins)
+        satisfied = pl.any_horizontal(pl.col("label").is_in(list(self.satisfied)), *begins).fill_null(False)
         if self.satisfied_score is not None:
             satisfied |= (pl.col("value") >= self.satisfied_score).fill_null(False)
-        usable = (pl.col("status") == "ok") & ~pl.col("text").fill_null("").str.contains(NO_JUDGMENT)
+        blank = pl.col("text").fill_null("").str.strip_chars() == ""
+        usable = (pl.col("status") == "ok") & (satisfied | ~blank)
         return rows.with_columns(
             label=pl.when(usable & satisfied).then(pl.lit("satisfied")).when(usable).then(pl.lit("judged")),
             condition=pl.when(usable & ~satisfied).then(pl.col("text")),

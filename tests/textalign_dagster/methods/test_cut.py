@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import polars as pl
 import pytest
 
 from tests.textalign_dagster.pool.test_examples import rows
+from textalign_dagster.experiment.experiment import Experiment
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.methods import CUT
+from textalign_dagster.settings import SettingsError
 
 JUDGMENTS = [
     ("Perfect.", "satisfied"),
@@ -16,15 +21,19 @@ JUDGMENTS = [
     ("E225 missing whitespace", "judged"),
     ("", None),
     (" \n", None),
-    ("$ERROR$", None),
     (None, None),
 ]
 
 
 def labelled(method: CUT, judgments: list[str | None], values: list[float | None]) -> pl.DataFrame:
     given = pl.DataFrame(
-        {"value": values, "text": judgments, "status": ["ok"] * len(judgments)},
-        schema={"value": pl.Float64, "text": pl.String, "status": pl.String},
+        {
+            "value": values,
+            "label": [None] * len(values),
+            "text": judgments,
+            "status": ["ok"] * len(judgments),
+        },
+        schema={"value": pl.Float64, "label": pl.String, "text": pl.String, "status": pl.String},
     )
     return method.label(given)
 
@@ -46,8 +55,15 @@ def test_a_score_can_say_so() -> None:
 
 
 def test_failed_judgments_are_not_trained_on() -> None:
-    given = pl.DataFrame({"value": [1.0], "text": ["wrong"], "status": ["failed"]})
-    assert CUT().label(given)["label"].to_list() == [None]
+    given = labelled(CUT(), ["wrong", "wrong"], [1.0, 1.0])
+    failed = CUT().label(given.with_columns(status=pl.lit("failed"), label=pl.lit("flawed")))
+    assert failed["label"].to_list() == failed["condition"].to_list() == [None, None]
+
+
+def test_a_judge_may_say_so_by_its_label_alone() -> None:
+    given = labelled(CUT(), [None, "too long", None], [None] * 3)
+    found = CUT().label(given.with_columns(label=pl.Series(["perfect", "flawed", "flawed"])))
+    assert found["label"].to_list() == ["satisfied", "judged", None]
 
 
 @pytest.mark.parametrize(("share", "satisfied"), [(0.0, 0), (0.25, 2), (0.4, 3), (None, 6)])
@@ -61,3 +77,19 @@ def test_satisfied_samples_beside_judged_ones(share: float | None, satisfied: in
     assert found.filter(pl.col("condition").is_null())["second_prompt"].null_count() == satisfied
     again = CUT(satisfied_per_judged=share).examples(drawn.sample(fraction=1.0, shuffle=True, seed=1))
     assert set(again["example_id"]) == set(found["example_id"])
+
+
+def test_a_judge_of_judgments_suits_and_one_of_ratings_does_not(tmp_path: Path) -> None:
+    def load(ask: str) -> Experiment:
+        judge = f"{{ask: {ask}, template: {ask}, model: m, base_url: 'http://127.0.0.1:1/v1'}}"
+        (tmp_path / "mine.yaml").write_text(
+            f"task: pep8\npolicy: {{model: pep8-sloppy-1m}}\nmethod: cut\njudge: {judge}\n"
+        )
+        return Library((tmp_path,)).load("mine")
+
+    experiment = load("judgment")
+    assert experiment.method.wants == "judgment" and experiment.training.objective.name == "cut"
+    with pytest.raises(
+        SettingsError, match="wants feedback of kind 'judgment', which a judge asked for 'rating'"
+    ):
+        load("rating")

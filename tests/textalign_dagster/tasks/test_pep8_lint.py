@@ -241,7 +241,7 @@ def test_a_category_is_the_score_in_words(continuation, points, words):
     assert CATEGORIES[3 - points] == words
 
 
-def test_the_task_gives_rewards_sentences_and_categories():
+def test_the_task_gives_rewards_sentences_categories_and_judgments():
     samples = pl.DataFrame(
         {
             "sample_id": ["a", "b"],
@@ -255,4 +255,8 @@ def test_the_task_gives_rewards_sentences_and_categories():
     assert rows["category"].rows() == [("a", 0.0, "sloppy", None, "ok"), ("b", 3.0, "clean", None, "ok")]
     assert [row[:3] for row in rows["text"].rows()] == [("a", 0.0, None), ("b", 3.0, None)]
     assert rows["text"]["text"][1] == "no issues"
+    assert rows["judgment"].rows() == [
+        ("a", 0.0, "flawed", rows["text"]["text"][0], "ok"),
+        ("b", 3.0, "perfect", None, "ok"),
+    ]
     assert len({str(frame.schema) for frame in rows.values()}) == 1

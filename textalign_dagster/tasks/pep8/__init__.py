@@ -47,18 +47,21 @@ class Pep8(Task):
 
     @property
     def kinds(self) -> tuple[FeedbackKind, ...]:
-        return ("reward", "text", "category", "spans")
+        return ("reward", "text", "category", "judgment", "spans")
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
         """``reward``, ``spans``: the (negative) violations per line. Otherwise a score 0–3, and with it for ``text``
-        the findings as a sentence, for ``category`` the score in words."""
+        the findings as a sentence, for ``category`` the score in words, for ``judgment`` the findings or "perfect"."""
 
         def row(found: Lint) -> dict[str, Any]:
+            flawed = reward(found) < 0
+            judgment = "flawed" if flawed else "perfect"
+            labels = {"category": category(found), "judgment": judgment}
             return {
                 "aspect": "style",
                 "value": float(reward(found) if kind in ("reward", "spans") else score(found)),
-                "label": category(found) if kind == "category" else None,
-                "text": feedback(found) if kind == "text" else None,
+                "label": labels.get(kind),
+                "text": feedback(found) if kind == "text" or (kind == "judgment" and flawed) else None,
             }
 
         return self._rows(samples, row).with_columns(
