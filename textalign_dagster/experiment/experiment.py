@@ -174,6 +174,16 @@ class Experiment(Settings):
         return self
 
     @model_validator(mode="after")
+    def _read_together(self) -> Experiment:
+        together = self.method.read_together(self.sampling.samples_per_prompt)
+        if self.training.batch_size < together:
+            raise ValueError(
+                f"training.batch_size: method {self.method.name} reads {together} rows together, but it is "
+                f"{self.training.batch_size}; raise it to {together}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _possible(self) -> Experiment:
         wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
         if self.judge is not None and self.scorer is not None:

@@ -82,6 +82,10 @@ class Method(Settings):
         """How values become buckets by rank; None: :meth:`label` says which bucket a row is in."""
         return None
 
+    def read_together(self, samples_per_prompt: int) -> int:
+        """How many rows the training reads in one micro-batch, at least: a pair, a group."""
+        return 1
+
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         """``rows`` with ``label`` (a bucket, or NULL) and ``condition`` (text), both String.
 

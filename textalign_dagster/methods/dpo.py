@@ -29,5 +29,8 @@ class DPO(Unconditional):
     def wants(self) -> FeedbackKind:
         return "reward"
 
+    def read_together(self, samples_per_prompt: int) -> int:
+        return 2
+
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         return pairs(rows, per_prompt=self.pairs_per_prompt, margin=self.margin)

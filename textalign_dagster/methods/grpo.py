@@ -21,5 +21,8 @@ class GRPO(Unconditional):
     def wants(self) -> FeedbackKind:
         return "reward"
 
+    def read_together(self, samples_per_prompt: int) -> int:
+        return samples_per_prompt
+
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         return groups(rows.filter(pl.col("value").is_finite()))

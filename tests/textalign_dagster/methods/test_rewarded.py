@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import polars as pl
 import pytest
 from pydantic import ValidationError
 
 from tests.textalign_dagster.pool.test_examples import SIX, rows
+from textalign_dagster.experiment.files import Library
 from textalign_dagster.methods import GRPO, RWR, SFT, ConditionalTraining, Filtering, Method
+from textalign_dagster.settings import SettingsError
 
 KNOWN = rows(
     *(
@@ -69,3 +72,12 @@ def test_some_samples_are_trained_on_without_their_token() -> None:
     for share, bound in ((0.0, 0), (0.1, 40)):
         found = ConditionalTraining(drop_fraction=share).examples(many)
         assert abs(found["condition"].null_count() - 1000 * share) <= bound and found.height == 1000
+
+
+def test_a_batch_holds_what_is_read_together(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "task: pep8\npolicy: {model: pep8-sloppy-1m}\nmethod: grpo\n"
+        "sampling: {samples_per_prompt: 9}\ntraining: {batch_size: 8}\n"
+    )
+    with pytest.raises(SettingsError, match="method grpo reads 9 rows together, but it is 8; raise it to 9"):
+        Library((tmp_path,)).load("mine")
