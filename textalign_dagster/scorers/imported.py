@@ -31,10 +31,10 @@ class ImportedScorer(Scorer):
     format: Literal["plain", "alt", "cut", "sparse_ratings"] = Field(
         "plain", description="As in `textalign import`: plain, alt, cut or sparse_ratings."
     )
-    kind: Literal["reward", "text", "category"] = Field(
+    kind: Literal["reward", "text", "category", "judgment"] = Field(
         "reward",
-        description="What is taken of a judgement: its number (reward), its words with their number (text), or "
-        "its label (category).",
+        description="What is taken of a judgement: its number (reward), its words with their number (text), "
+        "its label (category), or the label with the words, where there are any (judgment).",
     )
     aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
     labels: tuple[str, ...] | None = Field(

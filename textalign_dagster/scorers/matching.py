@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-Kind = Literal["reward", "text", "category"]
+Kind = Literal["reward", "text", "category", "judgment"]
 Key = tuple[str, str]
 
 
@@ -62,6 +62,8 @@ def _taken(row: dict[str, Any] | None, kind: Kind) -> dict[str, Any]:
     elif kind == "text":
         lacks = "number beside its words" if value is None else None if text else "words"
         label = None
+    elif kind == "judgment":
+        lacks = None if label or text else "judgment"
     else:
         lacks = None if label else "label"
         text = None
