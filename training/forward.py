@@ -5,17 +5,31 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
+
 from training.data.packing import packed_logits
 from training.objectives.tokens import Tokens, chosen_tokens, labelled
 
 
 def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
-    """Reads one context of a batch; the output layer runs on the positions that predict a label only.
+    """Reads a batch once: its sequences, and in ``second`` those that are read under a second prompt too.
 
     Args:
         inputs: as ``Collator`` gives them.
         prefix: whose prompts: the policy's own (empty), or ``reference_``.
     """
+    tokens = _read(model, inputs, prefix)
+    if prefix or "second_of" not in inputs:
+        return tokens._replace(second=tokens.log_probs[:0], second_places=tokens.rows[:0])
+    # Rows beyond the batch's sequences read some of these again, in the same order.
+    first = tokens.rows < len(inputs["weights"])
+    log_probs, targets, rows = (part[first] for part in tokens[:3])
+    places = torch.isin(rows, inputs["second_of"]).nonzero()[:, 0]
+    return Tokens(log_probs, targets, rows, second=tokens.log_probs[~first], second_places=places)
+
+
+def _read(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
+    """All rows of a batch; the output layer runs on the positions that predict a label only."""
     bare = getattr(model, "module", model)
     if hasattr(bare, "get_base_model"):  # an adapter passes on what it does not know
         bare = bare.get_base_model()

@@ -235,17 +235,10 @@ class ObjectiveTrainer(Trainer):
         """The policy's log-probabilities, with what the objective needs beside them."""
         needs, tokens = self.objective.needs, labelled_tokens(model, inputs, "")
         given: dict[str, Tensor] = {}
-        first: Any = slice(None)
-        if "second context" in needs:
-            # Rows beyond the batch's sequences read some of these again, in the same order.
-            first = tokens.rows < len(inputs["weights"])
-            second, tokens = tokens.log_probs[~first], Tokens(*(part[first] for part in tokens[:3]))
-            places = torch.isin(tokens.rows, inputs["second_of"]).nonzero()[:, 0]
-            given |= {"second": second, "second_places": places}
         if "reference" in needs:
             prefix = "reference_" if "reference_input_ids" in inputs else ""
             with torch.no_grad(), self._reference(model) as referee:
-                there = labelled_tokens(referee, inputs, prefix).log_probs[slice(None) if prefix else first]
+                there = labelled_tokens(referee, inputs, prefix).log_probs
             given["reference"] = restrict(
                 there, min(self._vocabulary, there.shape[-1], tokens.log_probs.shape[-1])
             )

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from resources.launchers.launcher import Acceleration
-from tests.training.test_train import by_hand, done, weights
+from tests.training.test_train import done, spread
 from tests.training.tiny import make_rows, write_job
 from training.train import main
 
@@ -64,26 +63,14 @@ def test_the_first_loss_by_hand(tmp_path: Path, cut: dict[str, Any], policy: Pat
 
 
 def test_one_step_however_it_is_spread(tmp_path: Path, cut: dict[str, Any]) -> None:
-    found = {}
-    spreads = {
+    splits = {
         "whole": {"batch_size": 4},
         "single": {"batch_size": 1, "gradient_accumulation": 4},
         "packed": {"batch_size": 4, "packing": True},
     }
-    for name, settings in spreads.items():
-        job = cut | {"training": cut["training"] | settings}
-        assert main([str(write_job(tmp_path, job))]) == 0
-        found[name] = (done(cut), weights(cut))
-    job = cut | {"world_size": 2, "training": cut["training"] | {"batch_size": 2}}
-    two = Acceleration(processes=2, cpu=True, threads=1)
-    result = by_hand(two, write_job(tmp_path, job))
-    assert result.returncode == 0, result.stderr
-    found["two processes"] = (done(cut), weights(cut))
-    whole, expected = found["whole"]
-    for name, (facts, these) in found.items():
-        assert facts["losses"] == pytest.approx(whole["losses"], abs=1e-4), name
-        for weight, value in expected.items():
-            assert torch.allclose(value, these[weight], atol=2e-3), (name, weight)
+    found = spread(tmp_path, cut, splits, {"batch_size": 2})
+    for name, facts in found.items():
+        assert facts["losses"] == pytest.approx(found["whole"]["losses"], abs=1e-4), name
 
 
 def test_rows_without_any_judgment(tmp_path: Path, cut: dict[str, Any]) -> None:

@@ -54,6 +54,31 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(job["out"]) / "done.json").read_text())
 
 
+def spread(
+    folder: Path, job: dict[str, Any], splits: dict[str, dict[str, Any]], each: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Trains the job with the settings of each split, and by two processes with the settings ``each``; all
+    must end in the weights of the first split.
+
+    Returns:
+        What each training reports, by its name.
+    """
+    found = {}
+    for name, settings in splits.items():
+        assert main([str(write_job(folder, job | {"training": job["training"] | settings}))]) == 0
+        found[name] = (done(job), weights(job))
+    two = Acceleration(processes=2, cpu=True, threads=1)
+    path = write_job(folder, job | {"world_size": 2, "training": job["training"] | each})
+    result = by_hand(two, path)
+    assert result.returncode == 0, result.stderr
+    found["two processes"] = (done(job), weights(job))
+    expected = found[next(iter(splits))][1]
+    for name, (_, these) in found.items():
+        for weight, value in expected.items():
+            assert torch.allclose(value, these[weight], atol=2e-3), (name, weight)
+    return {name: facts for name, (facts, _) in found.items()}
+
+
 def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> None:
     seen: list[dict[str, Any]] = []
     launched: list[Launched] = []

@@ -126,6 +126,19 @@ class Unconditional(Method):
         )
 
 
+class Rewarded(Unconditional):
+    """One whose examples follow from rewards."""
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    @staticmethod
+    def rewarded(rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows that have a reward."""
+        return rows.filter(pl.col("value").is_finite())
+
+
 class Conditional(Method):
     """A method that asks for something, by one of the published policies."""
 

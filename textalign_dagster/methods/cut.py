@@ -59,10 +59,10 @@ class CUT(Unconditional):
         )
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        if self.satisfied_per_judged is not None:
-            satisfied = rows.filter(pl.col("condition").is_null())["sample_id"].unique()
-            room = int((rows.height - rows["condition"].null_count()) * self.satisfied_per_judged)
-            drawn = sorted(satisfied, key=lambda sample_id: content_hash("cut", sample_id))[:room]
-            rows = rows.filter(pl.col("condition").is_not_null() | pl.col("sample_id").is_in(drawn))
         judged = pl.col("condition").is_not_null()
+        if self.satisfied_per_judged is not None:
+            satisfied = rows.filter(~judged)["sample_id"]
+            room = int((rows.height - len(satisfied)) * self.satisfied_per_judged)
+            drawn = sorted(satisfied, key=lambda sample_id: content_hash("cut", sample_id))[:room]
+            rows = rows.filter(judged | pl.col("sample_id").is_in(drawn))
         return super().examples(rows).with_columns(second_prompt=pl.when(judged).then(pl.col("prompt")))

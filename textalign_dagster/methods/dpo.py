@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import polars as pl
 from pydantic import Field
 
-from textalign_dagster.methods.base import FeedbackKind, Unconditional
+from textalign_dagster.methods.base import Rewarded
 from textalign_dagster.pool.examples import pairs
 
 
-class DPO(Unconditional):
+class DPO(Rewarded):
     """Pairs of a prompt's samples: the one with the higher reward is chosen, the other rejected."""
 
     objectives: ClassVar[tuple[str, ...]] = ("dpo", "ipo", "simpo")
@@ -24,10 +24,6 @@ class DPO(Unconditional):
         "the second worst, …",
     )
     margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
-
-    @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
 
     def read_together(self, samples_per_prompt: int) -> int:
         return 2

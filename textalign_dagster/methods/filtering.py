@@ -7,10 +7,10 @@ from typing import Literal, Self
 import polars as pl
 from pydantic import Field, model_validator
 
-from textalign_dagster.methods.base import FeedbackKind, Unconditional
+from textalign_dagster.methods.base import Rewarded
 
 
-class Filtering(Unconditional):
+class Filtering(Rewarded):
     """Samples whose reward reaches a threshold are trained on, the others are not."""
 
     name: Literal["filtering"] = "filtering"
@@ -31,19 +31,13 @@ class Filtering(Unconditional):
             raise ValueError("`threshold` and `quantile` exclude each other; remove one of them")
         return self
 
-    @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
-
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        rows = rows.filter(pl.col("value").is_finite())
-        if self.threshold is not None:
-            return super().examples(rows.filter(pl.col("value") >= self.threshold))
-        at = pl.col("value").quantile(0.5 if self.quantile is None else self.quantile, "nearest")
-        return super().examples(rows.filter(pl.col("value") >= at))
+        share = 0.5 if self.quantile is None else self.quantile
+        lowest = pl.col("value").quantile(share, "nearest") if self.threshold is None else self.threshold
+        return super().examples(self.rewarded(rows).filter(pl.col("value") >= lowest))
 
 
-class RWR(Unconditional):
+class RWR(Rewarded):
     """Every sample is trained on, with weight e^(r/β): reward-weighted regression (Peters and Schaal 2007)."""
 
     name: Literal["rwr"] = "rwr"
@@ -52,11 +46,6 @@ class RWR(Unconditional):
         1000.0, gt=0, description="Weights are cut off here, as in the released code of Korbak et al."
     )
 
-    @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
-
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         weight = (pl.col("value") / self.beta).exp().clip(upper_bound=self.highest)
-        weighted = rows.filter(pl.col("value").is_finite())
-        return super().examples(weighted.with_columns(weight=pl.col("weight") * weight))
+        return super().examples(self.rewarded(rows).with_columns(weight=pl.col("weight") * weight))

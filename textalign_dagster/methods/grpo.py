@@ -6,23 +6,19 @@ from typing import ClassVar, Literal
 
 import polars as pl
 
-from textalign_dagster.methods.base import FeedbackKind, Unconditional
+from textalign_dagster.methods.base import Rewarded
 from textalign_dagster.pool.examples import groups
 
 
-class GRPO(Unconditional):
+class GRPO(Rewarded):
     """All samples of a prompt are one group: those better than the others become likelier, the worse less so."""
 
     objectives: ClassVar[tuple[str, ...]] = ("grpo", "rloo")
 
     name: Literal["grpo"] = "grpo"
 
-    @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
-
     def read_together(self, samples_per_prompt: int) -> int:
         return samples_per_prompt
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        return groups(rows.filter(pl.col("value").is_finite()))
+        return groups(self.rewarded(rows))

@@ -7,10 +7,10 @@ from typing import Literal
 import polars as pl
 from pydantic import Field
 
-from textalign_dagster.methods.base import FeedbackKind, Unconditional
+from textalign_dagster.methods.base import Rewarded
 
 
-class SFT(Unconditional):
+class SFT(Rewarded):
     """The samples of each prompt with the highest rewards are trained on, the others are not."""
 
     name: Literal["sft"] = "sft"
@@ -18,12 +18,6 @@ class SFT(Unconditional):
         1, ge=1, description="Samples of a prompt that are trained on, the highest rewards first."
     )
 
-    @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
-
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        ranked = rows.filter(pl.col("value").is_finite()).sort(
-            "prompt_id", "value", "sample_id", descending=[False, True, False]
-        )
+        ranked = self.rewarded(rows).sort("prompt_id", "value", "sample_id", descending=[False, True, False])
         return super().examples(ranked.group_by("prompt_id", maintain_order=True).head(self.best))

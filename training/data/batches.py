@@ -144,7 +144,8 @@ class Collator:
         form = self._pack if self.packed else self._pad
         seconds = [(i, (e.second, e.text)) for i, e in enumerate(examples) if e.second is not None]
         batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples] + [pair for _, pair in seconds])
-        batch["second_of"] = torch.tensor([i for i, _ in seconds], dtype=torch.long)
+        if seconds:
+            batch["second_of"] = torch.tensor([i for i, _ in seconds])
         batch["weights"] = torch.tensor([e.weight for e in examples], dtype=torch.float32)
         batch["counted"] = torch.tensor([e.labels for e in examples])
         batch["roles"] = torch.tensor([e.role for e in examples])

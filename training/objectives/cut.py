@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from training.objectives.base import Loss, Need, Objective, Sequences, Step
-from training.objectives.tokens import Tokens, log_complement, per_sequence, target_log_probs
+from training.objectives.tokens import Tokens, log_complement, sequence_means, target_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,17 +104,15 @@ def cut(
     """
     import torch
 
-    texts = len(sequences.weights)
-    judged = torch.zeros(texts, dtype=torch.bool, device=first.device)
+    judged = torch.zeros_like(sequences.weights, dtype=torch.bool)
     judged[rows[places]] = True
     # Flagged in logarithms: probabilities that underflow to 0 still compare.
     ratios = (first[places] - second).detach()
     flagged = ratios > math.log(threshold)
     weights = weight * torch.exp(gamma * first[places].detach())
     unlike = -torch.where(flagged, weights * log_complement(second), second)
-    counted = sequences.counted.clamp(min=1).to(first.dtype)
-    under_judgment = per_sequence(-first, rows, texts) / counted
-    bare = per_sequence(unlike, rows[places], texts) / counted
+    under_judgment = sequence_means(-first, rows, sequences.counted)
+    bare = sequence_means(unlike, rows[places], sequences.counted)
     each = torch.where(judged, share * (under_judgment + bare), under_judgment)
     present = (sequences.weights > 0)[rows[places]]
     return Loss(

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from training.objectives.base import Loss, Need, Sequences
 from training.objectives.groups import GroupObjective, clipped_gain, group_sums
-from training.objectives.tokens import Tokens, per_sequence, target_log_probs
+from training.objectives.tokens import Tokens, sequence_means, target_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,11 +79,10 @@ def grpo(
     ratios, gains = gaps.exp(), advantages.to(gaps.dtype)[rows]
     penalty = (-gaps).exp() + gaps - 1
     losses = -clipped_gain(ratios, gains, epsilon) + kl_coef * penalty
-    counted = sequences.counted.clamp(min=1).to(gaps.dtype)
     weights = sequences.weights.to(gaps.dtype)
 
     def total(values: Tensor) -> Tensor:
-        return (weights * per_sequence(values, rows, len(weights)) / counted).sum()
+        return (weights * sequence_means(values, rows, sequences.counted)).sum()
 
     parts = {"kl": penalty, "clipped share": ((ratios - 1).abs() > epsilon).to(gaps.dtype)}
     return Loss(total(losses), {name: total(part).detach() for name, part in parts.items()})

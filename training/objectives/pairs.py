@@ -53,12 +53,6 @@ def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
     return places(CHOSEN), places(REJECTED)
 
 
-def log_probs(tokens: Tokens, sequences: Sequences) -> Tensor:
-    """log π(y|x) of every sequence, summed over its tokens, [B]."""
-    values = target_log_probs(tokens.log_probs, tokens.targets)
-    return per_sequence(values, tokens.rows, len(sequences.weights))
-
-
 def log_ratios(tokens: Tokens, sequences: Sequences) -> Tensor:
     """log π(y|x) − log π_ref(y|x) of every sequence, summed over its tokens, [B]."""
     assert tokens.reference_log_probs is not None, "the objective needs them"

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from training.objectives.base import Loss, Need, Sequences
 from training.objectives.groups import GroupObjective, clipped_gain, group_sums
-from training.objectives.tokens import Tokens, per_sequence, target_log_probs
+from training.objectives.tokens import Tokens, per_sequence, sequence_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ class RLOO(GroupObjective):
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
         size = len(sequences.weights)
-        log_probs = per_sequence(target_log_probs(tokens.log_probs, tokens.targets), tokens.rows, size)
+        log_probs = sequence_log_probs(tokens, size)
         rewards = sequences.rewards.to(log_probs.dtype)
         sampled = sequences.sampled_log_probs.to(log_probs.dtype)
         if self.kl_coef:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from training.objectives.base import Loss, Sequences
-from training.objectives.pairs import PairObjective, log_probs, pair_loss, paired
-from training.objectives.tokens import Tokens
+from training.objectives.pairs import PairObjective, pair_loss, paired
+from training.objectives.tokens import Tokens, sequence_log_probs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,8 @@ class SimPO(PairObjective):
     gamma: float = Field(3.0, ge=0, description="The margin that is aimed for, after scaling.")
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        means, (chosen, rejected) = log_probs(tokens, sequences) / sequences.counted, paired(sequences)
+        means = sequence_log_probs(tokens, len(sequences.weights)) / sequences.counted
+        chosen, rejected = paired(sequences)
         weights = sequences.weights[chosen]
         return simpo(means[chosen], means[rejected], weights, beta=self.beta, gamma=self.gamma)
 

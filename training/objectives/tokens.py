@@ -93,6 +93,20 @@ def per_sequence(values: Tensor, rows: Tensor, sequences: int) -> Tensor:
     return values.new_zeros(sequences).index_add(0, rows, values)
 
 
+def sequence_log_probs(tokens: Tokens, sequences: int) -> Tensor:
+    """log π(y|x) of every sequence, summed over its tokens, [B]."""
+    return per_sequence(target_log_probs(tokens.log_probs, tokens.targets), tokens.rows, sequences)
+
+
+def sequence_means(values: Tensor, rows: Tensor, counted: Tensor) -> Tensor:
+    """Means over the tokens of each sequence: [N] -> [B].
+
+    Args:
+        counted: [B] how many tokens each has.
+    """
+    return per_sequence(values, rows, len(counted)) / counted.clamp(min=1).to(values.dtype)
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """Entropy over the full vocabulary, [..., V] -> [...]."""
     return -(log_probs.exp() * log_probs).sum(-1)

@@ -9,8 +9,9 @@ import torch
 
 from tests.training.objectives.test_dpo import batch
 from training.objectives import SimPO
-from training.objectives.pairs import log_probs, paired
+from training.objectives.pairs import paired
 from training.objectives.simpo import simpo
+from training.objectives.tokens import sequence_log_probs
 
 T = torch.tensor
 
@@ -26,7 +27,7 @@ def test_loss_is_trls() -> None:
     cpo = pytest.importorskip("trl.experimental.cpo")
     tokens, rows, _ = batch()
     rows = rows._replace(counted=torch.bincount(tokens.rows, minlength=8))
-    means, (chosen, rejected) = log_probs(tokens, rows) / rows.counted, paired(rows)
+    means, (chosen, rejected) = sequence_log_probs(tokens, 8) / rows.counted, paired(rows)
     settings = SimpleNamespace(
         beta=2.0, simpo_gamma=1.0, loss_type="simpo", label_smoothing=0.0, alpha=0.0, cpo_alpha=0.0,
         accelerator=SimpleNamespace(device="cpu"),
