@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, Literal
 
 import polars as pl
@@ -46,8 +47,8 @@ class CUT(Unconditional):
         return ("satisfied", "judged")
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        words = pl.col("text").str.to_lowercase().str.replace(r"^\W+", "")
-        begins = [words.str.starts_with(word.lower()) for word in self.satisfied]
+        opening = (rf"^\W*{re.escape(word.lower())}(\W|$)" for word in self.satisfied)
+        begins = [pl.col("text").str.to_lowercase().str.contains(pattern) for pattern in opening]
         satisfied = pl.any_horizontal(pl.col("label").is_in(list(self.satisfied)), *begins).fill_null(False)
         if self.satisfied_score is not None:
             satisfied |= (pl.col("value") >= self.satisfied_score).fill_null(False)

@@ -18,6 +18,7 @@ JUDGMENTS = [
     ("perfect", "satisfied"),
     ("  **Perfect!**", "satisfied"),
     ("The response is perfect, but long.", "judged"),
+    ("Perfectly formatted, but wrong.", "judged"),
     ("E225 missing whitespace", "judged"),
     ("", None),
     (" \n", None),
