@@ -11,7 +11,7 @@ from assets.feedback import feedback
 from assets.figures import markdown_table, sample_blocks
 from assets.stage import LOOP, Stage
 from resources.configured import StoreResource
-from resources.store import Artifact, Draft
+from resources.store import Artifact, ArtifactError, Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop import checks
@@ -134,18 +134,26 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
     none = pl.lit(None, dtype=pl.List(SPAN))
     rows = drawn.join(samples, on="sample_id", how="left", maintain_order="left")
     if not marked:
-        return experiment.method.examples(rows.with_columns(spans=none))
+        return _arranged(experiment, rows.with_columns(spans=none))
     spans = (
         pl.concat(marked)
         .sort("sample_id", "start", "end", "label")
         .group_by("sample_id")
         .agg(spans=pl.struct("start", "end", "score"))
     )
-    return experiment.method.examples(
+    return _arranged(
+        experiment,
         rows.join(spans, on="sample_id", how="left", maintain_order="left")
         # Feedback that marks nothing is no missing feedback.
-        .with_columns(pl.col("spans").fill_null([]))
+        .with_columns(pl.col("spans").fill_null([])),
     )
+
+
+def _arranged(experiment: Experiment, rows: pl.DataFrame) -> pl.DataFrame:
+    try:
+        return experiment.method.examples(rows)
+    except ValueError as error:
+        raise ArtifactError(f"datapool: method {experiment.method.name}: {error}") from None
 
 
 def pool_examples(

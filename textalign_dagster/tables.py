@@ -98,7 +98,7 @@ EXAMPLES = pl.Schema(
         "pool_hash": pl.String,
         "example_id": pl.String,  # key, with pool_hash: hash(sample_id, role, group_id, condition)
         "sample_id": pl.String,
-        "role": pl.String,  # "only", "chosen" or "rejected" (of a pair), "member" (of a group)
+        "role": pl.String,  # "only", "chosen" or "rejected" (of a pair, or by itself), "member" (of a group)
         "group_id": pl.String,  # examples of one pair or group share it; NULL: the example stands alone
         "prompt": pl.String,
         "condition": pl.String,  # rendered with the prompt when it is trained on; NULL: none

@@ -16,7 +16,7 @@ def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
 
     Args:
         inputs: as ``Collator`` gives them.
-        prefix: whose prompts: the policy's own (empty), or ``reference_``.
+        prefix: whose prompts: the policy's own (empty), ``reference_``, or ``second_`` where they lie apart.
     """
     tokens = _read(model, inputs, prefix)
     if prefix or "second_of" not in inputs:

@@ -70,9 +70,13 @@ def with_reference(
         out: Parquet file for what had to be computed. Every process writes its own part beside it first.
     """
     hashes = [tokens_hash(example) for example in examples]
-    missing: dict[str, Example] = {
-        key: example for key, example in zip(hashes, examples, strict=True) if key not in known
-    }
+    sequences = dict(zip(hashes, examples, strict=True))
+    seconds: list[str | None] = [None] * len(examples)
+    if collator.apart:
+        again = [replace(example, prompt=example.second or [], reference=None) for example in examples]
+        seconds = [tokens_hash(example) for example in again]
+        sequences |= dict(zip(seconds, again, strict=True))
+    missing = {key: example for key, example in sequences.items() if key not in known}
     # Long rows first: too little memory shows at once. Rows of similar length are read together.
     ordered = sorted(missing, key=lambda key: (-missing[key].length, key))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
@@ -95,12 +99,16 @@ def with_reference(
     if rank == 0:
         computed.write_parquet(out)
         reporter.say(
-            f"reference log-probs: {computed.height} computed, {len(set(hashes)) - len(missing)} cached"
+            f"reference log-probs: {computed.height} computed, {len(sequences) - len(missing)} cached"
         )
     known = known | dict(computed.select("tokens_hash", "log_probs").iter_rows())
     return [
-        replace(example, reference_log_probs=known[key])
-        for key, example in zip(hashes, examples, strict=True)
+        replace(
+            example,
+            reference_log_probs=known[key],
+            second_reference_log_probs=None if second is None else known[second],
+        )
+        for key, second, example in zip(hashes, seconds, examples, strict=True)
     ]
 
 
@@ -112,7 +120,7 @@ def _log_probs(
     seen = [
         replace(e, prompt=e.prompt if e.reference is None else e.reference, second=None) for e in examples
     ]
-    batch = collator(seen)
+    batch = replace(collator, apart=False)(seen)
     inputs = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()

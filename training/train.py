@@ -221,7 +221,9 @@ def load(
     if settings.packing:
         _pack(job, model, reference, reporter)
     collator = Collator(
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, packed=settings.packing
+        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        packed=settings.packing,
+        apart="mismatched" in objective.needs,
     )
     encoded, referee = examples, reference
     if "reference log-probs" in objective.needs:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from training.callbacks import Adaptation, Reporting, Snapshotting
-from training.data.batches import Collator, Examples, RankBatches
+from training.data.batches import TOKEN_VALUES, Collator, Examples, RankBatches
 from training.forward import labelled_tokens
 from training.job import NonFiniteError
 from training.objectives.base import Objective, Sequences, Step
@@ -202,12 +202,31 @@ class ObjectiveTrainer(Trainer):
         mass, weight, rows, due, ending = self.accelerator.reduce(sums.to(device), "sum")
         self._step = mass, weight, rows
         self.snapshot_due, self.ending = bool(due > 0), bool(ending > 0)
+        self._before = self._before_step(samples, mass) if "mismatched" in self.objective.needs else {}
         return samples, mass
+
+    @torch.no_grad()
+    def _before_step(self, samples: list[Any], mass: Tensor) -> dict[str, float]:
+        """What the objective measures before a step, as means over the whole step."""
+        model = cast(Any, self.model_wrapped)
+        model.eval()  # no dropout
+        sums: dict[str, Tensor] = {}
+        for batch in samples:
+            inputs = self._prepare_inputs(batch)
+            tokens = labelled_tokens(model, inputs, "second_")
+            if "second_reference_log_probs" in inputs:
+                there = inputs["second_reference_log_probs"].to(tokens.log_probs.dtype)
+                tokens = tokens._replace(reference_log_probs=there)
+            for name, part in self.objective.before_step(tokens, _sequences(inputs)).items():
+                sums[name] = sums.get(name, 0) + part
+        model.train()
+        totals = self.accelerator.reduce(torch.stack(list(sums.values())), "sum") / mass
+        return dict(zip(sums, totals.tolist(), strict=True))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """On the device; DeepSpeed's half precision is for the model, not for what the objective reads."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        exact = (*Sequences._fields, "scores", "reference_log_probs")
+        exact = (*Sequences._fields, *TOKEN_VALUES)
         return prepared | {name: inputs[name].to(self.args.device) for name in exact if name in inputs}
 
     def compute_loss(
@@ -218,7 +237,8 @@ class ObjectiveTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         assert num_items_in_batch is not None, "get_batch_samples gives the step's mass"
-        loss = self.objective.loss(self._tokens(model, inputs), _sequences(inputs), self.coefficients)
+        coefficients = self.coefficients | self._before
+        loss = self.objective.loss(self._tokens(model, inputs), _sequences(inputs), coefficients)
         share = loss.total / num_items_in_batch
         for name, part in loss.parts.items():
             self._sums[name] = self._sums.get(name, 0) + part

@@ -20,6 +20,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with the same tokenizer and other weights."""
+    folder = tmp_path_factory.mktemp("other_policy")
+    tokenizer = make_tokenizer()
+    make_model(len(tokenizer), seed=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def job(tmp_path: Path, policy: Path) -> dict[str, Any]:
     """The content of a job file that works."""

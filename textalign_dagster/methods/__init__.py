@@ -9,11 +9,12 @@ from pydantic import Field
 from textalign_dagster.methods.alt_lmc import AltLMC
 from textalign_dagster.methods.alt_lmu import AltLMU
 from textalign_dagster.methods.base import FeedbackKind, Method
-from textalign_dagster.methods.conditional import ConditionalTraining
+from textalign_dagster.methods.conditional import CSFT, ConditionalTraining
 from textalign_dagster.methods.cut import CUT
 from textalign_dagster.methods.dpo import DPO
 from textalign_dagster.methods.filtering import RWR, Filtering
 from textalign_dagster.methods.grpo import GRPO
+from textalign_dagster.methods.kto import KTO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
 from textalign_dagster.methods.sft import SFT
@@ -30,8 +31,10 @@ AnyMethod = Annotated[
     | CUT
     | DPO
     | Unlikelihood
+    | KTO
     | GRPO
     | SFT
+    | CSFT
     | Filtering
     | RWR
     | ConditionalTraining,
@@ -44,9 +47,11 @@ METHODS: dict[str, type[Method]] = {
 """Every method by its name."""
 
 __all__ = [
+    "CSFT",
     "CUT",
     "DPO",
     "GRPO",
+    "KTO",
     "METHODS",
     "RWR",
     "SFT",

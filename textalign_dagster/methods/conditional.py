@@ -1,4 +1,4 @@
-"""Conditional training with control tokens: good or bad by a threshold (Korbak et al. 2023)."""
+"""Control tokens for good and bad samples: conditional training and CSFT."""
 
 from __future__ import annotations
 
@@ -10,11 +10,21 @@ from pydantic import Field
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
 
-GOOD, BAD = "<|aligned|>", "<|misaligned|>"
+
+class ControlTokens(ClosedConditional):
+    """A method that trains on good and bad samples, each after a new token, and then asks for good ones."""
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "reward"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return self.buckets
 
 
-class ConditionalTraining(ClosedConditional):
-    """Samples whose reward reaches a threshold are trained on after one new token, the others after another."""
+class ConditionalTraining(ControlTokens):
+    """Good by a threshold of the reward (Korbak et al. 2023)."""
 
     name: Literal["conditional"] = "conditional"
     template: str = Field("{condition}{prompt}", description="How a control token stands before a prompt.")
@@ -28,20 +38,13 @@ class ConditionalTraining(ClosedConditional):
     )
 
     @property
-    def wants(self) -> FeedbackKind:
-        return "reward"
-
-    @property
     def buckets(self) -> tuple[str, ...]:
-        return (GOOD, BAD)
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return self.buckets
+        return ("<|aligned|>", "<|misaligned|>")
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        good, bad = self.buckets
         usable = (pl.col("status") == "ok") & pl.col("value").is_finite()
-        token = pl.when(pl.col("value") >= self.threshold).then(pl.lit(GOOD)).otherwise(pl.lit(BAD))
+        token = pl.when(pl.col("value") >= self.threshold).then(pl.lit(good)).otherwise(pl.lit(bad))
         label = pl.when(usable).then(token)
         return rows.with_columns(label=label, condition=label)
 
@@ -51,3 +54,31 @@ class ConditionalTraining(ClosedConditional):
 
         without = rows["sample_id"].map_elements(dropped, return_dtype=pl.Boolean)
         return super().examples(rows.with_columns(condition=pl.when(~without).then(pl.col("condition"))))
+
+
+class CSFT(ControlTokens):
+    """Good and bad by comparison with a sample of the same prompt, the token after it (Ethayarajh et al. 2024).
+
+    Of a prompt's samples the best is compared with the worst, the second best with the second worst, and so
+    on; equal rewards make neither good nor bad, and the middle one of an odd number is left out.
+    """
+
+    name: Literal["csft"] = "csft"
+    template: str = Field("{prompt}{condition}", description="How a control token follows a prompt.")
+
+    @property
+    def buckets(self) -> tuple[str, ...]:
+        return ("<|good|>", "<|bad|>")
+
+    def label(self, rows: pl.DataFrame) -> pl.DataFrame:
+        good, bad = self.buckets
+        usable = (pl.col("status") == "ok") & pl.col("value").is_finite()
+        ranked = rows.filter(usable).sort("prompt_id", "value", "sample_id")
+        counterpart = pl.col("value").reverse().over("prompt_id")
+        label = pl.when(pl.col("value") > counterpart).then(pl.lit(good))
+        label = label.when(pl.col("value") < counterpart).then(pl.lit(bad))
+        labels = ranked.select("sample_id", label=label)
+        joined = rows.drop("label", strict=False).join(
+            labels, on="sample_id", how="left", maintain_order="left"
+        )
+        return joined.with_columns(condition="label")

@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal
 
 import polars as pl
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from textalign_dagster.methods.base import Rewarded
+from textalign_dagster.methods.thresholds import Thresholded
 
 
-class Filtering(Rewarded):
+class Filtering(Thresholded):
     """Samples whose reward reaches a threshold are trained on, the others are not."""
 
     name: Literal["filtering"] = "filtering"
-    threshold: float | None = Field(
-        None, description="The lowest reward that is trained on; 0 is a threshold."
-    )
-    quantile: float | None = Field(
-        None,
-        ge=0,
-        lt=1,
-        description="Instead of `threshold`: this share of the drawn samples has lower rewards than what is "
-        "trained on (0.5: from the median up).",
-    )
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Self:
-        if self.threshold is not None and self.quantile is not None:
-            raise ValueError("`threshold` and `quantile` exclude each other; remove one of them")
-        return self
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        share = 0.5 if self.quantile is None else self.quantile
-        lowest = pl.col("value").quantile(share, "nearest") if self.threshold is None else self.threshold
-        return super().examples(self.rewarded(rows).filter(pl.col("value") >= lowest))
+        return super().examples(self.rewarded(rows).filter(self.good))
 
 
 class RWR(Rewarded):

@@ -67,6 +67,38 @@ def groups(rows: pl.DataFrame) -> pl.DataFrame:
     return _examples(ordered.with_columns(role=pl.lit("member"), group_id="prompt_id"))
 
 
+def mismatched(examples: pl.DataFrame) -> pl.DataFrame:
+    """The examples with a ``second_prompt`` that their text does not belong to: the prompt of another example.
+
+    In an order drawn by the examples' ids each has that of the next one with another prompt, the last
+    that of the first.
+
+    Raises:
+        ValueError: all have the same prompt.
+    """
+    drawn = examples.sort("example_id")
+    prompts = drawn["prompt"].to_list()
+    if len(set(prompts)) < 2:
+        if not prompts:
+            return examples
+        raise ValueError(
+            "all drawn samples have the same prompt, but a text has to be read after another prompt too; "
+            "raise prompts.per_iteration"
+        )
+    others: list[str] = []
+    following = next(prompt for prompt in prompts if prompt != prompts[-1])
+    for at in range(len(prompts) - 1, -1, -1):
+        after = prompts[(at + 1) % len(prompts)]
+        following = after if after != prompts[at] else following
+        others.append(following)
+    other = drawn.select("example_id", second_prompt=pl.Series(others[::-1]))
+    return (
+        examples.drop("second_prompt")
+        .join(other, on="example_id", maintain_order="left")
+        .select(EXAMPLES.names())
+    )
+
+
 def _examples(rows: pl.DataFrame) -> pl.DataFrame:
     named = pl.struct("sample_id", "role", "group_id", "condition")
     return conform(

@@ -94,6 +94,10 @@ def _spread(rows: list[int], batch_size: int, accumulation: int, world_size: int
     return [[part[rank::world_size] for rank in range(world_size)] for part in micro_batches]
 
 
+TOKEN_VALUES = ("scores", "reference_log_probs", "second_reference_log_probs")
+"""Fields of an example with a number for each token of its text."""
+
+
 class RankBatches:
     """The micro-batches of one rank, in order: a batch sampler for a DataLoader."""
 
@@ -124,8 +128,11 @@ class Examples:
 class Collator:
     """Examples → a batch of tensors.
 
+    Second contexts are further rows of the batch, or with ``apart`` rows of their own, as those of the
+    reference are, with the prefix ``second_``.
+
     Gives the fields of ``Sequences`` [B], ``tokens``, how many there are in all, and where the objective
-    needs them ``scores`` and ``reference_log_probs`` [N] of all labels; and of the prompts of the policy,
+    needs them the ``TOKEN_VALUES`` [N] of all labels; and of the prompts of the policy,
     and with the prefix ``reference_`` of those of the reference where it reads others, either
 
     - rows padded on the right: ``input_ids``, ``attention_mask``, ``labels`` [B, T]; ``keep``: the last
@@ -137,14 +144,18 @@ class Collator:
 
     pad: int
     packed: bool = False
+    apart: bool = False
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         import torch
 
         form = self._pack if self.packed else self._pad
         seconds = [(i, (e.second, e.text)) for i, e in enumerate(examples) if e.second is not None]
-        batch: dict[str, Any] = form([(e.prompt, e.text) for e in examples] + [pair for _, pair in seconds])
-        if seconds:
+        rows, again = [(e.prompt, e.text) for e in examples], [pair for _, pair in seconds]
+        batch: dict[str, Any] = form(rows if self.apart else rows + again)
+        if self.apart:
+            batch |= {f"second_{key}": value for key, value in form(again).items()}
+        elif seconds:
             batch["second_of"] = torch.tensor([i for i, _ in seconds])
         batch["weights"] = torch.tensor([e.weight for e in examples], dtype=torch.float32)
         batch["counted"] = torch.tensor([e.labels for e in examples])
@@ -153,7 +164,7 @@ class Collator:
         batch["rewards"] = torch.tensor([e.reward for e in examples])
         batch["sampled_log_probs"] = torch.tensor([e.sampled_log_prob for e in examples])
         batch["tokens"] = sum(e.length for e in examples)
-        for name in ("scores", "reference_log_probs"):
+        for name in TOKEN_VALUES:
             lists = [getattr(e, name) for e in examples]
             if None not in lists:
                 # Without a prompt the first token has no label, and no score either.

@@ -34,6 +34,7 @@ NEEDED: dict[Need, str] = {
     "rewards": "reward",
     "sampled log-probs": "sampled_logprob",
     "second context": "second_prompt",
+    "mismatched": "second_prompt",
     "token scores": "spans",
 }
 """The column that an objective's need is met from."""
@@ -54,6 +55,7 @@ class Example:
     sampled_log_prob: float = math.nan
     scores: list[float] | None = None  # of each token of the text
     reference_log_probs: list[float] | None = None  # of each token of the text under the reference
+    second_reference_log_probs: list[float] | None = None  # the same after the prompt of the second context
     sample_id: str = field(default="", compare=False)
 
     @property
@@ -193,7 +195,7 @@ def encode(
     unconditioned = second = None
     if objective.reference_policy is not None and not objective.reference_sees_condition:
         unconditioned = _Prompts(tokenizer, None, rows["prompt"].to_list(), bare)
-    if "second context" in objective.needs:
+    if {"second context", "mismatched"} & objective.needs:
         seconds = rows["second_prompt"].to_list()
         second = _Prompts(tokenizer, None, [prompt or "" for prompt in seconds], bare)
     scores = _token_scores(tokenizer, rows) if "token scores" in objective.needs else None

@@ -11,13 +11,26 @@ from training.objectives.cut import CUT
 from training.objectives.dpo import DPO
 from training.objectives.grpo import GRPO
 from training.objectives.ipo import IPO
+from training.objectives.kto import KTO
 from training.objectives.nll import NLL
 from training.objectives.rloo import RLOO
 from training.objectives.simpo import SimPO
 from training.objectives.unlikelihood import Unlikelihood
 
 AnyObjective = Annotated[
-    NLL | CUT | DPO | GRPO | IPO | RLOO | SimPO | Unlikelihood, Field(discriminator="name")
+    NLL | CUT | DPO | GRPO | IPO | KTO | RLOO | SimPO | Unlikelihood, Field(discriminator="name")
 ]
 
-__all__ = ["CUT", "DPO", "GRPO", "IPO", "NLL", "RLOO", "AnyObjective", "Objective", "SimPO", "Unlikelihood"]
+__all__ = [
+    "CUT",
+    "DPO",
+    "GRPO",
+    "IPO",
+    "KTO",
+    "NLL",
+    "RLOO",
+    "AnyObjective",
+    "Objective",
+    "SimPO",
+    "Unlikelihood",
+]

@@ -23,6 +23,7 @@ Need = Literal[
     "reference",
     "reference log-probs",
     "second context",
+    "mismatched",
     "token scores",
     "groups",
     "rewards",
@@ -35,6 +36,9 @@ Need = Literal[
   and kept in a table that all methods share;
 - ``second context``: the targets of examples that have a ``second_prompt``, read under it too, by the
   policy and in the same forward pass;
+- ``mismatched``: the targets under the ``second_prompt``, another example's, by the policy and without
+  gradients, before each step (:meth:`Objective.before_step`); with ``reference log-probs`` under the
+  reference too;
 - ``token scores``: the scores of the example's ``spans``, by token;
 - ``groups``: all sequences of a ``group_id`` (a pair, say) in the same micro-batch;
 - ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``."""
@@ -91,12 +95,23 @@ class Objective(Settings):
         count the same whichever micro-batch or process they are in.
         """
 
+    def before_step(self, mismatched: Tokens, sequences: Sequences) -> Mapping[str, Tensor]:
+        """Sums over a micro-batch, computed without gradients before the step.
+
+        :meth:`loss` reads them among its coefficients, under the same names: as means over the step,
+        the sums over all its micro-batches and processes divided by its mass.
+
+        Args:
+            mismatched: each sequence's targets under the prompt of another one.
+        """
+        return {}
+
     @abstractmethod
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
         """The loss of a micro-batch, as sums.
 
         Args:
-            coefficients: as :meth:`start` and :meth:`adapt` gave them.
+            coefficients: as :meth:`start` and :meth:`adapt` gave them, and the means of :meth:`before_step`.
         """
 
     def start(self) -> dict[str, float]:

@@ -9,9 +9,11 @@ import pytest
 from pydantic import ValidationError
 
 from textalign_dagster.methods import (
+    CSFT,
     CUT,
     DPO,
     GRPO,
+    KTO,
     RWR,
     SFT,
     AltLMC,
@@ -54,6 +56,8 @@ METHODS: list[Method] = [
     Filtering(),
     RWR(),
     ConditionalTraining(),
+    KTO(),
+    CSFT(),
 ]
 
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tests.textalign_dagster.pool.test_examples import SIX, rows
 from textalign_dagster.experiment.files import Library
-from textalign_dagster.methods import GRPO, RWR, SFT, ConditionalTraining, Filtering, Method
+from textalign_dagster.methods import CSFT, GRPO, KTO, RWR, SFT, ConditionalTraining, Filtering, Method
 from textalign_dagster.settings import SettingsError
 
 KNOWN = rows(
@@ -57,6 +57,38 @@ def test_grpo_groups_a_prompts_samples() -> None:
     found = GRPO().examples(KNOWN)
     assert found["sample_id"].to_list() == ["a", "b", "c", "d"]
     assert set(found["role"]) == {"member"} and found["group_id"].n_unique() == 1
+
+
+def test_kto_reads_each_text_after_another_prompt_too() -> None:
+    pool = rows(*({"sample_id": f"{p}{i}", "prompt_id": p, "prompt": f"def {p}:", "value": float(i)}
+                  for p in "pqr" for i in range(3)))  # fmt: skip
+    found = KTO(threshold=1.0).examples(pool)
+    assert found.height == 9 and found["group_id"].null_count() == 9
+    assert set(found.filter(role="rejected")["sample_id"]) == {"p0", "q0", "r0"}
+    assert set(found.filter(role="chosen")["reward"]) == {1.0, 2.0}
+    assert found.filter(pl.col("second_prompt") == pl.col("prompt")).is_empty()
+    assert set(found["second_prompt"]) == set(found["prompt"])
+    shuffled = KTO(threshold=1.0).examples(pool.reverse())
+    assert found.sort("example_id").equals(shuffled.sort("example_id"))
+    assert KTO().examples(pool.clear()).is_empty()
+    with pytest.raises(ValueError, match=r"the same prompt.*prompts\.per_iteration"):
+        KTO().examples(KNOWN)
+
+
+def test_csft_compares_samples_of_a_prompt() -> None:
+    """Best with worst, second best with second worst; e and f are equal; a fifth one in the middle."""
+    given = pl.concat([SIX, rows({"sample_id": "g", "value": 1.5})]).with_columns(
+        status=pl.when(pl.col("sample_id") == "g").then(pl.lit("failed")).otherwise(pl.lit("ok"))
+    )
+    found = CSFT().label(given)
+    good, bad = "<|good|>", "<|bad|>"
+    assert dict(found.select("sample_id", "condition").iter_rows()) == {
+        "a": bad, "b": good, "c": good, "d": bad, "e": None, "f": None, "g": None,
+    }  # fmt: skip
+    fine = CSFT().label(given.with_columns(status=pl.lit("ok")))
+    assert fine["label"].to_list() == [bad, good, good, bad, None, None, None]  # g is in the middle
+    assert fine["sample_id"].to_list() == given["sample_id"].to_list()
+    assert CSFT().special_tokens == (good, bad) and CSFT().exemplar == good
 
 
 def test_conditional_training_labels_by_a_threshold() -> None:
