@@ -71,11 +71,9 @@ def with_reference(
     """
     hashes = [tokens_hash(example) for example in examples]
     sequences = dict(zip(hashes, examples, strict=True))
-    seconds: list[str | None] = [None] * len(examples)
-    if collator.apart:
-        again = [replace(example, prompt=example.second or [], reference=None) for example in examples]
-        seconds = [tokens_hash(example) for example in again]
-        sequences |= dict(zip(seconds, again, strict=True))
+    again = [replace(example, prompt=example.second or [], reference=None) for example in examples]
+    seconds = [tokens_hash(example) if collator.apart else None for example in again]
+    sequences |= {key: example for key, example in zip(seconds, again, strict=True) if key is not None}
     missing = {key: example for key, example in sequences.items() if key not in known}
     # Long rows first: too little memory shows at once. Rows of similar length are read together.
     ordered = sorted(missing, key=lambda key: (-missing[key].length, key))

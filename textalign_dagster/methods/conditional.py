@@ -75,8 +75,8 @@ class CSFT(ControlTokens):
         usable = (pl.col("status") == "ok") & pl.col("value").is_finite()
         ranked = rows.filter(usable).sort("prompt_id", "value", "sample_id")
         counterpart = pl.col("value").reverse().over("prompt_id")
-        label = pl.when(pl.col("value") > counterpart).then(pl.lit(good))
-        label = label.when(pl.col("value") < counterpart).then(pl.lit(bad))
+        better, worse = pl.col("value") > counterpart, pl.col("value") < counterpart
+        label = pl.when(better).then(pl.lit(good)).when(worse).then(pl.lit(bad))
         labels = ranked.select("sample_id", label=label)
         joined = rows.drop("label", strict=False).join(
             labels, on="sample_id", how="left", maintain_order="left"
