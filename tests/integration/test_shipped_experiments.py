@@ -32,8 +32,16 @@ def test_it_runs(
     zoo: Place, name: str, toy_models: ToyModels, judge_url: str, first_samples: dict[str, str]
 ) -> None:
     experiment = SHIPPED.load(name)
-    # What a method asks for shows in iteration 2: seen for each of them with pep8, and once a task.
-    last = 2 if experiment.task.name == "pep8" or "extends" not in read_yaml(SHIPPED.path(name)) else 1
+    # What a method asks for shows in iteration 2, and so does a reference that is not the base policy: seen for
+    # each of them with pep8, and once a task.
+    asks = (
+        experiment.method.exemplar is not None or experiment.training.objective.reference_policy == "parent"
+    )
+    last = (
+        2
+        if (asks and experiment.task.name == "pep8") or "extends" not in read_yaml(SHIPPED.path(name))
+        else 1
+    )
     overrides = [*shipped_overrides(experiment, toy_models, judge_url), f"iterations={last}"]
     done = zoo.textalign("run", name, "--no-control", *(part for o in overrides for part in ("--set", o)))
     found = re.findall(rf"^({re.escape(name)}\+\S*)\|{last:03d} +evaluation", done.stdout, re.MULTILINE)
