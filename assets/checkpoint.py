@@ -12,7 +12,7 @@ import polars as pl
 from assets.columns import columns_of
 from assets.datapool import datapool
 from assets.policy import hand_over
-from assets.stage import LOOP, Stage
+from assets.stage import LOOP, PolicyFolder, Stage
 from assets.training_plan import TrainingPlan
 from resources import reference_log_probs
 from resources.configured import SamplerResource, StoreResource
@@ -122,7 +122,9 @@ def checkpoint(
             where.forget()  # only now: until it is published, the job's folder is the only copy
         facts, row = made.manifest["facts"], made.frame("checkpoints").row(0, named=True)
         resumed = (facts.get("resumed_at") or [None])[-1]  # earlier versions have not said it
-        hand_over(context, stage.cell.next, facts["policy_hash"], made.path("model"))
+        trained = PolicyFolder(made.path("model"), facts["policy_hash"])
+        sampled = trained if experiment.method.trains == "policy" else stage.policy(1)
+        hand_over(context, stage.cell.next, sampled.policy_hash, sampled.path)
         return stage.publish(
             made,
             headline=f"{row['steps']} steps{f' (resumed at {resumed})' if resumed else ''}, loss {row['final_loss']:.3f}",

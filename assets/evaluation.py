@@ -13,8 +13,9 @@ from assets.measuring import Measuring, Seconds, Subject
 from assets.stage import LOOP, Stage
 from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
+from resources.rewards import trained
 from resources.store import Artifact, Draft
-from textalign_dagster.experiment.evaluation import evaluation_source
+from textalign_dagster.experiment.evaluation import evaluation_scorer, evaluation_source
 from textalign_dagster.loop import checks
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.reports.report import placed, score_rows
@@ -96,6 +97,7 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
         measuring.write(draft, subjects, seconds)
 
     inputs = {"trained_policy": own.policy_hash, "base_policy": base.policy_hash, **own.inputs}
+    inputs |= trained.inputs(evaluation_scorer(stage.experiment), stage.store)
     source = evaluation_source(measuring.prompts)
     again = {} if stage.experiment.evaluation.judge is None else sent_again(stage, iteration)
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)

@@ -13,6 +13,7 @@ from assets.stage import LOOP, Stage
 from assets.verdicts import RETRY, readable_failures, sent_again
 from resources.configured import StoreResource
 from resources.feedback_sources import feedback_of
+from resources.rewards import trained
 from resources.store import Artifact, Draft
 from resources.stored_feedback import with_references
 from textalign_dagster.judging import PAIRS, Judged
@@ -56,7 +57,12 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
         judge = stage.experiment.judge
         again = {} if judge is None else sent_again(stage, stage.cell.iteration)
-        made = stage.make({"prompt_draws": draws.key, "generations": source.key}, produce, **again)
+        scorer = stage.experiment.sample_scorer if judge is None else None
+        made = stage.make(
+            {"prompt_draws": draws.key, "generations": source.key, **trained.inputs(scorer, stage.store)},
+            produce,
+            **again,
+        )
         rows, judgements = made.frame("feedback"), _judgements(made)
         judged = rows.join(
             samples.select("sample_id", "prompt", "text", "n_tokens"),

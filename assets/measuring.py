@@ -15,6 +15,7 @@ from typing import Any
 import polars as pl
 
 from assets.exemplars import exemplars_of
+from assets.reward_model import REWARDS, rewarded_samples
 from assets.stage import PolicyFolder, Stage
 from assets.verdicts import judged, scored
 from resources.configured import SamplerResource
@@ -32,6 +33,7 @@ from textalign_dagster.experiment.evaluation import (
 from textalign_dagster.experiment.policies import baselines, fluency_model
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, swapped
+from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
@@ -70,6 +72,7 @@ class Subject:
     asked: tuple[Asked, ...]
     name: str | None = None  # a baseline's
     banned_tokens: tuple[str, ...] = ()
+    reward_model: Artifact | None = None  # the checkpoint, where it is none of a policy
     inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
 
 
@@ -123,7 +126,18 @@ class Measuring:
                 asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
         # The base policy does not know the method's tokens.
         banned = self.experiment.method.special_tokens if iteration else ()
-        return Subject(model.policy_hash, model, tuple(asked), banned_tokens=banned, inputs=inputs)
+        reward_model = None
+        if iteration and self.experiment.method.trains == "reward model":
+            reward_model = self.stage.require("checkpoint", iteration)
+            inputs = {f"checkpoint@{iteration}": reward_model.key}
+        return Subject(
+            model.policy_hash,
+            model,
+            tuple(asked),
+            banned_tokens=banned,
+            reward_model=reward_model,
+            inputs=inputs,
+        )
 
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
@@ -215,6 +229,15 @@ class Measuring:
                 table, numbered = self._tables(subject, own)
                 scores += [table, *self._obedience(subject, numbered, table)]
                 kept.append(numbered)
+                if subject.reward_model is not None:
+                    rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
+                    draft.write("rewards", rewarded, REWARDS)
+                    known = rewarded.join(
+                        own.select("sample_id", "text"), on="sample_id", maintain_order="left"
+                    )
+                    agreement = reward_model_scores(known, self.experiment.evaluation.resamples)
+                    rows = [score_row(name, found, subject.policy_hash) for name, found in agreement]
+                    scores.append(pl.DataFrame(rows, SCORES))
         draft.write("scores", pl.concat(scores), SCORES)
         draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
         draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)

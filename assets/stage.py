@@ -100,9 +100,12 @@ class Stage:
         return pointer.artifact
 
     def policy(self, iteration: int) -> PolicyFolder:
-        """The policy that an iteration samples from: the base, or the checkpoint of the one before."""
+        """The policy that an iteration samples from: the base, or the checkpoint of the one before.
+
+        Always the base where the checkpoints are reward models.
+        """
         base = base_policy(self.experiment)
-        if iteration == 1:
+        if iteration == 1 or self.experiment.method.trains != "policy":
             return PolicyFolder(base.path, base.policy_hash)
         checkpoint, adapted = self.require("checkpoint", iteration - 1), None
         if self.experiment.sampling.adapters == "served":

@@ -13,6 +13,7 @@ from assets.stage import Stage
 from resources.configured import SamplerResource
 from resources.judges.errors import BatchPendingError, JudgeError
 from resources.rewards.scoring import ScoringError, score_samples
+from resources.rewards.trained import located
 from resources.store import Artifact, Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
 from textalign_dagster.judging.pairs import pair_figures
@@ -33,7 +34,7 @@ def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft:
     columns = ("sample_id", "prompt", "reference", "text", "finish_reason")
     report, facts = partial(stage.report(), note="scoring"), dict[str, Any]()
     with readable_failures(stage, "evaluation.scorer: "):
-        found = score_samples(scorer, samples.select(columns), report, facts=facts)
+        found = score_samples(located(scorer, stage.store), samples.select(columns), report, facts=facts)
     draft.record(**facts, unscored=int((found["status"] != "ok").sum()))
     return samples.with_columns(score=found["score"], label=found["label"])
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import polars as pl
 
+from resources.rewards.trained import located
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.judging import Judged
@@ -56,7 +57,7 @@ def feedback_of(
         from resources.rewards.scoring import score_samples  # models of scorers are loaded there only
 
         facts: dict[str, Any] = {}
-        scored = score_samples(scorer, samples, report, iteration=iteration, facts=facts)
+        scored = score_samples(located(scorer, store), samples, report, iteration=iteration, facts=facts)
         rows = scored.drop("score").with_columns(aspect=pl.lit(scorer.name))
         return Judged(_rows(rows, kind, (scorer.name, scorer.version)), facts=facts)
     spans = task.spans(samples) if kind == "spans" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from resources.rewards import trained
 from resources.store import ArtifactStore
 from resources.store.cells import Pointer
 from textalign_dagster.experiment import Experiment
@@ -55,7 +56,7 @@ class Freshness:
 
     def policy_hash(self, iteration: int) -> str | None:
         """The policy that an iteration samples from, None where it does not exist."""
-        if iteration == 1:
+        if iteration == 1 or self.experiment.method.trains != "policy":
             return base_policy(self.experiment).policy_hash
         pointer = self.pointer(iteration - 1, "checkpoint")
         return None if pointer is None else str(pointer.artifact.manifest["facts"]["policy_hash"])
@@ -99,12 +100,16 @@ class Freshness:
             return base_policy(self.experiment).policy_hash, State("fresh")
         if name in ("policy", "trained_policy"):
             k = iteration + (name == "trained_policy")
-            state = State("fresh") if k == 1 else self.state(k - 1, "checkpoint")
-            return self.policy_hash(k), state
+            sampled = k > 1 and self.experiment.method.trains == "policy"
+            return self.policy_hash(k), self.state(k - 1, "checkpoint") if sampled else State("fresh")
         if name == "source":
             return source_hash(training_prompts(self.experiment)), State("fresh")
         if name == "prompts":
             return evaluation_source(evaluation_prompts(self.experiment)), State("fresh")
+        if name.startswith(trained.INPUT):
+            experiment, _, iteration_of = name.removeprefix(trained.INPUT).rpartition("@")
+            pointer = self.store.pointer(experiment, int(iteration_of), "checkpoint")
+            return (pointer.artifact.key if pointer else None), State("fresh")
         stage, _, origin = name.partition("@")
         if stage not in STAGES:
             return key, State("fresh")  # weights from a query: as of the draw

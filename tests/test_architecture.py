@@ -21,7 +21,7 @@ RESOURCES = {
     "compute": (),
     "workers": ("compute",),
     "engines": ("store", "workers", "backoff"),
-    "rewards": ("workers",),
+    "rewards": ("store", "workers"),
     "judges": ("store", "backoff"),
     "launchers": ("compute",),
     "views": ("store", "judges"),

@@ -45,6 +45,13 @@ def leading_ids(tokenizer: Any) -> list[int]:
     return []
 
 
+def trailing_ids(tokenizer: Any) -> list[int]:
+    """The special ids that the tokenizer puts behind a text by itself ([SEP] of BERT; often none)."""
+    whole = tokenizer(ANCHOR, add_special_tokens=True)["input_ids"]
+    alone = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+    return list(whole[len(leading_ids(tokenizer)) + len(alone) :])
+
+
 def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """Ids that end a completion: the tokenizer's end token, and the model's further ones.
 

@@ -28,6 +28,14 @@ def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
     return Tokens(log_probs, targets, rows, second=tokens.log_probs[~first], second_places=places)
 
 
+def head_outputs(model: Any, inputs: dict[str, Any]) -> Tokens:
+    """Reads a batch of padded rows with a score head: no log-probabilities, one output a sequence."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    outputs = logits[:, 0] if logits.dtype == torch.float64 else logits[:, 0].float()
+    none = inputs["labels"].new_zeros(0)
+    return Tokens(outputs.new_zeros(0, 0), none, none, outputs=outputs)
+
+
 def _read(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
     """All rows of a batch; the output layer runs on the positions that predict a label only."""
     bare = getattr(model, "module", model)

@@ -143,6 +143,8 @@ def check(job: Job, where: str) -> None:
         )
     if "reference log-probs" in objective.needs and job.beside is None:
         raise JobError(f"{where}: beside: missing; the reference's log-probabilities are written there")
+    if "score head" in objective.needs and job.training.packing:
+        raise JobError(f"{where}: training.packing: a score head reads padded rows; set it to false")
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
         raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
     if job.training.optimizer == "adamw_8bit":

@@ -30,13 +30,16 @@ def add_adapter(model: PreTrainedModel, settings: Lora, tokens: list[int], seed:
     names = [name for name, module in model.named_modules() if any(module is one for one in embeddings)]
     if embeddings[1] is not None and embeddings[0].weight is embeddings[1].weight:
         names = names[:1]  # peft follows the tie by itself
+    # Names of score heads: a new head has to train as a whole.
+    heads = [name for name in ("score", "classifier", "classification_head") if hasattr(model, name)]
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a factor, whole or not
         lora_dropout=settings.dropout,
         target_modules=settings.target_modules,
         trainable_token_indices={name: sorted(set(tokens)) for name in names} if tokens else None,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+        modules_to_save=heads or None,
     )
     try:
         return get_peft_model(model, config)

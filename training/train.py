@@ -159,14 +159,21 @@ def load(
     from training.data.examples import encode
     from training.data.special_tokens import add_special_tokens, vocabulary_rows
     from training.freezing import train_last_blocks
-    from training.state.model_folder import load_model, load_tokenizer
+    from training.state.model_folder import load_model, load_reward_model, load_tokenizer
     from training.state.optimizer_state import OptimizerState
     from training.state.snapshots import Snapshots, identity
     from training.trainer import ObjectiveTrainer
 
     settings = job.training
     tokenizer = load_tokenizer(job.policy)
-    model = load_model(job.policy, job.dtype)
+    scores = "score head" in settings.objective.needs
+    if scores and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    padding = tokenizer.pad_token_id or 0
+    if scores:
+        model = load_reward_model(job.policy, job.dtype, padding, job.seed)
+    else:
+        model = load_model(job.policy, job.dtype)
     known, known_rows = len(tokenizer), vocabulary_rows(model)
     try:
         added = add_special_tokens(
@@ -221,7 +228,7 @@ def load(
     if settings.packing:
         _pack(job, model, reference, reporter)
     collator = Collator(
-        pad=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        pad=padding,
         packed=settings.packing,
         apart="mismatched" in objective.needs,
     )

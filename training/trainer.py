@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from training.callbacks import Adaptation, Reporting, Snapshotting
 from training.data.batches import TOKEN_VALUES, Collator, Examples, RankBatches
-from training.forward import labelled_tokens
+from training.forward import head_outputs, labelled_tokens
 from training.job import NonFiniteError
 from training.objectives.base import Objective, Sequences, Step
 from training.objectives.tokens import Tokens, restrict
@@ -253,7 +253,10 @@ class ObjectiveTrainer(Trainer):
 
     def _tokens(self, model: Any, inputs: dict[str, Any]) -> Tokens:
         """The policy's log-probabilities, with what the objective needs beside them."""
-        needs, tokens = self.objective.needs, labelled_tokens(model, inputs, "")
+        needs = self.objective.needs
+        if "score head" in needs:
+            return head_outputs(model, inputs)
+        tokens = labelled_tokens(model, inputs, "")
         given: dict[str, Tensor] = {}
         if "reference" in needs:
             prefix = "reference_" if "reference_input_ids" in inputs else ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from resources.workers.serving import CallError
-from textalign_dagster.tokenisation import ANCHOR, encode_prompts, encode_texts, leading_ids
+from textalign_dagster.tokenisation import encode_prompts, encode_texts, leading_ids, trailing_ids
 
 Part = Literal["prompt", "text", "fixed"]
 PROMPT: Final = "prompt"
@@ -117,13 +117,6 @@ def end_position(row: Row, ends: set[int]) -> int:
         last = max((i for i, part in enumerate(row.parts) if part == PROMPT), default=0)
     following = (i for i in range(last + 1, len(row.ids)) if row.ids[i] in ends)
     return next(following, len(row.ids)) - 1
-
-
-def trailing_ids(tokenizer: Any) -> list[int]:
-    """The special ids that the tokenizer puts behind a text by itself ([SEP] of BERT; often none)."""
-    whole = tokenizer(ANCHOR, add_special_tokens=True)["input_ids"]
-    alone = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
-    return list(whole[len(leading_ids(tokenizer)) + len(alone) :])
 
 
 def _joined(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:

@@ -99,7 +99,7 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     found = f"{field}: {scorer.name} ({scorer.version})"
     if isinstance(scorer, ImportedScorer):
         return f"{found}, from {scorer.path}"
-    if not isinstance(scorer, ModelScorer):
+    if not isinstance(scorer, ModelScorer) or scorer.trained is not None:
         return found
     try:
         settings, _ = _settings_of(scorer)

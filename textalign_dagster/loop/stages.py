@@ -123,6 +123,12 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
             "dtype": experiment.policy.dtype,
             "seed": experiment.seed,
             "probes": list(probes),
+            # A reward model is compared with the feedback that it was trained on.
+            **(
+                {"feedback": _feedback(experiment, experiment.task.identity, iteration)}
+                if iteration > 0 and method.trains == "reward model"
+                else {}
+            ),
             **(swapped(experiment.sampling.engine) if iteration > 0 else {}),
             **(conditioning if asked else unconditioned),
         }

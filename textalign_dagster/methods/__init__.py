@@ -17,6 +17,7 @@ from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.kto import KTO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
+from textalign_dagster.methods.reward_models import RankingRewardModel, RatingRewardModel
 from textalign_dagster.methods.sft import SFT
 from textalign_dagster.methods.steerlm import SteerLM
 from textalign_dagster.methods.unlikelihood import Unlikelihood
@@ -35,6 +36,8 @@ AnyMethod = Annotated[
     | GRPO
     | SFT
     | CSFT
+    | RatingRewardModel
+    | RankingRewardModel
     | Filtering
     | RWR
     | ConditionalTraining,
@@ -65,6 +68,8 @@ __all__ = [
     "Method",
     "NoFeedback",
     "Quark",
+    "RankingRewardModel",
+    "RatingRewardModel",
     "SteerLM",
     "Unlikelihood",
 ]

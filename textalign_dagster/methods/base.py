@@ -31,6 +31,9 @@ class Method(Settings):
     objectives: ClassVar[tuple[str, ...]] = ("nll",)
     """The objectives (:mod:`training.objectives`) that train on the method's examples; the first by default."""
 
+    trains: ClassVar[Literal["policy", "reward model"]] = "policy"
+    """What a checkpoint is. A reward model is never sampled: every iteration samples from the base policy."""
+
     name: str
     template: str = Field(
         "{condition} {prompt}",

@@ -24,6 +24,7 @@ CHAT = "chat"
 PUBLISHED_TEMPLATE = "<|startoftext|>{prompt}\nTL;DR: {text}<|endoftext|>"
 PUBLISHED_CUE = "TL;DR:"
 
+_TRAINED = re.compile(r"([A-Za-z0-9_+.-]+)@(\d{1,3})")
 _PLACES = re.compile(r"\{(prompt|text)\}")
 
 
@@ -46,7 +47,10 @@ class ModelScorer(Scorer):
     """What all models have in common: which, what it is shown, and how it is run."""
 
     model: str = Field(
-        ..., min_length=1, description="A transformers folder (relative to the experiment file) or a hub id."
+        ...,
+        min_length=1,
+        description="A transformers folder (relative to the experiment file), a hub id, or EXPERIMENT@ITERATION: the "
+        "reward model that an experiment trained.",
     )
     revision: str | None = Field(
         None, description="Branch, tag or commit of a hub model; a commit is the only name that stays."
@@ -111,6 +115,12 @@ class ModelScorer(Scorer):
         if self.launcher == "k8s":
             self.k8s.check_complete()
         return self
+
+    @property
+    def trained(self) -> tuple[str, int] | None:
+        """Experiment and iteration that trained the model; None: it is a folder or on the hub."""
+        named = _TRAINED.fullmatch(self.model)
+        return None if named is None else (named[1], int(named[2]))
 
     @property
     def shown_template(self) -> str | None:

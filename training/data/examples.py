@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import polars as pl
 
 from textalign_dagster.pool.conditioning import around_prompt
-from textalign_dagster.tokenisation import encode_texts, leading_ids
+from textalign_dagster.tokenisation import encode_texts, leading_ids, trailing_ids
 from training.job import Job, JobError
 from training.objectives.base import ROLES, Need
 from training.settings import DEFAULT_LENGTH
@@ -204,10 +204,13 @@ def encode(
     given = rows.with_columns(
         pl.lit(value, dtype).alias(name) for name, value, dtype in DEFAULTS if name not in rows.columns
     ).select(columns)
+    trailing = trailing_ids(tokenizer)
     examples = []
     for i, (row, group, ids) in enumerate(zip(given.iter_rows(named=True), groups, texts, strict=True)):
         stops = ends(row["text"], len(ids), row["finish_reason"], settings.eos_rule, job.max_new_tokens)
-        if stops:
+        if "score head" in objective.needs:
+            ids = [*ids, *trailing]  # as a scorer shows it
+        elif stops:
             if tokenizer.eos_token_id is None:
                 raise JobError(
                     f"{job.policy}: the tokenizer has no eos_token, so stopping cannot be taught; set one"

@@ -7,18 +7,21 @@ from typing import Annotated
 from pydantic import Field
 
 from training.objectives.base import Objective
+from training.objectives.bradley_terry import BradleyTerry
 from training.objectives.cut import CUT
 from training.objectives.dpo import DPO
 from training.objectives.grpo import GRPO
 from training.objectives.ipo import IPO
 from training.objectives.kto import KTO
 from training.objectives.nll import NLL
+from training.objectives.rating import Rating
 from training.objectives.rloo import RLOO
 from training.objectives.simpo import SimPO
 from training.objectives.unlikelihood import Unlikelihood
 
 AnyObjective = Annotated[
-    NLL | CUT | DPO | GRPO | IPO | KTO | RLOO | SimPO | Unlikelihood, Field(discriminator="name")
+    NLL | BradleyTerry | CUT | DPO | GRPO | IPO | KTO | Rating | RLOO | SimPO | Unlikelihood,
+    Field(discriminator="name"),
 ]
 
 __all__ = [
@@ -30,7 +33,9 @@ __all__ = [
     "NLL",
     "RLOO",
     "AnyObjective",
+    "BradleyTerry",
     "Objective",
+    "Rating",
     "SimPO",
     "Unlikelihood",
 ]

@@ -28,6 +28,7 @@ Need = Literal[
     "groups",
     "rewards",
     "sampled log-probs",
+    "score head",
 ]
 """What an objective can ask for beside the policy's log-probabilities:
 
@@ -41,7 +42,9 @@ Need = Literal[
   reference too;
 - ``token scores``: the scores of the example's ``spans``, by token;
 - ``groups``: all sequences of a ``group_id`` (a pair, say) in the same micro-batch;
-- ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``."""
+- ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``;
+- ``score head``: one number for a whole sequence in place of the vocabulary. The model becomes a sequence
+  classifier with one output, a reward model."""
 
 ROLES = ("only", "chosen", "rejected", "member")
 """The roles of an example; :attr:`Sequences.roles` holds their places in this list."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,9 +21,28 @@ from training.state.optimizer_state import OptimizerState
 
 
 def load_model(folder: str, dtype: str) -> PreTrainedModel:
+    return _load(AutoModelForCausalLM, folder, dtype)
+
+
+def load_reward_model(folder: str, dtype: str, padding: int, seed: int) -> PreTrainedModel:
+    """The model with a new score head, one output drawn by the seed, in place of the language model's.
+
+    Args:
+        padding: id of the padding token: the head reads the last token that is none.
+    """
+    torch.manual_seed(seed)
+    model = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
+    model.config.pad_token_id = model.config.get_text_config().pad_token_id = padding
+    return model
+
+
+def _load(kind: Any, folder: str, dtype: str, **options: Any) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True
+        return cast(
+            PreTrainedModel,
+            kind.from_pretrained(
+                folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **options
+            ),
         )
     except Exception as error:  # config, safetensors and transformers each have errors of their own
         raise JobError(
@@ -69,8 +89,9 @@ def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside
         state = model.state_dict()
     model.config.use_cache = True  # Trainer turns it off for training; samplers need it
     for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        if model.generation_config is not None and getattr(model.generation_config, name) is None:
-            setattr(model.generation_config, name, getattr(tokenizer, name))
+        generation = getattr(model, "generation_config", None)  # a reward model generates nothing
+        if generation is not None and getattr(generation, name) is None:
+            setattr(generation, name, getattr(tokenizer, name))
     if main:
         model.save_pretrained(out, state_dict=_tied(model, state))
         tokenizer.save_pretrained(out)

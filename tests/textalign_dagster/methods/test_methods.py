@@ -25,6 +25,8 @@ from textalign_dagster.methods import (
     Method,
     NoFeedback,
     Quark,
+    RankingRewardModel,
+    RatingRewardModel,
     SteerLM,
     Unlikelihood,
 )
@@ -58,6 +60,8 @@ METHODS: list[Method] = [
     ConditionalTraining(),
     KTO(),
     CSFT(),
+    RatingRewardModel(),
+    RankingRewardModel(),
 ]
 
 

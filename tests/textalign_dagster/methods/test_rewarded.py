@@ -11,7 +11,18 @@ from pydantic import ValidationError
 
 from tests.textalign_dagster.pool.test_examples import SIX, rows
 from textalign_dagster.experiment.files import Library
-from textalign_dagster.methods import CSFT, GRPO, KTO, RWR, SFT, ConditionalTraining, Filtering, Method
+from textalign_dagster.methods import (
+    CSFT,
+    GRPO,
+    KTO,
+    RWR,
+    SFT,
+    ConditionalTraining,
+    Filtering,
+    Method,
+    RankingRewardModel,
+    RatingRewardModel,
+)
 from textalign_dagster.settings import SettingsError
 
 KNOWN = rows(
@@ -113,3 +124,23 @@ def test_a_batch_holds_what_is_read_together(tmp_path: Path) -> None:
     )
     with pytest.raises(SettingsError, match="method grpo reads 9 rows together, but it is 8; raise it to 9"):
         Library((tmp_path,)).load("mine")
+
+
+def test_ratings_are_between_0_and_1() -> None:
+    def rated(method: RatingRewardModel) -> dict[str, float]:
+        return dict(method.examples(KNOWN).select("sample_id", "reward").iter_rows())
+
+    assert rated(RatingRewardModel()) == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.0, "d": 1.0})
+    assert rated(RatingRewardModel(scale=(0, 2))) == pytest.approx({"a": 0.5, "b": 0.0, "c": 0.0, "d": 1.0})
+    same = KNOWN.with_columns(value=pl.lit(2.0))
+    assert RatingRewardModel().examples(same).is_empty()
+    assert set(RatingRewardModel(scale=(1, 3)).examples(same)["reward"]) == {0.5}
+    with pytest.raises(ValidationError, match="the lowest rating comes first"):
+        RatingRewardModel(scale=(7, 1))
+
+
+def test_rankings_take_all_pairs_of_best_and_worst() -> None:
+    found = RankingRewardModel().examples(SIX)
+    assert found.filter(role="chosen")["sample_id"].to_list() == ["b", "c"]  # e and f are equal
+    assert RankingRewardModel(pairs_per_prompt=1).examples(SIX).height == 2
+    assert RankingRewardModel(margin=2.5).examples(SIX)["sample_id"].to_list() == ["b", "d"]

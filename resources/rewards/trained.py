@@ -1,0 +1,42 @@
+"""Reward models that an experiment trained, as scorers of others: `model: EXPERIMENT@ITERATION`."""
+
+from __future__ import annotations
+
+from resources.store import Artifact, ArtifactError, ArtifactStore
+from textalign_dagster.scorers import ModelScorer, Scorer
+
+INPUT = "reward_model "
+"""How an artifact's input begins that is a checkpoint of another experiment; `EXPERIMENT@ITERATION` follows."""
+
+
+def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
+    """The checkpoint that a scorer names; None: it names none.
+
+    Raises:
+        ArtifactError: there is none, or what it trained is no reward model.
+    """
+    named = scorer.trained if isinstance(scorer, ModelScorer) else None
+    if named is None:
+        return None
+    experiment, iteration = named
+    pointer = store.pointer(experiment, iteration, "checkpoint")
+    if pointer is None:
+        raise ArtifactError(
+            f"scorer.model: {experiment}@{iteration}: experiment {experiment} has no checkpoint of iteration "
+            f"{iteration} yet; run it first (`textalign run {experiment} --iterations {iteration}`)"
+        )
+    return pointer.artifact
+
+
+def inputs(scorer: Scorer | None, store: ArtifactStore) -> dict[str, str]:
+    """Name → key of the checkpoint that the scores follow from, if there is one; raises as :func:`trained`."""
+    found = trained(scorer, store)
+    if found is None or not isinstance(scorer, ModelScorer):
+        return {}
+    return {f"{INPUT}{scorer.model}": found.key}
+
+
+def located(scorer: Scorer, store: ArtifactStore) -> Scorer:
+    """The scorer with the folder of the model that it names; raises as :func:`trained`."""
+    found = trained(scorer, store)
+    return scorer if found is None else scorer.model_copy(update={"model": str(found.path("model"))})

@@ -1,0 +1,67 @@
+"""Agreement of a reward model with feedback, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import polars as pl
+import pytest
+
+from textalign_dagster.measures.reward_models import (
+    calibration_error,
+    decided_pairs,
+    longer_preferred,
+    pair_accuracy,
+    reward_model_scores,
+)
+
+# Prompt p: values 3 > 1 = 1, rewards 0.5, 0.5, 2. Two decided pairs: one with equal rewards, one wrong.
+# Prompt q: 2 > 0, rewards 1 > -1: right. One text without a reward, one without a value, one alone.
+SAMPLES = pl.DataFrame(
+    [
+        ("a", "p", "long text", 3.0, 0.5),
+        ("b", "p", "text", 1.0, 0.5),
+        ("c", "p", "longer text", 1.0, 2.0),
+        ("d", "q", "yes", 2.0, 1.0),
+        ("e", "q", "no!", 0.0, -1.0),
+        ("f", "q", "none", 5.0, None),
+        ("g", "q", "none", None, 1.0),
+        ("h", "r", "alone", 1.0, 1.0),
+    ],
+    schema=["sample_id", "prompt_id", "text", "value", "reward"],
+    orient="row",
+)
+
+
+def test_pairs_and_accuracy() -> None:
+    pairs = decided_pairs(SAMPLES)
+    assert sorted(pairs.select("prompt_id", "margin", "longer").rows()) == [
+        ("p", -1.5, False),
+        ("p", 0.0, True),
+        ("q", 2.0, None),  # as many characters
+    ]
+    found = pair_accuracy(pairs, resamples=200)
+    assert found.value == pytest.approx((0.5 + 0 + 1) / 3) and (found.n, found.rows) == (2, 3)
+
+
+def test_the_longer_text() -> None:
+    """Model: 1/2 for the longer text in (a, b), the longer one in (a, c). Feedback: the longer, the shorter."""
+    found = longer_preferred(decided_pairs(SAMPLES), resamples=200)
+    assert found.value == pytest.approx(((0.5 - 1) + (1 - 0)) / 2)
+
+
+def test_calibration() -> None:
+    """One pair says σ(log 3) = 3/4 and is right, three say so and one of them is wrong: 3/4 of four are right."""
+    margins = [math.log(3)] * 3 + [-math.log(3)]
+    assert calibration_error(pl.DataFrame({"margin": margins})) == pytest.approx(0.0, abs=1e-12)
+    assert calibration_error(pl.DataFrame({"margin": [math.log(3)] * 4})) == pytest.approx(0.25)
+    assert calibration_error(pl.DataFrame({"margin": [0.0, 0.0]})) == pytest.approx(0.0)
+    assert calibration_error(pl.DataFrame({"margin": []}, {"margin": pl.Float64})) is None
+    assert calibration_error(pl.DataFrame({"margin": [-5000.0, 5000.0]})) == pytest.approx(0.5)
+
+
+def test_what_is_undefined_is_left_out() -> None:
+    assert reward_model_scores(SAMPLES.filter(prompt_id="r"), 100) == []
+    assert [name for name, _ in reward_model_scores(SAMPLES, 100)] == [
+        "pair_accuracy", "rank_correlation", "calibration_error", "longer_preferred",
+    ]  # fmt: skip

@@ -1,0 +1,66 @@
+"""Reward models: what the loop trains is no policy then, but what judges the policy's samples."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import polars as pl
+from pydantic import Field, field_validator
+
+from textalign_dagster.methods.base import Rewarded
+from textalign_dagster.pool.examples import pairs
+
+
+class RatingRewardModel(Rewarded):
+    """Regression on ratings (Bansal et al. 2024)."""
+
+    objectives: ClassVar[tuple[str, ...]] = ("rating",)
+    trains: ClassVar[Literal["policy", "reward model"]] = "reward model"
+
+    name: Literal["rm_ratings"] = "rm_ratings"
+    scale: tuple[float, float] | None = Field(
+        None,
+        strict=False,
+        description="The lowest and the highest rating, e.g. [1, 7]; ratings beyond them count as these. null: those "
+        "of the drawn samples.",
+    )
+
+    @field_validator("scale")
+    @classmethod
+    def _rising(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale is not None and not scale[0] < scale[1]:
+            raise ValueError(f"{list(scale)}: the lowest rating comes first, and the highest is above it")
+        return scale
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The ratings between 0 and 1, as ``reward``."""
+        rated, value = self.rewarded(rows), pl.col("value")
+        low, high = (value.min(), value.max()) if self.scale is None else map(pl.lit, self.scale)
+        if self.scale is None and rated["value"].n_unique() < 2:
+            return super().examples(rated.clear())  # nothing to tell apart
+        return super().examples(rated.with_columns(value=((value - low) / (high - low)).clip(0, 1)))
+
+
+class RankingRewardModel(Rewarded):
+    """Pairs of a prompt's samples, the better one chosen (Bradley-Terry).
+
+    With a judge that ranks, its rankings; with one that rates, the pairs that follow from its ratings.
+    """
+
+    objectives: ClassVar[tuple[str, ...]] = ("bradley_terry",)
+    trains: ClassVar[Literal["policy", "reward model"]] = "reward model"
+
+    name: Literal["rm_rankings"] = "rm_rankings"
+    pairs_per_prompt: int | None = Field(
+        None,
+        ge=1,
+        description="Pairs of a prompt, at most: the best with the worst sample, the second best with the second "
+        "worst, …; null: as many as there are.",
+    )
+    margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
+
+    def read_together(self, samples_per_prompt: int) -> int:
+        return 2
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        return pairs(rows, per_prompt=self.pairs_per_prompt or rows.height, margin=self.margin)
