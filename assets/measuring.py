@@ -15,7 +15,7 @@ from typing import Any
 import polars as pl
 
 from assets.exemplars import exemplars_of
-from assets.reward_model import REWARDS, rewarded_samples
+from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
 from assets.verdicts import judged, scored
 from resources.configured import SamplerResource
@@ -38,7 +38,7 @@ from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES, measures
+from textalign_dagster.tables import EVALUATION_SAMPLES, REWARDS, SCORES, measures
 
 VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1}
 """Raised when a change of code changes what is made of the same inputs and settings."""

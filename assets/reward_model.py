@@ -15,20 +15,11 @@ from resources.rewards.scoring import score_samples
 from resources.store import Artifact
 from textalign_dagster.scorers import ImportedScorer, RewardModelScorer
 
-REWARDS = pl.Schema(
-    {
-        "sample_id": pl.String,  # key
-        "prompt_id": pl.String,
-        "value": pl.Float64,  # of the feedback; NULL: it is unusable, or there is none
-        "reward": pl.Float64,  # of the trained model; NULL: it could not score the sample
-    }
-)
-
 
 def rewarded_samples(
     stage: Stage, sampler: SamplerResource, checkpoint: Artifact, samples: pl.DataFrame
 ) -> pl.DataFrame:
-    """Feedback and reward of each sample, rows of :data:`REWARDS`.
+    """Feedback and reward of each sample, rows of :data:`textalign_dagster.tables.REWARDS`.
 
     Args:
         samples: sample_id, prompt_id, prompt, reference, text, finish_reason.

@@ -161,6 +161,15 @@ MEASURES = pl.List(pl.Struct({"name": pl.String, "value": pl.Float64}))
 whatever the task, so that experiments can be read together. The DuckDB views show it as a
 ``MAP(VARCHAR, DOUBLE)``: ``measures['errors']``. See `measures` and `measure`."""
 
+REWARDS = pl.Schema(
+    {
+        "sample_id": pl.String,  # key
+        "prompt_id": pl.String,
+        "value": pl.Float64,  # of the feedback, higher is better; NULL: unusable, or there is none
+        "reward": pl.Float64,  # of the trained reward model; NULL: it could not score the sample
+    }
+)
+
 EVALUATION_SAMPLES = pl.Schema(
     {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
         "policy_hash": pl.String,

@@ -22,7 +22,7 @@ def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
     pointer = store.pointer(experiment, iteration, "checkpoint")
     if pointer is None:
         raise ArtifactError(
-            f"scorer.model: {experiment}@{iteration}: experiment {experiment} has no checkpoint of iteration "
+            f"model: {experiment}@{iteration}: experiment {experiment} has no checkpoint of iteration "
             f"{iteration} yet; run it first (`textalign run {experiment} --iterations {iteration}`)"
         )
     return pointer.artifact

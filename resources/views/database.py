@@ -55,6 +55,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "checkpoints": tables.CHECKPOINTS,
     "scores": tables.SCORES,
     "evaluation_samples": tables.EVALUATION_SAMPLES,
+    "rewards": tables.REWARDS,
 }
 
 MANIFESTS = pl.Schema(

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 from resources.compute.pods import check_kubernetes
 from resources.compute.slurm import check_slurm
-from resources.store import ArtifactStore
+from resources.store import ArtifactError, ArtifactStore
 from resources.workers.host import check_host
 from textalign_dagster import PROJECT
 from textalign_dagster.cli.probes import VLLM_PROBE, probe
@@ -118,13 +118,19 @@ def writable(folder: Path) -> None:
 def _scorers(experiment: Experiment) -> list[str]:
     """Whether the scorers' models and files are there."""
     from resources.rewards.scoring import inspect_scorer
+    from resources.rewards.trained import trained
 
-    found, own = [], experiment.sample_scorer
+    asked, own = {}, experiment.sample_scorer
     if own is not None and experiment.judge is None and experiment.method.wants is not None:
-        found.append(inspect_scorer(own))
+        asked["scorer"] = own
     if experiment.evaluation.scorer is not None:
-        found.append(inspect_scorer(experiment.evaluation.scorer, "evaluation.scorer"))
-    return found
+        asked["evaluation.scorer"] = experiment.evaluation.scorer
+    for field, scorer in asked.items():
+        try:
+            trained(scorer, ArtifactStore(store_url()))
+        except ArtifactError as error:
+            raise SettingsError(f"{field}.{error}") from None
+    return [inspect_scorer(scorer, field) for field, scorer in asked.items()]
 
 
 def _judge(experiment: Experiment) -> list[str]:

@@ -1,0 +1,83 @@
+"""A reward model that one experiment trains, and another one is rewarded by."""
+
+from __future__ import annotations
+
+import json
+
+import polars as pl
+import pytest
+
+from tests.integration.conftest import Place
+from textalign_dagster.settings import write_yaml
+
+RM = {
+    "extends": "toy",
+    "control": None,
+    "method": {"name": "rm_rankings"},
+    "iterations": 2,
+    "sampling": {"max_new_tokens": 24},
+    "datapool": {
+        "drop_factor": 1.0,
+        "samples": None,
+        "max_tokens": None,
+        "shares": None,
+        "fill": "insertion",
+    },
+    "evaluation": {"prompts": 12, "samples_per_prompt": 3},
+    "training": {"batch_size": 4, "objective": {"name": "bradley_terry"}},
+}
+POLICY = RM | {
+    "method": {"name": "sft"},
+    "iterations": 1,
+    "scorer": {"name": "reward_model", "model": "toy_rm@2"},
+    "training": {"batch_size": 4},
+}
+
+
+@pytest.fixture
+def both(place: Place) -> Place:
+    for name, content in (("toy_rm", RM), ("toy_rewarded", POLICY)):
+        (place.experiments / f"{name}.yaml").write_text(write_yaml(content), encoding="utf-8")
+    return place
+
+
+def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) -> None:
+    refused = both.textalign("validate", "toy_rewarded", ok=False)
+    assert "scorer.model: toy_rm@2: experiment toy_rm has no checkpoint of iteration 2 yet; run it first" in (
+        " ".join((refused.stdout + refused.stderr).split())
+    )
+
+    shown = both.textalign("run", "toy_rm").stdout
+    assert "pair accuracy" in shown
+    # Both iterations sampled from the base policy: what was trained is no policy.
+    samples = [both.artifact("toy_rm", k, "generations").manifest["inputs"]["policy"] for k in (1, 2)]
+    assert samples[0] == samples[1]
+    assert {cell["state"] for cell in json.loads(both.textalign("status", "toy_rm", "--json").stdout)} == {
+        "fresh"
+    }
+    scores = both.frame("toy_rm", 2, "evaluation", "scores")
+    accuracy = scores.filter(metric="pair_accuracy").row(0, named=True)
+    rewards = both.frame("toy_rm", 2, "evaluation", "rewards")
+    assert rewards.height == 36 and rewards["reward"].null_count() == 0
+    pairs = rewards.join(rewards, on="prompt_id", suffix="_worse").filter(
+        pl.col("value") > pl.col("value_worse")
+    )
+    right = (pairs["reward"] > pairs["reward_worse"]).sum()
+    assert accuracy["value"] == pytest.approx(right / pairs.height)
+    query = "select count(*) as n from rewards where experiment = 'toy_rm' and iteration = 2"
+    assert json.loads(both.textalign("sql", query, "--json").stdout) == [{"n": 36}]
+
+    both.textalign("run", "toy_rewarded")
+    trained = both.artifact("toy_rm", 2, "checkpoint")
+    feedback = both.artifact("toy_rewarded", 1, "feedback")
+    assert feedback.manifest["inputs"]["reward_model toy_rm@2"] == trained.key
+    rows = feedback.frame("feedback")
+    assert set(rows["status"]) == {"ok"} and set(rows["scorer"]) == {"reward_model"}
+    assert rows["value"].n_unique() > 6
+    assert "reward_model score" in both.textalign("show", "toy_rewarded").stdout
+
+    # Another reward model under that name: what it judged is stale.
+    other = both.artifact("toy_rm", 1, "checkpoint")
+    both.store.assign("toy_rm", 2, "checkpoint", other, settings=trained.manifest["settings"], checks={})
+    cells = json.loads(both.textalign("status", "toy_rewarded", "--json").stdout)
+    assert {cell["state"] for cell in cells if cell["stage"] == "feedback"} == {"stale"}
