@@ -15,7 +15,7 @@ from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
 from resources.rewards import trained
 from resources.store import Artifact, Draft
-from textalign_dagster.experiment.evaluation import evaluation_scorer, evaluation_source
+from textalign_dagster.experiment.evaluation import evaluation_scorer, evaluation_source, ranker
 from textalign_dagster.loop import checks
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.reports.report import placed, score_rows
@@ -89,15 +89,19 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
     """
     own, base = measuring.trained(iteration), stage.policy(1)
     subjects = [own, *(measuring.baselines if iteration == 0 else ())]
+    candidates = measuring.candidates if iteration == 0 else None
 
     def produce(draft: Draft) -> None:
         seconds = Seconds()
         # The base policy last: mostly it is the fluency model too.
-        measuring.prepare([*also, *reversed(subjects)], seconds)
-        measuring.write(draft, subjects, seconds)
+        first = [] if candidates is None else [candidates]
+        measuring.prepare([*also, *first, *reversed(subjects)], seconds)
+        measuring.write(draft, subjects, seconds, candidates)
 
     inputs = {"trained_policy": own.policy_hash, "base_policy": base.policy_hash, **own.inputs}
     inputs |= trained.inputs(evaluation_scorer(stage.experiment), stage.store)
+    if candidates is not None:
+        inputs |= trained.inputs(ranker(stage.experiment), stage.store)
     source = evaluation_source(measuring.prompts)
     again = {} if stage.experiment.evaluation.judge is None else sent_again(stage, iteration)
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)

@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from assets import best_of_n
 from assets.exemplars import exemplars_of
 from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
@@ -38,7 +39,7 @@ from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.tables import EVALUATION_SAMPLES, REWARDS, SCORES, measures
+from textalign_dagster.tables import CANDIDATES, EVALUATION_SAMPLES, REWARDS, SCORES, measures
 
 VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1}
 """Raised when a change of code changes what is made of the same inputs and settings."""
@@ -74,6 +75,7 @@ class Subject:
     banned_tokens: tuple[str, ...] = ()
     reward_model: Artifact | None = None  # the checkpoint, where it is none of a policy
     inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
+    prompts: pl.DataFrame | None = None  # with other seeds than everybody's
 
 
 @dataclass
@@ -112,6 +114,16 @@ class Measuring:
             )
             for name, model in baselines(self.experiment).items()
         ]
+        self.candidates = None
+        if self.experiment.evaluation.best_of_n is not None:
+            base = stage.policy(1)
+            self.candidates = Subject(
+                base.policy_hash,
+                base,
+                (Asked(None, "baseline"),),
+                "candidates",
+                prompts=evaluation_prompts(self.experiment, self.experiment.evaluation.best_of_n.candidates),
+            )
         self.engine = sampler.of(self.experiment)
         self.report = stage.report()
 
@@ -170,7 +182,7 @@ class Measuring:
                 **experiment.sampling.served,
                 **swapped(experiment.sampling.engine),
             }
-        asked_of = self.prompts.select("prompt_id", "seeds").rows()
+        asked_of = self._prompts(subject).select("prompt_id", "seeds").rows()
 
         def produce(draft: Draft) -> None:
             chunks: list[str] = []
@@ -209,9 +221,23 @@ class Measuring:
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
         return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
 
-    def write(self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds) -> None:
-        """Writes the tables of an evaluation of these subjects."""
+    def write(
+        self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds, candidates: Subject | None = None
+    ) -> None:
+        """Writes the tables of an evaluation of these subjects, and of the best of a policy's candidates."""
         frames = [self._samples(subject) for subject in subjects]
+        scores: list[pl.DataFrame] = []
+        settings = self.experiment.evaluation
+        if candidates is not None and settings.best_of_n is not None:
+            with seconds.of("ranking"):
+                ranked = best_of_n.ranked(self.stage, self.sampler, self._samples(candidates))
+            listed = ranked.select("prompt_id", "text", candidate_id="sample_id", score="rank_score")
+            draft.write("candidates", listed.select(*CANDIDATES), CANDIDATES)
+            for n in settings.best_of_n.n:
+                estimated = best_of_n.score_rows(ranked, n, candidates.policy_hash, settings.resamples)
+                scores.append(pl.DataFrame(list(estimated), SCORES))
+                subjects = [*subjects, replace(candidates, name=best_of_n.NAME.format(n=n))]
+                frames.append(best_of_n.best(ranked, n))
         samples = pl.concat(frames).with_columns(
             score=pl.lit(None, dtype=pl.Float64),
             label=pl.lit(None, dtype=pl.String),
@@ -222,7 +248,7 @@ class Measuring:
             samples = scored(self.stage, self.sampler, samples, draft)
         with seconds.of("judging"):
             samples = judged(self.stage, samples, draft)
-        scores, kept = [], []
+        kept: list[pl.DataFrame] = []
         with seconds.of("measuring"):
             for subject, frame in zip(subjects, frames, strict=True):
                 own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
@@ -301,12 +327,11 @@ class Measuring:
         ``chunks`` gets the keys of those that are kept apart until all are there.
         """
         template, parts = self.experiment.method.template, len(subject.asked)
+        prompts = self._prompts(subject)
         for index, ask in enumerate(subject.asked):
             requests = [
                 Request(render(template, ask.text(prompt_id), prompt), tuple(seeds))
-                for prompt_id, prompt, seeds in self.prompts.select(
-                    "prompt_id", "prompt", "seeds"
-                ).iter_rows()
+                for prompt_id, prompt, seeds in prompts.select("prompt_id", "prompt", "seeds").iter_rows()
             ]
             progress = partial(_share, self.report, index, parts, subject.name or ask.role)
             sampled = sampled_chunks.sample(
@@ -320,7 +345,7 @@ class Measuring:
                 progress,
             )
             chunks += sampled.chunks
-            for prompt, several in zip(self.prompts.iter_rows(named=True), sampled.completions, strict=True):
+            for prompt, several in zip(prompts.iter_rows(named=True), sampled.completions, strict=True):
                 condition = ask.text(prompt["prompt_id"])
                 conditioning = {"condition": condition, "role": ask.role}
                 for seed, completion in zip(prompt["seeds"], several, strict=True):
@@ -335,6 +360,10 @@ class Measuring:
                         "n_tokens": completion.n_tokens,
                         "finish_reason": completion.finish_reason,
                     }
+
+    def _prompts(self, subject: Subject) -> pl.DataFrame:
+        """The held-out prompts with the seeds of a subject's samples."""
+        return self.prompts if subject.prompts is None else subject.prompts
 
     def _answers(self) -> Iterator[dict[str, Any]]:
         """Rows of SAMPLED: the human answers."""

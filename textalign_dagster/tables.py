@@ -161,6 +161,16 @@ MEASURES = pl.List(pl.Struct({"name": pl.String, "value": pl.Float64}))
 whatever the task, so that experiments can be read together. The DuckDB views show it as a
 ``MAP(VARCHAR, DOUBLE)``: ``measures['errors']``. See `measures` and `measure`."""
 
+CANDIDATES = pl.Schema(
+    {
+        "candidate_id": pl.String,  # key
+        "prompt_id": pl.String,
+        "text": pl.String,
+        "score": pl.Float64,  # of what ranks, higher is better; NULL: it could not score the text
+    }
+)
+"""The samples that best-of-n takes the best of, in the order in which they were drawn."""
+
 REWARDS = pl.Schema(
     {
         "sample_id": pl.String,  # key

@@ -56,6 +56,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "scores": tables.SCORES,
     "evaluation_samples": tables.EVALUATION_SAMPLES,
     "rewards": tables.REWARDS,
+    "candidates": tables.CANDIDATES,
 }
 
 MANIFESTS = pl.Schema(

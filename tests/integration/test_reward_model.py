@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from itertools import combinations
+from statistics import mean
 
 import polars as pl
 import pytest
@@ -30,6 +33,7 @@ POLICY = RM | {
     "method": {"name": "sft"},
     "iterations": 1,
     "scorer": {"name": "reward_model", "model": "toy_rm@2"},
+    "evaluation": {"prompts": 12, "samples_per_prompt": 1, "best_of_n": {"n": [1, 3], "samples": 6}},
     "training": {"batch_size": 4},
 }
 
@@ -74,7 +78,26 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
     rows = feedback.frame("feedback")
     assert set(rows["status"]) == {"ok"} and set(rows["scorer"]) == {"reward_model"}
     assert rows["value"].n_unique() > 6
-    assert "reward_model score" in both.textalign("show", "toy_rewarded").stdout
+    shown = both.textalign("show", "toy_rewarded", "--json").stdout
+    assert "score" in {row["metric"] for row in json.loads(shown)}
+
+    # The same model ranks the base policy's samples.
+    evaluation = both.artifact("toy_rewarded", 0, "evaluation")
+    assert evaluation.manifest["inputs"]["reward_model toy_rm@2"] == trained.key
+    candidates = evaluation.frame("candidates")
+    lists = candidates.group_by("prompt_id").agg("score")["score"].to_list()
+    assert candidates.height == 72 and {len(scores) for scores in lists} == {6}
+    subsets = [mean(max(three) for three in combinations(scores, 3)) for scores in lists]
+    found = evaluation.frame("scores").filter(subject="best of 3")
+    by_metric = dict(found.select("metric", "value").iter_rows())
+    assert by_metric["ranked_score"] == pytest.approx(mean(subsets))
+    assert by_metric["kl_bound"] == pytest.approx(math.log(3) - 2 / 3) and 0 < by_metric["kl"] < math.log(3)
+    # What is measured of the best ones is measured as of any policy: here by the ranker itself.
+    assert (
+        by_metric["score"]
+        > evaluation.frame("scores").filter(subject="best of 1", metric="score")["value"][0]
+    )
+    assert set(evaluation.frame("evaluation_samples")["role"]) == {"main", "baseline"}
 
     # Another reward model under that name: what it judged is stale.
     other = both.artifact("toy_rm", 1, "checkpoint")

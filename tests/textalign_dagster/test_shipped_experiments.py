@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 
 from tests.toy import PROJECT, ToyModels, shipped_overrides
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import TEMPLATES, Library
 
 LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
+
+
+def needs_a_control(experiment: Experiment) -> bool:
+    """Whether it trains a policy on feedback. A reward model changes no policy."""
+    return experiment.method.wants is not None and experiment.method.trains == "policy"
 
 
 @pytest.mark.parametrize("name", LIBRARY.paths)
 def test_it_names_a_control_that_controls_it(name: str) -> None:
     experiment, control = LIBRARY.load(name), LIBRARY.control_of(name)
     assert experiment.description
-    assert (control is None) == (experiment.method.name == "no_feedback")
+    assert (control is None) == (not needs_a_control(experiment))
     if control is not None:
         # Both train on as many rows, as far as the settings tell.
         kept, same = (LIBRARY.load(n) for n in (name, control))
@@ -36,7 +42,7 @@ def test_it_can_be_made_tiny_and_its_control_with_it(name: str, tmp_path: Path) 
     variant = LIBRARY.variant(name, overrides, tmp_path / "variants")
     both = Library((PROJECT / "experiments", tmp_path / "variants"))
     tiny, control = both.load(variant), both.control_of(variant)
-    assert (control is None) == (tiny.method.name == "no_feedback")
+    assert (control is None) == (not needs_a_control(tiny))
     data = getattr(tiny.task, "data", None)
     assert data is None or data.hub is None
     assert tiny.prompts.per_iteration == 4

@@ -125,6 +125,8 @@ def _scorers(experiment: Experiment) -> list[str]:
         asked["scorer"] = own
     if experiment.evaluation.scorer is not None:
         asked["evaluation.scorer"] = experiment.evaluation.scorer
+    if experiment.evaluation.best_of_n is not None and experiment.evaluation.best_of_n.scorer is not None:
+        asked["evaluation.best_of_n.scorer"] = experiment.evaluation.best_of_n.scorer
     for field, scorer in asked.items():
         try:
             trained(scorer, ArtifactStore(store_url()))

@@ -64,8 +64,11 @@ def max_new_tokens(experiment: Experiment) -> int:
     return experiment.evaluation.max_new_tokens or experiment.sampling.max_new_tokens
 
 
-def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
+def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = None) -> pl.DataFrame:
     """The held-out prompts with the seeds of their samples: the same in every iteration.
+
+    Args:
+        samples_per_prompt: None: as the settings say.
 
     Returns:
         Columns prompt_id, prompt, reference, seeds (a list, one seed a sample). All policies and
@@ -75,6 +78,7 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
         SettingsError: too few prompts, or some that iterations train on.
     """
     settings = experiment.evaluation
+    several = samples_per_prompt or settings.samples_per_prompt
     found = held_out_prompts(experiment)
     prompts = found["prompt"].to_list()
     source = settings.path or f"the held-out prompts of task {experiment.task.name}"
@@ -96,10 +100,7 @@ def evaluation_prompts(experiment: Experiment) -> pl.DataFrame:
         "reference",
         pl.Series(
             "seeds",
-            [
-                [derive_seed(experiment.seed, "evaluation", i, k) for k in range(settings.samples_per_prompt)]
-                for i in ids
-            ],
+            [[derive_seed(experiment.seed, "evaluation", i, k) for k in range(several)] for i in ids],
         ),
     )
 
@@ -140,6 +141,8 @@ def check_evaluation(experiment: Experiment) -> None:
             "evaluation.samples_per_prompt: 1, but a reward model is measured on pairs of a prompt's samples; raise it "
             "to 2 or more"
         )
+    if settings.best_of_n is not None:
+        _check_ranker(experiment)
     prompts = evaluation_prompts(experiment)
     answered = reference_answers(prompts).height
     for name, model in settings.baselines.items():
@@ -155,6 +158,25 @@ def check_evaluation(experiment: Experiment) -> None:
         )
     if settings.judge is not None:
         _check_judge(settings.judge, answered)
+
+
+def ranker(experiment: Experiment) -> Scorer | None:
+    """What ranks the samples of best-of-n; None: the task's reward."""
+    settings = experiment.evaluation.best_of_n
+    return (settings and settings.scorer) or experiment.sample_scorer
+
+
+def _check_ranker(experiment: Experiment) -> None:
+    found = ranker(experiment)
+    if found is not None and found.name == "imported":
+        raise SettingsError(
+            "evaluation.best_of_n.scorer: feedback that was collected elsewhere says nothing of other samples; name "
+            "another scorer"
+        )
+    if found is None and "reward" not in experiment.task.kinds:
+        raise SettingsError(
+            f"evaluation.best_of_n.scorer: missing; task {experiment.task.name} has no reward of its own to rank by"
+        )
 
 
 def _check_judge(judge: Judge, answered: int) -> None:

@@ -48,6 +48,46 @@ class Policy(Settings):
     trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
 
 
+class BestOfN(Settings):
+    """The base policy with a scorer that takes the best of n samples: what training has to beat."""
+
+    n: tuple[int, ...] = Field(
+        (1, 4, 16),
+        strict=False,
+        min_length=1,
+        description="How many samples the best is taken of; all are taken from one sampling.",
+    )
+    samples: int | None = Field(
+        None, ge=1, description="Samples of each held-out prompt; null: as many as the largest n."
+    )
+    scorer: AnyScorer | None = Field(
+        None,
+        description="What ranks the samples; null: the experiment's scorer, or the task's own reward. Another one than "
+        "what measures shows how far ranking by it can be trusted.",
+    )
+
+    @field_validator("scorer", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
+        return {"name": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _enough(self) -> BestOfN:
+        if min(self.n) < 1 or len(set(self.n)) < len(self.n):
+            raise ValueError(f"n: {list(self.n)}: each is 1 or more, and stands there once")
+        if self.samples is not None and self.samples < max(self.n):
+            raise ValueError(
+                f"samples: {self.samples}, but the best of {max(self.n)} is wanted; raise it to {max(self.n)} or more"
+            )
+        return self
+
+    @property
+    def candidates(self) -> int:
+        """Samples of each prompt."""
+        return self.samples or max(self.n)
+
+
 class Evaluation(Settings):
     """How a policy is measured, on prompts no iteration trains on."""
 
@@ -78,6 +118,10 @@ class Evaluation(Settings):
         {},
         description="Name → model (a folder or a hub id) evaluated beside the policy, once, in the same "
         "way; `references` stands for the source's human answers.",
+    )
+    best_of_n: BestOfN | None = Field(
+        None,
+        description="Best-of-n of the base policy beside iteration 0, once, as baselines `best of N`; null: none.",
     )
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"
@@ -248,4 +292,6 @@ class Experiment(Settings):
     def upstream(self) -> dict[str, Any]:
         """The settings everything upstream of training follows from: shared with a null control."""
         sections = ("task", "policy", "seed", "prompts", "sampling", "evaluation")
-        return self.model_dump(mode="json", include=set(sections))
+        found = self.model_dump(mode="json", include=set(sections))
+        del found["evaluation"]["best_of_n"]  # it stands beside what is measured, and changes nothing of it
+        return found

@@ -285,6 +285,9 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
         evaluation = content["evaluation"]
         _absolute(evaluation, "judge", "template", folder, only_existing=True)
         _scorer_paths(evaluation, folder)
+        if isinstance(evaluation.get("best_of_n"), dict):
+            evaluation["best_of_n"] = dict(evaluation["best_of_n"])
+            _scorer_paths(evaluation["best_of_n"], folder)
         _absolute(content, "evaluation", "fluency_model", folder, only_existing=True)
         baselines = evaluation.get("baselines")
         for name in baselines if isinstance(baselines, dict) else ():

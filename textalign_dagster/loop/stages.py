@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_tokens
+from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_tokens, ranker
 from textalign_dagster.experiment.policies import evaluation_models
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judging import PARSER_VERSION, template_of
@@ -171,7 +171,14 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         # Baselines stand beside iteration 0, which is evaluated with iteration 1.
         if iteration <= 1 or not field.startswith("baselines."):
             given[field] = model
-    by_identity = ("max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
+    if settings.best_of_n is not None and iteration <= 1:  # beside iteration 0, as baselines are
+        by = ranker(experiment)
+        task = [*experiment.task.scorer, experiment.task.identity]
+        given["best_of_n"] = {
+            **_without(section["best_of_n"], "scorer"),
+            "ranker": task if by is None else by.identity,
+        }
+    by_identity = ("best_of_n", "max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
     return {**_without(section, "probe", "path", *by_identity), **given}
 
 

@@ -11,7 +11,7 @@ import polars as pl
 
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK, evaluation_scorer
-from textalign_dagster.measures import reward_models, statistics
+from textalign_dagster.measures import best_of_n, reward_models, statistics
 from textalign_dagster.measures.bootstrap import Per
 from textalign_dagster.measures.diversity import distinct_n_blocks
 from textalign_dagster.measures.statistics import Estimate
@@ -62,7 +62,8 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     """Metric → title, in the order of reporting."""
     found = {measure.name: measure.title for measure in reported(experiment)}
     trained = reward_models.TITLES if experiment.method.trains == "reward model" else {}
-    return {**trained, **found, OBEDIENCE: "obedience"}
+    ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
+    return {**trained, **found, OBEDIENCE: "obedience", **ranked}
 
 
 def score_table(

@@ -162,7 +162,9 @@ def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs() -> None:
     page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    block, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    best = experiment(**parse_yaml(ranked, "docs/evaluation.md")).evaluation.best_of_n
+    assert best is not None and best.candidates == 32
     found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
     assert found.baselines == {"SFT": "/models/sft", "people": "references"}
     assert found.judge is not None and found.scorer is not None
