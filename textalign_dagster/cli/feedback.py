@@ -13,6 +13,7 @@ from textalign_dagster.settings import SettingsError
 
 if TYPE_CHECKING:
     from textalign_dagster.judging.agreement import Agreement
+    from textalign_dagster.judging.win_rates import WinRate
     from textalign_dagster.measures.statistics import Estimate
 
 FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "plain")
@@ -260,7 +261,7 @@ def consistency(
         click.echo(line)
     _print_agreement(report.agreement)
     known = {sample for sample, status in rated.select("sample_id", "status").iter_rows() if status == "ok"}
-    refused = [winner for sample, winner in identical if sample in known and winner is not None]
+    refused = [winner for sample, _, winner in identical if sample in known and winner is not None]
     if refused and report.agreement.agreement.value is not None:
         # Two equal texts have equal ratings: the rankings agree where they say so, too.
         agreed = report.agreement.agreement.value * report.coverage.both + refused.count("tie")
@@ -295,4 +296,66 @@ def _told(found: Estimate) -> str:
     return f"{found.value:.3f}{interval}, n = {found.rows:,}"
 
 
-COMMANDS = (forecast, export_feedback, import_feedback, consistency)
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="NAME=FILE...")
+@click.option("--reference", type=FILE, help="Ratings of the reference's answers; files of ratings need it.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(("sparse", "plain")),
+    default="sparse",
+    show_default=True,
+    help="Of all files: sparse_feedback's CSV, or plain.",
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@readable
+def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, as_json: bool) -> None:
+    """Win rates of models against a reference on the same items, by ratings and by rankings.
+
+    Each NAME=FILE holds ratings of a model's answers, to be compared with those of --reference, or rankings of
+    pairs whose first answer is the reference's. A model named twice, once with each, has a row with both:
+    the matrix of training and evaluation protocols, if the models were trained by either. A tie counts a half;
+    intervals come from resampling prompts. Items that only one side has, and judgements that cannot be
+    used, are counted and left out.
+
+    \b
+    Example:
+      textalign winrates --reference reference.csv rating_rm=rated_a.csv rating_rm=ranked_a.csv \\
+        ranking_rm=rated_b.csv ranking_rm=ranked_b.csv
+    """
+    from textalign_dagster.judging.convert import read_feedback
+    from textalign_dagster.judging.win_rates import by_rankings, by_ratings, told, win_rate
+
+    formats = {"ratings": "plain", "rankings": "plain"}
+    if format_name == "sparse":
+        formats = {"ratings": "sparse_ratings", "rankings": "sparse_rankings"}
+    known = None if reference is None else read_feedback(reference, formats["ratings"])
+    found: dict[str, dict[str, WinRate]] = {}
+    for given in models:
+        name, equals, path = given.partition("=")
+        if not equals or not name or not path:
+            raise SettingsError(f"{given!r}: a model is NAME=FILE, such as rating_rm=rated.csv")
+        read = read_feedback(Path(path), formats["rankings"])
+        protocol = "rankings"
+        if read.pairs.is_empty() and not read.identical:
+            read, protocol = read_feedback(Path(path), formats["ratings"]), "ratings"
+            if read.feedback.is_empty():
+                raise SettingsError(f"{path}: neither ratings nor rankings of format {format_name}")
+            if known is None:
+                raise SettingsError(f"{path}: holds ratings; give those of the reference as --reference")
+        if protocol in found.setdefault(name, {}):
+            raise SettingsError(f"{path}: {name} has a file of {protocol} already; give another name")
+        if read.refused:
+            click.echo(f"{path}: {read.summary()}", err=True)
+        outcomes = by_rankings(read) if protocol == "rankings" else by_ratings(read, known or read)
+        found[name][protocol] = win_rate(outcomes)
+    if as_json:
+        print_json({name: {by: asdict(one) for by, one in rates.items()} for name, rates in found.items()})
+        return
+    for name, rates in found.items():
+        for by in ("ratings", "rankings"):
+            if by in rates:
+                click.echo(f"{name}, by {by}: {told(rates[by])}")
+
+
+COMMANDS = (forecast, export_feedback, import_feedback, consistency, winrates)

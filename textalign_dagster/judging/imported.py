@@ -47,7 +47,7 @@ class Imported:
         feedback: rows of FEEDBACK.
         pairs: rows of PAIRS.
         pairs_as_read: the same with the two samples in the order of the file.
-        identical: pairs of two equal texts, which are refused: sample id and winner.
+        identical: pairs of two equal texts, which are refused: sample id, prompt id and winner.
         rows: rows (or records) in the file.
         refused: those that are in none of the frames.
         notes: what was read otherwise than it stands there.
@@ -60,7 +60,7 @@ class Imported:
     refused: tuple[Refused, ...]
     notes: tuple[str, ...]
     pairs_as_read: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=PAIRS))
-    identical: tuple[tuple[str, str | None], ...] = ()
+    identical: tuple[tuple[str, str, str | None], ...] = ()
 
     def summary(self, show: int = 3) -> str:
         """What was taken and what was not, with reasons, counts and examples."""
@@ -94,7 +94,7 @@ class Collector:
     refused: list[Refused] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
     rows: int = 0
-    identical: list[tuple[str, str | None]] = field(default_factory=list)
+    identical: list[tuple[str, str, str | None]] = field(default_factory=list)
     _seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def sample(

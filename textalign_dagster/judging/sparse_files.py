@@ -20,6 +20,7 @@ import polars as pl
 from textalign_dagster.judging.cut_files import join_input
 from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
 from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text
+from textalign_dagster.prompts import prompt_id
 
 RATINGS = ("instruction", "input", "response", "score")
 RANKINGS = ("instruction", "input", "response1", "response2", "feedback")
@@ -55,7 +56,8 @@ def read_sparse_rankings(path: Path, *, aspect: str = "ranking") -> Imported:
         instruction, given, first, second, feedback = row
         prompt = _prompt(rows, instruction, given)
         if first == second:
-            rows.identical.append((rows.sample(prompt, first), _WINNERS.get(feedback.strip())))
+            same = rows.sample(prompt, first)
+            rows.identical.append((same, prompt_id(prompt), _WINNERS.get(feedback.strip())))
             raise Refusal("both responses are the same text")
         a, b = rows.sample(prompt, first), rows.sample(prompt, second)
         winner = _WINNERS.get(feedback.strip())

@@ -1,0 +1,125 @@
+"""Win rates by both protocols on a small fixture, worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from click.testing import CliRunner
+
+from textalign_dagster.cli.main import main
+from textalign_dagster.judging.win_rates import Outcomes, length_controlled, win_rate
+
+# Five instructions. Ratings of the reference: 4, 4, 5, missing, 3.
+REFERENCE = [("i1", "ref 1", 4), ("i2", "ref 2", 4), ("i3", "ref 3", 5), ("i5", "ref 5", 3)]
+# Model A: 6 > 4, 4 = 4, 2 < 5, i4 without a reference, i5 not parseable, i1 twice (the first counts):
+# 1, 1/2, 0 of 3 items; 50 %.
+RATED_A = [
+    ("i1", "a 1", 6), ("i1", "a 1 again", 1), ("i2", "a 2", 4), ("i3", "a 3", 2), ("i4", "a 4", 7), ("i5", "a 5", "7/7"),
+]  # fmt: skip
+# Rankings, the reference first: A wins i1, loses i2, ties i3, i4 mixed up, i5 the same text: 1, 0, 1/2, 1/2; 50 %.
+RANKED_A = [
+    ("i1", "ref 1", "a 1", "(b)"), ("i2", "ref 2", "a 2", "(a)"), ("i3", "ref 3", "a 3", "equal"),
+    ("i4", "ref 4", "a 4", "Output"), ("i5", "same", "same", "equal"),
+]  # fmt: skip
+# Model B: 5 > 4 and 3 < 4: 50 %; by rankings 3 of 3: 100 %.
+RATED_B = [("i1", "b 1", 5), ("i2", "b 2", 3)]
+RANKED_B = [(f"i{k}", f"ref {k}", f"b {k}", "(b)") for k in (1, 2, 3)]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    found = {}
+    tables = {
+        "reference": REFERENCE,
+        "rated_a": RATED_A,
+        "ranked_a": RANKED_A,
+        "rated_b": RATED_B,
+        "ranked_b": RANKED_B,
+    }
+    for name, rows in tables.items():
+        path = tmp_path / f"{name}.csv"
+        with path.open("w", newline="") as file:  # as the released scripts write them: no header
+            csv.writer(file).writerows([row[0], "", *row[1:]] for row in rows)
+        found[name] = str(path)
+    return found
+
+
+def test_the_matrix_by_hand(files: dict[str, str]) -> None:
+    models = [
+        f"a={files['rated_a']}",
+        f"a={files['ranked_a']}",
+        f"b={files['rated_b']}",
+        f"b={files['ranked_b']}",
+    ]
+    done = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    rates = {(name, by): one["win_rate"]["value"] for name, both in found.items() for by, one in both.items()}
+    assert rates == {
+        ("a", "ratings"): 0.5,
+        ("a", "rankings"): 0.5,
+        ("b", "ratings"): 0.5,
+        ("b", "rankings"): 1.0,
+    }
+    a = found["a"]["ratings"]
+    assert [a[name] for name in ("wins", "ties", "losses")] == pytest.approx([1 / 3] * 3)
+    assert (a["counted"], a["items"], a["unusable"]) == (3, 5, 1)
+    ranked = found["a"]["rankings"]
+    assert [ranked[name] for name in ("wins", "ties", "losses")] == [0.25, 0.5, 0.25]
+    assert (ranked["counted"], ranked["items"], ranked["unusable"]) == (4, 5, 1)
+    shown = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models]).stdout
+    assert "b, by rankings: 100.0 %" in shown and "3 of 5 items, 1 unusable" in shown
+
+
+def test_bad_input_is_named(files: dict[str, str]) -> None:
+    def refused(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["winrates", *arguments])
+        assert done.exit_code != 0
+        return done.output
+
+    assert "a model is NAME=FILE" in refused(files["rated_a"])
+    assert "give those of the reference as --reference" in refused(f"a={files['rated_a']}")
+    twice = [f"a={files['ranked_a']}", f"a={files['ranked_b']}"]
+    assert "a has a file of rankings already" in refused(*twice)
+
+
+def rows(outcomes: list[float], longer: list[float]) -> pl.DataFrame:
+    ids = [f"p{i:04d}" for i in range(len(outcomes))]
+    return pl.DataFrame({"prompt_id": ids, "outcome": outcomes, "longer_by": longer})
+
+
+def test_without_a_difference_in_length_it_is_the_win_rate() -> None:
+    found = length_controlled(rows([1.0, 1.0, 0.5, 0.0, 1.0] * 20, [0.0] * 100), resamples=50)
+    assert found.value == pytest.approx(0.7, abs=1e-4)
+
+
+def test_length_explains_wins_away() -> None:
+    """Odds of a win 1 : 1 at equal length, and e^2 as high at tanh = 1, drawn from that very model."""
+    rng = np.random.default_rng(0)
+    longer = rng.normal(50, 100, 20_000)
+    p = 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))
+    outcomes = (rng.random(20_000) < p).astype(float)
+    assert outcomes.mean() > 0.6
+    assert length_controlled(rows(outcomes.tolist(), longer.tolist()), resamples=1).value == pytest.approx(
+        0.5, abs=0.02
+    )
+
+
+def test_separated_lengths_stay_finite() -> None:
+    found = length_controlled(rows([1.0] * 5 + [0.0] * 5, [9.0] * 5 + [-9.0] * 5), resamples=100)
+    assert found.value == pytest.approx(0.5, abs=1e-6) and found.lo is not None
+
+
+def test_what_can_be_detected() -> None:
+    """400 items, half of them won: a standard error of 0.025, 2.8 of which are 0.07."""
+    found = win_rate(Outcomes(rows([1.0, 0.0] * 200, [0.0] * 400), 400, 0), resamples=4000)
+    assert found.detectable == pytest.approx(0.025 * 2.8016, rel=0.06)
+    empty = win_rate(Outcomes(rows([], []).cast({"outcome": pl.Float64, "longer_by": pl.Float64}), 3, 0))
+    assert empty.win_rate.value is None and empty.detectable is None and empty.length_controlled.value is None
+    assert not math.isnan(empty.wins or 0.0)
