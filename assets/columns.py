@@ -10,6 +10,7 @@ import polars as pl
 MEANINGS = {
     "aspect": "What was judged, e.g. style.",
     "call_keys": "Rows of the ledger of judge calls.",
+    "candidate_id": "One sample that best-of-n chooses among.",
     "code_revision": "The code that trained.",
     "condition": "The feedback asked for, or trained under; NULL: none.",
     "config": "JSON: the training settings.",

@@ -53,6 +53,8 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         found += ["sampling.max_new_tokens=24", "datapool.max_tokens=25"]
     if experiment.method.read_together(3) > 2:  # a group is three samples
         found[found.index("training.batch_size=2")] = "training.batch_size=4"
+    if experiment.method.trains == "reward model":  # it is measured on pairs of a prompt's samples
+        found[found.index("evaluation.samples_per_prompt=1")] = "evaluation.samples_per_prompt=2"
     if experiment.datapool.draws_all:
         found.remove("datapool.samples=8")
     elif experiment.datapool.samples_per_bucket is not None:

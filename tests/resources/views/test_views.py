@@ -23,7 +23,7 @@ STAGES = {
     "feedback": ["feedback", "pairs", "feedback_spans"],
     "datapool": ["datapool", "examples"],
     "checkpoint": ["checkpoints"],
-    "evaluation": ["scores", "evaluation_samples"],
+    "evaluation": ["scores", "evaluation_samples", "rewards", "candidates"],
 }
 
 
