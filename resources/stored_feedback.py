@@ -44,6 +44,18 @@ def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.Data
     return samples.select("sample_id", "prompt", "text", "reference")
 
 
+def evaluated_samples(store: ArtifactStore, name: str, iteration: int) -> pl.DataFrame:
+    """The completions of an iteration's evaluation (prompt, text), of the policy as it is meant to be used.
+
+    Raises:
+        SettingsError: it has not been evaluated yet.
+    """
+    found = store.pointer(name, iteration, "evaluation")
+    if found is None:
+        raise SettingsError(f"{name}, iteration {iteration}, has no evaluation yet: textalign run {name}")
+    return found.artifact.frame("evaluation_samples").filter(role="main").select("prompt", "text")
+
+
 def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements:
     """The feedback of an iteration.
 

@@ -99,6 +99,17 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
     )
     assert set(evaluation.frame("evaluation_samples")["role"]) == {"main", "baseline"}
 
+    # What was sampled for the evaluation, for AlpacaEval to judge.
+    outputs = both.folder / "outputs.json"
+    for k in (0, 1):
+        both.textalign(
+            "export", "toy_rewarded", str(outputs), "--iteration", str(k), "--format", "alpaca_eval"
+        )
+    written = json.loads(outputs.read_text(encoding="utf-8"))
+    known = both.frame("toy_rewarded", 1, "evaluation", "evaluation_samples").filter(role="main")
+    assert [(row["instruction"], row["output"]) for row in written] == known.select("prompt", "text").rows()
+    assert written[0]["dataset"] == "pep8" and written[0]["generator"] == "toy_rewarded@1"
+
     # Another reward model under that name: what it judged is stale.
     other = both.artifact("toy_rm", 1, "checkpoint")
     both.store.assign("toy_rm", 2, "checkpoint", other, settings=trained.manifest["settings"], checks={})

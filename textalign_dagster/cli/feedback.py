@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from textalign_dagster.measures.statistics import Estimate
 
 FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "plain")
+ALPACA_EVAL = "alpaca_eval"
 ALT_STAGES = ("prompts", "samples", "feedback", "toxicity")
 FILE = click.Path(path_type=Path, dir_okay=False)
 
@@ -65,15 +66,21 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
 @click.command("export")
 @click.argument("experiment")
 @click.argument("path", type=FILE)
-@click.option("--iteration", "-k", type=click.IntRange(min=1), required=True, help="Which iteration.")
+@click.option(
+    "--iteration",
+    "-k",
+    type=click.IntRange(min=0),
+    required=True,
+    help="Which iteration (0: the base policy's evaluation).",
+)
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(FORMATS),
+    type=click.Choice((*FORMATS, ALPACA_EVAL)),
     metavar="FORMAT",
     default="plain",
     show_default=True,
-    help="alt, cut, sparse_ratings, sparse_rankings or plain.",
+    help="alt, cut, sparse_ratings, sparse_rankings, plain or alpaca_eval.",
 )
 @click.option(
     "--stage",
@@ -88,13 +95,15 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     """Writes an iteration's samples and feedback to PATH, in another project's format.
 
     alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
-    sparse_rankings that of a judge's comparisons; plain: one judgement a row, .jsonl or .parquet. Says what the
-    format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
+    sparse_rankings that of a judge's comparisons; plain: one judgement a row, .jsonl or .parquet; alpaca_eval: the
+    outputs of an evaluation, as AlpacaEval reads them. Says what the format cannot hold. Of an iteration's other
+    stages there are files of ALT's too (--stage).
 
     \b
     Examples:
       textalign export pep8_alt_lmu feedback.jsonl --iteration 1 --format alt
       textalign export pep8_alt_lmu samples.jsonl --iteration 1 --format alt --stage samples
+      textalign export pep8_alt_lmu outputs.json --iteration 1 --format alpaca_eval
     """
     from resources.stored_feedback import judgements_of, unjudged_samples
     from textalign_dagster.judging.convert import write_feedback
@@ -103,6 +112,16 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     library, name = library_of(experiment)
     settings = library.load(name)
     store = open_store()
+    if format_name == ALPACA_EVAL:
+        from resources.stored_feedback import evaluated_samples
+        from textalign_dagster.judging.alpaca_eval import write_alpaca_eval
+
+        outputs = evaluated_samples(store, name, iteration)
+        dataset, generator = settings.task.name, f"{name}@{iteration}"
+        click.echo(write_alpaca_eval(path, outputs, dataset=dataset, generator=generator).summary())
+        return
+    if iteration == 0:
+        raise SettingsError("--iteration 0: only --format alpaca_eval has something of the base policy")
     if stage != "feedback":
         if format_name != "alt":
             raise SettingsError(f"--stage {stage}: only --format alt has such a file")
