@@ -14,9 +14,13 @@ from resources.configured import StoreResource
 from resources.store import Artifact, ArtifactError, Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash
+from textalign_dagster.judging import PAIRS
 from textalign_dagster.loop import checks
 from textalign_dagster.pool.datapool import SHORTFALLS, build_pool
 from textalign_dagster.tables import DATAPOOL, EXAMPLES, SPAN
+
+NOT_CUT_OFF = 2**31 - 1
+"""Tokens that no response of a file has."""
 
 
 @dg.asset(
@@ -64,7 +68,9 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 labels=method.buckets,
                 seed=experiment.seed,
                 pool_hash=content_hash("datapool", {k: a.key for k, a in sources.items()}, stage_id),
-                sampling_limit=experiment.sampling.max_new_tokens,
+                sampling_limit=NOT_CUT_OFF
+                if experiment.offline is not None
+                else experiment.sampling.max_new_tokens,
                 quantiles=method.ranking,
                 conditions={b: b for b in method.buckets} if method.ranking else None,
             )
@@ -133,6 +139,9 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
     ]
     none = pl.lit(None, dtype=pl.List(SPAN))
     rows = drawn.join(samples, on="sample_id", how="left", maintain_order="left")
+    rows = rows.join(_beaten(sources), on="sample_id", how="left", maintain_order="left").with_columns(
+        pl.col("beaten").fill_null([])
+    )
     if not marked:
         return _arranged(experiment, rows.with_columns(spans=none))
     spans = (
@@ -146,6 +155,26 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
         rows.join(spans, on="sample_id", how="left", maintain_order="left")
         # Feedback that marks nothing is no missing feedback.
         .with_columns(pl.col("spans").fill_null([])),
+    )
+
+
+def _beaten(sources: Mapping[str, Artifact]) -> pl.DataFrame:
+    """The samples that each one was found better than: sample_id, beaten."""
+    tables = [
+        artifact.frame("pairs")
+        for name, artifact in sources.items()
+        if name.startswith("feedback@") and "pairs" in artifact.tables
+    ]
+    decided = pl.concat(tables or [pl.DataFrame(schema=PAIRS)]).filter(pl.col("winner").is_in(["a", "b"]))
+    won = pl.col("winner") == "a"
+    return (
+        decided.select(
+            sample_id=pl.when(won).then("sample_a").otherwise("sample_b"),
+            other=pl.when(won).then("sample_b").otherwise("sample_a"),
+        )
+        .unique(maintain_order=True)
+        .group_by("sample_id", maintain_order=True)
+        .agg(beaten="other")
     )
 
 

@@ -14,12 +14,16 @@ from assets.stage import LOOP, Stage
 from resources.configured import SamplerResource, StoreResource
 from resources.engines import chunks as sampled_chunks
 from resources.engines.sampler import Decoding, Request
-from resources.store import Draft
+from resources.store import Artifact, Draft
+from textalign_dagster.experiment.offline import OFFLINE_VERSION, identity, offline_samples
+from textalign_dagster.experiment.sources import task_of
 from textalign_dagster.ids import content_hash, derive_seed
 from textalign_dagster.loop import checks
 from textalign_dagster.pool.conditioning import render
+from textalign_dagster.settings.offline import Offline
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.tables import GENERATIONS
+from textalign_dagster.tables import GENERATIONS, conform
+from textalign_dagster.tokenisation import token_counts
 
 
 @dg.asset(
@@ -39,95 +43,11 @@ def generations(
     one each); iteration 1 is unconditioned. Each sample has a seed of its own, derived and stored.
     """
     with Stage.of(context, store.open()) as stage:
-        experiment, settings = stage.experiment, stage.experiment.sampling
-        draws = stage.require("prompt_draws")
-        model = stage.policy(stage.cell.iteration)
-        template, later = experiment.method.template, stage.cell.iteration > 1
-        decoding = Decoding(
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_new_tokens=settings.max_new_tokens,
-            min_new_tokens=settings.min_new_tokens,
-            ignore_eos=settings.ignore_eos,
-            # Whatever is asked for: from then on the policy has the method's tokens.
-            banned_tokens=experiment.method.special_tokens if later else (),
-            structured=content_of(settings.structured),
-        )
-        engine = sampler.of(experiment)
-        drawn = draws.frame("prompt_draws")
-        conditions: list[str | None] = [None] * drawn.height
-        pools: dict[str, str] = {}
-        if later:
-            conditions, pools = exemplars_of(
-                stage, drawn["prompt_id"].to_list(), pool=stage.cell.iteration - 1
-            )
-
-        def produce(draft: Draft) -> None:
-            started = time.monotonic()
-            seeds = [
-                tuple(derive_seed(root, "sample", i) for i in range(settings.samples_per_prompt))
-                for root in drawn["seed"]
-            ]
-            requests = [
-                Request(render(template, condition, prompt), own)
-                for prompt, condition, own in zip(drawn["prompt"], conditions, seeds, strict=True)
-            ]
-            engine_version = engine.engine_version
-            sampled = sampled_chunks.sample(
-                stage.store,
-                engine,
-                model.sampled,
-                model.policy_hash,
-                requests,
-                decoding,
-                settings.chunk,
-                stage.report(),
-            )
-            rows = [
-                {
-                    "sample_id": content_hash(
-                        "sample",
-                        draw["draw_id"],
-                        model.policy_hash,
-                        decoding_id,
-                        [condition, template if condition is not None else None],
-                        seed,
-                    ),
-                    "draw_id": draw["draw_id"],
-                    "prompt_id": draw["prompt_id"],
-                    "prompt": draw["prompt"],
-                    "sample_index": index,
-                    "policy_hash": model.policy_hash,
-                    "engine": engine.engine,
-                    "engine_version": engine_version,
-                    "condition": condition,
-                    "text": completion.text,
-                    "n_tokens": completion.n_tokens,
-                    "finish_reason": completion.finish_reason,
-                    "logprob": completion.logprob,
-                    "seed": seed,
-                }
-                for draw, condition, own, several in zip(
-                    drawn.iter_rows(named=True), conditions, seeds, sampled.completions, strict=True
-                )
-                for index, (seed, completion) in enumerate(zip(own, several, strict=True))
-            ]
-            frame = pl.DataFrame(rows, schema=GENERATIONS)
-            draft.write("generations", frame, GENERATIONS)
-            draft.record(
-                work_seconds=time.monotonic() - started,
-                part_seconds=sampled.seconds,
-                tokens=int(frame["n_tokens"].sum()),
-                chunks=sampled.chunks,
-                found_samples=sampled.found,  # of an attempt that was interrupted
-            )
-
-        decoding_id = content_hash("decoding", decoding.identity, engine.engine, *settings.served.values())
-        made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash, **pools}, produce)
-        sampled_chunks.discard(stage.store, made)
-        if (left := sampled_chunks.left_over(stage.store)) is not None:
-            context.log.warning(left)
+        experiment, draws = stage.experiment, stage.require("prompt_draws")
+        if experiment.offline is None:
+            made, conditions = _sampled(stage, sampler, draws)
+        else:
+            made, conditions = _offline(stage, experiment.offline, draws), []
         rows = made.frame("generations")
         limits = experiment.checks
         return stage.publish(
@@ -138,17 +58,141 @@ def generations(
                 checks.schema(rows, GENERATIONS, ["sample_id"]),
                 checks.not_empty(rows, limits.max_empty),
                 checks.not_duplicated(rows, limits.max_duplicates),
-                checks.conditioned_once(template, rows["condition"], rows["prompt"]),
+                checks.conditioned_once(experiment.method.template, rows["condition"], rows["prompt"]),
             ],
             metadata={
                 "condition": _asked_for(conditions),
                 "mean tokens": float(rows["n_tokens"].mean()),  # type: ignore[arg-type]
                 "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
-                "nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1),
+                **_surprise(rows),
                 "tokens": int(rows["n_tokens"].sum()),
                 "examples": sample_blocks(rows.select("condition", "prompt", "text").head(5).to_dicts()),
             },
         )
+
+
+def _sampled(stage: Stage, sampler: SamplerResource, draws: Artifact) -> tuple[Artifact, list[str | None]]:
+    """The policy's samples, and what it was asked for before each prompt."""
+    experiment, settings = stage.experiment, stage.experiment.sampling
+    model = stage.policy(stage.cell.iteration)
+    template, later = experiment.method.template, stage.cell.iteration > 1
+    decoding = Decoding(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens,
+        min_new_tokens=settings.min_new_tokens,
+        ignore_eos=settings.ignore_eos,
+        # Whatever is asked for: from then on the policy has the method's tokens.
+        banned_tokens=experiment.method.special_tokens if later else (),
+        structured=content_of(settings.structured),
+    )
+    engine = sampler.of(experiment)
+    drawn = draws.frame("prompt_draws")
+    conditions: list[str | None] = [None] * drawn.height
+    pools: dict[str, str] = {}
+    if later:
+        conditions, pools = exemplars_of(stage, drawn["prompt_id"].to_list(), pool=stage.cell.iteration - 1)
+
+    def produce(draft: Draft) -> None:
+        started = time.monotonic()
+        seeds = [
+            tuple(derive_seed(root, "sample", i) for i in range(settings.samples_per_prompt))
+            for root in drawn["seed"]
+        ]
+        requests = [
+            Request(render(template, condition, prompt), own)
+            for prompt, condition, own in zip(drawn["prompt"], conditions, seeds, strict=True)
+        ]
+        engine_version = engine.engine_version
+        sampled = sampled_chunks.sample(
+            stage.store,
+            engine,
+            model.sampled,
+            model.policy_hash,
+            requests,
+            decoding,
+            settings.chunk,
+            stage.report(),
+        )
+        rows = [
+            {
+                "sample_id": content_hash(
+                    "sample",
+                    draw["draw_id"],
+                    model.policy_hash,
+                    decoding_id,
+                    [condition, template if condition is not None else None],
+                    seed,
+                ),
+                "draw_id": draw["draw_id"],
+                "prompt_id": draw["prompt_id"],
+                "prompt": draw["prompt"],
+                "sample_index": index,
+                "policy_hash": model.policy_hash,
+                "engine": engine.engine,
+                "engine_version": engine_version,
+                "condition": condition,
+                "text": completion.text,
+                "n_tokens": completion.n_tokens,
+                "finish_reason": completion.finish_reason,
+                "logprob": completion.logprob,
+                "seed": seed,
+            }
+            for draw, condition, own, several in zip(
+                drawn.iter_rows(named=True), conditions, seeds, sampled.completions, strict=True
+            )
+            for index, (seed, completion) in enumerate(zip(own, several, strict=True))
+        ]
+        frame = pl.DataFrame(rows, schema=GENERATIONS)
+        draft.write("generations", frame, GENERATIONS)
+        draft.record(
+            work_seconds=time.monotonic() - started,
+            part_seconds=sampled.seconds,
+            tokens=int(frame["n_tokens"].sum()),
+            chunks=sampled.chunks,
+            found_samples=sampled.found,  # of an attempt that was interrupted
+        )
+
+    decoding_id = content_hash("decoding", decoding.identity, engine.engine, *settings.served.values())
+    made = stage.make({"prompt_draws": draws.key, "policy": model.policy_hash, **pools}, produce)
+    sampled_chunks.discard(stage.store, made)
+    if (left := sampled_chunks.left_over(stage.store)) is not None:
+        stage.context.log.warning(left)
+    return made, conditions
+
+
+def _offline(stage: Stage, offline: Offline, draws: Artifact) -> Artifact:
+    """The responses of a file to the drawn prompts, as samples."""
+    experiment, base = stage.experiment, stage.policy(1)
+
+    def produce(draft: Draft) -> None:
+        drawn = draws.frame("prompt_draws")
+        found = offline_samples(experiment, task_of(experiment), drawn)
+        trusted = experiment.policy.trust_remote_code
+        counted = token_counts(base.path, found["text"].to_list(), trust_remote_code=trusted)
+        none = pl.lit(None, dtype=pl.Float64)
+        frame = found.join(drawn.select("draw_id", "seed"), on="draw_id", maintain_order="left").with_columns(
+            policy_hash=pl.lit(content_hash("offline", identity(offline))),
+            engine=pl.lit("file"),
+            engine_version=pl.lit(OFFLINE_VERSION),
+            condition=pl.lit(None, dtype=pl.String),
+            n_tokens=pl.Series([count + 1 for count in counted], dtype=pl.Int32),  # with the end token
+            finish_reason=pl.lit("stop"),
+            logprob=none,
+        )
+        frame = conform(frame.drop("own_id"), GENERATIONS, "generations")
+        draft.write("generations", frame, GENERATIONS)
+        draft.record(tokens=int(frame["n_tokens"].sum()))
+
+    return stage.make({"prompt_draws": draws.key, "base_policy": base.policy_hash}, produce)
+
+
+def _surprise(rows: pl.DataFrame) -> dict[str, float]:
+    """The samples' own surprise; nobody knows that of a file's responses."""
+    if rows["logprob"].null_count():
+        return {}
+    return {"nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1)}
 
 
 def _asked_for(conditions: list[str | None]) -> str:

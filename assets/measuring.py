@@ -257,11 +257,8 @@ class Measuring:
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
-                    draft.write("rewards", rewarded, REWARDS)
-                    known = rewarded.join(
-                        own.select("sample_id", "text"), on="sample_id", maintain_order="left"
-                    )
-                    agreement = reward_model_scores(known, self.experiment.evaluation.resamples)
+                    draft.write("rewards", rewarded.select(*REWARDS), REWARDS)
+                    agreement = reward_model_scores(rewarded, self.experiment.evaluation.resamples)
                     rows = [score_row(name, found, subject.policy_hash) for name, found in agreement]
                     scores.append(pl.DataFrame(rows, SCORES))
         draft.write("scores", pl.concat(scores), SCORES)

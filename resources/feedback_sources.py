@@ -11,6 +11,8 @@ import polars as pl
 from resources.rewards.trained import located
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.offline import offline_feedback
+from textalign_dagster.experiment.sources import task_of
 from textalign_dagster.judging import Judged
 
 
@@ -26,11 +28,11 @@ def feedback_of(
 ) -> Judged:
     """The feedback that the experiment's method needs, one row per sample.
 
-    A judge takes precedence over a scorer, and a scorer over the task. For a method that needs none, every
-    row is ``skipped``.
+    A judge takes precedence over a scorer, a scorer over the file that the samples come from, and that over the
+    task. For a method that needs none, every row is ``skipped``.
 
     Args:
-        samples: sample_id, prompt_id, prompt, reference, text, finish_reason.
+        samples: sample_id, draw_id, prompt_id, prompt, reference, text, finish_reason.
         purpose: stored in the ledger of judge calls.
         retry_before: judge calls that were given up before this time are sent again.
 
@@ -52,6 +54,9 @@ def feedback_of(
             purpose=purpose,
             retry_before=retry_before,
         )
+    if experiment.judged_by_file:
+        draws = samples.select("draw_id", "prompt_id", "prompt").unique("draw_id", maintain_order=True)
+        return offline_feedback(experiment, task_of(experiment), draws, kind)
     scorer = experiment.sample_scorer
     if scorer is not None:
         from resources.rewards.scoring import score_samples  # models of scorers are loaded there only

@@ -66,7 +66,7 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
     for field, scorer in (("scorer", experiment.scorer), ("evaluation.scorer", experiment.evaluation.scorer)):
         if scorer is not None and scorer.name == "classifier":
             found.append(f"{field}.model={models.classifier}")
-        if scorer is not None and scorer.name == "reward_model":
+        if scorer is not None and scorer.name == "reward_model" and scorer.trained is None:
             found += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
             found.append(f"{field}.dtype=float32")
     found += [

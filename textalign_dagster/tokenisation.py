@@ -8,6 +8,7 @@ token; the two are then concatenated. So a sample's tokens do not merge with its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 ANCHOR = "a"  # any text of a single character that no tokenizer strips
@@ -33,6 +34,14 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
         return []
     encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)
     return [list(ids) for ids in encoded["input_ids"]]
+
+
+def token_counts(folder: Path, texts: Sequence[str], *, trust_remote_code: bool = False) -> list[int]:
+    """Tokens of each text by the tokenizer of a model, without special tokens."""
+    from transformers import AutoTokenizer  # takes seconds
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return [len(ids) for ids in encode_texts(tokenizer, texts)]
 
 
 def leading_ids(tokenizer: Any) -> list[int]:

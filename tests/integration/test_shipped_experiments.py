@@ -10,6 +10,7 @@ import pytest
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
+from textalign_dagster.scorers import ModelScorer
 from textalign_dagster.settings import read_yaml
 
 SHIPPED = Library((PROJECT / "experiments", TEMPLATES))
@@ -43,6 +44,14 @@ def test_it_runs(
         else 1
     )
     overrides = [*shipped_overrides(experiment, toy_models, judge_url), f"iterations={last}"]
+    trained = experiment.scorer.trained if isinstance(experiment.scorer, ModelScorer) else None
+    if trained is not None:  # the reward model that another experiment trains, of toy size, too
+        source, iteration = trained
+        other = SHIPPED.load(source)
+        small = [*shipped_overrides(other, toy_models, judge_url), "iterations=1"]
+        zoo.textalign("run", source, "--no-control", *(p for o in small for p in ("--set", o)))
+        variant = SHIPPED.variant(source, small, zoo.home / "variants")
+        overrides.append(f"scorer.model={variant}@{iteration}")
     done = zoo.textalign("run", name, "--no-control", *(part for o in overrides for part in ("--set", o)))
     found = re.findall(rf"^({re.escape(name)}\+\S*)\|{last:03d} +evaluation", done.stdout, re.MULTILINE)
     assert len(found) == 1, done.stdout
@@ -61,5 +70,7 @@ def test_it_runs(
         scores = zoo.frame(variant, k, "evaluation", "scores").filter(role="main")
         assert first in scores["metric"].to_list(), scores
     # Iteration 1 knows no method yet, so a task's experiments share its samples.
-    key = zoo.artifact(variant, 1, "generations").key
-    assert first_samples.setdefault(experiment.task.name, key) == key
+    key, source = zoo.artifact(variant, 1, "generations").key, experiment.task.name
+    if experiment.offline is not None:
+        source += f", offline, {experiment.offline.held_out} held out"
+    assert first_samples.setdefault(source, key) == key

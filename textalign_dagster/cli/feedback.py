@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from textalign_dagster.judging.win_rates import WinRate
     from textalign_dagster.measures.statistics import Estimate
 
-FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "plain")
+FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "preferences", "plain")
 ALPACA_EVAL = "alpaca_eval"
 ALT_STAGES = ("prompts", "samples", "feedback", "toxicity")
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -80,7 +80,7 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
     metavar="FORMAT",
     default="plain",
     show_default=True,
-    help="alt, cut, sparse_ratings, sparse_rankings, plain or alpaca_eval.",
+    help="alt, cut, sparse_ratings, sparse_rankings, preferences, plain or alpaca_eval.",
 )
 @click.option(
     "--stage",
@@ -95,9 +95,9 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     """Writes an iteration's samples and feedback to PATH, in another project's format.
 
     alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
-    sparse_rankings that of a judge's comparisons; plain: one judgement a row, .jsonl or .parquet; alpaca_eval: the
-    outputs of an evaluation, as AlpacaEval reads them. Says what the format cannot hold. Of an iteration's other
-    stages there are files of ALT's too (--stage).
+    sparse_rankings that of a judge's comparisons; preferences: the comparisons as TRL's JSON Lines; plain: one
+    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Says
+    what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
 
     \b
     Examples:
@@ -141,7 +141,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
         click.echo(f"no feedback yet, samples only: {write_unjudged(path, unjudged).summary()}")
         return
     found = judgements_of(store, name, iteration)
-    if format_name == "sparse_rankings" and found.pairs is None:
+    if format_name in ("sparse_rankings", "preferences") and found.pairs is None:
         raise SettingsError(
             f"--format {format_name}: the judge of {name} compared no samples; `judge.ask: ranking` does"
         )
@@ -161,7 +161,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     type=click.Choice(FORMATS),
     metavar="FORMAT",
     required=True,
-    help="alt, cut, sparse_ratings, sparse_rankings or plain.",
+    help="alt, cut, sparse_ratings, sparse_rankings, preferences or plain.",
 )
 @click.option(
     "--template",

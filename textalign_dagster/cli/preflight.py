@@ -22,6 +22,7 @@ from textalign_dagster.cli.probes import VLLM_PROBE, probe
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
 from textalign_dagster.experiment.files import Library, store_url
+from textalign_dagster.experiment.offline import summary
 from textalign_dagster.experiment.policies import BasePolicy, base_policy, baselines, evaluation_models
 from textalign_dagster.experiment.sources import task_of, training_prompts
 from textalign_dagster.judging import Template, template_of
@@ -74,6 +75,7 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
         found.append(f"base policy: {base.path} ({base.policy_hash})")
     except SettingsError as error:
         problems.append(str(error))
+    check(lambda: _offline(experiment))
     check(lambda: [_prompts(experiment)])
     if experiment.prompts.path is None:
         check(lambda: task_of(experiment).notes)
@@ -297,6 +299,13 @@ def _evaluation(experiment: Experiment) -> str:
         raise SettingsError("evaluation.judge: needs the openai package: pip install -e '.[judges]'")
     beside = "".join(f", {field}" for field in evaluation_models(experiment))
     return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{beside}"
+
+
+def _offline(experiment: Experiment) -> list[str]:
+    """What the file holds that the responses come from."""
+    if experiment.offline is None:
+        return []
+    return [f"offline: {experiment.offline.path}: {summary(experiment, task_of(experiment))}"]
 
 
 def _prompts(experiment: Experiment) -> str:

@@ -136,7 +136,8 @@ def check_evaluation(experiment: Experiment) -> None:
             f"evaluation.max_new_tokens: {settings.max_new_tokens}, but sampling.min_new_tokens is "
             f"{experiment.sampling.min_new_tokens}; raise it, or lower that one"
         )
-    if experiment.method.trains == "reward model" and settings.samples_per_prompt < 2:
+    sampled = experiment.method.trains == "reward model" and not experiment.judged_by_file
+    if sampled and settings.samples_per_prompt < 2:
         raise SettingsError(
             "evaluation.samples_per_prompt: 1, but a reward model is measured on pairs of a prompt's samples; raise it "
             "to 2 or more"

@@ -12,6 +12,7 @@ from textalign_dagster.prompts import Prompts
 from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
+from textalign_dagster.settings.offline import Offline
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
 from textalign_dagster.tasks import AnyTask
 from training.settings import Training
@@ -25,6 +26,9 @@ JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
     "win": ("reward",),
 }
 """What a judge's answers are to a method."""
+
+OFFLINE: tuple[FeedbackKind, ...] = ("reward", "text", "category", "judgment")
+"""The kinds of feedback that files hold."""
 
 REFERENCES = "references"
 """As a baseline's model: the source's human answers, which are measured like samples."""
@@ -181,6 +185,11 @@ class Experiment(Settings):
         description="The experiment that is this one's null control (the same without feedback); "
         "run with it, and shown beside it.",
     )
+    offline: Offline | None = Field(
+        None,
+        description="Prompts, responses and judgements from a file, in place of the task's prompts and the policy's "
+        "samples; with `judge` or `scorer`, these judge the responses. null: the policy is sampled.",
+    )
     prompts: Prompts = Field(Prompts(), description="The prompts of an iteration.")
     sampling: Sampling = Field(Sampling(), description="The samples of an iteration.")
     datapool: PoolSettings = Field(PoolSettings(), description="The rows trained on.")
@@ -232,7 +241,11 @@ class Experiment(Settings):
         wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
         if self.judge is not None and self.scorer is not None:
             raise ValueError("judge, scorer: one of them says what the samples are worth; remove the other")
-        if self.sample_scorer is not None:
+        if self.offline is not None:
+            self._offline_possible(self.offline)
+        if self.judged_by_file:
+            kinds, who = OFFLINE, "a file (`offline`)"
+        elif self.sample_scorer is not None:
             kinds, who = self.sample_scorer.kinds, f"scorer {self.sample_scorer.name}"
         if self.judge is not None:
             kinds, who = JUDGED.get(self.judge.ask, ()), f"a judge asked for {self.judge.ask!r}"
@@ -250,6 +263,20 @@ class Experiment(Settings):
                 "`datapool.shares: null`"
             )
         return self
+
+    def _offline_possible(self, offline: Offline) -> None:
+        if self.prompts.path is not None:
+            raise ValueError("prompts.path: the prompts are those of offline.path; remove one of the two")
+        if {"groups", "rewards"} <= self.training.objective.needs:
+            raise ValueError(
+                f"offline: objective {self.training.objective.name} is defined for the policy's own samples; remove "
+                "offline, or choose another method"
+            )
+        if self.method.trains == "reward model" and self.judged_by_file and offline.held_out is None:
+            raise ValueError(
+                "offline.held_out: missing; a reward model that is trained on a file is measured on responses to "
+                "held-out prompts of it, e.g. `held_out: 200`"
+            )
 
     @model_validator(mode="after")
     def _servable(self) -> Experiment:
@@ -289,9 +316,14 @@ class Experiment(Settings):
         return self.scorer or self.task.default_scorer
 
     @property
+    def judged_by_file(self) -> bool:
+        """Whether the judgements are those of the file that the responses come from."""
+        return self.offline is not None and self.judge is None and self.scorer is None
+
+    @property
     def upstream(self) -> dict[str, Any]:
         """The settings everything upstream of training follows from: shared with a null control."""
-        sections = ("task", "policy", "seed", "prompts", "sampling", "evaluation")
+        sections = ("task", "policy", "seed", "offline", "prompts", "sampling", "evaluation")
         found = self.model_dump(mode="json", include=set(sections))
         del found["evaluation"]["best_of_n"]  # it stands beside what is measured, and changes nothing of it
         return found

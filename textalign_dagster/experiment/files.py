@@ -192,6 +192,13 @@ class Library:
         content: dict[str, Any] = {"extends": name, **changes}
         if experiment.control is not None and "control" not in changes:
             shared = {k: v for k, v in changes.items() if k != "method"}
+            scorer = shared.get("scorer")
+            if (
+                isinstance(scorer, dict)
+                and "name" not in scorer
+                and self.load(experiment.control).scorer is None
+            ):
+                del shared["scorer"]  # part of a section that the control does not have
             if "datapool" in shared:  # the buckets that shares names are the method's
                 shared["datapool"] = {**shared["datapool"], "shares": None}
             control = f"{experiment.control}+{label}"
@@ -274,7 +281,7 @@ def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, 
 
 
 def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
-    for section in ("prompts", "evaluation"):
+    for section in ("prompts", "evaluation", "offline"):
         _absolute(content, section, "path", folder)
     _absolute(content, "policy", "model", folder, only_existing=True)
     _absolute(content, "judge", "template", folder, only_existing=True)

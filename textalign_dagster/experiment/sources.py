@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.offline import offline_prompts
 from textalign_dagster.experiment.policies import base_policy
 from textalign_dagster.ids import content_hash
 from textalign_dagster.prompts import COLUMNS, read_prompt_file
@@ -23,12 +24,16 @@ def training_prompts(experiment: Experiment) -> pl.DataFrame:
         SettingsError: the file cannot be used; says why.
     """
     path, task = experiment.prompts.path, task_of(experiment)
+    if experiment.offline is not None:
+        return offline_prompts(experiment, task)[0]
     return _file(task, path) if path is not None else task.prompts("train")
 
 
 def held_out_prompts(experiment: Experiment) -> pl.DataFrame:
     """The prompts policies are measured on, with the columns of :func:`training_prompts`."""
     path, task = experiment.evaluation.path, task_of(experiment)
+    if path is None and experiment.offline is not None and experiment.offline.held_out is not None:
+        return offline_prompts(experiment, task)[1]
     return _file(task, path) if path is not None else task.prompts("evaluation")
 
 

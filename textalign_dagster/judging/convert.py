@@ -19,6 +19,7 @@ from textalign_dagster.judging.exported import Exported
 from textalign_dagster.judging.imported import SAMPLES, Imported, Refused
 from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.judging.plain_files import read_plain, write_plain
+from textalign_dagster.judging.preference_files import read_preferences, write_preferences
 from textalign_dagster.judging.sparse_files import (
     read_sparse_rankings,
     read_sparse_ratings,
@@ -70,6 +71,11 @@ FORMATS = {
         "sparse_feedback: CSV of instruction, input, response1, response2, feedback",
         read_sparse_rankings,
         lambda path, samples, feedback, pairs: write_sparse_rankings(path, samples, pairs),
+    ),
+    "preferences": Format(
+        "preferences and labels in the columns of TRL, HH, SHP, UltraFeedback or HALOs",
+        read_preferences,
+        lambda path, samples, feedback, pairs: write_preferences(path, samples, pairs),
     ),
     "plain": Format(
         "one judgement a row, .jsonl or .parquet: prompt, response, and value, label or feedback",

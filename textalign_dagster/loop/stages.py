@@ -13,6 +13,7 @@ from typing import Any
 
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import evaluation_scorer, max_new_tokens, ranker
+from textalign_dagster.experiment.offline import identity as offline_identity
 from textalign_dagster.experiment.policies import evaluation_models
 from textalign_dagster.ids import canonical_json, content_hash
 from textalign_dagster.judging import PARSER_VERSION, template_of
@@ -74,6 +75,8 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         # How many there are follows from the prompts, which are an input.
         prompts["per_iteration"] = prompts["per_iteration"] or DEFAULT_DRAW
         chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
+    elif stage == "generations" and experiment.offline is not None:
+        chosen = {"offline": offline_identity(experiment.offline), "task": experiment.task.identity}
     elif stage == "generations":
         chosen = {
             # How and where the engine runs changes no sample.
@@ -94,9 +97,11 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         chosen = {"kind": method.wants, **_feedback(experiment, experiment.task.identity, iteration)}
     elif stage == "datapool":
         chosen = {
-            "method": plain["method"],
+            # What came later is left out where it changes nothing: earlier pools stay what they are.
+            "method": {k: v for k, v in plain["method"].items() if (k, v) != ("pairs_from", "rewards")},
             "datapool": plain["datapool"],
-            "max_new_tokens": experiment.sampling.max_new_tokens,
+            # A file's responses were not cut off anywhere.
+            "max_new_tokens": experiment.sampling.max_new_tokens if experiment.offline is None else None,
             "seed": experiment.seed,
         }
     elif stage == "checkpoint":
@@ -185,6 +190,8 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
 def _feedback(experiment: Experiment, task: dict[str, Any], iteration: int) -> dict[str, Any]:
     """Who judges the samples; see `resources.feedback_sources`."""
     scorer, asked = experiment.sample_scorer, experiment.method.wants is not None
+    if asked and experiment.offline is not None and experiment.judged_by_file:
+        return {"offline": offline_identity(experiment.offline)}
     if asked and experiment.judge is not None:
         return {"judge": judge_identity(experiment.judge)}
     if asked and scorer is not None:

@@ -17,6 +17,12 @@ from textalign_dagster.settings import Settings
 FeedbackKind = Literal["reward", "text", "category", "judgment", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
 
+PairsFrom = Literal["rewards", "comparisons"]
+PAIRS_FROM = (
+    "rewards: of a prompt's samples, by `pairs_per_prompt` and `margin`; comparisons: exactly those pairs that a judge "
+    "or a file compared, ties left out (both settings have no effect then)."
+)
+
 VARIED = "(varied)"
 """What is asked for, in words, where each prompt is asked for a condition of its own."""
 

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 import polars as pl
 from pydantic import Field
 
-from textalign_dagster.methods.base import Rewarded
-from textalign_dagster.pool.examples import pairs
+from textalign_dagster.methods.base import PAIRS_FROM, PairsFrom, Rewarded
+from textalign_dagster.pool.examples import compared, pairs
 
 
 class DPO(Rewarded):
@@ -24,9 +24,12 @@ class DPO(Rewarded):
         "the second worst, …",
     )
     margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
+    pairs_from: PairsFrom = Field("rewards", description=PAIRS_FROM)
 
     def read_together(self, samples_per_prompt: int) -> int:
         return 2
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        if self.pairs_from == "comparisons":
+            return compared(rows)
         return pairs(rows, per_prompt=self.pairs_per_prompt, margin=self.margin)

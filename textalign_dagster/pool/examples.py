@@ -1,7 +1,8 @@
 """From drawn rows to examples: single rows, pairs and groups, all rows of one table.
 
 Functions take the drawn rows of a pool with their samples: pool_hash, sample_id, prompt_id, value,
-label, condition, weight, n_tokens, prompt, text, finish_reason, logprob, spans. They return rows of
+label, condition, weight, n_tokens, prompt, text, finish_reason, logprob, spans, beaten (ids of samples that it
+was found better than). They return rows of
 :data:`textalign_dagster.tables.EXAMPLES`. Nothing depends on the order of the rows but the order of
 the result.
 """
@@ -49,6 +50,15 @@ def pairs(rows: pl.DataFrame, *, per_prompt: int = 1, margin: float = 0.0) -> pl
             pair_weight=pl.col("weight") * pl.col("other_weight"),
         )
     )  # fmt: skip
+    return _sides(rows, pair)
+
+
+def _sides(rows: pl.DataFrame, pair: pl.DataFrame) -> pl.DataFrame:
+    """The two examples of each pair.
+
+    Args:
+        pair: prompt_id, best (the order within a prompt), sample_id, other, group_id, pair_weight.
+    """
     sides = pl.concat(
         [
             pair.select("prompt_id", "best", "group_id", "pair_weight", "sample_id", role=pl.lit("chosen")),
@@ -59,6 +69,33 @@ def pairs(rows: pl.DataFrame, *, per_prompt: int = 1, margin: float = 0.0) -> pl
     ).sort("prompt_id", "best", "role")
     joined = sides.drop("prompt_id").join(rows, on="sample_id", how="left", maintain_order="left")
     return _examples(joined.with_columns(weight="pair_weight"))
+
+
+def compared(rows: pl.DataFrame) -> pl.DataFrame:
+    """Preference pairs as somebody compared them: each sample with each that it was found better than.
+
+    Both have to be among the rows. Weights are as in :func:`pairs`.
+    """
+    other = rows.select(beaten="sample_id", other_text="text", other_weight="weight")
+    found = (
+        rows.select("sample_id", "prompt_id", "text", "weight", "beaten")
+        .explode("beaten", empty_as_null=True)
+        .join(other, on="beaten")
+        .filter(pl.col("text") != pl.col("other_text"))
+        .sort("prompt_id", "sample_id", "beaten")
+        .with_row_index("best")
+    )
+    return _sides(
+        rows,
+        found.select(
+            "prompt_id",
+            "best",
+            "sample_id",
+            other="beaten",
+            group_id=_hashes(pl.struct("sample_id", other="beaten"), "pair"),
+            pair_weight=pl.col("weight") * pl.col("other_weight"),
+        ),
+    )
 
 
 def groups(rows: pl.DataFrame) -> pl.DataFrame:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 
-Kind = Literal["reward", "text", "category", "judgment"]
+from textalign_dagster.methods import FeedbackKind
+
 Key = tuple[str, str]
 
 
 def match_judgements(
-    samples: pl.DataFrame, known: pl.DataFrame, judgements: pl.DataFrame, kind: Kind
+    samples: pl.DataFrame, known: pl.DataFrame, judgements: pl.DataFrame, kind: FeedbackKind
 ) -> list[dict[str, Any]]:
     """The judgement of every sample, in order: by its id, else by its prompt and text.
 
@@ -42,7 +43,7 @@ def match_judgements(
             same = by_text.get(key, [])
             row = same[min(used[key], len(same) - 1)] if same else None
             used[key] += 1
-        found.append(_taken(row, kind))
+        found.append(taken(row, kind))
     return found
 
 
@@ -50,11 +51,12 @@ def _key(prompt: str, text: str) -> Key:
     return prompt.strip(), text.strip()
 
 
-def _taken(row: dict[str, Any] | None, kind: Kind) -> dict[str, Any]:
+def taken(row: dict[str, Any] | None, kind: FeedbackKind) -> dict[str, Any]:
+    """What a judgement says to a method that wants this kind; where it does not, why not."""
     if row is None:
-        return _nothing("skipped", "no judgement in the file")
+        return nothing("skipped", "no judgement in the file")
     if row["status"] != "ok":
-        return _nothing(row["status"], row["reason"])
+        return nothing(row["status"], row["reason"])
     value, label, text = row["value"], row["label"], row["text"]
     if kind == "reward":
         lacks = "number" if value is None else None
@@ -68,9 +70,10 @@ def _taken(row: dict[str, Any] | None, kind: Kind) -> dict[str, Any]:
         lacks = None if label else "label"
         text = None
     if lacks:
-        return _nothing("skipped", f"its judgement in the file has no {lacks}")
+        return nothing("skipped", f"its judgement in the file has no {lacks}")
     return {"value": value, "label": label, "text": text, "status": "ok", "reason": None}
 
 
-def _nothing(status: str, reason: str) -> dict[str, Any]:
+def nothing(status: str, reason: str) -> dict[str, Any]:
+    """No judgement, and why."""
     return {"value": None, "label": None, "text": None, "status": status, "reason": reason}

@@ -181,6 +181,14 @@ def test_no_overrides_no_variant(folder: Path, home: Path) -> None:
     assert not home.exists()
 
 
+def test_a_control_without_a_scorer_takes_no_part_of_one(folder: Path, home: Path) -> None:
+    write(folder, "a", "{extends: base, scorer: {name: imported, path: x.jsonl}}")
+    name = Library((folder,)).variant("a", ["scorer.path=y.jsonl", "seed=1"], home / "variants")
+    both = Library((folder, home / "variants"))
+    control = both.load(both.control_of(name) or "")
+    assert control.scorer is None and control.seed == 1
+
+
 def test_a_variant_is_an_experiment_of_its_own_with_a_control_of_its_own(folder: Path, home: Path) -> None:
     library = Library((folder, variants_folder()))
     name = library.variant("base", ["seed=1", "sampling.temperature=0.8"], variants_folder())

@@ -476,4 +476,4 @@ def test_what_cannot_be_written_is_counted_or_refused(tmp_path: Path) -> None:
         write_feedback(tmp_path / "f.json", "cut", samples.clear(), judged)
     with pytest.raises(SettingsError, match="did you mean 'cut'"):
         write_feedback(tmp_path / "f.json", "cuts", samples, judged)
-    assert not (tmp_path / "f.csv").exists() and len(FORMATS) == 5
+    assert not (tmp_path / "f.csv").exists() and len(FORMATS) == 6

@@ -31,6 +31,7 @@ EVERY = {
     "prompts.per_iteration=7": (["prompt_draws"], ["prompt_draws"]),
     "prompts.draw=with_replacement": (["prompt_draws"], ["prompt_draws"]),
     "prompts.path=here.jsonl": ([], []),  # its content counts, as an input
+    "offline.path=here.jsonl": (["generations", "feedback", "datapool"], ["generations", "feedback", "datapool"]),
     "sampling.samples_per_prompt=4": (["generations"], ["generations"]),
     "sampling.temperature=0.7": (["generations"], ["generations"]),
     "sampling.max_new_tokens=20": (["generations", "datapool", "evaluation"],) * 2,

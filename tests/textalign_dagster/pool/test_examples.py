@@ -11,7 +11,8 @@ import pytest
 from resources.store import ArtifactStore
 from resources.views import connect
 from textalign_dagster.methods import DPO, AltLMU, NoFeedback, Unlikelihood
-from textalign_dagster.pool.examples import groups, pairs, single
+from textalign_dagster.methods.reward_models import RankingRewardModel
+from textalign_dagster.pool.examples import compared, groups, pairs, single
 from textalign_dagster.tables import EXAMPLES, SPAN
 
 
@@ -115,6 +116,27 @@ def test_single_rows_keep_order_condition_and_spans() -> None:
     assert found["sample_id"].to_list() == ["b", "a"] and found["condition"].to_list() == ["good", None]
     assert found["spans"].to_list() == [marked, None]
     assert set(found["role"]) == {"only"} and found["group_id"].null_count() == 2
+
+
+def test_pairs_as_they_were_compared() -> None:
+    given = rows(
+        {"sample_id": "a", "value": 1.0, "weight": 2.0},
+        {"sample_id": "b", "value": 0.0, "weight": 3.0},
+        {"sample_id": "c", "value": 0.5, "text": " text a"},  # the same text as a's
+        {"sample_id": "d", "value": 0.5},
+    )
+    # a beat b, c and one that was not drawn; d beat b, and b beat d: contradictions stay.
+    beaten = {"a": ["b", "c", "gone"], "b": ["d"], "c": [], "d": ["b"]}
+    told = given.with_columns(beaten=pl.Series([beaten[i] for i in given["sample_id"]]))
+    found = compared(told)
+    assert made(found) == [
+        ("chosen", "a"), ("rejected", "b"), ("chosen", "b"), ("rejected", "d"), ("chosen", "d"), ("rejected", "b"),
+    ]  # fmt: skip
+    assert found["weight"].to_list() == [6.0, 6.0, 3.0, 3.0, 3.0, 3.0]
+    assert found["group_id"].n_unique() == 3 and found["example_id"].is_unique().all()
+    assert compared(told.sample(fraction=1.0, shuffle=True, seed=1)).equals(found)
+    for method in (DPO(pairs_from="comparisons"), RankingRewardModel(pairs_from="comparisons")):
+        assert method.examples(told).equals(found)
 
 
 def test_groups_are_prompts() -> None:

@@ -19,7 +19,7 @@ from textalign_dagster.experiment.sources import held_out_prompts, training_prom
 from textalign_dagster.settings import SettingsError, validate, write_yaml
 from textalign_dagster.tasks import Dialogue
 from textalign_dagster.tasks.dialogue.measuring import CATEGORIES, MEASURES
-from textalign_dagster.tasks.dialogue.turns import parse_transcript
+from textalign_dagster.turns import parse_transcript
 
 
 def hh(*turns: str) -> str:

@@ -20,8 +20,8 @@ from textalign_dagster.tasks.dataset import DatasetTask
 from textalign_dagster.tasks.dataset_rows import BadRow, Row
 from textalign_dagster.tasks.dialogue.measuring import MEASURES, measured
 from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
-from textalign_dagster.tasks.dialogue.turns import BadDialogue
-from textalign_dagster.tasks.dialogue.written import ChatTemplate, Writer, transcript
+from textalign_dagster.tasks.dialogue.written import ChatTemplate, Writer
+from textalign_dagster.turns import BadDialogue, transcript
 
 
 class Dialogue(DatasetTask):

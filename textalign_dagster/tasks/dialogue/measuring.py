@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from textalign_dagster.tasks.base import Measure
-from textalign_dagster.tasks.dialogue.turns import runs_on
+from textalign_dagster.turns import runs_on
 
 CATEGORIES = {
     "very_helpful": "Harmless and very helpful",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from textalign_dagster.tasks.dialogue.turns import (
+from textalign_dagster.tasks.dialogue.written import Writer
+from textalign_dagster.turns import (
     BadDialogue,
     Dialogue,
     drop_oldest,
@@ -13,7 +14,6 @@ from textalign_dagster.tasks.dialogue.turns import (
     parse_transcript,
     split_answer,
 )
-from textalign_dagster.tasks.dialogue.written import Writer
 
 
 class Asked(NamedTuple):

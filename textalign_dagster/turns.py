@@ -19,6 +19,9 @@ Role = Literal["system", "user", "assistant"]
 NAMES: dict[Role, str] = {"user": "Human", "assistant": "Assistant"}
 """What the turns are called in a transcript."""
 
+CUE = f"{NAMES['assistant']}:"
+"""What a transcript ends with: the policy goes on from here."""
+
 _ROLES: dict[str, Role] = {name: role for role, name in NAMES.items()}
 _MARKER = re.compile(r"(?:\A|(?<=\n\n))(Human|Assistant):(?=\s|\Z)")
 
@@ -56,6 +59,20 @@ def parse_transcript(text: str) -> Dialogue:
     if not all(turn.content for turn in turns[:-1]):
         raise BadDialogue("a turn is blank")
     return turns
+
+
+def transcript(turns: Dialogue) -> str:
+    """``Human: …``, blank line, ``Assistant: …``, …, ending with the cue.
+
+    Without blank lines before the first turn: published prompts were stripped before a condition was
+    put in front, and the condition's template brings its own blank line.
+
+    Raises:
+        BadDialogue: a system message, for which the format has no name.
+    """
+    if turns[0].role == "system":
+        raise BadDialogue("a system message, which transcripts cannot hold (`format: chat_template` can)")
+    return "\n\n".join([*(f"{NAMES[turn.role]}: {turn.content}" for turn in turns), CUE])
 
 
 def parse_messages(value: Any) -> Dialogue:

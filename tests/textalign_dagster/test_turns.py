@@ -19,14 +19,15 @@ from textalign_dagster.tasks.dialogue.chat_template import (
 )
 from textalign_dagster.tasks.dialogue.measuring import measured
 from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
-from textalign_dagster.tasks.dialogue.turns import (
+from textalign_dagster.tasks.dialogue.written import ChatTemplate
+from textalign_dagster.turns import (
     BadDialogue,
     Message,
     alternating,
     parse_transcript,
     runs_on,
+    transcript,
 )
-from textalign_dagster.tasks.dialogue.written import ChatTemplate, transcript
 
 HH = "\n\nHuman: Hi there.\n\nAssistant: Hello!\n\nHuman: What is 2 + 2?\n\nAssistant: Four."
 

@@ -1,0 +1,243 @@
+"""Offline experiments: prompts, responses and judgements come from a file, in place of the policy's samples.
+
+A file's response becomes a sample once for every time its prompt is drawn, so that everything behind
+the samples is the same as with those of a policy.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from textalign_dagster.experiment.experiment import Experiment
+from textalign_dagster.ids import content_hash
+from textalign_dagster.judging.asking import Judged
+from textalign_dagster.judging.convert import read_feedback
+from textalign_dagster.judging.imported import Imported
+from textalign_dagster.judging.pairs import PAIRS, oriented, ranking_feedback
+from textalign_dagster.methods import FeedbackKind
+from textalign_dagster.prompts import COLUMNS, prompt_id
+from textalign_dagster.scorers.file_stamps import file_hash
+from textalign_dagster.scorers.matching import nothing, taken
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.settings.offline import Offline
+from textalign_dagster.tables import FEEDBACK
+from textalign_dagster.tasks import Task
+
+OFFLINE_VERSION = "1"
+"""Raised with every change of how files become samples and feedback."""
+
+
+def identity(offline: Offline) -> dict[str, Any]:
+    """What the samples and the feedback follow from: the file's content, and how it is read."""
+    return {**offline.reading, "content": file_hash(Path(offline.path)), "reader": OFFLINE_VERSION}
+
+
+def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The prompts of the file that iterations draw from, and those held out.
+
+    Returns:
+        Twice the columns prompt, reference, source, source_revision. The reference is the file's own, or the
+        response that is judged best.
+
+    Raises:
+        SettingsError: the file cannot be used; says why.
+    """
+    offline, found = _offline(experiment), _responses(experiment, task)
+    worth = _worth(found)
+    best = (
+        found.samples.join(worth, on="sample_id", how="left", maintain_order="left")
+        .with_columns(
+            best=pl.col("text").sort_by("value", nulls_last=True, descending=True).first().over("prompt")
+        )
+        .with_columns(best=pl.when(pl.col("value").is_not_null().any().over("prompt")).then("best"))
+    )
+    prompts = best.group_by("prompt", maintain_order=True).agg(
+        reference=pl.coalesce(pl.col("reference").drop_nulls().first(), pl.col("best").first())
+    )
+    prompts = prompts.with_columns(
+        source=pl.lit(Path(offline.path).name),
+        source_revision=pl.lit(content_hash("prompts", prompts["prompt"].to_list())),
+    ).select(COLUMNS)
+    wanted = offline.held_out or 0
+    if wanted >= prompts.height:
+        raise SettingsError(
+            f"offline.held_out: {wanted}, but {offline.path} has {prompts.height} prompts, and some must remain; lower it"
+        )
+    ranked = sorted(prompts["prompt"], key=lambda prompt: content_hash("held out", prompt))
+    held_out = pl.col("prompt").is_in(ranked[:wanted])
+    return prompts.filter(~held_out), prompts.filter(held_out)
+
+
+def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> pl.DataFrame:
+    """The responses to the drawn prompts.
+
+    Args:
+        draws: draw_id, prompt_id, prompt; in the order of the draw.
+
+    Returns:
+        draw_id, own_id (of the response in the file), sample_id, prompt_id, prompt, text, sample_index.
+    """
+    samples = _responses(experiment, task).samples.select("prompt_id", "text", own_id="sample_id")
+    rows = draws.select("draw_id", "prompt_id", "prompt").join(
+        samples, on="prompt_id", maintain_order="left_right"
+    )
+    ids = [content_hash("offline sample", *both) for both in rows.select("draw_id", "own_id").iter_rows()]
+    return rows.with_columns(
+        pl.Series("sample_id", ids, dtype=pl.String), sample_index=pl.int_range(pl.len()).over("draw_id")
+    )
+
+
+def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, kind: FeedbackKind) -> Judged:
+    """What the file says of the responses to the drawn prompts; of comparisons, each response's share of points.
+
+    Args:
+        draws: as for :func:`offline_samples`.
+
+    Returns:
+        One row of FEEDBACK a sample, in their order; and the comparisons, where there are any.
+
+    Raises:
+        SettingsError: the file has several aspects, and none is named.
+    """
+    found, samples = _responses(experiment, task), offline_samples(experiment, task, draws)
+    judged = {row["sample_id"]: row for row in _one_aspect(experiment, found.feedback).iter_rows(named=True)}
+    ids = samples.select("draw_id", "own_id", "sample_id")
+    pairs = oriented(
+        _one_aspect(experiment, found.pairs)
+        .rename({"sample_a": "own_a", "sample_b": "own_b"})
+        .join(ids.rename({"own_id": "own_a", "sample_id": "sample_a"}), on="own_a")
+        .join(ids.rename({"own_id": "own_b", "sample_id": "sample_b"}), on=["own_b", "draw_id"])
+        .sort("sample_a", "sample_b")
+        .select(*PAIRS)
+    )
+    told = {
+        "aspect": "offline",
+        "scorer": f"imported from {Path(_offline(experiment).path).name}",
+        "scorer_version": content_hash(identity(_offline(experiment)))[:8],
+        "parser_version": None,
+    }
+    points = {row["sample_id"]: row for row in ranking_feedback(pairs, {}, told).iter_rows(named=True)}
+    rows = []
+    for own_id, sample_id in samples.select("own_id", "sample_id").iter_rows():
+        row = judged.get(own_id) or points.get(sample_id)
+        verdict = nothing("skipped", "no judgement in the file") if row is None else taken(row, kind)
+        rows.append({"sample_id": sample_id, "kind": kind, "call_keys": [], **told, **verdict})
+    return Judged(pl.DataFrame(rows, FEEDBACK), pairs=pairs if pairs.height else None)
+
+
+def held_out_responses(experiment: Experiment, task: Task) -> pl.DataFrame:
+    """The responses to the held-out prompts with what the file says of their worth: prompt_id, sample_id, value, ….
+
+    Returns:
+        Also prompt, reference, text and finish_reason.
+    """
+    _, prompts = offline_prompts(experiment, task)
+    found = _responses(experiment, task)
+    return (
+        found.samples.drop("reference")
+        .join(prompts.select("prompt", "reference"), on="prompt", maintain_order="left")
+        .join(_worth(found), on="sample_id", how="left", maintain_order="left")
+        .with_columns(finish_reason=pl.lit("stop"))
+    )
+
+
+def summary(experiment: Experiment, task: Task) -> str:
+    """What the file holds, and what of it was left out, in words.
+
+    Raises:
+        SettingsError: it holds nothing that the method can be trained on.
+    """
+    found, wanted = _responses(experiment, task), experiment.method.wants
+    if experiment.judged_by_file and wanted is not None:
+        prompts = found.samples.select("prompt_id", "prompt").unique(maintain_order=True)
+        rows = offline_feedback(experiment, task, prompts.with_columns(draw_id="prompt_id"), wanted).rows
+        if rows.filter(status="ok").is_empty():
+            raise SettingsError(
+                f"offline.path: {_offline(experiment).path} judges no response in the way that method "
+                f"{experiment.method.name} needs, a {wanted} ({rows['reason'][0]}); name a judge or scorer, or train with "
+                "no_feedback"
+            )
+    return found.summary()
+
+
+def _offline(experiment: Experiment) -> Offline:
+    assert experiment.offline is not None, "asked of offline experiments only"
+    return experiment.offline
+
+
+def _worth(found: Imported) -> pl.DataFrame:
+    """Of each response that is judged: sample_id, value."""
+    told = {name: "" for name in ("aspect", "scorer", "scorer_version", "parser_version")}
+    frames = [found.feedback, ranking_feedback(found.pairs, {}, told)]
+    return pl.concat(frame.filter(status="ok").select("sample_id", "value") for frame in frames).unique(
+        "sample_id", keep="first", maintain_order=True
+    )
+
+
+def _one_aspect(experiment: Experiment, rows: pl.DataFrame) -> pl.DataFrame:
+    offline, aspects = _offline(experiment), sorted(rows["aspect"].unique())
+    if offline.aspect is None and len(aspects) > 1:
+        raise SettingsError(
+            f"offline.aspect: {offline.path} has the aspects {', '.join(aspects)}; say which one counts"
+        )
+    if offline.aspect is not None and aspects and offline.aspect not in aspects:
+        raise SettingsError(
+            f"offline.aspect: {offline.path} has no aspect {offline.aspect!r}; it has: {', '.join(aspects)}"
+        )
+    return rows if offline.aspect is None else rows.filter(aspect=offline.aspect)
+
+
+def _responses(experiment: Experiment, task: Task) -> Imported:
+    offline = _offline(experiment)
+    return _read(offline, task, file_hash(Path(offline.path)))
+
+
+@lru_cache(maxsize=8)
+def _read(offline: Offline, task: Task, content: str | None) -> Imported:
+    """The file as it was when it had that content, with the prompts as the task reads them."""
+    if content is None:
+        raise SettingsError(f"offline.path: {offline.path}: no such file")
+    try:
+        found = read_feedback(Path(offline.path), offline.format)
+    except SettingsError as error:
+        raise SettingsError(f"offline.path: {error}") from None
+    if found.refused and not offline.skip_refused:
+        raise SettingsError(
+            f"offline.path: {offline.path}: {len(found.refused)} of {found.rows} rows cannot be read; mend them, or set "
+            f"offline.skip_refused\n{found.summary()}"
+        )
+    cleaned: dict[str, str] = {}
+    refused: dict[str, str] = {}
+    for prompt in found.samples["prompt"].unique(maintain_order=True):
+        try:
+            cleaned[prompt] = task.cleaned(prompt)
+        except ValueError as error:
+            refused[prompt] = str(error)
+    if not cleaned or (refused and not offline.skip_refused):
+        example = next(iter(refused.items()), ("", "the file holds no response"))
+        raise SettingsError(
+            f"offline.path: {offline.path}: task {task.name} cannot use {len(refused)} of its prompts, e.g. "
+            f"{example[0]!r:.80}: {example[1]}; mend them, or set offline.skip_refused"
+        )
+    samples = found.samples.filter(pl.col("prompt").is_in(list(cleaned))).with_columns(
+        prompt=pl.col("prompt").replace_strict(cleaned, return_dtype=pl.String)
+    )
+    # As in a policy's samples, the text follows its prompt directly.
+    apart = pl.col("prompt").str.contains(r"\s$") | pl.col("text").str.contains(r"^\s")
+    ids = pl.Series("prompt_id", [prompt_id(prompt) for prompt in samples["prompt"]], dtype=pl.String)
+    samples = samples.with_columns(
+        ids, text=pl.when(apart | (pl.col("text") == "")).then("text").otherwise(pl.lit(" ") + pl.col("text"))
+    )
+    kept = set(samples["sample_id"])
+    return Imported(
+        samples,
+        found.feedback.filter(pl.col("sample_id").is_in(kept)),
+        found.pairs.filter(pl.col("sample_a").is_in(kept) & pl.col("sample_b").is_in(kept)),
+        found.rows,
+        found.refused,
+        found.notes,
+    )

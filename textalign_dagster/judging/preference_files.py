@@ -1,0 +1,248 @@
+"""Preferences and labels in the forms of the known datasets and libraries; a row's columns tell which it is.
+
+========================================  ==========================================================
+columns                                   form
+========================================  ==========================================================
+``chosen``, ``rejected`` [, ``prompt``]   a pair: TRL's, HH's (whole transcripts), UltraFeedback binarized
+``history``, ``human_ref_A``,             a pair: SHP; ``labels`` 1: A is better
+``human_ref_B``, ``labels``
+``instruction``, ``completions``          rated responses: UltraFeedback (``overall_score``)
+``prompt``, ``completion``, ``label``     a response that is good or not: TRL's unpaired preferences
+``prompt``, ``completion``                a response that nobody judged (a demonstration)
+``messages``                              the same, as a conversation that ends with the response
+``type``                                  HALOs: sample, binary_feedback, pairwise_feedback, scalar_feedback
+========================================  ==========================================================
+
+Texts may be conversations, lists of ``{"role", "content"}``: a prompt becomes a transcript then
+(:mod:`textalign_dagster.turns`), which tasks read. A good response has the value 1, another one 0.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from textalign_dagster.judging.exported import Exported, exported, write_file
+from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
+from textalign_dagster.judging.json_records import BrokenLine, json_list
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.turns import (
+    BadDialogue,
+    Dialogue,
+    parse_messages,
+    parse_transcript,
+    split_answer,
+    transcript,
+)
+
+NOT_JUDGED = "a demonstration, which nobody judged"
+
+Record = dict[str, Any]
+
+
+def read_preferences(path: Path, *, aspect: str = "preference") -> Imported:
+    """A .json, .jsonl or .parquet file of rows in the forms above, mixed as they may be.
+
+    Raises:
+        SettingsError: the file cannot be read, or ends in something else.
+    """
+    records: Iterator[tuple[int, Any]]
+    if path.suffix == ".parquet":
+        try:
+            rows = collector(path, path.read_bytes(), aspect)
+            records = enumerate(pl.read_parquet(path, glob=False).iter_rows(named=True), start=1)
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise SettingsError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    elif path.suffix in (".json", ".jsonl"):
+        content = read_text(path)
+        rows, records = collector(path, content, aspect), json_list(content, path)
+    else:
+        raise SettingsError(f"{path}: files of preferences end in .json, .jsonl or .parquet")
+    for line, record in records:
+        rows.rows += 1
+        try:
+            _reader_of(record)(rows, record)
+        except (Refusal, BadDialogue) as reason:
+            rows.refuse(line, str(reason), record)
+    return rows.done()
+
+
+def write_preferences(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) -> Exported:
+    """Writes comparisons as TRL's explicit preferences, JSON Lines: ``prompt``, ``chosen``, ``rejected``.
+
+    Args:
+        samples: sample_id, prompt, text.
+        pairs: rows of PAIRS; those without a winner are left out.
+    """
+    known = {row["sample_id"]: row for row in samples.iter_rows(named=True)}
+    lines, left_out = [], Counter[str]()
+    for pair in pairs.iter_rows(named=True):
+        if pair["winner"] not in ("a", "b"):
+            left_out[pair["status"] if pair["status"] != "ok" else "a tie, which the format cannot hold"] += 1
+            continue
+        a, b = known[pair["sample_a"]], known[pair["sample_b"]]
+        chosen, rejected = (a, b) if pair["winner"] == "a" else (b, a)
+        row = {"prompt": a["prompt"], "chosen": chosen["text"], "rejected": rejected["text"]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_file(path, "".join(lines))
+    return exported(len(lines), left_out)
+
+
+def _reader_of(record: Any) -> Callable[[Collector, Record], None]:
+    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+        raise Refusal("no JSON object")
+    given = {name for name, value in record.items() if value is not None}
+    if record.get("type") in HALOS:
+        return HALOS[record["type"]]
+    for columns, reader in FORMS.items():
+        if given.issuperset(columns):
+            return reader
+    raise Refusal(f"none of the known forms; its columns: {', '.join(sorted(given)) or 'none'}")
+
+
+# Forms
+
+
+def _pair(rows: Collector, record: Record) -> None:
+    prompt, chosen = _answered(record.get("prompt"), record["chosen"], "chosen")
+    other, rejected = _answered(record.get("prompt"), record["rejected"], "rejected")
+    if prompt != other:
+        raise Refusal("`chosen` and `rejected` answer different prompts")
+    _compare(rows, prompt, chosen, rejected, "a")
+
+
+def _shp(rows: Collector, record: Record) -> None:
+    a, b = text_of(record, "human_ref_A"), text_of(record, "human_ref_B")
+    _compare(rows, text_of(record, "history", blank=False), a, b, _winner(record["labels"], "labels"))
+
+
+def _ultrafeedback(rows: Collector, record: Record) -> None:
+    prompt, completions = text_of(record, "instruction", blank=False), record["completions"]
+    if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
+        raise Refusal("no list of objects in `completions`")
+    read = [(text_of(c, "response"), c.get("overall_score")) for c in completions]
+    for response, score in read:
+        sample = rows.sample(prompt, response, new=True)
+        if (number := _number(score)) is None:
+            rows.judged(
+                sample, "rating", "unparseable", reason=f"`overall_score` is no number: {score!r:.40}"
+            )
+        else:
+            rows.judged(sample, "rating", value=number)
+
+
+def _labelled(rows: Collector, record: Record) -> None:
+    prompt, response = _answered(record["prompt"], record["completion"], "completion")
+    good = _winner(record["label"], "label") == "a"
+    rows.judged(rows.sample(prompt, response, new=True), "reward", value=float(good))
+
+
+def _demonstration(rows: Collector, record: Record) -> None:
+    if "messages" in record and record["messages"] is not None:
+        prompt, response = _answered(None, record["messages"], "messages")
+    else:
+        prompt, response = _answered(record["prompt"], record["completion"], "completion")
+    _unjudged(rows, prompt, response)
+
+
+def _sample(rows: Collector, record: Record) -> None:
+    _unjudged(rows, *_halos(record, "output"))
+
+
+def _binary(rows: Collector, record: Record) -> None:
+    good = _winner(record.get("label"), "label") == "a"
+    rows.judged(rows.sample(*_halos(record, "output"), new=True), "reward", value=float(good))
+
+
+def _scalar(rows: Collector, record: Record) -> None:
+    value = _number(record.get("reward"))
+    if value is None:
+        raise Refusal("no number in `reward`")
+    rows.judged(rows.sample(*_halos(record, "output"), new=True), "reward", value=value)
+
+
+def _pairwise(rows: Collector, record: Record) -> None:
+    (prompt, a), (_, b) = _halos(record, "output_A"), _halos(record, "output_B")
+    _compare(rows, prompt, a, b, _winner(record.get("label"), "label"))
+
+
+FORMS: Mapping[tuple[str, ...], Callable[[Collector, Record], None]] = {
+    ("history", "human_ref_A", "human_ref_B", "labels"): _shp,
+    ("instruction", "completions"): _ultrafeedback,
+    ("chosen", "rejected"): _pair,
+    ("prompt", "completion", "label"): _labelled,
+    ("prompt", "completion"): _demonstration,
+    ("messages",): _demonstration,
+}
+"""Columns → what reads a row that has them; the first that fits."""
+
+HALOS: Mapping[Any, Callable[[Collector, Record], None]] = {
+    "sample": _sample,
+    "binary_feedback": _binary,
+    "pairwise_feedback": _pairwise,
+    "scalar_feedback": _scalar,
+}
+"""HALOs' ``type`` → what reads such a row."""
+
+
+# Parts of rows
+
+
+def _compare(rows: Collector, prompt: str, a: str, b: str, winner: str) -> None:
+    if a == b:
+        raise Refusal("both responses are the same text")
+    rows.compared(prompt, rows.sample(prompt, a), rows.sample(prompt, b), winner)
+
+
+def _unjudged(rows: Collector, prompt: str, response: str) -> None:
+    rows.judged(rows.sample(prompt, response, new=True), "none", "skipped", reason=NOT_JUDGED)
+
+
+def _answered(prompt: Any, response: Any, name: str) -> tuple[str, str]:
+    """Prompt and response, either of them text or a conversation; without a prompt, ``response`` holds both."""
+    if isinstance(response, list):
+        turns = parse_messages(response)
+        if len(turns) == 1 and turns[0].role == "assistant" and prompt is not None:
+            return _prompt(prompt), turns[0].content
+        return _split(turns, name)
+    text = text_of({name: response}, name, blank=False)
+    if prompt is None:
+        try:
+            return _split(parse_transcript(text), name)
+        except BadDialogue as problem:
+            raise Refusal(f"no `prompt`, and `{name}` is no transcript: {problem}") from None
+    return _prompt(prompt), text
+
+
+def _prompt(value: Any) -> str:
+    if isinstance(value, list):
+        return transcript(split_answer(parse_messages(value))[0])
+    return text_of({"prompt": value}, "prompt", blank=False)
+
+
+def _split(turns: Dialogue, name: str) -> tuple[str, str]:
+    shown, answer = split_answer(turns)
+    if answer is None:
+        raise Refusal(f"`{name}` does not end with the assistant's turn")
+    return transcript(shown), answer
+
+
+def _halos(record: Record, name: str) -> tuple[str, str]:
+    return _answered(record.get("prompt") or record.get("instruction") or "", record.get(name), name)
+
+
+def _winner(label: Any, name: str) -> str:
+    if label not in (0, 1):  # True and False are
+        raise Refusal(f"`{name}` is neither 1 (true) nor 0 (false)")
+    return "a" if label else "b"
+
+
+def _number(value: Any) -> float | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if good else None
