@@ -13,7 +13,7 @@ from textalign_dagster.settings import SettingsError
 
 if TYPE_CHECKING:
     from textalign_dagster.judging.agreement import Agreement
-    from textalign_dagster.judging.win_rates import WinRate
+    from textalign_dagster.judging.win_rates import Outcomes
     from textalign_dagster.measures.statistics import Estimate
 
 FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "preferences", "plain")
@@ -334,7 +334,8 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
     Each NAME=FILE holds ratings of a model's answers, to be compared with those of --reference, or rankings of
     pairs whose first answer is the reference's. A model named twice, once with each, has a row with both:
     the matrix of training and evaluation protocols, if the models were trained by either. A tie counts a half;
-    intervals come from resampling prompts. Items that only one side has, and judgements that cannot be
+    intervals come from resampling prompts. Differences of two models, and of one model's two protocols, are on the
+    items that both have. Items that only one side has, and judgements that cannot be
     used, are counted and left out.
 
     \b
@@ -343,13 +344,20 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
         ranking_rm=rated_b.csv ranking_rm=ranked_b.csv
     """
     from textalign_dagster.judging.convert import read_feedback
-    from textalign_dagster.judging.win_rates import by_rankings, by_ratings, told, win_rate
+    from textalign_dagster.judging.win_rates import (
+        by_rankings,
+        by_ratings,
+        paired_differences,
+        told,
+        told_difference,
+        win_rate,
+    )
 
     formats = {"ratings": "plain", "rankings": "plain"}
     if format_name == "sparse":
         formats = {"ratings": "sparse_ratings", "rankings": "sparse_rankings"}
     known = None if reference is None else read_feedback(reference, formats["ratings"])
-    found: dict[str, dict[str, WinRate]] = {}
+    found: dict[tuple[str, str], Outcomes] = {}
     for given in models:
         name, equals, path = given.partition("=")
         if not equals or not name or not path:
@@ -362,19 +370,23 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
                 raise SettingsError(f"{path}: neither ratings nor rankings of format {format_name}")
             if known is None:
                 raise SettingsError(f"{path}: holds ratings; give those of the reference as --reference")
-        if protocol in found.setdefault(name, {}):
+        if (name, protocol) in found:
             raise SettingsError(f"{path}: {name} has a file of {protocol} already; give another name")
         if read.refused:
             click.echo(f"{path}: {read.summary()}", err=True)
-        outcomes = by_rankings(read) if protocol == "rankings" else by_ratings(read, known or read)
-        found[name][protocol] = win_rate(outcomes)
+        ranked = protocol == "rankings"
+        found[name, protocol] = by_rankings(read) if ranked else by_ratings(read, known or read)
+    rates = {key: win_rate(outcomes) for key, outcomes in found.items()}
+    differences = paired_differences(found)
     if as_json:
-        print_json({name: {by: asdict(one) for by, one in rates.items()} for name, rates in found.items()})
+        each = [{"model": name, "protocol": by, **asdict(rate)} for (name, by), rate in rates.items()]
+        pairs = [{"first": a, "second": b, **asdict(apart)} for a, b, apart in differences]
+        print_json({"win_rates": each, "differences": pairs})
         return
-    for name, rates in found.items():
-        for by in ("ratings", "rankings"):
-            if by in rates:
-                click.echo(f"{name}, by {by}: {told(rates[by])}")
+    for (name, by), rate in rates.items():
+        click.echo(f"{name}, by {by}: {told(rate)}")
+    for first, second, apart in differences:
+        click.echo(told_difference(first, second, apart))
 
 
 COMMANDS = (forecast, export_feedback, import_feedback, consistency, winrates)

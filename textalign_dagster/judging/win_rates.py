@@ -7,14 +7,24 @@ A win counts 1, a tie a half.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from textalign_dagster.judging.imported import Imported
-from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, Floats, bootstrap_interval
+from textalign_dagster.measures.bootstrap import (
+    RESAMPLES,
+    Difference,
+    Estimate,
+    Floats,
+    bootstrap_interval,
+    difference,
+    mean_sums,
+)
 from textalign_dagster.measures.statistics import mean
 
 OUTCOMES = pl.Schema(
@@ -126,6 +136,32 @@ def win_rate(outcomes: Outcomes, *, resamples: int = RESAMPLES) -> WinRate:
     )  # fmt: skip
 
 
+def paired_differences(
+    found: Mapping[tuple[str, str], Outcomes], *, resamples: int = RESAMPLES
+) -> list[tuple[str, str, Difference]]:
+    """Win rates compared on the items that both have: two models by one protocol, or one model by both.
+
+    Args:
+        found: (model, protocol) → its outcomes.
+
+    Returns:
+        What is compared with what, and the difference with an interval from resampled prompts.
+    """
+    sums = {
+        key: mean_sums(one.rows["outcome"].to_list(), one.rows["prompt_id"].to_list())
+        for key, one in found.items()
+    }
+    return [
+        (
+            ", by ".join(first),
+            ", by ".join(second),
+            difference(sums[first], sums[second], resamples=resamples),
+        )
+        for first, second in combinations(sums, 2)
+        if (first[0] == second[0]) != (first[1] == second[1])
+    ]
+
+
 def length_controlled(rows: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
     """The win rate that a logistic regression gives answers as long as the reference's.
 
@@ -189,16 +225,26 @@ def _outcomes(rows: pl.DataFrame, files: list[Imported], unusable: int) -> Outco
 
 def told(found: WinRate) -> str:
     """In one line."""
-
-    def number(value: float | None) -> str:
-        return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-    def interval(of: Estimate) -> str:
-        return "" if of.lo is None or of.hi is None else f" ({100 * of.lo:.1f} to {100 * of.hi:.1f})"
-
     return (
-        f"{number(found.win_rate.value)} %{interval(found.win_rate)}; wins {number(found.wins)}, ties "
-        f"{number(found.ties)}, losses {number(found.losses)}; length-controlled "
-        f"{number(found.length_controlled.value)}{interval(found.length_controlled)}; detectable from 50: "
-        f"{number(found.detectable)}; {found.counted:,} of {found.items:,} items, {found.unusable:,} unusable"
+        f"{percent(found.win_rate.value)} %{_interval(found.win_rate)}; wins {percent(found.wins)}, ties "
+        f"{percent(found.ties)}, losses {percent(found.losses)}; length-controlled "
+        f"{percent(found.length_controlled.value)}{_interval(found.length_controlled)}; detectable from 50: "
+        f"{percent(found.detectable)}; {found.counted:,} of {found.items:,} items, {found.unusable:,} unusable"
     )
+
+
+def told_difference(first: str, second: str, found: Difference) -> str:
+    """In one line."""
+    items = f"{found.n:,} items that both have"
+    if found.value is None:
+        return f"{first} - {second}: undefined, {items}"
+    return f"{first} - {second}: {100 * found.value:+.1f} points{_interval(found)}, {items}"
+
+
+def percent(value: float | None) -> str:
+    """A share, in percent."""
+    return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+
+def _interval(of: Estimate) -> str:
+    return "" if of.lo is None or of.hi is None else f" ({100 * of.lo:.1f} to {100 * of.hi:.1f})"

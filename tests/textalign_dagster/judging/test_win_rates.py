@@ -60,21 +60,32 @@ def test_the_matrix_by_hand(files: dict[str, str]) -> None:
     done = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    rates = {(name, by): one["win_rate"]["value"] for name, both in found.items() for by, one in both.items()}
+    rows = {(one["model"], one["protocol"]): one for one in found["win_rates"]}
+    rates = {key: one["win_rate"]["value"] for key, one in rows.items()}
     assert rates == {
         ("a", "ratings"): 0.5,
         ("a", "rankings"): 0.5,
         ("b", "ratings"): 0.5,
         ("b", "rankings"): 1.0,
     }
-    a = found["a"]["ratings"]
+    a = rows["a", "ratings"]
     assert [a[name] for name in ("wins", "ties", "losses")] == pytest.approx([1 / 3] * 3)
     assert (a["counted"], a["items"], a["unusable"]) == (3, 5, 1)
-    ranked = found["a"]["rankings"]
+    ranked = rows["a", "rankings"]
     assert [ranked[name] for name in ("wins", "ties", "losses")] == [0.25, 0.5, 0.25]
     assert (ranked["counted"], ranked["items"], ranked["unusable"]) == (4, 5, 1)
+    # By ratings both have i1 (1, 1) and i2 (1/2, 0); by rankings i1 (1, 1), i2 (0, 1) and i3 (1/2, 1). Model a has
+    # i1 (1, 1), i2 (1/2, 0) and i3 (0, 1/2) by both, b i1 (1, 1) and i2 (0, 1).
+    differences = {(one["first"], one["second"]): (one["value"], one["n"]) for one in found["differences"]}
+    assert differences == {
+        ("a, by ratings", "a, by rankings"): (pytest.approx(0.0), 3),
+        ("a, by ratings", "b, by ratings"): (pytest.approx(0.25), 2),
+        ("a, by rankings", "b, by rankings"): (pytest.approx(-0.5), 3),
+        ("b, by ratings", "b, by rankings"): (pytest.approx(-0.5), 2),
+    }
     shown = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models]).stdout
     assert "b, by rankings: 100.0 %" in shown and "3 of 5 items, 1 unusable" in shown
+    assert "a, by ratings - b, by ratings: +25.0 points" in shown and ", 2 items that both have" in shown
 
 
 def test_bad_input_is_named(files: dict[str, str]) -> None:
