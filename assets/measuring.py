@@ -290,7 +290,7 @@ class Measuring:
         """A row of SCORES where more than one thing was asked for: by the task's first measure, or the score."""
         probed = set(scores.filter(role="probe")["metric"])
         candidates = [
-            *self.experiment.task.measures[:1],
+            *reported(self.experiment)[:1],
             *(m for m in reported(self.experiment) if m.name == "score"),
         ]
         by = next((measure for measure in candidates if measure.name in probed), None)

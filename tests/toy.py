@@ -89,6 +89,8 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
             "training.accelerate=null",
             "training.mixed_precision=no",
         ]
+        if experiment.training.lora is not None:  # the modules that it names are another architecture's
+            found.append("training.lora.target_modules=all-linear")
     return found
 
 

@@ -28,7 +28,7 @@ class Prompts(Settings):
 
     path: str | None = Field(
         None,
-        description="A .jsonl, .csv or .parquet file with a column `prompt` (and optionally `reference`), "
+        description="A .jsonl, .json, .csv or .parquet file with a column `prompt` (and optionally `reference`), "
         "instead of the task's own prompts; relative to the experiment file.",
     )
     per_iteration: int | None = Field(
@@ -70,6 +70,7 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
     """
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".jsonl": _read_jsonl,
+        ".json": _read_json,
         ".csv": _read_csv,
         ".parquet": partial(pl.read_parquet, glob=False),
     }
@@ -120,6 +121,35 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
 def _read_csv(path: Path) -> pl.DataFrame:
     path.read_text(encoding="utf-8")  # polars' own message does not name the byte
     return pl.read_csv(path, infer_schema=False, glob=False)
+
+
+def _read_json(path: Path) -> pl.DataFrame:
+    """A JSON list of objects with ``prompt``, or in the format of Alpaca and AlpacaEval.
+
+    That has ``instruction``, ``input`` and ``output``: the prompt is the instruction with its input below, and the
+    output is the reference.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise SettingsError(f"{path}: no JSON list of objects")
+    found = []
+    for number, row in enumerate(rows, start=1):
+        prompt, reference = row.get("prompt"), row.get("reference")
+        if prompt is None and "instruction" in row:
+            given = row.get("input") or None
+            prompt, reference = join_input(row["instruction"], given), row.get("output") or None
+        if not isinstance(prompt, str) or not isinstance(reference, str | None):
+            raise SettingsError(f"{path}: row {number}: no text in `prompt` or `instruction`")
+        found.append({"prompt": prompt, "reference": reference})
+    return pl.DataFrame(found, schema={"prompt": pl.String, "reference": pl.String})
+
+
+def join_input(instruction: str, given: str | None, between: str = "\n") -> str:
+    """Instruction and input as one prompt; without an input, the instruction alone."""
+    return f"{instruction}{between}{given}" if given else instruction
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:

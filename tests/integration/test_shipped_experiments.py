@@ -10,6 +10,7 @@ import pytest
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
+from textalign_dagster.reports.score_table import reported
 from textalign_dagster.scorers import ModelScorer
 from textalign_dagster.settings import read_yaml
 
@@ -65,7 +66,7 @@ def test_it_runs(
     drawn = zoo.frame(variant, last, "datapool").filter("drawn")
     assert drawn.height and set(drawn["label"]) <= set(experiment.method.buckets)
     # What the task exists to improve was measured, at the start and in the end.
-    first = experiment.task.measures[0].name
+    first = reported(experiment)[0].name
     for k in (0, last):
         scores = zoo.frame(variant, k, "evaluation", "scores").filter(role="main")
         assert first in scores["metric"].to_list(), scores

@@ -27,7 +27,7 @@ def table(count: int) -> pl.DataFrame:
     ("name", "content", "says"),
     [
         ("a.jsonl", None, "a.jsonl: no such prompt file"),
-        ("a.txt", b"x", "a.txt: prompt files end in .jsonl, .csv, .parquet"),
+        ("a.txt", b"x", "a.txt: prompt files end in .jsonl, .json, .csv, .parquet"),
         ("a", b"x", "prompt files end in"),
         ("a.jsonl", b"", "a.jsonl: the file holds no prompt"),
         ("a.jsonl", b"\n \n", "a.jsonl: the file holds no prompt"),

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.tasks.dialogue.chat_template import (
+from textalign_dagster.tasks.chat_template import (
     template_file,
     template_of_model,
     templated,
 )
 from textalign_dagster.tasks.dialogue.measuring import measured
 from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
-from textalign_dagster.tasks.dialogue.written import ChatTemplate
+from textalign_dagster.tasks.written import ChatTemplate
 from textalign_dagster.turns import (
     BadDialogue,
     Message,

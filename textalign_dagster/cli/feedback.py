@@ -113,10 +113,14 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     settings = library.load(name)
     store = open_store()
     if format_name == ALPACA_EVAL:
+        import polars as pl
+
         from resources.stored_feedback import evaluated_samples
+        from textalign_dagster.experiment.sources import written_prompts
         from textalign_dagster.judging.alpaca_eval import write_alpaca_eval
 
-        outputs = evaluated_samples(store, name, iteration)
+        written = written_prompts(settings)
+        outputs = evaluated_samples(store, name, iteration).with_columns(pl.col("prompt").replace(written))
         dataset, generator = settings.task.name, f"{name}@{iteration}"
         click.echo(write_alpaca_eval(path, outputs, dataset=dataset, generator=generator).summary())
         return

@@ -192,13 +192,11 @@ class Library:
         content: dict[str, Any] = {"extends": name, **changes}
         if experiment.control is not None and "control" not in changes:
             shared = {k: v for k, v in changes.items() if k != "method"}
-            scorer = shared.get("scorer")
-            if (
-                isinstance(scorer, dict)
-                and "name" not in scorer
-                and self.load(experiment.control).scorer is None
-            ):
-                del shared["scorer"]  # part of a section that the control does not have
+            for section, first in (("scorer", "name"), ("judge", "model")):
+                change = shared.get(section)
+                lacking = getattr(self.load(experiment.control), section) is None
+                if lacking and isinstance(change, dict) and first not in change:
+                    del shared[section]  # part of a section that the control does not have
             if "datapool" in shared:  # the buckets that shares names are the method's
                 shared["datapool"] = {**shared["datapool"], "shares": None}
             control = f"{experiment.control}+{label}"

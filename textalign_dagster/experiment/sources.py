@@ -37,6 +37,15 @@ def held_out_prompts(experiment: Experiment) -> pl.DataFrame:
     return _file(task, path) if path is not None else task.prompts("evaluation")
 
 
+def written_prompts(experiment: Experiment) -> dict[str, str]:
+    """The held-out prompts as a policy is shown them → as `evaluation.path` has them; empty without that file."""
+    path = experiment.evaluation.path
+    if path is None:
+        return {}
+    written = read_prompt_file(Path(path))["prompt"]
+    return dict(zip(held_out_prompts(experiment)["prompt"], written, strict=True))
+
+
 def task_of(experiment: Experiment) -> Task:
     """The experiment's task, told which policy reads its prompts.
 

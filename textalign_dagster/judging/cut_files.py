@@ -23,6 +23,7 @@ from textalign_dagster.judging.exported import Exported, exported, judged_sample
 from textalign_dagster.judging.extract import Unreadable
 from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
 from textalign_dagster.judging.json_records import BrokenLine, json_list
+from textalign_dagster.prompts import join_input
 
 POSITIVE_FROM = 7.0
 """The score from which CUT's trainer ignores the judgment."""
@@ -54,11 +55,6 @@ def read_cut(
     return rows.done()
 
 
-def join_input(instruction: str, given: str | None, between: str) -> str:
-    """Instruction and input as one prompt; without an input, the instruction alone."""
-    return f"{instruction}{between}{given}" if given else instruction
-
-
 def _read_record(rows: Collector, record: Any, positive_from: float, praise: Praise) -> None:
     if isinstance(record, BrokenLine) or not isinstance(record, dict):
         raise Refusal("no JSON object")
@@ -71,7 +67,7 @@ def _read_record(rows: Collector, record: Any, positive_from: float, praise: Pra
         isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
     ):
         raise Refusal("no number in `score`")
-    prompt = join_input(instruction, given, "\n")
+    prompt = join_input(instruction, given)
     reference = better if isinstance(better, str) and better.strip() else None
     sample = rows.sample(prompt, output, reference=reference, new=True)
     rows.judged(sample, "judgment", **_judgement(record, score, positive_from, praise))

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import polars as pl
 
-from textalign_dagster.judging.cut_files import join_input
 from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
 from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text
-from textalign_dagster.prompts import prompt_id
+from textalign_dagster.prompts import join_input, prompt_id
 
 RATINGS = ("instruction", "input", "response", "score")
 RANKINGS = ("instruction", "input", "response1", "response2", "feedback")

@@ -35,7 +35,8 @@ NOTHING = Estimate(None, None, None, 0, 0)
 
 
 def reported(experiment: Experiment) -> tuple[Measure, ...]:
-    """What an evaluation reports, in order: the task's own, what scorer and judge say, the guards.
+    """What an evaluation reports, in order: the task's own, what scorer and judge say (first, where the task leaves
+    it to them), the guards.
 
     One for which there is no data is left out of the score table.
     """
@@ -55,7 +56,9 @@ def reported(experiment: Experiment) -> tuple[Measure, ...]:
         extra.append(Measure(name, title, "judge_value", better="higher"))
         extra.append(Measure("judge_unusable", "unusable judgements", "judge_unusable", better="lower"))
     named = {measure.name for measure in task}
-    return (*task, *(measure for measure in (*extra, *guards) if measure.name not in named))
+    others = [measure for measure in extra if measure.name not in named]
+    ordered = (*others, *task) if experiment.task.judged_by_others else (*task, *others)
+    return (*ordered, *(measure for measure in guards if measure.name not in named))
 
 
 def titles(experiment: Experiment) -> Mapping[str, str]:

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import polars as pl
 
@@ -38,6 +38,9 @@ class Task(Settings):
     """Declares one task. Adding one is one module with a subclass and one line in the registry."""
 
     name: str
+
+    judged_by_others: ClassVar[bool] = False
+    """Whether what the task exists to improve is what a scorer or judge says: then that is reported first."""
 
     @abstractmethod
     def prompts(self, split: Literal["train", "evaluation"]) -> pl.DataFrame:

@@ -20,6 +20,8 @@ from textalign_dagster.tasks.dataset_settings import Dataset
 
 Split = Literal["train", "evaluation"]
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
+SINGLE = (*FORMATS, ".json")
+"""What a file that is named by itself may end in, too; a folder's .json files may be anything."""
 _GLOB = re.compile(r"[*?/\[.]")
 
 
@@ -53,8 +55,8 @@ def files_of(data: Dataset, embedded: Path) -> Files:
         found = {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
     else:
         raise SettingsError(f"task.data.path: {folder}: no such file or folder")
-    if not found or not all(name.endswith(FORMATS) for name in found):
-        raise SettingsError(f"task.data: {folder} has no file that ends in {', '.join(FORMATS)}")
+    if not found or not all(name.endswith(SINGLE) for name in found):
+        raise SettingsError(f"task.data: {folder} has no file that ends in {', '.join(SINGLE)}")
     splits = ("train", "evaluation") if folder == embedded else (data.train, data.evaluation)
     train, evaluation = ([name for name in found if _is_of(name, split)] for split in splits)
     if folder.is_file() or (not train and not evaluation and not _GLOB.search(data.train)):
@@ -106,6 +108,9 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
         if path.name.endswith((".jsonl", ".jsonl.gz")):
             yield from _read_jsonl(path)
             return
+        if path.suffix == ".json":
+            yield from _read_json(path)
+            return
         lazy = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
         known = lazy.collect_schema().names()
         frame = lazy.select([name for name in known if name in columns] or known[:1]).collect()
@@ -117,6 +122,17 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
     except (pl.exceptions.PolarsError, OSError, EOFError) as error:
         problem = str(error).strip().splitlines() or [type(error).__name__]
         raise SettingsError(f"task.data: {path}: cannot be read: {problem[0]}") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"task.data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise SettingsError(f"task.data: {path}: no JSON list of rows")
+    for number, values in enumerate(rows, start=1):
+        yield number, values if isinstance(values, dict) else None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:

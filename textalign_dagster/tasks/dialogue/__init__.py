@@ -7,24 +7,23 @@ judges nothing itself: the experiment names a judge or a scorer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 
-from textalign_dagster.settings import SettingsError
 from textalign_dagster.tasks.base import Measure
-from textalign_dagster.tasks.dataset import DatasetTask
+from textalign_dagster.tasks.chat import ChatTask
 from textalign_dagster.tasks.dataset_rows import BadRow, Row
 from textalign_dagster.tasks.dialogue.measuring import MEASURES, measured
 from textalign_dagster.tasks.dialogue.reading import dialogue_of, shortened
-from textalign_dagster.tasks.dialogue.written import ChatTemplate, Writer
+from textalign_dagster.tasks.written import Writer
 from textalign_dagster.turns import BadDialogue, transcript
 
 
-class Dialogue(DatasetTask):
+class Dialogue(ChatTask):
     """Shares of the judge's categories: harmless and very helpful, …, harmful."""
 
     name: Literal["dialogue"] = "dialogue"
@@ -32,10 +31,6 @@ class Dialogue(DatasetTask):
         "hh",
         description="How a dialogue is written for the policy. hh: `Human: …`, blank line, `Assistant: …`, "
         "ending with `Assistant:`, without blank lines in front; chat_template: by a chat template.",
-    )
-    chat_template: str | None = Field(
-        None,
-        description="For `format: chat_template`: `model` (the base policy's own), or the path of a Jinja file.",
     )
     max_turns: int | None = Field(
         None,
@@ -51,7 +46,6 @@ class Dialogue(DatasetTask):
     )
 
     mixed_evaluation: ClassVar[bool] = True  # HH lists all about harm before all about help
-    _template: ChatTemplate | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _template_with_its_format(self) -> Self:
@@ -61,16 +55,6 @@ class Dialogue(DatasetTask):
                 "takes the policy's own) or neither"
             )
         return self
-
-    def for_policy(self, folder: Callable[[], Path]) -> Dialogue:
-        if self.chat_template is None:
-            return self
-        from textalign_dagster.tasks.dialogue.chat_template import template_file, template_of_model
-
-        own = self.chat_template == "model"
-        told = self.model_copy()
-        told._template = template_of_model(folder()) if own else template_file(Path(self.chat_template))
-        return told
 
     @property
     def embedded(self) -> Path:
@@ -102,8 +86,4 @@ class Dialogue(DatasetTask):
     def _writer(self) -> Writer:
         if self.format == "hh":
             return transcript
-        from textalign_dagster.tasks.dialogue.chat_template import templated
-
-        if self._template is None:
-            raise SettingsError("task.chat_template: nobody said which policy's; ask the task `for_policy`")
-        return templated(self._template)
+        return self.chat_writer()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from textalign_dagster.tasks.dialogue.written import Writer
+from textalign_dagster.tasks.written import Writer
 from textalign_dagster.turns import (
     BadDialogue,
     Dialogue,

@@ -14,7 +14,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from textalign_dagster.settings import SettingsError
-from textalign_dagster.tasks.dialogue.written import ChatTemplate, Writer
+from textalign_dagster.tasks.written import ChatTemplate, Writer
 from textalign_dagster.turns import BadDialogue, Dialogue, alternating
 
 

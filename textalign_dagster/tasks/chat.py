@@ -1,0 +1,45 @@
+"""Tasks whose prompts can be written by a chat template: the base policy's own, or one in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, PrivateAttr
+
+from textalign_dagster.settings import SettingsError
+from textalign_dagster.tasks.dataset import DatasetTask
+from textalign_dagster.tasks.written import ChatTemplate, Writer
+
+
+class ChatTask(DatasetTask):
+    """A task of a dataset that may ask for a chat template."""
+
+    chat_template: str | None = Field(
+        None,
+        description="`model` (the base policy's own chat template), or the path of a Jinja file; null: none is used.",
+    )
+    _template: ChatTemplate | None = PrivateAttr(None)
+
+    def for_policy(self, folder: Callable[[], Path]) -> Self:
+        if self.chat_template is None:
+            return self
+        from textalign_dagster.tasks.chat_template import template_file, template_of_model
+
+        own = self.chat_template == "model"
+        told = self.model_copy()
+        told._template = template_of_model(folder()) if own else template_file(Path(self.chat_template))
+        return told
+
+    def chat_writer(self) -> Writer:
+        """What writes dialogues by the chat template.
+
+        Raises:
+            SettingsError: the task was not told whose (:meth:`for_policy`), or it is no template.
+        """
+        from textalign_dagster.tasks.chat_template import templated
+
+        if self._template is None:
+            raise SettingsError("task.chat_template: nobody said which policy's; ask the task `for_policy`")
+        return templated(self._template)
