@@ -1,5 +1,6 @@
 """The fourth stage: which samples are trained on, and under which condition."""
 
+import math
 import time
 from collections.abc import Callable, Mapping
 
@@ -10,6 +11,7 @@ from assets.columns import columns_of
 from assets.feedback import feedback
 from assets.figures import markdown_table, sample_blocks
 from assets.stage import LOOP, Stage
+from assets.weights import queried_weights
 from resources.configured import StoreResource
 from resources.store import Artifact, ArtifactError, Draft
 from textalign_dagster.experiment import Experiment
@@ -17,6 +19,7 @@ from textalign_dagster.ids import content_hash
 from textalign_dagster.judging import PAIRS
 from textalign_dagster.loop import checks
 from textalign_dagster.pool.datapool import SHORTFALLS, build_pool
+from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import DATAPOOL, EXAMPLES, SPAN
 
 NOT_CUT_OFF = 2**31 - 1
@@ -47,6 +50,12 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             for table in ("generations", "feedback")
         }
 
+        inputs = {name: source.key for name, source in sources.items()}
+        weights = dict[str, float]()
+        if settings.weights is not None:
+            weights = _weights(stage, settings.weights, sources)
+            inputs["weights"] = content_hash("weights", weights)
+
         def produce(draft: Draft) -> None:
             started = time.monotonic()
             rows = pl.concat(
@@ -57,6 +66,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 )
                 for k in range(first, now + 1)
             )
+            rows = rows.with_columns(weight=pl.col("sample_id").replace_strict(weights, default=1.0))
             if method.wants is None:
                 rows = rows.with_columns(status=pl.lit("ok"))  # nothing was asked, nothing failed
             if method.ranking is None:
@@ -67,7 +77,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 current=now,
                 labels=method.buckets,
                 seed=experiment.seed,
-                pool_hash=content_hash("datapool", {k: a.key for k, a in sources.items()}, stage_id),
+                pool_hash=content_hash("datapool", inputs, stage_id),
                 sampling_limit=NOT_CUT_OFF
                 if experiment.offline is not None
                 else experiment.sampling.max_new_tokens,
@@ -81,7 +91,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             draft.record(work_seconds=seconds, part_seconds={"pool": seconds})
 
         stage_id = content_hash(experiment.model_dump(mode="json", include={"method", "datapool", "seed"}))
-        made = stage.make({name: source.key for name, source in sources.items()}, produce)
+        made = stage.make(inputs, produce)
         pool, shortfalls = made.frame("datapool"), made.frame("shortfalls")
         drawn = pool.filter("drawn")
         examples = pool_examples(experiment, made, lambda: sources)
@@ -116,6 +126,27 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
                 ),
             },
         )
+
+
+def _weights(stage: Stage, query: str, sources: Mapping[str, Artifact]) -> dict[str, float]:
+    """The weights of the pool's samples that the query gives.
+
+    Raises:
+        SettingsError: the query fails or gives none of them, or a weight is negative or not finite.
+    """
+    found = queried_weights(stage.store, query, "datapool.weights", "sample_id")
+    samples = (
+        a.frame("generations")["sample_id"] for n, a in sources.items() if n.startswith("generations@")
+    )
+    known = {sample_id: found[sample_id] for ids in samples for sample_id in ids if sample_id in found}
+    if not known:
+        raise SettingsError("datapool.weights: the query gives none of the pool's samples a weight")
+    bad = next((i for i, weight in known.items() if not (math.isfinite(weight) and weight >= 0)), None)
+    if bad is not None:
+        raise SettingsError(
+            f"datapool.weights: the query gives {bad} the weight {known[bad]}; weights are finite and not negative"
+        )
+    return known
 
 
 def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str, Artifact]) -> pl.DataFrame:

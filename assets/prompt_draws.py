@@ -1,20 +1,19 @@
 """The first stage: which prompts the iteration samples from."""
 
 import dagster as dg
-import polars as pl
 
 from assets.columns import columns_of
 from assets.figures import markdown_table
 from assets.policy import hand_over
 from assets.stage import LOOP, Stage
+from assets.weights import queried_weights
 from resources.configured import StoreResource
-from resources.store import ArtifactStore, Draft
+from resources.store import Draft
 from textalign_dagster.experiment.policies import base_policy
 from textalign_dagster.experiment.sources import source_hash, task_of, training_prompts
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop import checks
 from textalign_dagster.prompts import draw_prompts
-from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import PROMPT_DRAWS
 
 
@@ -30,7 +29,9 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
         settings, cell = stage.experiment.prompts, stage.cell
         prompts = training_prompts(stage.experiment)
         left_out = task_of(stage.experiment).notes if settings.path is None else ()
-        weights = _weights(stage.store, settings.weights) if settings.weights else None
+        weights = None
+        if settings.weights is not None:
+            weights = queried_weights(stage.store, settings.weights, "prompts.weights", "prompt_id")
         inputs = {"source": source_hash(prompts)}
         if weights is not None:
             inputs["weights"] = content_hash("weights", weights)
@@ -58,34 +59,3 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
                 "examples": markdown_table(drawn.select("prompt", "source").head(5)),
             },
         )
-
-
-def _weights(store: ArtifactStore, query: str) -> dict[str, float]:
-    """prompt_id → weight, as the experiment's query over the tables gives them."""
-    import duckdb  # only weighted draws need it
-
-    from resources.views import connect
-
-    with connect(store) as database:
-        try:
-            answer: duckdb.DuckDBPyRelation | None = database.sql(query)
-            if answer is None:
-                raise SettingsError(
-                    "prompts.weights: the query gives no rows; it must select prompt_id, weight"
-                )
-            frame = answer.pl()
-        except duckdb.Error as error:
-            raise SettingsError(f"prompts.weights: the query fails: {error}") from None
-    if not {"prompt_id", "weight"} <= set(frame.columns):
-        raise SettingsError(
-            f"prompts.weights: the query gives {', '.join(frame.columns)}; it must give prompt_id, weight"
-        )
-    kinds = frame.schema["prompt_id"], frame.schema["weight"]
-    if kinds[0] != pl.String or not kinds[1].is_numeric():
-        raise SettingsError(
-            f"prompts.weights: prompt_id is {kinds[0]} and weight is {kinds[1]}; they must be text and a number"
-        )
-    rows = frame.select("prompt_id", pl.col("weight").cast(pl.Float64)).drop_nulls()
-    if rows["prompt_id"].is_duplicated().any():
-        raise SettingsError("prompts.weights: the query gives a prompt_id more than once; group by it")
-    return dict(rows.iter_rows())

@@ -16,6 +16,7 @@ from tests.toy import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.loop.stages import STAGES
+from textalign_dagster.settings import merge, parse_yaml, write_yaml
 from textalign_dagster.tables import (
     CHECKPOINTS,
     DATAPOOL,
@@ -285,6 +286,33 @@ def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) 
         ("select 'a' as prompt_id, 1 as weight", "1 prompts wanted in iteration 1, but weighted can draw 0"),
     ):
         assert says in draw(bad, ok=False)
+
+
+def test_samples_are_weighted_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) -> None:
+    place = ran.copy(tmp_path / "place")
+    written = (place.experiments / "toy.yaml").read_text(encoding="utf-8")
+
+    def pool(query: str, **options: bool) -> str:
+        changed = merge(parse_yaml(written, "toy"), {"datapool": {"weights": query}})
+        (place.experiments / "toy.yaml").write_text(write_yaml(changed), encoding="utf-8")
+        return place.textalign("toy|001", "datapool", program=(str(ONE_STAGE),), **options).stderr
+
+    # Those that the query leaves out weigh 1.
+    pool("select sample_id, 2 as weight from feedback where experiment = 'toy' and sample_id < '8'")
+    rows = place.frame("toy", 1, "datapool")
+    assert rows["weight"].to_list() == [2.0 if i < "8" else 1.0 for i in rows["sample_id"]]
+    assert rows["weight"].n_unique() == 2
+    weights = dict(rows.select("sample_id", "weight").iter_rows())
+    examples = place.frame("toy", 1, "datapool", "examples")
+    assert examples["weight"].to_list() == [weights[i] for i in examples["sample_id"]]
+    for bad, says in (
+        ("select 'a' as sample_id, 1 as weight", "gives none of the pool's samples a weight"),
+        (
+            "select sample_id, -1 as weight from generations where experiment = 'toy'",
+            "finite and not negative",
+        ),
+    ):
+        assert "datapool.weights: the query gives" in (said := pool(bad, ok=False)) and says in said
 
 
 ONE_STAGE = Path(__file__).with_name("one_stage.py")

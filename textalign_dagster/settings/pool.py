@@ -62,6 +62,11 @@ class PoolSettings(Settings):
         description="Samples of this many tokens or more are over-long (cut off): drawn only when "
         "shorter ones of the same label run out. Unset: the sampling limit max_new_tokens.",
     )
+    weights: str | None = Field(
+        default=None,
+        description="The weights of samples in the objective: SQL over the tables, giving sample_id and weight "
+        "(0: not trained on; samples it leaves out weigh 1). A pair weighs the product of its samples.",
+    )
     fill: Literal["insertion", "shuffled", "none"] = Field(
         default="insertion",
         description="With samples: what makes up for labels that fell short: unused samples of any "

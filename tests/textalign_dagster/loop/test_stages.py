@@ -28,6 +28,7 @@ EVERY = {
     "training.objective.kl_coef=0.3": (["checkpoint"], ["checkpoint"]),
     "datapool.samples=100": (["datapool"], ["datapool"]),
     "datapool.drop_factor=1.0": (["datapool"], ["datapool"]),
+    "datapool.weights=select 1": (["datapool"], ["datapool"]),
     "prompts.per_iteration=7": (["prompt_draws"], ["prompt_draws"]),
     "prompts.draw=with_replacement": (["prompt_draws"], ["prompt_draws"]),
     "prompts.path=here.jsonl": ([], []),  # its content counts, as an input
