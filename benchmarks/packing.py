@@ -72,7 +72,7 @@ def main() -> None:
             seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
             for _ in range(options.repeats):
                 for kind, (packing, attention) in kinds.items():
-                    with mock.patch("training.packing.ROW_BY_ROW", attention):
+                    with mock.patch("training.data.packing.ROW_BY_ROW", attention):
                         spent, tokens = train(Path(folder), packing, options)
                     seconds[kind].append(spent)
         share = 1 - lengths.sum() / computed(lengths, options.batch)
@@ -95,16 +95,7 @@ def computed(lengths: np.ndarray, batch: int) -> int:
 
 def write_rows(policy: Path, lengths: np.ndarray, path: Path) -> None:
     """Rows of these many tokens: a third of it prompt, the rest text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    # A piece that remains one token, however often it is repeated.
-    piece = next(
-        p
-        for p in (" x", " a", "\n", "x")
-        if len(tokenizer(p * 50, add_special_tokens=False)["input_ids"]) == 50
-    )
-    count = len(lengths)
+    piece, count = one_token(policy), len(lengths)
     pl.DataFrame(
         {
             "sample_id": [str(i) for i in range(count)],
@@ -116,6 +107,15 @@ def write_rows(policy: Path, lengths: np.ndarray, path: Path) -> None:
             "weight": [1.0] * count,
         }
     ).write_parquet(path)
+
+
+def one_token(policy: Path) -> str:
+    """A piece of text that remains one token of the policy's, however often it is repeated."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    pieces = (" x", " a", "\n", "x")
+    return next(p for p in pieces if len(tokenizer(p * 50, add_special_tokens=False)["input_ids"]) == 50)
 
 
 def train(folder: Path, packing: bool, options: argparse.Namespace) -> tuple[float, int]:

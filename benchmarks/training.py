@@ -1,0 +1,213 @@
+"""CPU seconds of a training by this project and by TRL's trainer of the same name, in one run.
+
+    python -m benchmarks.training
+    python -m benchmarks.training --rows 512 --batch 16 --repeats 3 --policy path/to/a/folder
+
+A policy (the embedded one) trains for an epoch on made-up rows of 20 to 160 tokens, the same ones in both, with
+the same number of rows a step and AdamW in float32. Both put rows of similar length together; TRL is also run
+without, as it does by default. GRPO is left out: TRL's trainer samples in between. Of each kind the fastest of
+``--repeats`` trainings counts: the steps, and the log-probabilities of the reference. Reading and tokenising
+rows, loading and saving models do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import polars as pl
+
+from benchmarks.packing import LONGEST, POLICY, Quiet, one_token
+from training.job import Job
+from training.train import run
+
+SHORTEST, MAX_LENGTH = 20, 256
+TRAININGS = ("sft", "dpo", "kto")
+
+
+class Stopwatch:
+    """CPU seconds spent in the functions it wraps."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.process_time()
+            found = function(*arguments, **named)
+            self.seconds += time.process_time() - started
+            return found
+
+        return timed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--rows", type=int, default=256, help="texts; pairs are half as many")
+    parser.add_argument("--batch", type=int, default=16, help="texts of a step")
+    parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind")
+    parser.add_argument("--policy", type=Path, default=POLICY, help="transformers folder")
+    parser.add_argument("--only", choices=TRAININGS, help="one of the trainings")
+    options = parser.parse_args()
+    import datasets
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+    for name in TRAININGS:
+        if options.only not in (None, name):
+            continue
+        rows = made_up(options.policy, options.rows, name)
+        kinds = {"here": None, "TRL, sorted by length": True, "TRL, as it is by default": False}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for _ in range(options.repeats):
+            for kind, by_length in kinds.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    if by_length is None:
+                        spent = ours(name, rows, Path(folder), options)
+                    else:
+                        spent = theirs(name, rows, Path(folder), options, by_length)
+                seconds[kind].append(spent)
+        print(f"{name}: {options.rows} texts of {SHORTEST} to {LONGEST} tokens in steps of {options.batch}")
+        for kind, times in seconds.items():
+            print(f"  {kind:26} {min(times):6.2f} s  {min(times) / min(seconds['here']):.2f}")
+
+
+def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
+    """Texts with a third of their tokens as prompt; those of a pair have one prompt."""
+    piece, rng = one_token(policy), np.random.default_rng(0)
+    lengths = rng.integers(SHORTEST, LONGEST - 1, count)
+    prompts = lengths // 3 if name != "dpo" else np.repeat(lengths[::2] // 3, 2)
+    chosen = [i % 2 == 0 for i in range(count)]
+    return pl.DataFrame(
+        {
+            # Prompts differ, so that texts can be read after another one.
+            "prompt": [f"{i if name != 'dpo' else i // 2}{piece * n}" for i, n in enumerate(prompts)],
+            "text": [piece * max(4, n - p) for n, p in zip(lengths, prompts, strict=True)],
+            "chosen": chosen,
+            "group": [i // 2 for i in range(count)],
+        }
+    )
+
+
+def ours(name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespace) -> float:
+    """By the trainer of an experiment."""
+    from training import reference_log_probs
+    from training.trainer import ObjectiveTrainer
+
+    count = rows.height
+    role = pl.when("chosen").then(pl.lit("chosen")).otherwise(pl.lit("rejected"))
+    rows.with_row_index("i").select(
+        "prompt",
+        "text",
+        sample_id=pl.col("i").cast(pl.String),
+        condition=pl.lit(None, dtype=pl.String),
+        finish_reason=pl.lit("stop"),
+        n_tokens=pl.lit(1),
+        weight=pl.lit(1.0),
+        role=pl.lit("only") if name == "sft" else role,
+        group_id=pl.col("group").cast(pl.String) if name == "dpo" else pl.lit(None, dtype=pl.String),
+        second_prompt=pl.Series([rows["prompt"][(i + 1) % count] for i in range(count)])
+        if name == "kto"
+        else pl.lit(None, dtype=pl.String),
+    ).write_parquet(folder / "rows.parquet")
+    objective: dict[str, Any] = (
+        {"name": "nll", "entropy_coef": 0.0, "kl_coef": 0.0} if name == "sft" else {"name": name, "beta": 0.1}
+    )
+    job = Job.model_validate(
+        {
+            "rows": str(folder / "rows.parquet"),
+            "policy": str(options.policy),
+            "reference": None if name == "sft" else str(options.policy),
+            "out": str(folder / "out"),
+            "beside": str(folder / "beside"),
+            "threads": 1,
+            "training": {
+                "epochs": 1,
+                "batch_size": options.batch,
+                "max_length": MAX_LENGTH,
+                "objective": objective,
+            },
+        }
+    )
+    watch = Stopwatch()
+    with (
+        mock.patch.object(ObjectiveTrainer, "train", watch.around(ObjectiveTrainer.train)),
+        mock.patch.object(
+            reference_log_probs, "with_reference", watch.around(reference_log_probs.with_reference)
+        ),
+    ):
+        run(job, Quiet())
+    return watch.seconds
+
+
+def theirs(
+    name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespace, by_length: bool
+) -> float:
+    """By TRL's trainer, with its own reference."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.policy)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model, reference = (AutoModelForCausalLM.from_pretrained(options.policy) for _ in range(2))
+    shared: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "max_length": MAX_LENGTH,
+        "train_sampling_strategy": "group_by_length" if by_length else "random",
+        "remove_unused_columns": not by_length,  # the length would be one
+    }
+    found = rows.select("prompt", completion="text", label="chosen")
+    if name == "dpo":  # a row of theirs is a pair
+        sides = rows.filter("chosen").join(rows.filter(~pl.col("chosen")), on="group", suffix="_worse")
+        found = sides.select("prompt", chosen="text", rejected="text_worse")
+        shared["per_device_train_batch_size"] = options.batch // 2
+    else:
+        shared["per_device_train_batch_size"] = options.batch
+    if name == "sft":
+        found = found.drop("label")
+    if name == "kto":  # its rows stay in the order of the file, which is sorted here where that is wanted
+        shared |= {"train_sampling_strategy": "sequential", "remove_unused_columns": True}
+        if by_length:
+            found = found.sort(pl.col("prompt").str.len_chars() + pl.col("completion").str.len_chars())
+    data = Dataset.from_list(found.to_dicts())
+    common = {"model": model, "train_dataset": data, "processing_class": tokenizer}
+    trainer: Any
+    if name == "sft":
+        trainer = trl.SFTTrainer(args=trl.SFTConfig(**shared), **common)
+    elif name == "dpo":
+        trainer = trl.DPOTrainer(ref_model=reference, args=trl.DPOConfig(beta=0.1, **shared), **common)
+    else:
+        trainer = trl.KTOTrainer(ref_model=reference, args=trl.KTOConfig(beta=0.1, **shared), **common)
+    if by_length and name != "kto":  # which its trainers for preferences do not know by themselves
+        tokens = [name for name in trainer.train_dataset.column_names if name.endswith("ids")]
+        lengths = [sum(len(row[name]) for name in tokens) for row in trainer.train_dataset]
+        if "length" not in trainer.train_dataset.column_names:
+            trainer.train_dataset = trainer.train_dataset.add_column("length", lengths)
+    watch = Stopwatch()
+    watch.around(trainer.train)()
+    return watch.seconds
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""The benchmarks of trainings still run; what they measure is in docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.toy import PROJECT
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "kinds"),
+    [
+        (["packing"], ["padded", "packed", "one attention"]),
+        (["training", "--only", "kto"], ["here", "TRL, sorted by length", "TRL, as it is by default"]),
+    ],
+)
+def test_it_runs(benchmark: list[str], kinds: list[str]) -> None:
+    name, *options = benchmark
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--rows", "16", "--repeats", "1", *options]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for kind in kinds:
+        assert re.search(rf"^  {kind} +\d+\.\d\d s", done.stdout, re.MULTILINE), done.stdout
