@@ -18,6 +18,7 @@ from textalign_dagster.experiment.offline import (
 )
 from textalign_dagster.experiment.sources import held_out_prompts, task_of, training_prompts
 from textalign_dagster.loop.stages import stage_settings
+from textalign_dagster.methods import CUT
 from textalign_dagster.prompts import prompt_id
 from textalign_dagster.settings import SettingsError, validate
 
@@ -139,6 +140,23 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     Path(str(unjudged.offline and unjudged.offline.path)).unlink()
     with pytest.raises(SettingsError, match=r"offline\.path: .*file\.jsonl: no such file"):
         training_prompts(unjudged)
+
+
+def test_judgments_of_cut(tmp_path: Path) -> None:
+    judgments = [None, "The end is missing.", "$ERROR$", "Perfect! But the end is missing.", ""]
+    path = tmp_path / "cut.json"
+    records = [
+        {"instruction": "P", "input": "", "output": f"text {i}", "judgment": judgment}
+        for i, judgment in enumerate(judgments)
+    ]
+    path.write_text(json.dumps(records), encoding="utf-8")
+    method = {"name": "cut", "satisfied_per_judged": None}
+    mine = experiment(tmp_path, method=method, offline={"path": str(path), "format": "cut"})
+    found = offline_feedback(mine, task_of(mine), draws("P"), "judgment").rows
+    assert found.select("status", "text").rows()[:2] == [("ok", None), ("ok", "The end is missing.")]
+    assert found["status"].to_list()[2:] == ["failed", "unparseable", "unparseable"]
+    rows = found.with_columns(prompt_id=pl.lit("p"))
+    assert CUT().label(rows)["label"].to_list() == ["satisfied", "judged", None, None, None]
 
 
 def test_a_task_reads_the_prompts_as_its_own(tmp_path: Path) -> None:
