@@ -57,6 +57,7 @@ def environment(
         for override in (*tiny, "iterations=1"):
             content = merge(content, nested(*parse_override(override)))
         (folder / path.name).write_text(write_yaml(content), encoding="utf-8")
+    (folder / "data").symlink_to(PROJECT / "experiments" / "data")
     (folder / "experiments").symlink_to(folder)  # docs name experiments/… from the project's folder
     return toy_environment(folder / "state", folder)
 
