@@ -325,10 +325,10 @@ def _told(found: Estimate) -> str:
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(("sparse", "plain")),
+    type=click.Choice(("sparse", "plain", ALPACA_EVAL)),
     default="sparse",
     show_default=True,
-    help="Of all files: sparse_feedback's CSV, or plain.",
+    help="Of all files: sparse_feedback's CSV, plain, or AlpacaEval's annotations.json.",
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
@@ -347,6 +347,7 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
       textalign winrates --reference reference.csv rating_rm=rated_a.csv rating_rm=ranked_a.csv \\
         ranking_rm=rated_b.csv ranking_rm=ranked_b.csv
     """
+    from textalign_dagster.judging.alpaca_eval import read_annotations
     from textalign_dagster.judging.convert import read_feedback
     from textalign_dagster.judging.win_rates import (
         by_rankings,
@@ -366,6 +367,11 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
         name, equals, path = given.partition("=")
         if not equals or not name or not path:
             raise SettingsError(f"{given!r}: a model is NAME=FILE, such as rating_rm=rated.csv")
+        if format_name == ALPACA_EVAL:
+            if (name, "rankings") in found:
+                raise SettingsError(f"{path}: {name} has a file of rankings already; give another name")
+            found[name, "rankings"] = read_annotations(Path(path))
+            continue
         read = read_feedback(Path(path), formats["rankings"])
         protocol = "rankings"
         if read.pairs.is_empty() and not read.identical:

@@ -1,4 +1,4 @@
-"""AlpacaEval's file of a model's outputs: JSON, one of `dataset, instruction, output, generator` a prompt."""
+"""AlpacaEval's files: a model's outputs, which are written, and annotations of them, which are read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from pathlib import Path
 import polars as pl
 
 from textalign_dagster.judging.exported import Exported, exported, write_file
+from textalign_dagster.judging.imported import read_text
+from textalign_dagster.judging.json_records import json_list
+from textalign_dagster.judging.win_rates import OUTCOMES, Outcomes
+from textalign_dagster.prompts import prompt_id
+from textalign_dagster.settings import SettingsError
+
+TEXTS = ("instruction", "output_1", "output_2")
+"""What an annotation is of."""
 
 
 def write_alpaca_eval(path: Path, samples: pl.DataFrame, *, dataset: str, generator: str) -> Exported:
-    """Writes the first completion of each prompt; the format holds one a model.
+    """Writes JSON, one of ``dataset, instruction, output, generator`` a prompt: its first completion.
 
     Args:
         samples: prompt, text; in the order of the evaluation.
@@ -29,3 +37,33 @@ def write_alpaca_eval(path: Path, samples: pl.DataFrame, *, dataset: str, genera
     if samples.height > first.height:
         left_out["a further completion of its prompt"] = samples.height - first.height
     return exported(len(rows), left_out)
+
+
+def read_annotations(path: Path) -> Outcomes:
+    """Outcomes from ``annotations.json``: ``output_1`` is the reference's, ``output_2`` the model's.
+
+    A ``preference`` from 1 (the reference) to 2 (the model) is the outcome plus 1, so a judge's probabilities count as
+    such; 0 is a tie, as in early versions. Rows without one are unusable. Of several rows with an instruction the
+    first counts.
+
+    Raises:
+        SettingsError: the file cannot be read, or a row is no annotation.
+    """
+    rows: dict[str, tuple[str, float, float]] = {}
+    items, unusable = set(), 0
+    for number, (line, row) in enumerate(json_list(read_text(path), path), start=1):
+        texts = [row.get(name) for name in TEXTS] if isinstance(row, dict) else []
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise SettingsError(
+                f"{path}:{line}: row {number} is no annotation of AlpacaEval, with the texts {', '.join(TEXTS)}"
+            )
+        instruction, reference, answer = map(str, texts)
+        key, preference = prompt_id(instruction), row.get("preference")
+        items.add(key)
+        number_given = isinstance(preference, int | float) and not isinstance(preference, bool)
+        if not number_given or not (preference == 0 or 1 <= preference <= 2):  # NaN is neither
+            unusable += 1
+            continue
+        outcome = 0.5 if preference == 0 else preference - 1
+        rows.setdefault(key, (key, outcome, float(len(answer) - len(reference))))
+    return Outcomes(pl.DataFrame(list(rows.values()), OUTCOMES, orient="row"), len(items), unusable)

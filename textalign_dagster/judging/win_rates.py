@@ -30,7 +30,7 @@ from textalign_dagster.measures.statistics import mean
 OUTCOMES = pl.Schema(
     {
         "prompt_id": pl.String,  # key
-        "outcome": pl.Float64,  # 1: the model won, 0.5: a tie, 0: the reference won
+        "outcome": pl.Float64,  # 1: the model won, 0.5: a tie, 0: the reference won; or a probability of the first
         "longer_by": pl.Float64,  # characters of the model's answer minus those of the reference's
     }
 )
@@ -61,7 +61,7 @@ class WinRate:
 
     Attributes:
         win_rate: mean outcome, with an interval from resampled prompts.
-        wins, ties, losses: their shares.
+        wins, ties, losses: shares of outcomes above, at and below 0.5.
         length_controlled: the win rate of answers as long as the reference's, see :func:`length_controlled`.
         detectable: the smallest distance from 0.5 that this many items show in 80 % of cases at 5 % (two-sided);
             None without an interval.
@@ -124,7 +124,8 @@ def win_rate(outcomes: Outcomes, *, resamples: int = RESAMPLES) -> WinRate:
     """Win rate, shares, the length-controlled win rate, and what this many items can show."""
     rows = outcomes.rows
     overall = mean(rows["outcome"].to_list(), rows["prompt_id"].to_list(), resamples=resamples)
-    shares = [(rows["outcome"] == value).mean() for value in (1.0, 0.5, 0.0)]
+    sides = (rows["outcome"] > 0.5, rows["outcome"] == 0.5, rows["outcome"] < 0.5)
+    shares = [side.mean() for side in sides]
     wins, ties, losses = (None if share is None else float(share) for share in shares)  # type: ignore[arg-type]
     detectable = None
     if overall.lo is not None and overall.hi is not None:

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from textalign_dagster.cli.main import main
+from textalign_dagster.judging.alpaca_eval import read_annotations
 from textalign_dagster.judging.win_rates import Outcomes, length_controlled, win_rate
 
 # Five instructions. Ratings of the reference: 4, 4, 5, missing, 3.
@@ -134,3 +135,24 @@ def test_what_can_be_detected() -> None:
     empty = win_rate(Outcomes(rows([], []).cast({"outcome": pl.Float64, "longer_by": pl.Float64}), 3, 0))
     assert empty.win_rate.value is None and empty.detectable is None and empty.length_controlled.value is None
     assert not math.isnan(empty.wins or 0.0)
+
+
+def test_annotations_of_alpaca_eval(tmp_path: Path) -> None:
+    def row(instruction: str, preference: float | None) -> dict[str, object]:
+        texts = {"instruction": instruction, "output_1": "reference", "output_2": "a model's answer"}
+        return {**texts, "generator_1": "text_davinci_003", "generator_2": "mine", "preference": preference}
+
+    # A win, a loss, a tie of either spelling, a win with a probability of 0.9, one that counts before, one unusable.
+    rows = [row("a", 2), row("b", 1), row("c", 1.5), row("d", 0), row("e", 1.9), row("a", 1), row("f", None)]
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    outcomes = read_annotations(path)
+    assert outcomes.rows["outcome"].to_list() == pytest.approx([1, 0, 0.5, 0.5, 0.9])
+    assert outcomes.rows["longer_by"].to_list() == [len("a model's answer") - len("reference")] * 5
+    assert (outcomes.items, outcomes.unusable) == (6, 1)
+    done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
+    assert done.exit_code == 0 and "mine, by rankings: 58.0 %" in done.stdout
+    assert "wins 40.0, ties 40.0, losses 20.0" in done.stdout
+    path.write_text(json.dumps([{"instruction": "a", "output": "x"}]), encoding="utf-8")
+    done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
+    assert done.exit_code == 1 and "row 1 is no annotation of AlpacaEval" in done.output
