@@ -10,9 +10,22 @@ from textalign_dagster.tasks.base import Measure, Task
 from textalign_dagster.tasks.dialogue import Dialogue
 from textalign_dagster.tasks.instructions import Instructions
 from textalign_dagster.tasks.pep8 import Pep8
+from textalign_dagster.tasks.pii import PII
 from textalign_dagster.tasks.summarization import Summarization
 from textalign_dagster.tasks.toxicity import Toxicity
 
-AnyTask = Annotated[Dialogue | Instructions | Pep8 | Summarization | Toxicity, Field(discriminator="name")]
+AnyTask = Annotated[
+    Dialogue | Instructions | PII | Pep8 | Summarization | Toxicity, Field(discriminator="name")
+]
 
-__all__ = ["AnyTask", "Dialogue", "Instructions", "Measure", "Pep8", "Summarization", "Task", "Toxicity"]
+__all__ = [
+    "PII",
+    "AnyTask",
+    "Dialogue",
+    "Instructions",
+    "Measure",
+    "Pep8",
+    "Summarization",
+    "Task",
+    "Toxicity",
+]

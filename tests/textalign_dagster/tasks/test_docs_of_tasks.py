@@ -22,7 +22,7 @@ def test_a_block_is_part_of_an_experiment(text: str) -> None:
     assert validate(Experiment, whole, "docs/tasks.md")
 
 
-@pytest.mark.parametrize("name", ["summarization", "toxicity", "instructions"])
+@pytest.mark.parametrize("name", ["summarization", "toxicity", "instructions", "pii"])
 def test_every_measure_and_no_other_is_named(name: str) -> None:
     content = {"task": name, "method": "no_feedback", "policy": {"model": "/nowhere"}}
     task = validate(Experiment, content, "x").task
