@@ -37,7 +37,7 @@ from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLIN
 from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
-from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table
+from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table, text_statistics
 from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tables import CANDIDATES, EVALUATION_SAMPLES, REWARDS, SCORES, measures
 
@@ -254,6 +254,8 @@ class Measuring:
                 own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
                 table, numbered = self._tables(subject, own)
                 scores += [table, *self._obedience(subject, numbered, table)]
+                if settings.text_statistics:
+                    scores.append(text_statistics(own, subject.policy_hash, subject.name))
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.integration.conftest import Place, Ran
 from tests.integration.test_loop import stage_lines, states
+from textalign_dagster.measures.diversity import ngram_entropy
 from textalign_dagster.settings import write_yaml
 from textalign_dagster.tables import EVALUATION_SAMPLES, SCORES
 
@@ -45,6 +46,7 @@ def measured(ran: Ran, judge_url: str, tmp_path_factory: pytest.TempPathFactory)
             },
             "baselines": {"start": "pep8-sloppy-1m", "people": "references"},
             "fluency_model": "pep8-sloppy-1m",
+            "text_statistics": True,
         },
     }
     (place.experiments / "measured.yaml").write_text(write_yaml(content), encoding="utf-8")
@@ -70,6 +72,19 @@ def test_tables_of_the_policy_and_of_what_stands_beside_it(measured: Place) -> N
     now = measured.frame("measured", 1, "evaluation", "scores")
     assert now["subject"].null_count() == len(now)
     assert now.filter(role="probe")["condition"].n_unique() == 2  # every other label
+
+
+def test_statistics_of_all_texts_stand_beside_the_others(measured: Place) -> None:
+    texts = (
+        measured.frame("measured", 1, "evaluation", "evaluation_samples")
+        .filter(role="main")["text"]
+        .to_list()
+    )
+    assert scores(measured, 1, role="main")["entropy_1"] == pytest.approx(ngram_entropy(texts, 1))
+    for who in ({"role": "main"}, {"subject": "start"}, {"subject": "people"}):
+        found = scores(measured, 0, **who)
+        assert {"entropy_1", "entropy_2", "self_bleu_5"} <= found.keys(), who
+    assert scores(measured, 0, subject="people")["self_bleu_5"] == pytest.approx(1.0)  # all alike
 
 
 def test_references_are_measured_as_they_are(measured: Place) -> None:

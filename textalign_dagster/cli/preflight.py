@@ -295,6 +295,10 @@ def _vllm() -> dict[str, Any]:
 
 def _evaluation(experiment: Experiment) -> str:
     check_evaluation(experiment)
+    if experiment.evaluation.text_statistics and importlib.util.find_spec("sacrebleu") is None:
+        raise SettingsError(
+            "evaluation.text_statistics: needs the sacrebleu package: pip install -e '.[metrics]'"
+        )
     if experiment.evaluation.judge is not None and importlib.util.find_spec("openai") is None:
         raise SettingsError("evaluation.judge: needs the openai package: pip install -e '.[judges]'")
     beside = "".join(f", {field}" for field in evaluation_models(experiment))

@@ -130,6 +130,11 @@ class Evaluation(Settings):
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"
     )
+    text_statistics: bool = Field(
+        False,
+        description="Also report PHF's numbers of all texts together: entropies of 1-grams and 2-grams, and word-level "
+        "Self-BLEU-5 (pip install -e '.[metrics]').",
+    )
     resamples: int = Field(1000, ge=100, description="Bootstrap resamples over prompts behind the intervals.")
 
     @field_validator("scorer", mode="before")

@@ -183,6 +183,8 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
             **_without(section["best_of_n"], "scorer"),
             "ranker": task if by is None else by.identity,
         }
+    if not settings.text_statistics:  # what was evaluated before this setting was there has none
+        section = _without(section, "text_statistics")
     by_identity = ("best_of_n", "max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
     return {**_without(section, "probe", "path", *by_identity), **given}
 

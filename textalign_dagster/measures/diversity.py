@@ -14,6 +14,8 @@ number of *words* as the denominator for every n. They are not comparable with e
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -86,3 +88,43 @@ def _by_prompt(texts: Sequence[str], clusters: Sequence[str]) -> dict[str, list[
     for text, name in zip(texts, clusters, strict=True):
         by_prompt.setdefault(name, []).append(text)
     return {name: sorted(own) for name, own in by_prompt.items()}
+
+
+def ngram_entropy(texts: Iterable[str], n: int) -> float | None:
+    """Shannon entropy of the n-grams of all texts together, in nats (PHF); None without an n-gram.
+
+    Words by whitespace, n-grams within a text. It grows with the number of texts, so it compares only sets of the
+    same size.
+    """
+    counts = Counter[tuple[str, ...]]()
+    for text in texts:
+        words = text.split()
+        counts.update(zip(*(words[i:] for i in range(n)), strict=False))
+    total = counts.total()
+    return -sum(k / total * math.log(k / total) for k in counts.values()) if total else None
+
+
+def self_bleu(texts: Sequence[str], n: int = 5, references: int = 200) -> float | None:
+    """Word-level Self-BLEU (Zhu et al., 2018, arXiv:1802.01886): the mean BLEU-n of each text against others.
+
+    The others are the first ``references`` of the texts without the text itself; a count of 0 is smoothed to 0.1
+    (without a word in common the BLEU is 0), as by PHF, whose released code compares characters by mistake. A text
+    of fewer than n words is compared by as many orders as it has. From 0 to 1, higher is more alike; None with
+    fewer than two texts.
+
+    Raises:
+        ImportError: the extra ``metrics`` is not installed.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if len(texts) < 2:
+        return None
+    bleu = BLEU(
+        max_ngram_order=n, smooth_method="floor", smooth_value=0.1, tokenize="none", effective_order=True
+    )
+    first = texts[: references + 1]
+    scores = []
+    for i, text in enumerate(texts):
+        others = [*first[:i], *first[i + 1 :]] if i < len(first) else first
+        scores.append(float(bleu.sentence_score(text, others[:references]).score) / 100)
+    return sum(scores) / len(scores)

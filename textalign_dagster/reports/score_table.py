@@ -13,7 +13,7 @@ from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK, evaluation_scorer
 from textalign_dagster.measures import best_of_n, reward_models, statistics
 from textalign_dagster.measures.bootstrap import Per
-from textalign_dagster.measures.diversity import distinct_n_blocks
+from textalign_dagster.measures.diversity import distinct_n_blocks, ngram_entropy, self_bleu
 from textalign_dagster.measures.statistics import Estimate
 from textalign_dagster.tables import SCORES, conform
 from textalign_dagster.tasks import Measure
@@ -30,6 +30,13 @@ PERPLEXITY_MEAN = Measure("perplexity_mean", "mean of samples' perplexities", "n
 
 OBEDIENCE = "obedience"
 """Spearman's correlation of what was asked for and what came: a number of the conditions together."""
+
+TEXT_STATISTICS = {
+    "entropy_1": "entropy of 1-grams",
+    "entropy_2": "entropy of 2-grams",
+    "self_bleu_5": "Self-BLEU-5",
+}
+"""Metric → title of what `evaluation.text_statistics` adds."""
 
 NOTHING = Estimate(None, None, None, 0, 0)
 
@@ -66,7 +73,28 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     found = {measure.name: measure.title for measure in reported(experiment)}
     trained = reward_models.TITLES if experiment.method.trains == "reward model" else {}
     ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
-    return {**trained, **found, OBEDIENCE: "obedience", **ranked}
+    texts = TEXT_STATISTICS if experiment.evaluation.text_statistics else {}
+    return {**trained, **found, **texts, OBEDIENCE: "obedience", **ranked}
+
+
+def text_statistics(samples: pl.DataFrame, policy_hash: str, subject: str | None = None) -> pl.DataFrame:
+    """Rows of SCORES for :data:`TEXT_STATISTICS`; numbers of all texts together have no interval.
+
+    Args:
+        samples: prompt_id, role, text; probes do not count.
+    """
+    shown = samples.filter(pl.col("role") != "probe")
+    texts, prompts = shown["text"].to_list(), shown["prompt_id"].n_unique()
+    values = (ngram_entropy(texts, 1), ngram_entropy(texts, 2), self_bleu(texts))
+    role = shown["role"][0] if texts else "main"
+    rows = [
+        score_row(
+            name, Estimate(value, None, None, prompts, len(texts)), policy_hash, subject=subject, role=role
+        )
+        for name, value in zip(TEXT_STATISTICS, values, strict=True)
+        if value is not None
+    ]
+    return pl.DataFrame(rows, SCORES)
 
 
 def score_table(

@@ -29,6 +29,7 @@ EVERY = {
     "datapool.samples=100": (["datapool"], ["datapool"]),
     "datapool.drop_factor=1.0": (["datapool"], ["datapool"]),
     "datapool.weights=select 1": (["datapool"], ["datapool"]),
+    "evaluation.text_statistics=true": (["evaluation"], ["evaluation"]),
     "prompts.per_iteration=7": (["prompt_draws"], ["prompt_draws"]),
     "prompts.draw=with_replacement": (["prompt_draws"], ["prompt_draws"]),
     "prompts.path=here.jsonl": ([], []),  # its content counts, as an input

@@ -1,0 +1,41 @@
+"""n-gram entropy and Self-BLEU against numbers by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from textalign_dagster.measures.diversity import ngram_entropy, self_bleu
+
+
+def test_entropy_of_ngrams_in_nats() -> None:
+    # "a" twice and "b" once.
+    assert ngram_entropy(["a b", "a"], 1) == pytest.approx(
+        -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    )
+    # Of 2-grams within texts there is one alone.
+    assert ngram_entropy(["a b", "a"], 2) == 0
+    assert ngram_entropy(["a b c d"], 2) == pytest.approx(math.log(3))
+    assert ngram_entropy(["", "a"], 2) is None
+
+
+def test_self_bleu_by_hand() -> None:
+    pytest.importorskip("sacrebleu")
+    assert self_bleu(["a b c d e f"] * 3) == pytest.approx(1.0)
+    assert self_bleu(["a b", "a c"], n=1) == pytest.approx(1 / 2)
+    # Precisions 2/3 and 1/2.
+    assert self_bleu(["a b c", "a b d"], n=2) == pytest.approx(math.sqrt(2 / 3 * 1 / 2))
+    # No 2-gram in common: a count of 0 is 0.1.
+    assert self_bleu(["a b c", "b a d"], n=2) == pytest.approx(math.sqrt(2 / 3 * 0.1 / 2))
+    # By words, not by characters: these share all characters, and without a common word it is 0.
+    assert self_bleu(["abc", "cab"], n=1) == 0
+    assert self_bleu(["return 1"] * 2, n=5) == pytest.approx(1.0)
+    assert self_bleu(["alone"]) is None
+
+
+def test_self_bleu_compares_with_the_first_texts_only() -> None:
+    pytest.importorskip("sacrebleu")
+    texts = ["a b", "a c", "x y", "x y"]
+    # With one reference: the first text has the second, all others the first; only a is shared, in two cases of four.
+    assert self_bleu(texts, n=1, references=1) == pytest.approx((1 / 2 + 1 / 2) / 4)
