@@ -34,11 +34,11 @@ SHOWN = 8  # places of a kind
 @click.option("--json", "as_json", is_flag=True, help="As JSON: a row per thing.")
 @readable
 def clean(apply: bool, unreferenced: bool, older_than: float | None, as_json: bool) -> None:
-    """Lists what could be removed, with sizes and reasons; with --apply, it is removed.
+    """Lists what can be removed, with sizes and reasons; --apply removes it.
 
     Leftovers of interrupted work: chunks of samplings, parts of evaluations, attempts of killed
-    processes, unfinished trainings. With --unreferenced also what no cell points at any more, unless
-    something that a cell points at was made from it. Judge calls (the ledger) always stay.
+    processes, unfinished trainings. --unreferenced adds outputs that no cell uses any more, directly or through
+    what was made from them. Judge calls (the ledger) always stay.
 
     \b
     Examples:

@@ -30,9 +30,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def forecast(experiment: str, iteration: int, as_json: bool) -> None:
-    """What judging an iteration will take: calls, tokens, money, time, and what is paid already.
+    """Estimates the cost of judging an iteration: calls, tokens, money, time, and how much is already paid.
 
-    Calls nobody. Exact in calls once the iteration's samples exist; an upper bound before.
+    Makes no call. The number of calls is exact once the iteration's samples exist; before that, it is an upper bound.
 
     \b
     Example:
@@ -96,8 +96,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
 
     alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
     sparse_rankings that of a judge's comparisons; preferences: the comparisons as TRL's JSON Lines; plain: one
-    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Says
-    what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
+    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Reports what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
 
     \b
     Examples:
@@ -178,8 +177,8 @@ def import_feedback(
 ) -> None:
     """Reads feedback collected elsewhere from PATH, checks it, and writes it to TARGET in the plain format.
 
-    TARGET ends in .jsonl or .parquet: one judgement a row. Rows that cannot be read are told with line, reason
-    and example, and stop the import. ALT's files are read at every stage: of prompts, TARGET is a file for
+    TARGET ends in .jsonl or .parquet: one judgement a row. Rows that cannot be read are listed with
+    line, reason and example, and stop the import. ALT's files are read at every stage: of prompts, TARGET is a file for
     `prompts.path`.
 
     \b
@@ -250,7 +249,7 @@ def consistency(
 
     RATINGS and RANKINGS are files, or with --iteration two experiments whose judges looked at the same samples
     (`ask: rating` and `ask: ranking`). Shows the 3×3 matrix, agreement, agreement where both decide, Cohen's kappa,
-    coverage and what the order of showing does, with 95 % intervals from resampling prompts.
+    coverage and position bias, with 95 % intervals from resampling prompts.
 
     \b
     Examples:

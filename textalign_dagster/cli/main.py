@@ -46,10 +46,10 @@ def main() -> None:
 def run(
     experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool, retry_failed: bool
 ) -> None:
-    """Runs the iterations that are missing, in order, then shows the score table and the curves.
+    """Runs the missing iterations in order, then shows the score table and the curves.
 
-    What exists and is up to date is reused; after an interruption, the same command goes on. With
-    --set, the experiment becomes one of its own, named after the overrides.
+    Finished, up-to-date stages are reused; after an interruption, the same command resumes. --set
+    makes a separate experiment, named after the overrides.
 
     \b
     Examples:
@@ -101,7 +101,7 @@ def run(
 @click.option("--json", "as_json", is_flag=True, help="The numbers as JSON, all conditions and iterations.")
 @readable
 def show(experiment: str, as_json: bool) -> None:
-    """The score table with intervals, null control, guards, probes and baselines; saves the curves.
+    """Shows the score table with intervals, null control, guards, probes and baselines; saves the curves.
 
     \b
     Example:
@@ -124,7 +124,7 @@ def show(experiment: str, as_json: bool) -> None:
 def status(experiment: str | None, as_json: bool, everything: bool) -> None:
     """The state of each stage of each iteration (fresh, stale, blocked, missing), and its seconds.
 
-    Shows the experiments that were begun.
+    Lists the experiments that have been started.
 
     \b
     Examples:
@@ -178,7 +178,7 @@ def timing(experiment: str, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Rows as JSON.")
 @readable
 def sql(query: str | None, as_json: bool) -> None:
-    """Asks all tables in SQL (DuckDB); without QUERY, a prompt.
+    """Queries all tables with SQL (DuckDB); without QUERY, opens a prompt.
 
     \b
     Tables: prompt_draws, generations, feedback, datapool, checkpoints, scores, evaluation_samples;
@@ -273,7 +273,7 @@ def new(name: str, template: str) -> None:
 @click.option("--templates", is_flag=True, help="The templates instead, which `textalign new` starts from.")
 @readable
 def experiments(as_json: bool, templates: bool) -> None:
-    """Lists the experiments, and the files that cannot be read with the reason.
+    """Lists the experiments, and files that cannot be read, with the reason.
 
     \b
     Examples:
@@ -304,9 +304,9 @@ def experiments(as_json: bool, templates: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def doctor(experiment: str | None, as_json: bool) -> None:
-    """What this machine can do, what it lacks, and what to install; asks nobody for money.
+    """Checks what this machine can do, what is missing, and what to install; makes no paid call.
 
-    With EXPERIMENT, only that one's judges are looked for. Exit code 1 if something will fail.
+    With EXPERIMENT, checks only the judges of that experiment. Exit code 1 if something will fail.
 
     \b
     Examples:
