@@ -96,7 +96,8 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
 
     alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
     sparse_rankings that of a judge's comparisons; preferences: the comparisons as TRL's JSON Lines; plain: one
-    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Reports what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
+    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Reports
+    what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
 
     \b
     Examples:
@@ -325,9 +326,10 @@ def _told(found: Estimate) -> str:
     "--format",
     "format_name",
     type=click.Choice(("sparse", "plain", ALPACA_EVAL)),
+    metavar="FORMAT",
     default="sparse",
     show_default=True,
-    help="Of all files: sparse_feedback's CSV, plain, or AlpacaEval's annotations.json.",
+    help="Of all files: sparse (sparse_feedback's CSV), plain, or alpaca_eval (its annotations.json).",
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
