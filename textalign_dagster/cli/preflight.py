@@ -168,13 +168,13 @@ def _judge(experiment: Experiment) -> list[str]:
 
 def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> None:
     """Whether there is something to compare samples with."""
-    samples = experiment.sampling.samples_per_prompt
-    if judge.ask == "ranking" and samples == 1:
+    samples, sampled = experiment.sampling.samples_per_prompt, experiment.offline is None
+    if sampled and judge.ask == "ranking" and samples == 1:
         raise SettingsError(
             "judge.ask: ranking compares the samples of a prompt, and there is one; raise "
             "sampling.samples_per_prompt to 2 or more"
         )
-    if judge.pairs is not None and 2 * judge.pairs < samples:
+    if sampled and judge.pairs is not None and 2 * judge.pairs < samples:
         raise SettingsError(
             f"judge.pairs: {judge.pairs} pairs leave out some of the {samples} samples of a prompt "
             f"(sampling.samples_per_prompt); raise it to {(samples + 1) // 2} or more"

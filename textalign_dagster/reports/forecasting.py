@@ -12,13 +12,15 @@ from resources.judges.ask import forecast_judging
 from resources.store import ArtifactStore
 from resources.stored_feedback import with_references
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment.sources import training_prompts
+from textalign_dagster.experiment.offline import offline_samples
+from textalign_dagster.experiment.sources import task_of, training_prompts
 from textalign_dagster.ids import content_hash
 from textalign_dagster.prompts import DEFAULT_DRAW, draw_prompts, prompt_id
 from textalign_dagster.settings import SettingsError
 
 CHARACTERS_PER_TOKEN = 4  # of English; only for samples that do not exist yet
 ASSUMED_PROMPT = 400  # tokens, about a TL;DR post
+IMAGINED = ("sample_id", "prompt_id", "prompt", "reference", "text")
 
 
 def forecast_iteration(
@@ -44,7 +46,7 @@ def forecast_iteration(
         exact = freshness.state(iteration, "generations").kind == "fresh"
         drawn = None if exact else _drawn(experiment, iteration)
     except SettingsError as error:
-        if experiment.prompts.path is not None:
+        if experiment.prompts.path is not None or experiment.offline is not None:
             raise  # a file that somebody has named and can correct
         exact, drawn, assumption = False, *_assumed(experiment, error)
     if exact and draws is not None and pointer is not None:
@@ -84,12 +86,18 @@ def _drawn(experiment: Experiment, iteration: int) -> pl.DataFrame:
 
 
 def _imagined(experiment: Experiment, drawn: pl.DataFrame) -> pl.DataFrame:
-    """Samples as many and as long as they can be; each is another text, for equal ones are asked once."""
+    """Samples as many and as long as they can be; each is another text, for equal ones are asked once.
+
+    Of an offline experiment the file's responses, which are known.
+    """
+    if experiment.offline is not None:
+        references = drawn.select("draw_id", "reference")
+        responses = offline_samples(experiment, task_of(experiment), drawn)
+        return responses.join(references, on="draw_id", maintain_order="left").select(IMAGINED)
     longest = experiment.sampling.max_new_tokens * CHARACTERS_PER_TOKEN
     rows = [
         {"sample_id": content_hash("imagined", draw, n), **shown, "text": f"{draw}-{n}".rjust(longest, "x")}
         for draw, shown in enumerate(drawn.select("prompt_id", "prompt", "reference").iter_rows(named=True))
         for n in range(experiment.sampling.samples_per_prompt)
     ]
-    columns = ("sample_id", "prompt_id", "prompt", "reference", "text")
-    return pl.DataFrame(rows, dict.fromkeys(columns, pl.String))
+    return pl.DataFrame(rows, dict.fromkeys(IMAGINED, pl.String))
