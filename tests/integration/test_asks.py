@@ -430,3 +430,37 @@ def test_what_a_verdict_follows_from_makes_another_table(loop: Loop) -> None:
         assert "failed" not in loop.run()
         keys.add(loop.artifact().key)
     assert len(keys) == 4, "speed decides nothing, everything else does"
+
+
+def test_a_judge_ranks_the_responses_of_a_file(loop: Loop) -> None:
+    """Offline, with labels from a judge: nothing is sampled, and what the file says of the responses is not read."""
+    rows = [
+        {"prompt": f"def f{n}():", "chosen": f"\n    return {n}", "rejected": f"\n    return {n + 1}"}
+        for n in range(PROMPTS)
+    ]
+    path = loop.folder / "experiments" / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    loop.configure({"template": "ranking", "ask": "ranking"}, prompts={}, offline={"path": "pairs.jsonl"})
+    made = loop.run()
+    assert "failed" not in made, made
+    samples = loop.artifact(stage="generations").frame("generations")
+    assert set(samples["engine"]) == {"file"} and samples["logprob"].null_count() == 2 * PROMPTS
+    pairs = loop.artifact().frame("pairs")
+    texts = dict(samples.select("sample_id", "text").iter_rows())
+    assert pairs.height == PROMPTS and sum(loop.endpoint.asked.values()) == 2 * PROMPTS
+    for a, b, winner in pairs.select("sample_a", "sample_b", "winner").iter_rows():
+        assert winner == expected_winner(texts[a], texts[b])
+
+
+def test_without_a_judge_the_file_says_which_is_better(loop: Loop) -> None:
+    path = loop.folder / "experiments" / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "def f():", "chosen": "\n    a = 1", "rejected": "\n    b"}))
+    loop.configure(None, prompts={}, offline={"path": "pairs.jsonl"})
+    assert "failed" not in loop.run()
+    rows = loop.rows()
+    assert dict(rows.select("shown", "value").iter_rows()) == {"\n    a = 1": 1.0, "\n    b": 0.0}
+    assert set(rows["scorer"]) == {"imported from pairs.jsonl"} and not loop.endpoint.asked
+    # Another content at the same place makes samples and feedback again.
+    path.write_text(json.dumps({"prompt": "def f():", "chosen": "\n    b", "rejected": "\n    a = 1"}))
+    assert "failed" not in loop.run()
+    assert dict(loop.rows().select("shown", "value").iter_rows()) == {"\n    a = 1": 0.0, "\n    b": 1.0}
