@@ -82,6 +82,8 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
     found = held_out_prompts(experiment)
     prompts = found["prompt"].to_list()
     source = settings.path or f"the held-out prompts of task {experiment.task.name}"
+    if settings.path is None and experiment.offline is not None and experiment.offline.held_out is not None:
+        source = f"offline.held_out of {experiment.offline.path}"
     shared = set(prompts) & set(training_prompts(experiment)["prompt"])
     if shared:
         raise SettingsError(

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import evaluation_prompts
 from textalign_dagster.experiment.offline import (
     held_out_responses,
     offline_feedback,
@@ -66,6 +67,10 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     assert len(trained) == 1 and len(held_out) == 2 and not trained & held_out
     responses = held_out_responses(mine, task_of(mine))
     assert set(responses["prompt"]) == held_out
+    with pytest.raises(
+        SettingsError, match=r"evaluation\.prompts: 192 wanted, but there are 2 in offline\.held_out of "
+    ):
+        evaluation_prompts(mine)
     with pytest.raises(SettingsError, match=r"held_out: 3, but .* has 3 prompts"):
         training_prompts(experiment(tmp_path, offline={"held_out": 3}))
 
