@@ -229,7 +229,8 @@ def test_a_pod_that_cannot_start_says_why(cluster: Cluster, tmp_path: Path) -> N
     assert 'cannot start: 0/3 nodes are available: persistentvolumeclaim "data" not found.' in why(
         image=missing
     )
-    assert "ended before anybody could speak to it (Failed, Error, exit code 1): " in why(python="/bin/false")
+    # Whether it ends before or after the connection stands is a matter of luck.
+    assert "Failed, Error, exit code 1" in why(python="/bin/false")
     cluster.may_attach = False
     assert "the user of the kubeconfig needs the rights to get and create pods/attach" in why()
     cluster.kubeconfig.unlink()
