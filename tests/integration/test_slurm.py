@@ -39,7 +39,7 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.clusters import Slurm
 from training.state.snapshot_folder import names
 
-PATIENCE = 60.0  # seconds
+PATIENCE = 180.0  # seconds
 DEPLOY = PROJECT / "deploy" / "slurm"
 
 # A trainer on two nodes that learns nothing: node 0 speaks, and both do what the test asks for.
