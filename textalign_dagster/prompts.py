@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +56,17 @@ class Prompts(Settings):
 def prompt_id(prompt: str) -> str:
     """The id of a prompt: a hash of its text alone, so that sources can be joined."""
     return content_hash("prompt", prompt)
+
+
+def following(text: str) -> pl.Expr:
+    """The column ``text`` as it follows the column ``prompt`` directly: after a blank, unless either has one there."""
+    apart = pl.col("prompt").str.contains(r"\s$") | pl.col(text).str.contains(r"^\s") | (pl.col(text) == "")
+    return pl.when(apart).then(pl.col(text)).otherwise(pl.lit(" ") + pl.col(text))
+
+
+def held_out(prompts: Iterable[str], count: int) -> set[str]:
+    """So many of the prompts, chosen by a hash of their text alone, whatever their order."""
+    return set(sorted(prompts, key=lambda text: content_hash("held out", text))[:count])
 
 
 def read_prompt_file(path: Path) -> pl.DataFrame:

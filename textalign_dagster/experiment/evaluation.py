@@ -13,7 +13,7 @@ from textalign_dagster.experiment.experiment import REFERENCES, Experiment
 from textalign_dagster.experiment.sources import held_out_prompts, training_prompts
 from textalign_dagster.ids import content_hash, derive_seed
 from textalign_dagster.judging import template_of
-from textalign_dagster.prompts import prompt_id
+from textalign_dagster.prompts import following, prompt_id
 from textalign_dagster.scorers import Scorer
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
@@ -117,12 +117,11 @@ def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
 
     A text follows its prompt directly, so a blank is put before it where neither has one.
     """
-    blank = pl.col("prompt").str.contains(r"\s$") | pl.col("reference").str.contains(r"^\s")
     return prompts.filter(pl.col("reference").str.strip_chars() != "").select(
         "prompt_id",
         "prompt",
         "reference",
-        text=pl.when(blank).then(pl.col("reference")).otherwise(pl.lit(" ") + pl.col("reference")),
+        text=following("reference"),
     )
 
 

@@ -19,7 +19,7 @@ from textalign_dagster.judging.convert import read_feedback
 from textalign_dagster.judging.imported import Imported
 from textalign_dagster.judging.pairs import PAIRS, oriented, ranking_feedback
 from textalign_dagster.methods import FeedbackKind
-from textalign_dagster.prompts import COLUMNS, prompt_id
+from textalign_dagster.prompts import COLUMNS, following, held_out, prompt_id
 from textalign_dagster.scorers.file_stamps import file_hash
 from textalign_dagster.scorers.matching import nothing, taken
 from textalign_dagster.settings import SettingsError
@@ -46,30 +46,8 @@ def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, p
     Raises:
         SettingsError: the file cannot be used; says why.
     """
-    offline, found = _offline(experiment), _responses(experiment, task)
-    worth = _worth(found)
-    best = (
-        found.samples.join(worth, on="sample_id", how="left", maintain_order="left")
-        .with_columns(
-            best=pl.col("text").sort_by("value", nulls_last=True, descending=True).first().over("prompt")
-        )
-        .with_columns(best=pl.when(pl.col("value").is_not_null().any().over("prompt")).then("best"))
-    )
-    prompts = best.group_by("prompt", maintain_order=True).agg(
-        reference=pl.coalesce(pl.col("reference").drop_nulls().first(), pl.col("best").first())
-    )
-    prompts = prompts.with_columns(
-        source=pl.lit(Path(offline.path).name),
-        source_revision=pl.lit(content_hash("prompts", prompts["prompt"].to_list())),
-    ).select(COLUMNS)
-    wanted = offline.held_out or 0
-    if wanted >= prompts.height:
-        raise SettingsError(
-            f"offline.held_out: {wanted}, but {offline.path} has {prompts.height} prompts, and some must remain; lower it"
-        )
-    ranked = sorted(prompts["prompt"], key=lambda prompt: content_hash("held out", prompt))
-    held_out = pl.col("prompt").is_in(ranked[:wanted])
-    return prompts.filter(~held_out), prompts.filter(held_out)
+    offline = _offline(experiment)
+    return _prompts(offline, task, file_hash(Path(offline.path)))
 
 
 def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> pl.DataFrame:
@@ -226,12 +204,8 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
     samples = found.samples.filter(pl.col("prompt").is_in(list(cleaned))).with_columns(
         prompt=pl.col("prompt").replace_strict(cleaned, return_dtype=pl.String)
     )
-    # As in a policy's samples, the text follows its prompt directly.
-    apart = pl.col("prompt").str.contains(r"\s$") | pl.col("text").str.contains(r"^\s")
     ids = pl.Series("prompt_id", [prompt_id(prompt) for prompt in samples["prompt"]], dtype=pl.String)
-    samples = samples.with_columns(
-        ids, text=pl.when(apart | (pl.col("text") == "")).then("text").otherwise(pl.lit(" ") + pl.col("text"))
-    )
+    samples = samples.with_columns(ids, text=following("text"))
     kept = set(samples["sample_id"])
     return Imported(
         samples,
@@ -241,3 +215,31 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
         found.refused,
         found.notes,
     )
+
+
+@lru_cache(maxsize=8)
+def _prompts(offline: Offline, task: Task, content: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The prompts of the file as it was when it had that content: the grid's states ask again and again."""
+    found = _read(offline, task, content)
+    worth = _worth(found)
+    best = (
+        found.samples.join(worth, on="sample_id", how="left", maintain_order="left")
+        .with_columns(
+            best=pl.col("text").sort_by("value", nulls_last=True, descending=True).first().over("prompt")
+        )
+        .with_columns(best=pl.when(pl.col("value").is_not_null().any().over("prompt")).then("best"))
+    )
+    prompts = best.group_by("prompt", maintain_order=True).agg(
+        reference=pl.coalesce(pl.col("reference").drop_nulls().first(), pl.col("best").first())
+    )
+    prompts = prompts.with_columns(
+        source=pl.lit(Path(offline.path).name),
+        source_revision=pl.lit(content_hash("prompts", prompts["prompt"].to_list())),
+    ).select(COLUMNS)
+    wanted = offline.held_out or 0
+    if wanted >= prompts.height:
+        raise SettingsError(
+            f"offline.held_out: {wanted}, but {offline.path} has {prompts.height} prompts, and some must remain; lower it"
+        )
+    chosen = pl.col("prompt").is_in(list(held_out(prompts["prompt"], wanted)))
+    return prompts.filter(~chosen), prompts.filter(chosen)

@@ -44,11 +44,6 @@ def pairs(rows: pl.DataFrame, *, per_prompt: int = 1, margin: float = 0.0) -> pl
         .filter(
             (pl.col("value") - pl.col("other_value") > margin) & (pl.col("text") != pl.col("other_text"))
         )
-        .select(
-            "prompt_id", "best", "sample_id", "other",
-            group_id=_hashes(pl.struct("sample_id", "other"), "pair"),
-            pair_weight=pl.col("weight") * pl.col("other_weight"),
-        )
     )  # fmt: skip
     return _sides(rows, pair)
 
@@ -57,8 +52,13 @@ def _sides(rows: pl.DataFrame, pair: pl.DataFrame) -> pl.DataFrame:
     """The two examples of each pair.
 
     Args:
-        pair: prompt_id, best (the order within a prompt), sample_id, other, group_id, pair_weight.
+        pair: prompt_id, best (the order within a prompt), sample_id and other (the rejected one), weight and
+            other_weight.
     """
+    pair = pair.with_columns(
+        group_id=_hashes(pl.struct("sample_id", "other"), "pair"),
+        pair_weight=pl.col("weight") * pl.col("other_weight"),
+    )
     sides = pl.concat(
         [
             pair.select("prompt_id", "best", "group_id", "pair_weight", "sample_id", role=pl.lit("chosen")),
@@ -85,17 +85,7 @@ def compared(rows: pl.DataFrame) -> pl.DataFrame:
         .sort("prompt_id", "sample_id", "beaten")
         .with_row_index("best")
     )
-    return _sides(
-        rows,
-        found.select(
-            "prompt_id",
-            "best",
-            "sample_id",
-            other="beaten",
-            group_id=_hashes(pl.struct("sample_id", other="beaten"), "pair"),
-            pair_weight=pl.col("weight") * pl.col("other_weight"),
-        ),
-    )
+    return _sides(rows, found.rename({"beaten": "other"}))
 
 
 def groups(rows: pl.DataFrame) -> pl.DataFrame:

@@ -17,7 +17,7 @@ import polars as pl
 from pydantic import Field, model_validator
 
 from textalign_dagster.ids import content_hash
-from textalign_dagster.prompts import COLUMNS
+from textalign_dagster.prompts import COLUMNS, held_out
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tasks.base import Task
 from textalign_dagster.tasks.dataset_files import Files, Split, files_of, read_rows
@@ -135,17 +135,15 @@ def _load(task: DatasetTask, split: Split, files: Files) -> Loaded:
     return Loaded(frame.select(COLUMNS), note)
 
 
-def _split(rows: Sequence[Row], held_out: int, split: Split) -> list[Row]:
+def _split(rows: Sequence[Row], count: int, split: Split) -> list[Row]:
     """The rows of a split where the dataset has none; the order of its rows does not matter."""
-    eligible = sorted(
-        (row.prompt for row in rows if row.may_be_held_out), key=lambda text: content_hash("held out", text)
-    )
-    if len(eligible) < held_out or held_out >= len(rows):
+    eligible = [row.prompt for row in rows if row.may_be_held_out]
+    if len(eligible) < count or count >= len(rows):
         raise SettingsError(
-            f"task.data.held_out: {held_out} wanted of {len(rows)} prompts, of which {len(eligible)} may be "
+            f"task.data.held_out: {count} wanted of {len(rows)} prompts, of which {len(eligible)} may be "
             "held out, and some must remain; lower it"
         )
-    chosen = set(eligible[:held_out])
+    chosen = held_out(eligible, count)
     return [row for row in rows if (row.prompt in chosen) == (split == "evaluation")]
 
 
