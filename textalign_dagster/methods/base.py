@@ -10,18 +10,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
 from textalign_dagster.pool.conditioning import validate_template
-from textalign_dagster.pool.examples import single
+from textalign_dagster.pool.examples import compared, pairs, single
 from textalign_dagster.pool.quantiles import QuantileSettings
 from textalign_dagster.settings import Settings
 
 FeedbackKind = Literal["reward", "text", "category", "judgment", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
-
-PairsFrom = Literal["rewards", "comparisons"]
-PAIRS_FROM = (
-    "rewards: of a prompt's samples, by `pairs_per_prompt` and `margin`; comparisons: exactly those pairs that a judge "
-    "or a file compared, ties left out (both settings have no effect then)."
-)
 
 VARIED = "(varied)"
 """What is asked for, in words, where each prompt is asked for a condition of its own."""
@@ -146,6 +140,26 @@ class Rewarded(Unconditional):
     def rewarded(rows: pl.DataFrame) -> pl.DataFrame:
         """The rows that have a reward."""
         return rows.filter(pl.col("value").is_finite())
+
+
+class Paired(Rewarded):
+    """One whose examples are pairs of a prompt's samples."""
+
+    pairs_per_prompt: int | None
+    margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
+    pairs_from: Literal["rewards", "comparisons"] = Field(
+        "rewards",
+        description="rewards: of a prompt's samples, by `pairs_per_prompt` and `margin`; comparisons: exactly those "
+        "pairs that a judge or a file compared, ties left out (both settings have no effect then).",
+    )
+
+    def read_together(self, samples_per_prompt: int) -> int:
+        return 2
+
+    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
+        if self.pairs_from == "comparisons":
+            return compared(rows)
+        return pairs(rows, per_prompt=self.pairs_per_prompt or rows.height, margin=self.margin)
 
 
 class Conditional(Method):

@@ -7,8 +7,7 @@ from typing import ClassVar, Literal
 import polars as pl
 from pydantic import Field, field_validator
 
-from textalign_dagster.methods.base import PAIRS_FROM, PairsFrom, Rewarded
-from textalign_dagster.pool.examples import compared, pairs
+from textalign_dagster.methods.base import Paired, Rewarded
 
 
 class RatingRewardModel(Rewarded):
@@ -41,7 +40,7 @@ class RatingRewardModel(Rewarded):
         return super().examples(rated.with_columns(value=((value - low) / (high - low)).clip(0, 1)))
 
 
-class RankingRewardModel(Rewarded):
+class RankingRewardModel(Paired):
     """Pairs of a prompt's samples, the better one chosen (Bradley-Terry).
 
     With a judge that ranks, its rankings; with one that rates, the pairs that follow from its ratings.
@@ -57,13 +56,3 @@ class RankingRewardModel(Rewarded):
         description="Pairs of a prompt, at most: the best with the worst sample, the second best with the second "
         "worst, …; null: as many as there are.",
     )
-    margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
-    pairs_from: PairsFrom = Field("rewards", description=PAIRS_FROM)
-
-    def read_together(self, samples_per_prompt: int) -> int:
-        return 2
-
-    def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        if self.pairs_from == "comparisons":
-            return compared(rows)
-        return pairs(rows, per_prompt=self.pairs_per_prompt or rows.height, margin=self.margin)
