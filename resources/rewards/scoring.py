@@ -21,7 +21,7 @@ from resources.rewards.folder import find_folder
 from resources.workers.channel import Channel, processors
 from resources.workers.host import check_host, host_of
 from textalign_dagster.judging.convert import read_feedback
-from textalign_dagster.judging.imported import Imported
+from textalign_dagster.judging.imported import Imported, of_aspect
 from textalign_dagster.scorers import ClassifierScorer, ImportedScorer, ModelScorer, RewardModelScorer, Scorer
 from textalign_dagster.scorers.base import TextScorer
 from textalign_dagster.scorers.matching import match_judgements
@@ -304,18 +304,14 @@ def _from_file(
 
 
 def _one_aspect(scorer: ImportedScorer, path: Path, found: Imported) -> pl.DataFrame:
-    aspects = sorted(found.feedback["aspect"].unique())
-    if scorer.aspect is None and len(aspects) > 1:
-        raise ScoringError(
-            f"scorer imported: {path} has the aspects {', '.join(aspects)}; say by `aspect` which one counts"
-        )
-    if scorer.aspect is not None and scorer.aspect not in aspects:
-        raise ScoringError(
-            f"scorer imported: {path} has no aspect {scorer.aspect!r}; it has: {', '.join(aspects) or 'none'}"
-        )
-    if not aspects:
+    if scorer.aspect is not None and found.feedback.is_empty():
+        raise ScoringError(f"scorer imported: {path} has no aspect {scorer.aspect!r}; it has: none")
+    if found.feedback.is_empty():
         raise ScoringError(f"scorer imported: {path} holds no judgement of a single response")
-    return found.feedback.filter(pl.col("aspect") == (scorer.aspect or aspects[0]))
+    try:
+        return of_aspect(found.feedback, scorer.aspect, path)
+    except ValueError as error:
+        raise ScoringError(f"scorer imported: {error}") from None
 
 
 def _how_to_annotate(path: Path, iteration: int | None, format_name: str) -> str:

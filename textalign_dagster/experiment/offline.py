@@ -16,7 +16,7 @@ from textalign_dagster.experiment.experiment import Experiment
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging.asking import Judged
 from textalign_dagster.judging.convert import read_feedback
-from textalign_dagster.judging.imported import Imported
+from textalign_dagster.judging.imported import Imported, of_aspect
 from textalign_dagster.judging.pairs import PAIRS, oriented, ranking_feedback
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.prompts import COLUMNS, following, held_out, prompt_id
@@ -157,16 +157,11 @@ def _worth(found: Imported) -> pl.DataFrame:
 
 
 def _one_aspect(experiment: Experiment, rows: pl.DataFrame) -> pl.DataFrame:
-    offline, aspects = _offline(experiment), sorted(rows["aspect"].unique())
-    if offline.aspect is None and len(aspects) > 1:
-        raise SettingsError(
-            f"offline.aspect: {offline.path} has the aspects {', '.join(aspects)}; say which one counts"
-        )
-    if offline.aspect is not None and aspects and offline.aspect not in aspects:
-        raise SettingsError(
-            f"offline.aspect: {offline.path} has no aspect {offline.aspect!r}; it has: {', '.join(aspects)}"
-        )
-    return rows if offline.aspect is None else rows.filter(aspect=offline.aspect)
+    offline = _offline(experiment)
+    try:
+        return of_aspect(rows, offline.aspect, offline.path)
+    except ValueError as error:
+        raise SettingsError(f"offline.aspect: {error}") from None
 
 
 def _responses(experiment: Experiment, task: Task) -> Imported:

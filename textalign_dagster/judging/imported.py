@@ -77,6 +77,24 @@ class Imported:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
+def of_aspect(rows: pl.DataFrame, aspect: str | None, path: str | Path) -> pl.DataFrame:
+    """The judgements of one aspect: the one that is named, or the only one there is.
+
+    Args:
+        rows: of FEEDBACK or PAIRS.
+        path: the file they are from, for errors.
+
+    Raises:
+        ValueError: there are several and none is named, or there are some and not that one.
+    """
+    aspects = sorted(rows["aspect"].unique())
+    if aspect is None and len(aspects) > 1:
+        raise ValueError(f"{path} has the aspects {', '.join(aspects)}; say by `aspect` which one counts")
+    if aspect is not None and aspects and aspect not in aspects:
+        raise ValueError(f"{path} has no aspect {aspect!r}; it has: {', '.join(aspects)}")
+    return rows if aspect is None else rows.filter(aspect=aspect)
+
+
 class Refusal(Exception):
     """Why a row is refused; raised by readers, caught where the line is known."""
 
