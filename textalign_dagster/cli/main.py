@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from textalign_dagster import __version__
+from textalign_dagster.cli import comparing, feedback
 from textalign_dagster.cli.cleaning import clean
 from textalign_dagster.cli.command import Refused, library_of, open_console, open_store, print_json, readable
-from textalign_dagster.cli.feedback import COMMANDS
 from textalign_dagster.experiment.files import Library, home, variants_folder
 from textalign_dagster.settings import SettingsError, describe
 
@@ -357,7 +357,7 @@ def _show(library: Library, name: str, console: Console) -> None:
     console.print(f"curves: {path}", highlight=False, soft_wrap=True)
 
 
-for command in (*COMMANDS, clean):
+for command in (*feedback.COMMANDS, *comparing.COMMANDS, clean):
     main.add_command(command)
 
 if __name__ == "__main__":
