@@ -32,6 +32,6 @@ def test_every_example_loads(example: str) -> None:
 
 
 def test_the_page_shows_each_ask() -> None:
-    assert set(get_args(Ask)) == set(re.findall(r"^\| `(\w+)` \| (?!the judge says)", PAGE, re.M))
+    assert set(get_args(Ask)) == set(re.findall(r"^\| `(\w+)` \| (?!the judge)", PAGE, re.M))
     for setting in ("group", "pairs", "repeats", "scale", "budget_usd", "limits"):
         assert any(re.search(rf"^  {setting}:", example, re.M) for example in EXAMPLES), setting
