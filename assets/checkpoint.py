@@ -23,7 +23,7 @@ from resources.store.provenance import code_revision, environment_hash
 from textalign_dagster.experiment.files import home
 from textalign_dagster.experiment.policies import policy_hash
 from textalign_dagster.tables import CHECKPOINTS
-from training.job import PLACES, REFERENCE_TABLE
+from training.job import PLACES
 
 
 @dg.asset(
@@ -56,9 +56,9 @@ def checkpoint(
 
             def write(folder: Folder) -> list[str]:
                 examples.write_parquet(folder("job") / "rows.parquet")
-                if plan.tabulates_reference and reference is not None:
-                    known = reference_log_probs.known(stage.store, reference, experiment.policy.dtype)
-                    known.write_parquet(folder("job") / REFERENCE_TABLE)
+                for name, policy in plan.tabulated.items():
+                    known = reference_log_probs.known(stage.store, policy, experiment.policy.dtype)
+                    known.write_parquet(folder("job") / name)
                 path = plan.job(folder, config).write(folder("job") / "job.json")
                 file = config.write(folder("job")) if config else None
                 command = accelerate_command(replace(acceleration, config_file=file))
@@ -97,10 +97,11 @@ def checkpoint(
                 "gpu_seconds": gpu_seconds,
                 "usd": None,
             }
-            if plan.tabulates_reference and reference is not None:
-                computed = draft.folder("beside") / REFERENCE_TABLE
-                reference_log_probs.publish(stage.store, reference, experiment.policy.dtype, computed)
-                computed.unlink()  # it is an artifact of its own now
+            for name, policy in plan.tabulated.items():
+                computed = draft.folder("beside") / name
+                if computed.exists():  # not where the policy is its own reference: one table will do
+                    reference_log_probs.publish(stage.store, policy, experiment.policy.dtype, computed)
+                    computed.unlink()  # it is an artifact of its own now
             draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
             draft.record(
                 policy_hash=row["policy_hash"],

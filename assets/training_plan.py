@@ -19,7 +19,7 @@ from textalign_dagster.experiment.files import home
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.loop.stages import artifact_key, stage_settings
 from training.acceleration import AccelerateConfig, accelerators, check_training
-from training.job import REFERENCE_TABLE, Job
+from training.job import POLICY_TABLE, REFERENCE_TABLE, Job
 from training.settings import Training
 
 
@@ -78,9 +78,14 @@ class TrainingPlan:
         return home() / "unfinished" / self.key
 
     @property
-    def tabulates_reference(self) -> bool:
-        """Whether the reference's log-probabilities are computed once, and kept as a table."""
-        return "reference log-probs" in self.settings.objective.needs
+    def tabulated(self) -> dict[str, str]:
+        """Tables of log-probabilities that are computed once and kept: file name → hash of the policy."""
+        tables = {}
+        if self.reference is not None and "reference log-probs" in self.settings.objective.needs:
+            tables[REFERENCE_TABLE] = self.reference.policy_hash
+        if self.settings.density_ratio is not None:
+            tables[POLICY_TABLE] = self.parent.policy_hash
+        return tables
 
     def launcher(self, local: Launcher) -> Launcher:
         """Where it runs."""
@@ -147,14 +152,16 @@ class TrainingPlan:
         """What the trainer is told."""
         experiment, settings = self.stage.experiment, self.settings
         before = self.before.path("beside") if self.before else None
+        tables = {name: str(folder("job") / name) for name in self.tabulated}
         # Whether it leaves something that is no part of the policy.
-        keeps = settings.optimizer_state == "carried" or settings.lora is not None or self.tabulates_reference
+        keeps = settings.optimizer_state == "carried" or settings.lora is not None or bool(tables)
         return Job(
             rows=str(folder("job") / "rows.parquet"),
             policy=str(self.start.path),
             reference=str(self.reference.path) if self.reference else None,
             out=str(folder("model")),
-            reference_log_probs=str(folder("job") / REFERENCE_TABLE) if self.tabulates_reference else None,
+            reference_log_probs=tables.get(REFERENCE_TABLE),
+            policy_log_probs=tables.get(POLICY_TABLE),
             beside=str(folder("beside")) if keeps else None,
             adapter=str(before / "adapter") if before and settings.carries_adapter else None,
             optimizer=str(before) if before and settings.optimizer_state == "carried" else None,

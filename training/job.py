@@ -27,12 +27,15 @@ PLACES = (
     "optimizer",
     "snapshots",
     "reference_log_probs",
+    "policy_log_probs",
 )
 """Fields of a job that say where something is: they are no part of what is trained."""
 
 
 REFERENCE_TABLE = "reference_log_probs.parquet"
 """Name of the table of the reference's log-probabilities, where it is read and where it is written."""
+POLICY_TABLE = "policy_log_probs.parquet"
+"""The same for the policy that the training starts from, which `training.density_ratio` reads."""
 
 
 class TrainingError(Exception):
@@ -65,6 +68,9 @@ class Job(Settings):
         None,
         description="Parquet: log-probabilities under the reference that are known already (what is computed is written "
         "into `beside`); None: none are.",
+    )
+    policy_log_probs: str | None = Field(
+        None, description="The same under the policy that the training starts from, for training.density_ratio."
     )
     out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
     beside: str | None = Field(
@@ -143,6 +149,8 @@ def check(job: Job, where: str) -> None:
         )
     if "reference log-probs" in objective.needs and job.beside is None:
         raise JobError(f"{where}: beside: missing; the reference's log-probabilities are written there")
+    if job.training.density_ratio is not None and job.beside is None:
+        raise JobError(f"{where}: beside: missing; the policy's log-probabilities are written there")
     if "score head" in objective.needs and job.training.packing:
         raise JobError(f"{where}: training.packing: a score head reads padded rows; set it to false")
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:

@@ -41,11 +41,35 @@ class Lora(Settings):
     )
 
 
+class DensityRatio(Settings):
+    """Weighs each sample by how much likelier the policy makes it than the one that drew it did."""
+
+    clip: tuple[float, float] = Field(
+        (0.1, 10.0), strict=False, description="The least and the largest ratio; others count as these."
+    )
+    per: Literal["sequence", "token"] = Field(
+        "sequence",
+        description="sequence: the ratio of whole texts; token: the geometric mean over their tokens, which varies less.",
+    )
+
+    @field_validator("clip")
+    @classmethod
+    def _rising(cls, clip: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < clip[0] < clip[1]:
+            raise ValueError(f"{list(clip)}: the least ratio comes first, above 0 and below the largest")
+        return clip
+
+
 class Training(Settings):
     """How a checkpoint is trained on the drawn rows."""
 
     objective: AnyObjective = Field(
         NLL(), description="The loss; `name` is one that the method trains with, its first by default."
+    )
+    density_ratio: DensityRatio | None = Field(
+        None,
+        description="Weighs samples of earlier iterations, or of a file, by the ratio of their probability under the "
+        "policy that the training starts from and under the one that drew them; null: not at all. {}: as by default.",
     )
     start_from: Literal["parent", "base"] = Field(
         "parent", description="Continue the policy that was sampled from, or start from the base anew."
@@ -178,6 +202,12 @@ class Training(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Training:
+        if self.density_ratio is not None:
+            name, needs = self.objective.name, self.objective.needs
+            if "score head" in needs:
+                raise ValueError(f"density_ratio: {name} trains a reward model, which draws no samples; remove it")
+            if {"groups", "rewards"} <= needs:
+                raise ValueError(f"density_ratio: the loss of {name} has this ratio already; remove it")
         if self.lora is not None and self.trainable_layers is not None:
             raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
         if self.carries_adapter and self.start_from == "base":

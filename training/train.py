@@ -17,12 +17,13 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 STARTED = time.monotonic()
 
-from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
+from training.job import POLICY_TABLE, REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
 from training.progress import Reporter, open_reporter  # noqa: E402
 from training.settings import DEFAULT_LENGTH  # noqa: E402
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with open_reporter() as reporter:
             run(read_job(arguments.job), reporter)
+            leave()
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -89,7 +91,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         "resumed_at": list(made.resumed_at),
         "earlier_seconds": trainer.before.seconds,
         "coefficients": made.coefficients,
-        "measured": trainer.measured,
+        "measured": trainer.measured | trainer.weighing,
         **trainer.sizes,
         "peak_memory": trainer.peak_memory(),
     }
@@ -137,6 +139,14 @@ def start(job: Job) -> TrainingArguments:
             "ACCELERATE_USE_CPU=true for several on a CPU"
         )
     return arguments
+
+
+def leave() -> None:
+    """Ends the process group, if there is one: a process that exits with it open can abort, as its threads run on."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _told(variable: str) -> bool:
@@ -234,7 +244,8 @@ def load(
     )
     encoded, referee = examples, reference
     if "reference log-probs" in objective.needs:
-        examples = _tabulate(job, reference or model, examples, collator, arguments, reporter)
+        table = job.reference_log_probs, REFERENCE_TABLE
+        examples = _tabulate(job, table, reference or model, examples, collator, arguments, reporter)
         reference = None  # no step reads it
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
@@ -244,6 +255,9 @@ def load(
             model = add_adapter(model, settings.lora, added, job.seed)
         else:
             model = continue_adapter(model, settings.lora, added, Path(job.adapter))
+    ratios: dict[str, float] = {}
+    if settings.density_ratio is not None:
+        examples, ratios = _reweigh(job, model, examples, collator, arguments, reporter)
     snapshots = None
     if job.sharing == "FSDP":
         reporter.say("FSDP keeps its optimizer in a form of its own: no snapshots are taken")
@@ -266,6 +280,7 @@ def load(
         carried=carried,
         snapshots=snapshots,
     )
+    trainer.weighing = ratios
     found = trainer.accelerator.distributed_type.name
     if job.sharing is not None and found != job.sharing:
         raise JobError(
@@ -277,19 +292,25 @@ def load(
 
 def _tabulate(
     job: Job,
+    table: tuple[str | None, str],
     model: PreTrainedModel,
     examples: list[Example],
     collator: Collator,
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> list[Example]:
-    """The examples with the reference's log-probabilities, known or computed now."""
+    """The examples with the reference's log-probabilities, known or computed now.
+
+    Args:
+        table: where the known ones are, if any, and the name of the table of those computed now.
+        model: the reference.
+    """
     from training.reference_log_probs import read, with_reference
 
     assert job.beside is not None, "checked with the job"
-    out = Path(job.beside) / REFERENCE_TABLE
+    out = Path(job.beside) / table[1]
     out.parent.mkdir(parents=True, exist_ok=True)
-    known = {} if job.reference_log_probs is None else read(Path(job.reference_log_probs))
+    known = {} if table[0] is None else read(Path(table[0]))
     cast(Any, model).to(arguments.device)
     return with_reference(
         examples,
@@ -302,6 +323,46 @@ def _tabulate(
         rank=arguments.process_index,
         world_size=arguments.world_size,
     )
+
+
+def _reweigh(
+    job: Job,
+    model: PreTrainedModel,
+    examples: list[Example],
+    collator: Collator,
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> tuple[list[Example], dict[str, float]]:
+    """The examples with their weights times their density ratios, and figures of these."""
+    from training.density_ratio import density_ratios, effective_share, reweighted
+
+    settings, objective = job.training.density_ratio, job.training.objective
+    assert settings is not None
+    is_reference = job.reference is not None and Path(job.reference).resolve() == Path(job.policy).resolve()
+    if (
+        is_reference
+        and job.adapter is None
+        and "reference log-probs" in objective.needs
+        and objective.reference_sees_condition
+    ):
+        known = examples  # the policy is its own reference
+    else:
+        bare = [replace(example, reference=None, second=None) for example in examples]
+        table = job.policy_log_probs, POLICY_TABLE
+        known = _tabulate(
+            job, table, model, bare, replace(collator, apart=False), arguments, reporter
+        )
+    log_probs = [example.reference_log_probs or [] for example in known]
+    ratios = density_ratios(examples, log_probs, settings, job.rows)
+    weighed = reweighted(examples, ratios)
+    low, high = settings.clip
+    figures = {
+        "density ratio, mean": sum(ratios) / len(ratios),
+        "density ratio, clipped share": sum(not low < ratio < high for ratio in ratios) / len(ratios),
+        "effective share of samples": effective_share([example.weight for example in weighed]),
+    }
+    reporter.say(", ".join(f"{name}: {value:.3g}" for name, value in figures.items()))
+    return weighed, figures
 
 
 def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, reporter: Reporter) -> None:

@@ -153,6 +153,7 @@ class ObjectiveTrainer(Trainer):
         for earlier in (carried.coefficients if carried is not None else {}, self.before.coefficients):
             self.coefficients |= {name: earlier[name] for name in self.coefficients if name in earlier}
         self.measured: dict[str, float] = {}  # the objective's figures of the last step
+        self.weighing: dict[str, float] = {}  # figures of density ratios
         self.reference = cast(Any, reference)
         if self.reference is not None:
             self.reference.to(args.device).eval().requires_grad_(False)

@@ -277,6 +277,11 @@ class Experiment(Settings):
                 f"offline: objective {self.training.objective.name} is defined for the policy's own samples; remove "
                 "offline, or choose another method"
             )
+        if self.training.density_ratio is not None:
+            raise ValueError(
+                "training.density_ratio: a file does not say how likely its responses were to whoever wrote them; "
+                "remove it, or weigh them by a query (datapool.weights)"
+            )
         if self.method.trains == "reward model" and self.judged_by_file and offline.held_out is None:
             raise ValueError(
                 "offline.held_out: missing; a reward model that is trained on a file is measured on responses to "

@@ -17,7 +17,7 @@ from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.kto import KTO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
-from textalign_dagster.methods.reward_models import RankingRewardModel, RatingRewardModel
+from textalign_dagster.methods.reward_models import RankingRewardModel, RatedPairsRewardModel, RatingRewardModel
 from textalign_dagster.methods.sft import SFT
 from textalign_dagster.methods.steerlm import SteerLM
 from textalign_dagster.methods.unlikelihood import Unlikelihood
@@ -38,6 +38,7 @@ AnyMethod = Annotated[
     | CSFT
     | RatingRewardModel
     | RankingRewardModel
+    | RatedPairsRewardModel
     | Filtering
     | RWR
     | ConditionalTraining,
@@ -69,6 +70,7 @@ __all__ = [
     "NoFeedback",
     "Quark",
     "RankingRewardModel",
+    "RatedPairsRewardModel",
     "RatingRewardModel",
     "SteerLM",
     "Unlikelihood",

@@ -56,3 +56,13 @@ class RankingRewardModel(Paired):
         description="Pairs of a prompt, at most: the best with the worst sample, the second best with the second "
         "worst, …; null: as many as there are.",
     )
+
+
+class RatedPairsRewardModel(RankingRewardModel):
+    """Ratings turned into pairs: the data of `rm_ratings` with the loss of `rm_rankings`.
+
+    Beside these two it tells the effect of the protocol from that of the loss.
+    """
+
+    name: Literal["rm_rated_pairs"] = "rm_rated_pairs"  # type: ignore[assignment]
+    pairs_from: Literal["rewards"] = "rewards"

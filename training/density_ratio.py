@@ -1,0 +1,64 @@
+"""Importance weights for samples that another policy drew: how much likelier the policy at hand makes them.
+
+The datapool holds samples of earlier iterations, and files hold samples of other policies. The weight of a
+sample y of a policy ρ is π(y|x)/ρ(y|x), where π is the policy that the training starts from (importance
+sampling; clipped, as Ionides 2008 does, since the ratio of a long text has no bounds).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from training.data.examples import Example
+from training.job import JobError
+from training.objectives.base import CHOSEN, REJECTED
+from training.settings import DensityRatio
+
+
+def density_ratios(
+    examples: Sequence[Example], log_probs: Sequence[Sequence[float]], settings: DensityRatio, where: str
+) -> list[float]:
+    """The clipped ratio of each example. Both sequences of a pair get the pair's: that of both texts together.
+
+    Args:
+        log_probs: of each token of each text under the policy that the training starts from, in nats.
+        where: the file of the examples, for errors.
+
+    Raises:
+        JobError: a sample's log-probability under the policy that drew it is not known.
+    """
+    unknown = [example.sample_id for example in examples if not math.isfinite(example.sampled_log_prob)]
+    if unknown:
+        raise JobError(
+            f"{where}: sampled_logprob: NULL in {len(unknown)} of {len(examples)} rows, first in sample "
+            f"{unknown[0]}; training.density_ratio compares with it: set it to null, or leave such rows out"
+        )
+    sums = [(sum(of) - one.sampled_log_prob, len(of)) for one, of in zip(examples, log_probs, strict=True)]
+    together: dict[int, tuple[float, int]] = {}
+    for example, (gap, tokens) in zip(examples, sums, strict=True):
+        if example.group is not None and example.role in (CHOSEN, REJECTED):
+            before = together.get(example.group, (0.0, 0))
+            together[example.group] = before[0] + gap, before[1] + tokens
+    low, high = (math.log(bound) for bound in settings.clip)
+    ratios = []
+    for example, own in zip(examples, sums, strict=True):
+        gap, tokens = own if example.group is None else together.get(example.group, own)
+        if settings.per == "token":
+            gap /= max(tokens, 1)
+        ratios.append(math.exp(min(max(gap, low), high)))
+    return ratios
+
+
+def reweighted(examples: Sequence[Example], ratios: Sequence[float]) -> list[Example]:
+    """The examples, each with its weight times its ratio."""
+    return [
+        replace(example, weight=example.weight * ratio)
+        for example, ratio in zip(examples, ratios, strict=True)
+    ]
+
+
+def effective_share(weights: Sequence[float]) -> float:
+    """Kish's effective sample size, (Σw)²/Σw², over the number of samples: 1 with equal weights."""
+    return sum(weights) ** 2 / (len(weights) * sum(weight**2 for weight in weights))
