@@ -10,6 +10,7 @@ import polars as pl
 MEANINGS = {
     "aspect": "What was judged, e.g. style.",
     "call_keys": "Rows of the ledger of judge calls.",
+    "call_key": "Row of the ledger of judge calls.",
     "candidate_id": "One sample that best-of-n chooses among.",
     "code_revision": "The code that trained.",
     "condition": "The feedback asked for, or trained under; NULL: none.",
@@ -47,6 +48,7 @@ MEANINGS = {
     "reference": "A human answer, where the source has one.",
     "reward": "The sample's value, where there is one; higher is better.",
     "role": "main: as the policy is meant to be used; probe: asked for something else; baseline: another model.",
+    "repeat": "0, 1, … of a question that the judge was asked several times.",
     "rows": "Rows trained on.",
     "sampled_logprob": "Log-probability of the text under the policy that sampled it, in nats.",
     "sample_id": "One sample; joins generations, feedback and datapool.",

@@ -19,7 +19,7 @@ from resources.stored_feedback import with_references
 from textalign_dagster.judging import PAIRS, Judged
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.loop import checks
-from textalign_dagster.tables import FEEDBACK, FEEDBACK_SPANS
+from textalign_dagster.tables import FEEDBACK, FEEDBACK_REPEATS, FEEDBACK_SPANS
 
 COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger", "calls_lost": "calls lost"}
 """Recorded fact → its name in the UI."""
@@ -48,6 +48,8 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             draft.write("feedback", found.rows, FEEDBACK)
             if found.pairs is not None:
                 draft.write("pairs", found.pairs, PAIRS)
+            if found.repeats is not None:
+                draft.write("feedback_repeats", found.repeats, FEEDBACK_REPEATS)
             if found.spans is not None:
                 draft.write("feedback_spans", found.spans, FEEDBACK_SPANS)
             seconds = time.monotonic() - started

@@ -259,8 +259,13 @@ class Measuring:
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
-                    draft.write("rewards", rewarded.select(*REWARDS), REWARDS)
-                    agreement = reward_model_scores(rewarded, self.experiment.evaluation.resamples)
+                    draft.write("rewards", rewarded.rows.select(*REWARDS), REWARDS)
+                    agreement = reward_model_scores(
+                        rewarded.rows,
+                        settings.resamples,
+                        repeats=rewarded.repeats,
+                        comparisons=rewarded.pairs,
+                    )
                     rows = [score_row(name, found, subject.policy_hash) for name, found in agreement]
                     scores.append(pl.DataFrame(rows, SCORES))
         draft.write("scores", pl.concat(scores), SCORES)

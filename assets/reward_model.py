@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import dagster as dg
 import polars as pl
@@ -16,46 +17,59 @@ from resources.rewards.scoring import score_samples
 from resources.store import Artifact
 from textalign_dagster.experiment.offline import held_out_responses
 from textalign_dagster.experiment.sources import task_of
+from textalign_dagster.judging import Judged
 from textalign_dagster.scorers import ImportedScorer, RewardModelScorer
+from textalign_dagster.tables import FEEDBACK
+
+
+class Rewarded(NamedTuple):
+    """Samples with feedback and reward.
+
+    Attributes:
+        rows: of :data:`textalign_dagster.tables.REWARDS`, and text.
+        repeats, pairs: FEEDBACK_REPEATS and PAIRS, where a judge gave them.
+    """
+
+    rows: pl.DataFrame
+    repeats: pl.DataFrame | None = None
+    pairs: pl.DataFrame | None = None
 
 
 def rewarded_samples(
     stage: Stage, sampler: SamplerResource, checkpoint: Artifact, samples: pl.DataFrame
-) -> pl.DataFrame:
+) -> Rewarded:
     """Feedback and reward of each sample; of a file's held-out responses where the feedback is the file's.
 
     Args:
         samples: sample_id, prompt_id, prompt, reference, text, finish_reason.
 
-    Returns:
-        Rows of :data:`textalign_dagster.tables.REWARDS`, and text.
-
     Raises:
         dg.Failure: the judge cannot be reached, or too much of its feedback is unusable.
     """
-    report = stage.report()
+    report, judged = stage.report(), Judged(pl.DataFrame(schema=FEEDBACK))
     if stage.experiment.judged_by_file:
         known = held_out_responses(stage.experiment, task_of(stage.experiment))
     else:
-        values = _values(stage, samples, partial(report, note="judging"))
+        judged = _judged(stage, samples, report) or judged
+        values = judged.rows.filter(status="ok").select("sample_id", "value")
         known = samples.join(values, on="sample_id", how="left", maintain_order="left")
     sampler.make_room()
     model = RewardModelScorer(model=str(checkpoint.path("model")), dtype=stage.experiment.policy.dtype)
     shown = known.select("sample_id", "prompt", "reference", "text", "finish_reason")
     with readable_failures(stage):
         rewards = score_samples(model, shown, partial(report, note="rewards"))
-    return known.select("sample_id", "prompt_id", "value", "text").join(
+    rewarded = known.select("sample_id", "prompt_id", "value", "text").join(
         rewards.select("sample_id", reward="value"), on="sample_id", how="left", maintain_order="left"
     )
+    return Rewarded(rewarded, judged.repeats, judged.pairs)
 
 
-def _values(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) -> pl.DataFrame:
-    """The usable feedback on samples: sample_id, value."""
+def _judged(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) -> Judged | None:
+    """The feedback on samples; None: there is none on these."""
     if isinstance(stage.experiment.sample_scorer, ImportedScorer) and stage.experiment.judge is None:
-        # Feedback that was collected elsewhere says nothing of these samples.
-        return pl.DataFrame(schema={"sample_id": pl.String, "value": pl.Float64})
+        return None  # feedback that was collected elsewhere says nothing of these samples
     with readable_failures(stage):
-        judged = feedback_of(
+        found = feedback_of(
             stage.experiment,
             samples.select("sample_id", "prompt_id", "prompt", "reference", "text", "finish_reason"),
             iteration=stage.cell.iteration,
@@ -63,7 +77,8 @@ def _values(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) ->
             report=report,
             purpose=f"{stage.cell.key} evaluation of the reward model",
             retry_before=stage.retry_before,
-        ).rows
+        )
+    judged = found.rows
     unusable = judged["status"].is_in(["failed", "unparseable"]).sum()
     if unusable > stage.experiment.checks.max_unusable_feedback * judged.height:
         raise dg.Failure(
@@ -71,4 +86,4 @@ def _values(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) ->
             "checks.max_unusable_feedback); `textalign run --retry-failed` sends failed calls again",
             allow_retries=False,
         )
-    return judged.filter(status="ok").select("sample_id", "value")
+    return found

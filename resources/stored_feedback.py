@@ -20,11 +20,20 @@ class Judgements:
             with are rows, too.
         feedback: FEEDBACK.
         pairs: PAIRS; None: nothing was compared.
+        repeats: FEEDBACK_REPEATS; None: every question was asked once.
     """
 
     samples: pl.DataFrame
     feedback: pl.DataFrame
     pairs: pl.DataFrame | None
+    repeats: pl.DataFrame | None = None
+
+    @property
+    def rounds(self) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+        """The first two answers to each question that was asked several times."""
+        if self.repeats is None:
+            return None
+        return self.repeats.filter(repeat=0), self.repeats.filter(repeat=1)
 
 
 def with_references(generations: Artifact, draws: Artifact) -> pl.DataFrame:
@@ -72,13 +81,14 @@ def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements
     pairs = feedback.frame("pairs") if "pairs" in feedback.tables else None
     if pairs is not None:
         samples = pl.concat([samples, _compared_references(samples, pairs)])
-    return Judgements(samples, feedback.frame("feedback"), pairs)
+    repeats = feedback.frame("feedback_repeats") if "feedback_repeats" in feedback.tables else None
+    return Judgements(samples, feedback.frame("feedback"), pairs, repeats)
 
 
 def ratings_and_rankings(
     store: ArtifactStore, rated: str, ranked: str, iteration: int
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The feedback of one experiment and the pairs of another, of the same samples.
+) -> tuple[Judgements, pl.DataFrame]:
+    """The judgements of one experiment and the pairs of another, of the same samples.
 
     Raises:
         SettingsError: one of them has no such feedback, or they have no sample in common.
@@ -98,7 +108,7 @@ def ratings_and_rankings(
             f"{rated} and {ranked} have no sample in common in iteration {iteration}; they must agree in task, prompts, "
             "policy, sampling and seed, and from iteration 2 on in their checkpoints"
         )
-    return ratings.feedback, rankings.pairs
+    return ratings, rankings.pairs
 
 
 def _compared_references(samples: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:

@@ -82,6 +82,18 @@ DATAPOOL = pl.Schema(
 SPAN = pl.Struct({"start": pl.Int32, "end": pl.Int32, "score": pl.Float64})
 """A scored stretch of a text: characters from ``start`` to before ``end``; a higher score is worse."""
 
+FEEDBACK_REPEATS = pl.Schema(
+    {
+        "sample_id": pl.String,  # key, with aspect and repeat
+        "aspect": pl.String,
+        "repeat": pl.Int32,  # 0, 1, … of a question that the judge was asked several times
+        "value": pl.Float64,
+        "label": pl.String,
+        "status": pl.String,  # one of STATUSES
+        "call_key": pl.String,  # row of the ledger of judge calls
+    }
+)
+
 FEEDBACK_SPANS = pl.Schema(
     {
         "sample_id": pl.String,  # key, with aspect, start and end

@@ -70,7 +70,8 @@ class Job(Settings):
         "into `beside`); None: none are.",
     )
     policy_log_probs: str | None = Field(
-        None, description="The same under the policy that the training starts from, for training.density_ratio."
+        None,
+        description="The same under the policy that the training starts from, for training.density_ratio.",
     )
     out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
     beside: str | None = Field(

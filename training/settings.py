@@ -205,7 +205,9 @@ class Training(Settings):
         if self.density_ratio is not None:
             name, needs = self.objective.name, self.objective.needs
             if "score head" in needs:
-                raise ValueError(f"density_ratio: {name} trains a reward model, which draws no samples; remove it")
+                raise ValueError(
+                    f"density_ratio: {name} trains a reward model, which draws no samples; remove it"
+                )
             if {"groups", "rewards"} <= needs:
                 raise ValueError(f"density_ratio: the loss of {name} has this ratio already; remove it")
         if self.lora is not None and self.trainable_layers is not None:

@@ -349,9 +349,7 @@ def _reweigh(
     else:
         bare = [replace(example, reference=None, second=None) for example in examples]
         table = job.policy_log_probs, POLICY_TABLE
-        known = _tabulate(
-            job, table, model, bare, replace(collator, apart=False), arguments, reporter
-        )
+        known = _tabulate(job, table, model, bare, replace(collator, apart=False), arguments, reporter)
     log_probs = [example.reference_log_probs or [] for example in known]
     ratios = density_ratios(examples, log_probs, settings, job.rows)
     weighed = reweighted(examples, ratios)

@@ -49,6 +49,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "generations": tables.GENERATIONS,
     "feedback": tables.FEEDBACK,
     "pairs": PAIRS,
+    "feedback_repeats": tables.FEEDBACK_REPEATS,
     "feedback_spans": tables.FEEDBACK_SPANS,
     "datapool": tables.DATAPOOL,
     "examples": tables.EXAMPLES,

@@ -318,6 +318,9 @@ def test_repeats_are_averaged(loop: Loop) -> None:
     assert set(loop.endpoint.asked.values()) == {3}
     rows = loop.rows()
     assert set(rows["value"]) == {4.0} and set(rows["call_keys"].list.n_unique()) == {3}
+    given = loop.artifact(REWARD).frame("feedback_repeats").sort("sample_id", "value")
+    assert given["value"].to_list() == [2.0, 3.0, 7.0] * PROMPTS * SAMPLES
+    assert set(given["call_key"]) == set(rows["call_keys"].explode())
     # Another repeat is asked once; the three before it are paid for.
     loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": 4}
     loop.configure({"ask": "rating", "template": "rating", "repeats": 4})
@@ -356,11 +359,12 @@ def test_ratings_against_rankings_in_the_store(loop: Loop) -> None:
         if "RESPONSE A" in shown
         else {"analysis": ".", "rating": 1 + quality(shown["RESPONSE"]) // 143}
     )
-    loop.configure({"ask": "rating", "template": "rating"}, TEXT)
+    loop.configure({"ask": "rating", "template": "rating", "repeats": 2}, TEXT)
     loop.configure(RANKING)
     for name in (TEXT, REWARD):
         loop.run(name)
     found = json.loads(loop.textalign("consistency", TEXT, REWARD, "-k", "1", "--json"))
+    assert found["rating_repeats"]["agreement"]["value"] == 1.0, "the endpoint says the same twice"
     pairs = PROMPTS * SAMPLES * (SAMPLES - 1) // 2
     assert found["coverage"] == {"pairs": pairs, "ranked": pairs, "rated": pairs, "both": pairs}
     texts = loop.rows().select("prompt", "shown").rows()
@@ -372,6 +376,25 @@ def test_ratings_against_rankings_in_the_store(loop: Loop) -> None:
     assert found["agreement"]["agreement"]["value"] == pytest.approx(same / pairs)
     refused = CliRunner().invoke(main, ["consistency", REWARD, TEXT, "-k", "1"])
     assert refused.exit_code == 1 and "compared no samples" in refused.stderr
+
+
+def test_a_reward_model_beside_the_consistency_of_its_judge(loop: Loop) -> None:
+    """The second answer is the same for all texts: it agrees with half of what the first one decides."""
+    loop.endpoint.rule = lambda shown, before: {
+        "analysis": ".",
+        "rating": 4 if before else 1 + quality(shown["RESPONSE"]) // 143,
+    }
+    loop.configure(
+        {"ask": "rating", "template": "rating", "repeats": 2},
+        method={"name": "rm_ratings", "scale": [1, 7]},
+        datapool={"shares": None, "samples": None, "drop_factor": 1.0},
+        evaluation={"prompts": 4, "samples_per_prompt": 3},
+        control=None,
+        training={"max_length": 256, "epochs": 1, "objective": {"name": "rating"}},
+    )
+    assert "consistency" in loop.textalign("run", REWARD)
+    scores = loop.artifact(REWARD, "evaluation").frame("scores")
+    assert scores.filter(metric="judge_consistency")["value"].to_list() == [0.5]
 
 
 def test_a_scorer_instead_of_a_judge(loop: Loop) -> None:

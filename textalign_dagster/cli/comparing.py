@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     default="plain",
     help="Of the file RANKINGS; as in import.",
 )
+@click.option("--ratings-again", type=FILE, help="The ratings of the same judge asked again.")
+@click.option("--rankings-again", type=FILE, help="The rankings of the same judge asked again.")
 @click.option(
     "--iteration", "-k", type=click.IntRange(min=1), help="RATINGS and RANKINGS are experiments: of this one."
 )
@@ -47,6 +49,8 @@ def consistency(
     rankings: str,
     ratings_format: str,
     rankings_format: str,
+    ratings_again: Path | None,
+    rankings_again: Path | None,
     iteration: int | None,
     margin: float,
     as_json: bool,
@@ -55,7 +59,8 @@ def consistency(
 
     RATINGS and RANKINGS are files, or with --iteration two experiments whose judges looked at the same samples
     (`ask: rating` and `ask: ranking`). Shows the 3×3 matrix, agreement, agreement where both decide, Cohen's kappa,
-    coverage and position bias, with 95 % intervals from resampling prompts.
+    coverage and position bias, with 95 % intervals from resampling prompts. How often the judge agrees with itself is
+    shown beside it, where it was asked again: files of a second round, or an experiment with `judge.repeats`.
 
     \b
     Examples:
@@ -65,21 +70,31 @@ def consistency(
     from textalign_dagster.judging.consistency import consistency as compare
     from textalign_dagster.judging.convert import read_feedback
 
+    again: dict[str, Any] = {}
     if iteration is None:
         files = read_feedback(Path(ratings), ratings_format), read_feedback(Path(rankings), rankings_format)
         told = [f"{path}: {found.summary()}" for path, found in zip((ratings, rankings), files, strict=True)]
         rated, ranked, identical = files[0].feedback, files[1].pairs_as_read, files[1].identical
         if ranked.is_empty():
             raise SettingsError(f"{rankings}: holds no rankings of pairs; give a file of them second")
+        if ratings_again is not None:
+            again["repeated_ratings"] = rated, read_feedback(ratings_again, ratings_format).feedback
+        if rankings_again is not None:
+            again["repeated_pairs"] = read_feedback(rankings_again, rankings_format).pairs_as_read
+    elif ratings_again is not None or rankings_again is not None:
+        raise SettingsError(
+            "--ratings-again, --rankings-again: these are files; experiments are asked again with judge.repeats"
+        )
     else:
         from resources.stored_feedback import ratings_and_rankings
 
         first, second = library_of(ratings)[1], library_of(rankings)[1]
-        rated, ranked = ratings_and_rankings(open_store(), first, second, iteration)
+        found, ranked = ratings_and_rankings(open_store(), first, second, iteration)
+        rated, again["repeated_ratings"] = found.feedback, found.rounds
         identical = ()
         told = [f"{first}: {rated.height:,} ratings", f"{second}: {ranked.height:,} pairs"]
     try:
-        report = compare(rated, ranked, margin=margin)
+        report = compare(rated, ranked, margin=margin, **again)
     except ValueError as error:
         raise SettingsError(f"{ratings}, {rankings}: {error}") from None
     if as_json:
@@ -104,6 +119,9 @@ def consistency(
     if report.position.first_wins.value is not None:
         click.echo(f"calls won by the response shown first: {_told(report.position.first_wins)}")
     click.echo(f"pairs in which the same place won twice: {_told(report.position.flips)}")
+    for name, repeats in (("ratings", report.rating_repeats), ("rankings", report.ranking_repeats)):
+        if repeats is not None:
+            click.echo(f"the judge with itself, {name} asked again: agreement {_told(repeats.agreement)}")
 
 
 def _print_agreement(found: Agreement) -> None:

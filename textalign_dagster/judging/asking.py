@@ -45,12 +45,14 @@ class Judged:
     Attributes:
         rows: FEEDBACK, exactly one row a sample, in the order of the samples.
         pairs: PAIRS, where samples were compared.
+        repeats: FEEDBACK_REPEATS, where questions were asked several times.
         spans: FEEDBACK_SPANS, where the feedback points into the texts.
         facts: what it took: calls, usd, ….
     """
 
     rows: pl.DataFrame
     pairs: pl.DataFrame | None = None
+    repeats: pl.DataFrame | None = None
     spans: pl.DataFrame | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 

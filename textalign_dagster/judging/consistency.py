@@ -79,7 +79,7 @@ def consistency(
     ratings: pl.DataFrame,
     pairs: pl.DataFrame,
     *,
-    repeated_ratings: pl.DataFrame | None = None,
+    repeated_ratings: tuple[pl.DataFrame, pl.DataFrame] | None = None,
     repeated_pairs: pl.DataFrame | None = None,
     margin: float = 0.0,
     resamples: int = 1000,
@@ -91,7 +91,9 @@ def consistency(
     Args:
         ratings: sample_id, value, status; one row a sample (FEEDBACK, one aspect).
         pairs: prompt_id, sample_a, sample_b, winner, favoured, status; one row a pair (PAIRS).
-        repeated_ratings, repeated_pairs: the same asked again.
+        repeated_ratings: two rounds of ratings by the same judge. (``ratings`` may be means of them, which
+            agree with each other more than single ones do.)
+        repeated_pairs: the pairs asked again.
         margin: ratings that differ by no more than this tie.
 
     Raises:
@@ -100,13 +102,13 @@ def consistency(
     agree = partial(agreement, resamples=resamples, level=level, seed=seed)
     direct, rated = ranked(pairs), rated_pairs(pairs, ratings, margin)
     both = _joined(rated, direct)
-    rated_again = rated_pairs(pairs, repeated_ratings, margin) if repeated_ratings is not None else None
+    rounds = [rated_pairs(pairs, one, margin) for one in repeated_ratings or ()]
     ranked_again = ranked(oriented(repeated_pairs)) if repeated_pairs is not None else None
     return Consistency(
         agreement=agree(both),
         coverage=Coverage(pairs.height, direct.height, rated.height, both.height),
         position=position_bias(pairs, resamples=resamples, level=level, seed=seed),
-        rating_repeats=agree(_joined(rated, rated_again)) if rated_again is not None else None,
+        rating_repeats=agree(_joined(*rounds)) if rounds else None,
         ranking_repeats=agree(_joined(oriented(direct), ranked_again)) if ranked_again is not None else None,
     )
 

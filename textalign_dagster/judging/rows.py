@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import polars as pl
 
 from textalign_dagster.judging.parsing import PARSER_VERSION
 from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Verdict
-from textalign_dagster.tables import FEEDBACK
+from textalign_dagster.tables import FEEDBACK, FEEDBACK_REPEATS
 
 
 def scorer_of(template: Template, judge: str) -> tuple[str, str]:
@@ -19,6 +19,11 @@ def scorer_of(template: Template, judge: str) -> tuple[str, str]:
         judge: the judge's snapshot name, e.g. ``gpt-4o-2024-08-06``.
     """
     return f"{judge} / {template.name}", template.label_version
+
+
+def aspect_of(template: Template) -> str:
+    """The column ``aspect``: what is judged."""
+    return template.aspect or template.name
 
 
 def feedback_rows(
@@ -37,7 +42,7 @@ def feedback_rows(
     rows = [
         {
             "sample_id": sample_id,
-            "aspect": template.aspect or template.name,
+            "aspect": aspect_of(template),
             "kind": template.kind,
             "value": verdict.value,
             "label": verdict.label,
@@ -52,3 +57,19 @@ def feedback_rows(
         for sample_id, verdict, keys in zip(sample_ids, verdicts, call_keys, strict=True)
     ]
     return pl.DataFrame(rows, FEEDBACK)
+
+
+def repeat_rows(
+    template: Template, verdicts: Mapping[str, Sequence[Verdict]], call_keys: Mapping[str, Sequence[str]]
+) -> pl.DataFrame:
+    """Rows of FEEDBACK_REPEATS, in the order of the samples.
+
+    Args:
+        verdicts, call_keys: of each sample, in the order of the repeats.
+    """
+    rows = [
+        (sample_id, aspect_of(template), repeat, verdict.value, verdict.label, verdict.status, key)
+        for sample_id, given in verdicts.items()
+        for repeat, (verdict, key) in enumerate(zip(given, call_keys[sample_id], strict=True))
+    ]
+    return pl.DataFrame(rows, FEEDBACK_REPEATS, orient="row")

@@ -20,7 +20,7 @@ from textalign_dagster.judging.asking import (
 from textalign_dagster.judging.parsing import parse, parse_group
 from textalign_dagster.judging.rendering import Call, Item, group_call, single_call
 from textalign_dagster.judging.repeats import combined
-from textalign_dagster.judging.rows import feedback_rows
+from textalign_dagster.judging.rows import feedback_rows, repeat_rows
 from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Verdict, skipped
 
@@ -59,7 +59,9 @@ class Singles:
         ids = [sample.sample_id for sample in self._samples]
         found = [combined(verdicts[i]) if i in verdicts else skipped(NO_REFERENCE) for i in ids]
         rows = feedback_rows(self._template, self._judge, ids, found, [keys[i] for i in ids])
-        return Judged(rows)
+        if self._repeats == 1:
+            return Judged(rows)
+        return Judged(rows, repeats=repeat_rows(self._template, verdicts, keys))
 
     def _call(self, group: Sequence[Sample]) -> Call:
         items = [Item(s.prompt, s.text, s.reference) for s in group]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import polars as pl
 
-from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, estimate, ratio_sums
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, estimate, mean_sums, ratio_sums
 from textalign_dagster.measures.correlation import correlation
 
 BINS = 10
@@ -16,16 +18,25 @@ TITLES = {
     "pair_accuracy": "pair accuracy",
     "rank_correlation": "rank correlation with the feedback",
     "calibration_error": "calibration error",
+    "judge_consistency": "consistency of the judge",
     "longer_preferred": "excess preference for the longer text",
 }
 """Metric → title, in the order of reporting."""
 
 
-def reward_model_scores(samples: pl.DataFrame, resamples: int = RESAMPLES) -> list[tuple[str, Estimate]]:
+def reward_model_scores(
+    samples: pl.DataFrame,
+    resamples: int = RESAMPLES,
+    *,
+    repeats: pl.DataFrame | None = None,
+    comparisons: pl.DataFrame | None = None,
+) -> list[tuple[str, Estimate]]:
     """Every metric of :data:`TITLES` that is defined.
 
     Args:
         samples: see :func:`decided_pairs`.
+        repeats: see :func:`judge_consistency`, without prompt_id and text.
+        comparisons: see :func:`order_consistency`.
     """
     pairs = decided_pairs(samples)
     error, prompts = calibration_error(pairs), pairs["prompt_id"].n_unique()
@@ -35,6 +46,11 @@ def reward_model_scores(samples: pl.DataFrame, resamples: int = RESAMPLES) -> li
         "calibration_error": Estimate(error, None, None, prompts, pairs.height),
         "longer_preferred": longer_preferred(pairs, resamples=resamples),
     }
+    if repeats is not None:
+        known = repeats.join(samples.select("sample_id", "prompt_id", "text"), on="sample_id")
+        found["judge_consistency"] = judge_consistency(known, resamples=resamples)
+    elif comparisons is not None:
+        found["judge_consistency"] = order_consistency(comparisons, resamples=resamples)
     return [(name, one) for name, one in found.items() if one.value is not None]
 
 
@@ -68,6 +84,38 @@ def pair_accuracy(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimat
     ).to_series()
     sums = ratio_sums(right.to_list(), np.ones(pairs.height), pairs["prompt_id"].to_list())
     return estimate(sums, resamples=resamples)
+
+
+def judge_consistency(repeats: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
+    """The pair accuracy of a judge's answers against its other answers to the same questions.
+
+    A reward model that learns from single answers of the judge cannot be expected to agree with it more than
+    the judge does with itself. Every answer is held against every other one.
+
+    Args:
+        repeats: sample_id, prompt_id, text, repeat, value.
+    """
+    rounds = [
+        one.drop("repeat") for one in repeats.sort("repeat").partition_by("repeat", maintain_order=True)
+    ]
+    pairs = [
+        decided_pairs(one.join(other.select("sample_id", reward="value"), on="sample_id"))
+        for one, other in permutations(rounds, 2)
+    ]
+    return pair_accuracy(pl.concat(pairs), resamples=resamples)
+
+
+def order_consistency(comparisons: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
+    """How often a judge that compares prefers the same text in both orders.
+
+    Args:
+        comparisons: prompt_id, winner, favoured, status; equal texts, of which the judge was not asked, are left out.
+    """
+    asked = comparisons.filter(
+        (pl.col("status") == "ok") & ((pl.col("winner") != "tie") | pl.col("favoured").is_not_null())
+    )
+    same = (asked["winner"] != "tie").cast(pl.Float64)
+    return estimate(mean_sums(same.to_list(), asked["prompt_id"].to_list()), resamples=resamples)
 
 
 def longer_preferred(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:

@@ -17,7 +17,11 @@ from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.kto import KTO
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
-from textalign_dagster.methods.reward_models import RankingRewardModel, RatedPairsRewardModel, RatingRewardModel
+from textalign_dagster.methods.reward_models import (
+    RankingRewardModel,
+    RatedPairsRewardModel,
+    RatingRewardModel,
+)
 from textalign_dagster.methods.sft import SFT
 from textalign_dagster.methods.steerlm import SteerLM
 from textalign_dagster.methods.unlikelihood import Unlikelihood

@@ -19,7 +19,7 @@ from textalign_dagster.tables import EVALUATION_SAMPLES, FEEDBACK, GENERATIONS, 
 STAGES = {
     "prompt_draws": ["prompt_draws"],
     "generations": ["generations"],
-    "feedback": ["feedback", "pairs", "feedback_spans"],
+    "feedback": ["feedback", "pairs", "feedback_repeats", "feedback_spans"],
     "datapool": ["datapool", "examples"],
     "checkpoint": ["checkpoints"],
     "evaluation": ["scores", "evaluation_samples", "rewards", "candidates"],

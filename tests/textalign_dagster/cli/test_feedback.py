@@ -47,6 +47,19 @@ def test_consistency_is_told(files: tuple[str, str]) -> None:
     assert "agreement where both decide: 0.500, n = 2" in told
 
 
+def test_a_judge_that_was_asked_again(files: tuple[str, str], tmp_path: Path) -> None:
+    """apple > stone: both times. apple = pear: again apple > pear. stone < pear: both times. Rankings: two of three."""
+    again = tmp_path / "again.csv"
+    again.write_text(RATINGS.replace("pear,7", "pear,6"), encoding="utf-8")
+    ranked = tmp_path / "ranked_again.csv"
+    ranked.write_text(RANKINGS.replace("equal", "(a)"), encoding="utf-8")
+    told = consistency(files, "--ratings-again", str(again), "--rankings-again", str(ranked)).stdout
+    assert "the judge with itself, ratings asked again: agreement 0.667, n = 3" in told
+    assert "the judge with itself, rankings asked again: agreement 0.667, n = 3" in told
+    refused = textalign("consistency", "a", "b", "-k", "1", "--ratings-again", str(again))
+    assert refused.exit_code == 1 and "asked again with judge.repeats" in refused.stderr
+
+
 def test_what_a_file_of_verdicts_cannot_show_is_not_shown(files: tuple[str, str]) -> None:
     told = consistency(files).stdout
     assert "shown first" not in told

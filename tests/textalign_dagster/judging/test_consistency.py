@@ -146,7 +146,7 @@ def test_the_judge_against_itself() -> None:
     found = consistency(
         RATED,
         RANKED,
-        repeated_ratings=ratings({"s1": 6, "s2": 6, "s3": 5}),
+        repeated_ratings=(RATED, ratings({"s1": 6, "s2": 6, "s3": 5})),
         repeated_pairs=again,
         resamples=50,
     )

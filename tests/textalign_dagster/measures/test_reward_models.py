@@ -10,7 +10,9 @@ import pytest
 from textalign_dagster.measures.reward_models import (
     calibration_error,
     decided_pairs,
+    judge_consistency,
     longer_preferred,
+    order_consistency,
     pair_accuracy,
     reward_model_scores,
 )
@@ -48,6 +50,34 @@ def test_the_longer_text() -> None:
     """Model: 1/2 for the longer text in (a, b), the longer one in (a, c). Feedback: the longer, the shorter."""
     found = longer_preferred(decided_pairs(SAMPLES), resamples=200)
     assert found.value == pytest.approx(((0.5 - 1) + (1 - 0)) / 2)
+
+
+def test_a_judge_against_itself() -> None:
+    """Prompt p: 3 > 1 then 2 > 1: right both ways. Prompt q: 1 > 0, then equal (a half), which decides nothing."""
+    rounds = pl.DataFrame(
+        [
+            ("a", "p", "x", 0, 3.0), ("b", "p", "y", 0, 1.0), ("c", "q", "x", 0, 1.0), ("d", "q", "y", 0, 0.0),
+            ("a", "p", "x", 1, 2.0), ("b", "p", "y", 1, 1.0), ("c", "q", "x", 1, 5.0), ("d", "q", "y", 1, 5.0),
+        ],
+        schema=["sample_id", "prompt_id", "text", "repeat", "value"], orient="row",
+    )  # fmt: skip
+    found = judge_consistency(rounds, resamples=50)
+    assert found.value == pytest.approx((1 + 0.5 + 1) / 3) and (found.n, found.rows) == (2, 3)
+    third = rounds.filter(repeat=0).with_columns(repeat=pl.lit(2, pl.Int64), value=-pl.col("value"))
+    three = judge_consistency(pl.concat([rounds, third]), resamples=50)
+    # Rounds 0 and 2 are opposite: four pairs, all wrong. Rounds 1 and 2: p wrong twice, q a half once.
+    assert three.value == pytest.approx((2.5 + 0 + 0.5) / (3 + 4 + 3))
+
+
+def test_a_judge_in_both_orders() -> None:
+    rows = [("p", "a", None, "ok"), ("p", "tie", "first", "ok"), ("p", "tie", None, "ok"), ("q", None, None, "failed"),
+            ("q", "b", None, "ok")]  # fmt: skip
+    pairs = pl.DataFrame(rows, schema=["prompt_id", "winner", "favoured", "status"], orient="row")
+    found = order_consistency(pairs, resamples=50)
+    assert found.value == pytest.approx(2 / 3) and found.rows == 3
+    samples = dict(reward_model_scores(SAMPLES, 50, comparisons=pairs))
+    assert samples["judge_consistency"].value == found.value
+    assert "judge_consistency" not in dict(reward_model_scores(SAMPLES, 50))
 
 
 def test_calibration() -> None:

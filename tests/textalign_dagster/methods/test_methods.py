@@ -26,6 +26,7 @@ from textalign_dagster.methods import (
     NoFeedback,
     Quark,
     RankingRewardModel,
+    RatedPairsRewardModel,
     RatingRewardModel,
     SteerLM,
     Unlikelihood,
@@ -62,6 +63,7 @@ METHODS: list[Method] = [
     CSFT(),
     RatingRewardModel(),
     RankingRewardModel(),
+    RatedPairsRewardModel(),
 ]
 
 
@@ -195,3 +197,9 @@ def test_what_holds_of_every_method(method: Method) -> None:
     else:
         with pytest.raises(NotImplementedError):
             method.label(ROWS)
+
+
+def test_rated_pairs_are_always_of_ratings() -> None:
+    assert RatedPairsRewardModel().objectives == ("bradley_terry",)
+    with pytest.raises(ValidationError, match="pairs_from"):
+        RatedPairsRewardModel(pairs_from="comparisons")  # type: ignore[arg-type]
