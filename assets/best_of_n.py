@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from assets.stage import Stage
-from assets.verdicts import readable_failures
+from assets.verdicts import Judging, readable_failures
 from resources.configured import SamplerResource
 from resources.rewards.scoring import score_samples
 from resources.rewards.trained import located
@@ -23,7 +23,9 @@ NAME = "best of {n}"
 """The baseline's name in the scores."""
 
 
-def ranked(stage: Stage, sampler: SamplerResource, candidates: pl.DataFrame) -> pl.DataFrame:
+def ranked(
+    stage: Stage, sampler: SamplerResource, candidates: pl.DataFrame, judging: Judging
+) -> pl.DataFrame:
     """The candidates with ``rank_score``, higher is better; NULL where the ranker cannot score a text.
 
     Args:
@@ -31,7 +33,10 @@ def ranked(stage: Stage, sampler: SamplerResource, candidates: pl.DataFrame) -> 
     """
     columns = ("sample_id", "prompt_id", "prompt", "reference", "text", "finish_reason")
     scorer, shown = ranker(stage.experiment), candidates.select(columns)
-    if scorer is None:
+    judge = "evaluation.best_of_n.judge"
+    if judge in stage.experiment.evaluating_judges:
+        found = judging.ask(judge, shown, "best of n").rows
+    elif scorer is None:
         found = stage.experiment.task.feedback(shown, "reward")
     else:
         if not isinstance(scorer, TextScorer):

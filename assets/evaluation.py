@@ -100,10 +100,10 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
 
     inputs = {"trained_policy": own.policy_hash, "base_policy": base.policy_hash, **own.inputs}
     inputs |= trained.inputs(evaluation_scorer(stage.experiment), stage.store)
-    if candidates is not None:
+    if candidates is not None:  # a judge has no such inputs
         inputs |= trained.inputs(ranker(stage.experiment), stage.store)
     source = evaluation_source(measuring.prompts)
-    again = {} if stage.experiment.evaluation.judge is None else sent_again(stage, iteration)
+    again = sent_again(stage, iteration) if stage.experiment.evaluating_judges else {}
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)
 
 

@@ -18,7 +18,7 @@ from assets import best_of_n
 from assets.exemplars import exemplars_of
 from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
-from assets.verdicts import judged, scored
+from assets.verdicts import Judging, judged, scored
 from resources.configured import SamplerResource
 from resources.engines import chunks as sampled_chunks
 from resources.engines.sampler import Decoding, Request
@@ -227,10 +227,10 @@ class Measuring:
         """Writes the tables of an evaluation of these subjects, and of the best of a policy's candidates."""
         frames = [self._samples(subject) for subject in subjects]
         scores: list[pl.DataFrame] = []
-        settings = self.experiment.evaluation
+        settings, judging = self.experiment.evaluation, Judging(self.stage, draft)
         if candidates is not None and settings.best_of_n is not None:
             with seconds.of("ranking"):
-                ranked = best_of_n.ranked(self.stage, self.sampler, self._samples(candidates))
+                ranked = best_of_n.ranked(self.stage, self.sampler, self._samples(candidates), judging)
             listed = ranked.select("prompt_id", "text", candidate_id="sample_id", score="rank_score")
             draft.write("candidates", listed.select(*CANDIDATES), CANDIDATES)
             for n in settings.best_of_n.n:
@@ -247,7 +247,8 @@ class Measuring:
         with seconds.of("scoring"):
             samples = scored(self.stage, self.sampler, samples, draft)
         with seconds.of("judging"):
-            samples = judged(self.stage, samples, draft)
+            samples = judged(self.stage, samples, judging, draft)
+            judging.write()
         kept: list[pl.DataFrame] = []
         with seconds.of("measuring"):
             for subject, frame in zip(subjects, frames, strict=True):

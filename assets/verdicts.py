@@ -1,5 +1,6 @@
 """Scores and judgements of an evaluation's samples, and judge calls that failed."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -16,6 +17,7 @@ from resources.rewards.scoring import ScoringError, score_samples
 from resources.rewards.trained import located
 from resources.store import Artifact, Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
+from textalign_dagster.judging import Judged
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.loop.abandoned import BATCHES_TAG
 from textalign_dagster.scorers.base import TextScorer
@@ -39,39 +41,72 @@ def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft:
     return samples.with_columns(score=found["score"], label=found["label"])
 
 
-def judged(stage: Stage, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
-    """``samples`` with the verdicts of the evaluation's judge, except on probes.
+class Judging:
+    """The LLM judges of one evaluation; what they say is written as one table."""
 
-    Raises:
-        dg.Failure: the judge cannot be reached, or too many of its calls failed.
-    """
+    def __init__(self, stage: Stage, draft: Draft) -> None:
+        self._stage, self._draft = stage, draft
+        self._rows: list[pl.DataFrame] = []
+        self._facts: dict[str, Any] = {}
+
+    def ask(self, field: str, samples: pl.DataFrame, purpose: str) -> Judged:
+        """What the judge in a field of the experiment says of samples.
+
+        Args:
+            samples: sample_id, prompt_id, prompt, reference, text.
+
+        Raises:
+            dg.Failure: the judge cannot be reached, or too many of its calls failed.
+        """
+        from resources.judges.ask import ask_judge  # needs the extra `judges`
+
+        stage = self._stage
+        with readable_failures(stage, f"{field}: "):
+            found = ask_judge(
+                stage.experiment.evaluating_judges[field],
+                samples.select("sample_id", "prompt_id", "prompt", "reference", "text"),
+                kind=None,
+                store=stage.store,
+                report=stage.report(),
+                retry_before=stage.retry_before,
+                purpose=f"{stage.cell.key} {purpose}",
+            )
+        failed = found.rows.filter(status="failed")
+        if failed.height > stage.experiment.checks.max_unusable_feedback * found.rows.height:
+            raise dg.Failure(
+                f"{field}: {failed.height:,} of {found.rows.height:,} judgements failed, e.g. "
+                f"{failed['reason'][0]} (limit: checks.max_unusable_feedback); {RETRY}. Samples and replies are kept",
+                allow_retries=False,
+            )
+        self._rows.append(found.rows)
+        self._facts = _together(self._facts, found.facts)
+        return found
+
+    def write(self) -> None:
+        """Writes what was said, and what it took."""
+        if self._rows:
+            self._draft.write("judgements", pl.concat(self._rows), FEEDBACK)
+            self._draft.record(**self._facts)
+
+
+def _together(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """What both took: numbers and counts of models are added; None: not known."""
+    if not facts:
+        return more
+    known = {name: (facts[name], value) for name, value in more.items() if name != "reply_models"}
+    sums = {name: None if None in both else sum(both) for name, both in known.items()}
+    return sums | {"reply_models": dict(Counter(facts["reply_models"]) + Counter(more["reply_models"]))}
+
+
+def judged(stage: Stage, samples: pl.DataFrame, judging: Judging, draft: Draft) -> pl.DataFrame:
+    """``samples`` with the verdicts of the evaluation's judge, except on probes; raises as `Judging.ask`."""
     judge = stage.experiment.evaluation.judge
     if judge is None:
         return samples
-    from resources.judges.ask import ask_judge  # needs the extra `judges`
-
     asked = samples.filter(pl.col("role") != "probe")
     if judge.ask == "win":  # comparing a reference with itself is meaningless
         asked = asked.filter(~pl.col("by_people"))
-    with readable_failures(stage, "evaluation.judge: "):
-        found = ask_judge(
-            judge,
-            asked.select("sample_id", "prompt_id", "prompt", "reference", "text"),
-            kind=None,
-            store=stage.store,
-            report=stage.report(),
-            retry_before=stage.retry_before,
-            purpose=f"{stage.cell.key} evaluation",
-        )
-    failed = found.rows.filter(status="failed")
-    if failed.height > stage.experiment.checks.max_unusable_feedback * found.rows.height:
-        raise dg.Failure(
-            f"evaluation.judge: {failed.height:,} of {found.rows.height:,} judgements failed, e.g. "
-            f"{failed['reason'][0]} (limit: checks.max_unusable_feedback); {RETRY}. Samples and replies are kept",
-            allow_retries=False,
-        )
-    draft.write("judgements", found.rows, FEEDBACK)
-    draft.record(**found.facts)
+    found = judging.ask("evaluation.judge", asked, "evaluation")
     if found.pairs is not None:
         draft.record(comparisons=pair_figures(found.pairs))
     unusable = pl.col("status").is_in(["unparseable", "failed"]).cast(pl.Float64)

@@ -5,7 +5,9 @@
 
 A policy (the embedded one) trains for an epoch on made-up rows of 20 to 160 tokens, the same ones in both, with
 the same number of rows a step and AdamW in float32. Both put rows of similar length together; TRL is also run
-without, as it does by default. GRPO is left out: TRL's trainer samples in between. Of each kind the fastest of
+without, as it does by default. GRPO's samples, four of a prompt, are given to TRL's trainer where it would sample:
+before each step, as by default (it needs no log-probabilities of the policy that sampled then), or once for all
+steps, as an experiment samples. Of each kind the fastest of
 ``--repeats`` trainings counts: the steps, and the log-probabilities of the reference. Reading and tokenising
 rows, loading and saving models do not count.
 """
@@ -27,7 +29,11 @@ from training.job import Job
 from training.train import run
 
 SHORTEST, MAX_LENGTH = 20, 256
-TRAININGS = ("sft", "dpo", "kto")
+TRAININGS = ("sft", "dpo", "kto", "grpo")
+GROUP = 4
+
+
+SORTED, ONCE = "TRL, sorted by length", "TRL, one sampling for all steps"
 
 
 class Stopwatch:
@@ -69,34 +75,40 @@ def main() -> None:
         if options.only not in (None, name):
             continue
         rows = made_up(options.policy, options.rows, name)
-        kinds = {"here": None, "TRL, sorted by length": True, "TRL, as it is by default": False}
+        kinds = ["here", SORTED, "TRL, as it is by default"]
+        if name == "grpo":
+            kinds.append(ONCE)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for _ in range(options.repeats):
-            for kind, by_length in kinds.items():
+            for kind in kinds:
                 with tempfile.TemporaryDirectory() as folder:
-                    if by_length is None:
+                    if kind == "here":
                         spent = ours(name, rows, Path(folder), options)
+                    elif name == "grpo":
+                        spent = their_grpo(rows, Path(folder), options, kind)
                     else:
-                        spent = theirs(name, rows, Path(folder), options, by_length)
+                        spent = theirs(name, rows, Path(folder), options, kind == SORTED)
                 seconds[kind].append(spent)
         print(f"{name}: {options.rows} texts of {SHORTEST} to {LONGEST} tokens in steps of {options.batch}")
         for kind, times in seconds.items():
-            print(f"  {kind:26} {min(times):6.2f} s  {min(times) / min(seconds['here']):.2f}")
+            print(f"  {kind:32} {min(times):6.2f} s  {min(times) / min(seconds['here']):.2f}")
 
 
 def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
-    """Texts with a third of their tokens as prompt; those of a pair have one prompt."""
+    """Texts with a third of their tokens as prompt; those of a pair or group have one prompt."""
     piece, rng = one_token(policy), np.random.default_rng(0)
     lengths = rng.integers(SHORTEST, LONGEST - 1, count)
-    prompts = lengths // 3 if name != "dpo" else np.repeat(lengths[::2] // 3, 2)
+    size = {"dpo": 2, "grpo": GROUP}.get(name, 1)
+    prompts = np.repeat(lengths[::size] // 3, size)
     chosen = [i % 2 == 0 for i in range(count)]
     return pl.DataFrame(
         {
             # Prompts differ, so that texts can be read after another one.
-            "prompt": [f"{i if name != 'dpo' else i // 2}{piece * n}" for i, n in enumerate(prompts)],
+            "prompt": [f"{i // size}{piece * n}" for i, n in enumerate(prompts)],
             "text": [piece * max(4, n - p) for n, p in zip(lengths, prompts, strict=True)],
             "chosen": chosen,
-            "group": [i // 2 for i in range(count)],
+            "group": [i // max(size, 2) for i in range(count)],
+            "reward": rng.normal(size=count),
         }
     )
 
@@ -116,15 +128,19 @@ def ours(name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespac
         finish_reason=pl.lit("stop"),
         n_tokens=pl.lit(1),
         weight=pl.lit(1.0),
-        role=pl.lit("only") if name == "sft" else role,
-        group_id=pl.col("group").cast(pl.String) if name == "dpo" else pl.lit(None, dtype=pl.String),
+        role={"sft": pl.lit("only"), "grpo": pl.lit("member")}.get(name, role),
+        group_id=pl.col("group").cast(pl.String)
+        if name in ("dpo", "grpo")
+        else pl.lit(None, dtype=pl.String),
+        reward="reward",
         second_prompt=pl.Series([rows["prompt"][(i + 1) % count] for i in range(count)])
         if name == "kto"
         else pl.lit(None, dtype=pl.String),
     ).write_parquet(folder / "rows.parquet")
-    objective: dict[str, Any] = (
-        {"name": "nll", "entropy_coef": 0.0, "kl_coef": 0.0} if name == "sft" else {"name": name, "beta": 0.1}
-    )
+    objective: dict[str, Any] = {
+        "sft": {"name": "nll", "entropy_coef": 0.0, "kl_coef": 0.0},
+        "grpo": {"name": "grpo"},
+    }.get(name, {"name": name, "beta": 0.1})
     job = Job.model_validate(
         {
             "rows": str(folder / "rows.parquet"),
@@ -158,21 +174,11 @@ def theirs(
     """By TRL's trainer, with its own reference."""
     import trl
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(options.policy)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer = their_tokenizer(options.policy)
     model, reference = (AutoModelForCausalLM.from_pretrained(options.policy) for _ in range(2))
-    shared: dict[str, Any] = {
-        "output_dir": str(folder),
-        "num_train_epochs": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
+    shared: dict[str, Any] = their_settings(folder) | {
         "max_length": MAX_LENGTH,
         "train_sampling_strategy": "group_by_length" if by_length else "random",
         "remove_unused_columns": not by_length,  # the length would be one
@@ -207,6 +213,79 @@ def theirs(
     watch = Stopwatch()
     watch.around(trainer.train)()
     return watch.seconds
+
+
+def their_grpo(rows: pl.DataFrame, folder: Path, options: argparse.Namespace, kind: str) -> float:
+    """By TRL's GRPO trainer, which is given the samples where it would draw them."""
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = their_tokenizer(options.policy)
+    encoded = {
+        prompt: [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
+        for prompt, texts in rows.group_by("prompt", maintain_order=True).agg("text").iter_rows()
+    }
+    rewards = dict(rows.group_by("prompt").agg("reward").iter_rows())
+
+    def given(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        members = [i % GROUP for i in range(len(prompts))]  # a prompt stands there GROUP times in a row
+        return {
+            "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
+            "completion_ids": [encoded[prompt][i] for prompt, i in zip(prompts, members, strict=True)],
+            "logprobs": None,
+            "known": [rewards[prompt][i] for prompt, i in zip(prompts, members, strict=True)],
+        }
+
+    def reward(known: list[float], **_: Any) -> list[float]:
+        return known
+
+    prompts = list(encoded)
+    if kind == SORTED:
+        prompts.sort(key=lambda prompt: len(prompt) + max(map(len, encoded[prompt])))
+    steps = rows.height // options.batch if kind == ONCE else 1
+    settings = their_settings(folder) | {
+        "per_device_train_batch_size": options.batch,
+        "num_generations": GROUP,
+        "max_completion_length": MAX_LENGTH,
+        "steps_per_generation": steps,
+        "shuffle_dataset": kind != SORTED,
+    }
+    trainer = trl.GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(options.policy),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(**settings),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer,
+        rollout_func=given,
+    )
+    watch = Stopwatch()
+    watch.around(trainer.train)()
+    assert trainer.state.global_step == rows.height // options.batch
+    return watch.seconds
+
+
+def their_tokenizer(policy: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def their_settings(folder: Path) -> dict[str, Any]:
+    """Of transformers' trainer, for each of TRL's."""
+    return {
+        "output_dir": str(folder),
+        "num_train_epochs": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
 
 
 if __name__ == "__main__":

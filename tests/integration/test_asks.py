@@ -18,11 +18,13 @@ from click.testing import CliRunner
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 
+from assets import best_of_n as best_of_n_asset
 from resources.store import Artifact, ArtifactStore
 from resources.views import connect
 from tests.integration.toy_location import defs
 from tests.resources.judges.rule_endpoint import RuleEndpoint, judged_by
 from textalign_dagster.cli.main import main
+from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.abandoned import RETRY_TAG
 from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.settings import write_yaml
@@ -395,6 +397,51 @@ def test_a_reward_model_beside_the_consistency_of_its_judge(loop: Loop) -> None:
     assert "consistency" in loop.textalign("run", REWARD)
     scores = loop.artifact(REWARD, "evaluation").frame("scores")
     assert scores.filter(metric="judge_consistency")["value"].to_list() == [0.5]
+
+
+def test_a_judge_takes_the_best_of_n(loop: Loop) -> None:
+    """The ranking judge compares the candidates, another one rates the choice; the task trains."""
+    loop.endpoint.rule = lambda shown, before: (
+        by_quality(shown, before)
+        if "RESPONSE A" in shown
+        else {"analysis": ".", "rating": 1 + quality(shown["RESPONSE"]) // 143}
+    )
+    limits = {"attempts": 1, "concurrency": 4}
+    asked = {"model": "toy", "api_key_env": None, "base_url": loop.endpoint.url, "limits": limits}
+    ranking = {**asked, "ask": "ranking", "template": "ranking"}
+    rating = {**asked, "ask": "rating", "template": "rating"}
+    best_of_n = {"n": [1, 4], "judge": ranking}
+    loop.configure(
+        None,
+        method={"name": "sft"},
+        datapool={"shares": None, "samples": None, "drop_factor": 1.0},
+        evaluation={"prompts": 4, "samples_per_prompt": 1, "best_of_n": best_of_n, "judge": rating},
+        control=None,
+    )
+    loop.textalign("run", REWARD)
+    pointer = loop.store.pointer(REWARD, 0, "evaluation")
+    assert pointer is not None
+    made = pointer.artifact
+    candidates, samples = made.frame("candidates"), made.frame("evaluation_samples")
+    fours = [content_hash(best_of_n_asset.NAME, 4, one) for one in candidates["candidate_id"]]
+    chosen = samples.filter(pl.col("sample_id").is_in(fours))
+    assert candidates.height == 16 and chosen.height == 4
+    for prompt, texts in candidates.group_by("prompt_id").agg("text", "score").drop("score").iter_rows():
+        points = {
+            a: sum({"a": 1.0, "tie": 0.5, "b": 0.0}[expected_winner(a, b)] for b in texts if b is not a)
+            for a in texts
+        }
+        assert points[chosen.filter(prompt_id=prompt)["text"][0]] == max(points.values())
+    # Both judges are in the record: 4 · 6 pairs in both orders, and the ratings of 4 + 4 + 16 samples.
+    facts = made.manifest["facts"]
+    judgements = made.frame("judgements")
+    assert set(judgements["kind"]) == {"ranking", "rating"} and judgements.height == 16 + 4 + 16 + 4
+    assert facts["calls"] == sum(loop.endpoint.asked.values()) - _asked_in(loop, 1)
+
+
+def _asked_in(loop: Loop, iteration: int) -> int:
+    """Calls of an iteration's evaluation."""
+    return int(loop.artifact(REWARD, "evaluation").manifest["facts"]["calls"])
 
 
 def test_a_scorer_instead_of_a_judge(loop: Loop) -> None:

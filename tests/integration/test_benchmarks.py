@@ -15,6 +15,10 @@ from tests.toy import PROJECT
     ("benchmark", "kinds"),
     [
         (["packing"], ["padded", "packed", "one attention"]),
+        (
+            ["training", "--only", "grpo"],
+            ["here", "TRL, sorted by length", "TRL, one sampling for all steps"],
+        ),
         (["training", "--only", "kto"], ["here", "TRL, sorted by length", "TRL, as it is by default"]),
     ],
 )

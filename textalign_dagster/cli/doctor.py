@@ -275,7 +275,7 @@ def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
     """Each endpoint and each key once, whoever names it."""
     judges: dict[tuple[str, str | None], tuple[Judge, list[str]]] = {}
     for name, experiment in experiments.items():
-        for judge in (experiment.judge, experiment.evaluation.judge):
+        for judge in (experiment.judge, *experiment.evaluating_judges.values()):
             if judge is not None:
                 judges.setdefault((judge.endpoint, judge.api_key_env), (judge, []))[1].append(name)
     for judge, names in judges.values():

@@ -299,8 +299,9 @@ def _evaluation(experiment: Experiment) -> str:
         raise SettingsError(
             "evaluation.text_statistics: needs the sacrebleu package: pip install -e '.[metrics]'"
         )
-    if experiment.evaluation.judge is not None and importlib.util.find_spec("openai") is None:
-        raise SettingsError("evaluation.judge: needs the openai package: pip install -e '.[judges]'")
+    for field in experiment.evaluating_judges:
+        if importlib.util.find_spec("openai") is None:
+            raise SettingsError(f"{field}: needs the openai package: pip install -e '.[judges]'")
     beside = "".join(f", {field}" for field in evaluation_models(experiment))
     return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{beside}"
 

@@ -131,7 +131,7 @@ class Runner:
             freshness.experiment,
             [(cell.iteration, "feedback")] if freshness.experiment.judge else [],
         )
-        if experiment.evaluation.judge is not None:
+        if experiment.evaluating_judges:
             at += [(k, "evaluation") for k in ([0, 1] if cell.iteration == 1 else [cell.iteration])]
         found = [freshness.pointer(iteration, stage) for iteration, stage in at]
         return any(pointer is not None and has_failed(pointer.artifact) for pointer in found)

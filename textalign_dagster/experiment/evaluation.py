@@ -158,18 +158,20 @@ def check_evaluation(experiment: Experiment) -> None:
             "evaluation.scorer: feedback that was collected elsewhere is about the samples of an iteration, not "
             "about those of an evaluation; name another scorer"
         )
-    if settings.judge is not None:
-        _check_judge(settings.judge, answered)
+    for field, judge in experiment.evaluating_judges.items():
+        _check_judge(field, judge, answered)
 
 
 def ranker(experiment: Experiment) -> Scorer | None:
-    """What ranks the samples of best-of-n; None: the task's reward."""
+    """What ranks the samples of best-of-n where no judge does; None: the task's reward."""
     settings = experiment.evaluation.best_of_n
     return (settings and settings.scorer) or experiment.sample_scorer
 
 
 def _check_ranker(experiment: Experiment) -> None:
-    found = ranker(experiment)
+    found, settings = ranker(experiment), experiment.evaluation.best_of_n
+    if settings is not None and settings.judge is not None:
+        return
     if found is not None and found.name == "imported":
         raise SettingsError(
             "evaluation.best_of_n.scorer: feedback that was collected elsewhere says nothing of other samples; name "
@@ -181,24 +183,24 @@ def _check_ranker(experiment: Experiment) -> None:
         )
 
 
-def _check_judge(judge: Judge, answered: int) -> None:
+def _check_judge(field: str, judge: Judge, answered: int) -> None:
     try:
         template_of(judge)
     except SettingsError as error:
-        where = "evaluation." if str(error).startswith("judge.") else "evaluation.judge: "
+        where = field.removesuffix("judge") if str(error).startswith("judge.") else f"{field}: "
         raise SettingsError(f"{where}{error}") from None
-    if judge.ask == "ranking":
+    if judge.ask == "ranking" and field == "evaluation.judge":
         raise SettingsError(
             "evaluation.judge.ask: ranking compares a policy's samples with each other, which says nothing of "
             "the policy; ask for `win` (against the references) or `rating`"
         )
     if judge.ask == "win" and not answered:
         raise SettingsError(
-            "evaluation.judge.ask: win compares with references, and the held-out prompts have none; give a "
+            f"{field}.ask: win compares with references, and the held-out prompts have none; give a "
             "file with a column `reference` as evaluation.path, or ask for `rating`"
         )
     if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
         raise SettingsError(
-            f"evaluation.judge.api_key_env: the environment variable {judge.api_key_env} is not set; put the "
+            f"{field}.api_key_env: the environment variable {judge.api_key_env} is not set; put the "
             "key there (null: an endpoint without keys)"
         )

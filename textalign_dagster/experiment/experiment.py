@@ -70,6 +70,11 @@ class BestOfN(Settings):
         "what measures shows how far ranking by it can be trusted.",
     )
 
+    judge: Judge | None = Field(
+        None,
+        description="An LLM that ranks them instead, by its ratings or by comparing all samples of a prompt.",
+    )
+
     @field_validator("scorer", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
@@ -78,6 +83,13 @@ class BestOfN(Settings):
 
     @model_validator(mode="after")
     def _enough(self) -> BestOfN:
+        if self.judge is not None:
+            if self.scorer is not None:
+                raise ValueError("judge, scorer: one of them ranks the samples; remove the other")
+            if "reward" not in JUDGED.get(self.judge.ask, ()):
+                raise ValueError(
+                    f"judge.ask: {self.judge.ask} gives nothing to rank by; ask for `rating` or `ranking`"
+                )
         if min(self.n) < 1 or len(set(self.n)) < len(self.n):
             raise ValueError(f"n: {list(self.n)}: each is 1 or more, and stands there once")
         if self.samples is not None and self.samples < max(self.n):
@@ -324,6 +336,13 @@ class Experiment(Settings):
     def sample_scorer(self) -> Scorer | None:
         """What scores the samples, unless a judge does; None: the task itself."""
         return self.scorer or self.task.default_scorer
+
+    @property
+    def evaluating_judges(self) -> dict[str, Judge]:
+        """The LLM judges that an evaluation asks, by their field."""
+        ranking = self.evaluation.best_of_n.judge if self.evaluation.best_of_n is not None else None
+        found = {"evaluation.judge": self.evaluation.judge, "evaluation.best_of_n.judge": ranking}
+        return {field: judge for field, judge in found.items() if judge is not None}
 
     @property
     def judged_by_file(self) -> bool:

@@ -177,11 +177,12 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         if iteration <= 1 or not field.startswith("baselines."):
             given[field] = model
     if settings.best_of_n is not None and iteration <= 1:  # beside iteration 0, as baselines are
-        by = ranker(experiment)
+        by, judge = ranker(experiment), settings.best_of_n.judge
         task = [*experiment.task.scorer, experiment.task.identity]
+        scorer_or_task = task if by is None else by.identity
         given["best_of_n"] = {
-            **_without(section["best_of_n"], "scorer"),
-            "ranker": task if by is None else by.identity,
+            **_without(section["best_of_n"], "scorer", "judge"),
+            "ranker": scorer_or_task if judge is None else judge_identity(judge),
         }
     if not settings.text_statistics:  # what was evaluated before this setting was there has none
         section = _without(section, "text_statistics")
