@@ -84,7 +84,7 @@ def _sampled(stage: Stage, sampler: SamplerResource, draws: Artifact) -> tuple[A
         min_new_tokens=settings.min_new_tokens,
         ignore_eos=settings.ignore_eos,
         # Whatever is asked for: from then on the policy has the method's tokens.
-        banned_tokens=experiment.method.special_tokens if later else (),
+        banned_tokens=experiment.method.banned_tokens if later else (),
         structured=content_of(settings.structured),
     )
     engine = sampler.of(experiment)

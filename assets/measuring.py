@@ -137,7 +137,7 @@ class Measuring:
             if inputs:  # one condition for all follows from the settings alone
                 asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
         # The base policy does not know the method's tokens.
-        banned = self.experiment.method.special_tokens if iteration else ()
+        banned = self.experiment.method.banned_tokens if iteration else ()
         reward_model = None
         if iteration and self.experiment.method.trains == "reward model":
             reward_model = self.stage.require("checkpoint", iteration)

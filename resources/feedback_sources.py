@@ -54,6 +54,10 @@ def feedback_of(
             purpose=purpose,
             retry_before=retry_before,
         )
+    if experiment.offline is not None and experiment.offline.format == "corpus":
+        from resources.segment_scores import segment_feedback
+
+        return segment_feedback(experiment, samples, kind, store, report)
     if experiment.judged_by_file:
         draws = samples.select("draw_id", "prompt_id", "prompt").unique("draw_id", maintain_order=True)
         return offline_feedback(experiment, task_of(experiment), draws, kind)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from training import value_head
 from training.data.packing import packed_logits
-from training.objectives.tokens import Tokens, chosen_tokens, labelled
+from training.objectives.tokens import IGNORE, Tokens, chosen_tokens, labelled
 
 
 def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
@@ -48,13 +49,21 @@ def _read(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
         )
         return chosen_tokens(packed_logits(model, bare, ids, positions, starts, predicts), targets, rows)
     keep = inputs[f"{prefix}keep"]
-    partly = (
+    partly: dict[str, Any] = (
         {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(bare.forward).parameters else {}
     )
-    logits = model(
+    head = value_head.of(bare)
+    if head is not None:
+        partly |= {"output_hidden_states": True}
+    output = model(
         input_ids=inputs[f"{prefix}input_ids"],
         attention_mask=inputs[f"{prefix}attention_mask"],
         use_cache=False,
         **partly,
-    ).logits
-    return labelled(logits[:, -keep:], inputs[f"{prefix}labels"][:, -keep:])
+    )
+    labels = inputs[f"{prefix}labels"][:, -keep:]
+    tokens = labelled(output.logits[:, -keep:], labels)
+    if head is None:
+        return tokens
+    hidden = output.hidden_states[-1][:, -keep:]
+    return tokens._replace(values=head(hidden[:, :-1][labels[:, 1:] != IGNORE]))

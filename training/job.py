@@ -152,6 +152,18 @@ def check(job: Job, where: str) -> None:
         raise JobError(f"{where}: beside: missing; the reference's log-probabilities are written there")
     if job.training.density_ratio is not None and job.beside is None:
         raise JobError(f"{where}: beside: missing; the policy's log-probabilities are written there")
+    if "value head" in objective.needs:
+        for field, value in (
+            ("packing", job.training.packing),
+            ("lora", job.training.lora),
+            ("sharing", job.sharing),
+        ):
+            if value:
+                place = field if field == "sharing" else f"training.{field}"
+                raise JobError(
+                    f"{where}: {place}: does not go with a value head; leave it out, or set "
+                    "training.objective.value_head to false"
+                )
     if "score head" in objective.needs and job.training.packing:
         raise JobError(f"{where}: training.packing: a score head reads padded rows; set it to false")
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:

@@ -85,6 +85,12 @@ class Training(Settings):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
     batch_size: int = Field(8, ge=1, description="Rows per process and step.")
     gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
+    block: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of a block, for a corpus: documents are joined, each after an end token, and cut into blocks of "
+        "so many; `batch_size` counts blocks.",
+    )
     packing: bool = Field(
         False,
         description="Whether the rows of a step and process are read as one sequence, in which they do not see each "

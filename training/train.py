@@ -203,8 +203,19 @@ def load(
             f"training.max_length: {longest}, but {job.policy} reads at most {positions} tokens; lower it"
         )
 
-    examples = encode(rows, tokenizer, job, longest)
-    if len(examples) < rows.height:
+    if settings.block is not None:
+        from training.data.blocks import blocks, start_with_end
+
+        if positions is not None and settings.block > positions:
+            raise JobError(
+                f"training.block: {settings.block}, but {job.policy} reads at most {positions} tokens; lower it"
+            )
+        examples = blocks(rows, tokenizer, job)
+        start_with_end(tokenizer)
+        reporter.say(f"{rows.height} documents in {len(examples)} blocks of {settings.block} tokens")
+    else:
+        examples = encode(rows, tokenizer, job, longest)
+    if settings.block is None and len(examples) < rows.height:
         reporter.say(
             f"{rows.height - len(examples)} of {rows.height} rows have an empty text and are left out"
         )
@@ -235,6 +246,10 @@ def load(
                 f"special tokens {job.special_tokens}; let it read the bare prompt (kl_reference_sees_condition: "
                 "false), or choose another objective"
             )
+    if "value head" in objective.needs:
+        from training.value_head import attach
+
+        attach(model, objective.detaches_value, None if job.optimizer is None else Path(job.optimizer))
     if settings.packing:
         _pack(job, model, reference, reporter)
     collator = Collator(

@@ -30,6 +30,12 @@ JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
 OFFLINE: tuple[FeedbackKind, ...] = ("reward", "text", "category", "judgment")
 """The kinds of feedback that files hold."""
 
+IN_BLOCKS = ("nll", "unlikelihood", "awr")
+"""Objectives that are defined token by token."""
+
+SEGMENTED: tuple[FeedbackKind, ...] = ("reward", "spans")
+"""The kinds of feedback on the documents of a corpus."""
+
 REFERENCES = "references"
 """As a baseline's model: the source's human answers, which are measured like samples."""
 
@@ -260,7 +266,9 @@ class Experiment(Settings):
             raise ValueError("judge, scorer: one of them says what the samples are worth; remove the other")
         if self.offline is not None:
             self._offline_possible(self.offline)
-        if self.judged_by_file:
+        if self.corpus is not None:
+            kinds, who = SEGMENTED, "a corpus (`offline`)"
+        elif self.judged_by_file:
             kinds, who = OFFLINE, "a file (`offline`)"
         elif self.sample_scorer is not None:
             kinds, who = self.sample_scorer.kinds, f"scorer {self.sample_scorer.name}"
@@ -279,6 +287,37 @@ class Experiment(Settings):
                 f"{self.method.name} (buckets: {', '.join(self.method.buckets)}); weigh these, or set "
                 "`datapool.shares: null`"
             )
+        return self
+
+    @property
+    def corpus(self) -> Offline | None:
+        """The file of documents that is trained on; None: something else is."""
+        return self.offline if self.offline is not None and self.offline.format == "corpus" else None
+
+    @model_validator(mode="after")
+    def _in_blocks(self) -> Experiment:
+        block, objective = self.training.block, self.training.objective
+        if self.corpus is None:
+            if block is not None:
+                raise ValueError(
+                    "training.block: only a corpus is trained on in blocks (offline.format: corpus); remove it"
+                )
+            if self.method.per_segment:
+                raise ValueError(
+                    "method.tokens: segment: only a corpus has segments (offline.format: corpus); say sample"
+                )
+            return self
+        if block is None:
+            raise ValueError(
+                "training.block: missing; a corpus is trained on in blocks of so many tokens, e.g. 1024"
+            )
+        if objective.name not in IN_BLOCKS:
+            raise ValueError(
+                f"training.objective: {objective.name} reads sequences one by one, but a corpus is trained on in blocks; "
+                f"choose a method that trains with {', '.join(IN_BLOCKS)}"
+            )
+        if self.judge is not None:
+            raise ValueError("judge: the segments of a corpus are scored by a scorer or the task; remove it")
         return self
 
     def _offline_possible(self, offline: Offline) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import polars as pl
 
+from textalign_dagster.experiment import corpus
 from textalign_dagster.experiment.experiment import Experiment
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging.asking import Judged
@@ -47,6 +48,9 @@ def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, p
         SettingsError: the file cannot be used; says why.
     """
     offline = _offline(experiment)
+    if offline.format == "corpus":
+        found = corpus.shards(offline)
+        return found, found.clear()
     return _prompts(offline, task, file_hash(Path(offline.path)))
 
 
@@ -59,6 +63,8 @@ def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> 
     Returns:
         draw_id, own_id (of the response in the file), sample_id, prompt_id, prompt, text, sample_index.
     """
+    if (offline := _offline(experiment)).format == "corpus":
+        return corpus.documents(offline, draws)
     samples = _responses(experiment, task).samples.select("prompt_id", "text", own_id="sample_id")
     rows = draws.select("draw_id", "prompt_id", "prompt").join(
         samples, on="prompt_id", maintain_order="left_right"
@@ -129,6 +135,10 @@ def summary(experiment: Experiment, task: Task) -> str:
     Raises:
         SettingsError: it holds nothing that the method can be trained on.
     """
+    if (offline := _offline(experiment)).format == "corpus":
+        count = corpus.shards(offline).height
+        scored = "scored in the file" if corpus.scored_elsewhere(offline) else "to be scored"
+        return f"{count:,} shards of up to {offline.shard:,} documents, each {offline.segments} {scored}"
     found, wanted = _responses(experiment, task), experiment.method.wants
     if experiment.judged_by_file and wanted is not None:
         prompts = found.samples.select("prompt_id", "prompt").unique(maintain_order=True)

@@ -154,7 +154,12 @@ def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
     if given["max_length"] is None:
         given["max_length"] = DEFAULT_LENGTH  # a model that holds less is another input
     # These came later: what was trained before, without them, is what they leave out.
-    for field, without in (("packing", False), ("optimizer", "adamw"), ("density_ratio", None)):
+    for field, without in (
+        ("packing", False),
+        ("optimizer", "adamw"),
+        ("density_ratio", None),
+        ("block", None),
+    ):
         if given[field] == without:
             del given[field]
     if settings.lora is not None and settings.lora.adapter == "new":

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from textalign_dagster.methods.alt_lmc import AltLMC
 from textalign_dagster.methods.alt_lmu import AltLMU
+from textalign_dagster.methods.awr import AWR
 from textalign_dagster.methods.base import FeedbackKind, Method
 from textalign_dagster.methods.conditional import CSFT, ConditionalTraining
 from textalign_dagster.methods.cut import CUT
@@ -15,6 +16,7 @@ from textalign_dagster.methods.dpo import DPO
 from textalign_dagster.methods.filtering import RWR, Filtering
 from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.kto import KTO
+from textalign_dagster.methods.mle import MLE
 from textalign_dagster.methods.no_feedback import NoFeedback
 from textalign_dagster.methods.quantile import AltRM, Quark
 from textalign_dagster.methods.reward_models import (
@@ -36,6 +38,8 @@ AnyMethod = Annotated[
     | CUT
     | DPO
     | Unlikelihood
+    | AWR
+    | MLE
     | KTO
     | GRPO
     | SFT
@@ -55,12 +59,14 @@ METHODS: dict[str, type[Method]] = {
 """Every method by its name."""
 
 __all__ = [
+    "AWR",
     "CSFT",
     "CUT",
     "DPO",
     "GRPO",
     "KTO",
     "METHODS",
+    "MLE",
     "RWR",
     "SFT",
     "AltLMC",

@@ -81,9 +81,19 @@ class Method(Settings):
         return ()
 
     @property
+    def banned_tokens(self) -> tuple[str, ...]:
+        """Those that a trained policy must not write."""
+        return self.special_tokens
+
+    @property
     def ranking(self) -> QuantileSettings | None:
         """How values become buckets by rank; None: :meth:`label` says which bucket a row is in."""
         return None
+
+    @property
+    def per_segment(self) -> bool:
+        """Whether the segments of a document have conditions of their own, inside the text."""
+        return False
 
     def read_together(self, samples_per_prompt: int) -> int:
         """How many rows the training reads in one micro-batch, at least: a pair, a group."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self, cast
 
 import polars as pl
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from textalign_dagster.ids import derive_seed
 from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
+from textalign_dagster.tables import SPAN
 
 
 class ControlTokens(ClosedConditional):
@@ -28,14 +29,55 @@ class ConditionalTraining(ControlTokens):
 
     name: Literal["conditional"] = "conditional"
     template: str = Field("{condition}{prompt}", description="How a control token stands before a prompt.")
-    threshold: float = Field(0.0, description="The lowest reward of a good sample; 0 is a threshold.")
+    threshold: float = Field(
+        0.0,
+        description="The lowest reward of a good sample or segment (of a segment: its negative score); 0 is a threshold.",
+    )
+    quantile: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Instead of `threshold`: this share of the samples or segments has lower rewards than a good one.",
+    )
+    tokens: Literal["sample", "segment"] = Field(
+        "sample",
+        description="sample: a control token before each sample; segment: before each scored segment of a corpus.",
+    )
     drop_fraction: float = Field(
         0.01,
         ge=0,
         lt=1,
-        description="Share of the samples that are trained on without a control token (drawn by the samples' ids), "
-        "so that the policy can be sampled without one.",
+        description="Share of the samples or segments that are trained on without a control token (drawn by the samples' "
+        "ids), so that the policy can be sampled without one.",
     )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Self:
+        if self.quantile is not None and "threshold" in self.model_fields_set:
+            raise ValueError("`threshold` and `quantile` exclude each other; remove one of them")
+        return self
+
+    @property
+    def wants(self) -> FeedbackKind:
+        return "spans" if self.per_segment else "reward"
+
+    @property
+    def banned_tokens(self) -> tuple[str, ...]:
+        """A policy that has learned a token before each segment goes on with that of good ones."""
+        return self.buckets[1:] if self.per_segment else super().banned_tokens
+
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """A policy that must not write the token of bad segments cannot be asked for them."""
+        return () if self.per_segment else super().probes
+
+    @property
+    def sweep(self) -> tuple[str, ...]:
+        return (self.best,) if self.per_segment and self.exemplar is not None else super().sweep
+
+    @property
+    def per_segment(self) -> bool:
+        return self.tokens == "segment"
 
     @property
     def buckets(self) -> tuple[str, ...]:
@@ -44,16 +86,52 @@ class ConditionalTraining(ControlTokens):
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         good, bad = self.buckets
         usable = (pl.col("status") == "ok") & pl.col("value").is_finite()
-        token = pl.when(pl.col("value") >= self.threshold).then(pl.lit(good)).otherwise(pl.lit(bad))
+        lowest = self._lowest(rows.filter(usable)["value"])
+        token = pl.when(pl.col("value") >= lowest).then(pl.lit(good)).otherwise(pl.lit(bad))
         label = pl.when(usable).then(token)
-        return rows.with_columns(label=label, condition=label)
+        return rows.with_columns(
+            label=label, condition=pl.lit(None, dtype=pl.String) if self.per_segment else label
+        )
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        def dropped(sample_id: str) -> bool:
-            return derive_seed(0, "drop condition", sample_id) % 10_000 < 10_000 * self.drop_fraction
-
-        without = rows["sample_id"].map_elements(dropped, return_dtype=pl.Boolean)
+        """With ``tokens: segment`` the tokens are in the text; documents that spell one themselves are left out."""
+        if self.per_segment:
+            spelled = pl.any_horizontal(
+                pl.col("text").str.contains(token, literal=True) for token in self.buckets
+            )
+            return super().examples(self._marked(rows.filter(~spelled)))
+        without = rows["sample_id"].map_elements(self._dropped, return_dtype=pl.Boolean)
         return super().examples(rows.with_columns(condition=pl.when(~without).then(pl.col("condition"))))
+
+    def _lowest(self, values: pl.Series) -> float:
+        """The lowest reward of what is good."""
+        if self.quantile is None or values.is_empty():
+            return self.threshold
+        return cast(float, values.quantile(self.quantile, "nearest"))
+
+    def _dropped(self, *drawn_by: object) -> bool:
+        return derive_seed(0, "drop condition", *drawn_by) % 10_000 < 10_000 * self.drop_fraction
+
+    def _marked(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The texts with a control token before each segment; a span holds the token too, and keeps its score."""
+        scores = (
+            rows["spans"].explode().struct.field("score") if rows.height else pl.Series([], dtype=pl.Float64)
+        )
+        lowest = self._lowest(-scores.drop_nulls())
+        good, bad = self.buckets
+        texts, places = [], []
+        for sample_id, text, spans in rows.select("sample_id", "text", "spans").iter_rows():
+            written, marked = "", []
+            for i, span in enumerate(sorted(spans or [], key=lambda span: span["start"])):
+                token = "" if self._dropped(sample_id, i) else good if -span["score"] >= lowest else bad
+                piece = token + text[span["start"] : span["end"]]
+                marked.append({**span, "start": len(written), "end": len(written) + len(piece)})
+                written += piece
+            texts.append(written)
+            places.append(marked)
+        return rows.with_columns(
+            pl.Series("text", texts, dtype=pl.String), pl.Series("spans", places, dtype=pl.List(SPAN))
+        )
 
 
 class CSFT(ControlTokens):

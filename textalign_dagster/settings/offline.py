@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from textalign_dagster.segments import SegmentKind
 from textalign_dagster.settings import Settings
 
 
@@ -17,10 +18,20 @@ class Offline(Settings):
         min_length=1,
         description="A file of prompts with responses, judged or not; relative to the experiment file.",
     )
-    format: Literal["preferences", "plain", "alt", "cut", "sparse_ratings", "sparse_rankings"] = Field(
-        "preferences",
-        description="As in `textalign import`: preferences (TRL, HH, SHP, UltraFeedback, HALOs), plain, alt, cut, "
-        "sparse_ratings or sparse_rankings.",
+    format: Literal["preferences", "plain", "alt", "cut", "sparse_ratings", "sparse_rankings", "corpus"] = (
+        Field(
+            "preferences",
+            description="As in `textalign import`: preferences (TRL, HH, SHP, UltraFeedback, HALOs), plain, alt, cut, "
+            "sparse_ratings or sparse_rankings; or corpus: documents, which are trained on in blocks.",
+        )
+    )
+    segments: SegmentKind = Field(
+        "sentence", description="What of a corpus is scored: each sentence, line, or the whole document."
+    )
+    shard: int = Field(
+        1000,
+        ge=1,
+        description="Documents of a corpus that are drawn and read together: prompts.per_iteration counts them.",
     )
     aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
     held_out: int | None = Field(
@@ -36,4 +47,12 @@ class Offline(Settings):
     @property
     def reading(self) -> dict[str, Any]:
         """The settings that decide how the file is read, as JSON; not where it lies."""
-        return self.model_dump(mode="json", exclude={"path"})
+        of_corpora = set() if self.format == "corpus" else {"segments", "shard"}
+        return self.model_dump(mode="json", exclude={"path"} | of_corpora)
+
+    @model_validator(mode="after")
+    def _corpus(self) -> Offline:
+        for field in ("aspect", "held_out"):
+            if self.format == "corpus" and getattr(self, field) is not None:
+                raise ValueError(f"{field}: a corpus has none; remove it")
+        return self

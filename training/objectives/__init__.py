@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from training.objectives.awr import AWR
 from training.objectives.base import Objective
 from training.objectives.bradley_terry import BradleyTerry
 from training.objectives.cut import CUT
@@ -20,11 +21,12 @@ from training.objectives.simpo import SimPO
 from training.objectives.unlikelihood import Unlikelihood
 
 AnyObjective = Annotated[
-    NLL | BradleyTerry | CUT | DPO | GRPO | IPO | KTO | Rating | RLOO | SimPO | Unlikelihood,
+    NLL | AWR | BradleyTerry | CUT | DPO | GRPO | IPO | KTO | Rating | RLOO | SimPO | Unlikelihood,
     Field(discriminator="name"),
 ]
 
 __all__ = [
+    "AWR",
     "CUT",
     "DPO",
     "GRPO",

@@ -29,6 +29,7 @@ Need = Literal[
     "rewards",
     "sampled log-probs",
     "score head",
+    "value head",
 ]
 """What an objective can ask for beside the policy's log-probabilities:
 
@@ -44,7 +45,8 @@ Need = Literal[
 - ``groups``: all sequences of a ``group_id`` (a pair, say) in the same micro-batch;
 - ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``;
 - ``score head``: one number for a whole sequence in place of the vocabulary. The model becomes a sequence
-  classifier with one output, a reward model."""
+  classifier with one output, a reward model;
+- ``value head``: a number for each target, from a head on the hidden state that predicts it."""
 
 ROLES = ("only", "chosen", "rejected", "member")
 """The roles of an example; :attr:`Sequences.roles` holds their places in this list."""
@@ -89,6 +91,11 @@ class Objective(Settings):
     def reference_sees_condition(self) -> bool:
         """Whether the reference reads the condition too, or the bare prompt."""
         return True
+
+    @property
+    def detaches_value(self) -> bool:
+        """Whether the loss of the value trains the value head alone."""
+        return False
 
     @abstractmethod
     def mass(self, sequences: Sequences) -> Tensor:

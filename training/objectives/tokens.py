@@ -40,6 +40,7 @@ class Tokens(NamedTuple):
     reference_log_probs: Tensor | None = None  # [N] log-probability of each target under the reference
     second: Tensor | None = None  # [M, V] of those targets whose sequence has a second context, in it
     second_places: Tensor | None = None  # [M] which of the N targets they are
+    values: Tensor | None = None  # [N] of the value head, where each target is predicted
     outputs: Tensor | None = None  # [B] what the score head says of each sequence; log_probs are empty then
 
 

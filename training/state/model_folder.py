@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from training import value_head
 from training.job import JobError, NonFiniteError
 from training.running import Running
 from training.state.optimizer_state import OptimizerState
@@ -72,13 +73,16 @@ def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside
     model = trainer.accelerator.unwrap_model(trainer.model)
     # Sharded weights are gathered by all ranks together.
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    carried = trainer.settings.optimizer_state == "carried"
     broken = next((name for name, weight in (state or {}).items() if not torch.isfinite(weight).all()), None)
     if broken is not None:
         raise NonFiniteError(f"after the last step {broken} is not finite; lower training.learning_rate")
     main = trainer.args.process_index == 0
     if beside is not None and main:
         beside.mkdir(parents=True, exist_ok=True)
-    if beside is not None and main and trainer.settings.optimizer_state == "carried":
+    if state:
+        value_head.take_out(state, beside if main and carried else None)
+    if beside is not None and main and carried:
         coefficients = trainer.coefficients
         optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
         OptimizerState.of(model, optimizer, coefficients).write(beside)

@@ -1,0 +1,129 @@
+"""A corpus as blocks of equal length: documents one after the other, each behind an end token, or behind what the
+tokenizer starts a text with.
+
+The policy that is trained on them expects that start before a prompt too: its tokenizer is saved so that it puts it
+there (`start_with_end`). Blocks cross documents, and a block's tokens see all before them in it. Every token is learned,
+control tokens too, and has the score of its segment (Korbak et al. 2023). The last block is shorter; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import polars as pl
+
+from textalign_dagster.pool.conditioning import around_prompt
+from textalign_dagster.tokenisation import encode_texts, leading_ids
+from training.data.examples import Example
+from training.job import Job, JobError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def blocks(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> list[Example]:
+    """The documents, in their order, as blocks of ``training.block`` tokens.
+
+    A document's segments (``spans``, where the objective reads them) are tokenised separately, and the job's
+    special tokens in its text are control tokens.
+
+    Raises:
+        JobError: documents have different weights, or the tokenizer has no end token.
+    """
+    length = job.training.block
+    assert length is not None, "asked for"
+    if tokenizer.eos_token_id is None:
+        raise JobError(
+            f"{job.policy}: the tokenizer has no eos_token, which documents are told apart by; set one"
+        )
+    if rows["weight"].n_unique() > 1:
+        raise JobError(
+            f"{job.rows}: weight: differs, but the tokens of a block have one; choose a method that weighs tokens (awr), or "
+            "remove datapool.weights"
+        )
+    control = {token: int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in job.special_tokens}
+    start = leading_ids(tokenizer) or [tokenizer.eos_token_id]
+    ids, scores = list[int](), list[float]()
+    parts = list(_parts(rows, job, control))
+    encoded = iter(
+        encode_texts(tokenizer, [text for text, _ in parts if text is not None and text not in control])
+    )
+    for text, score in parts:
+        found = start if text is None else [control[text]] if text in control else next(encoded)
+        ids += found
+        scores += [score] * len(found)
+    scored = "token scores" in job.training.objective.needs
+    return [
+        Example(
+            [],
+            ids[at : at + length],
+            1.0,
+            scores=scores[at : at + length] if scored else None,
+            sample_id=f"block {at}",
+        )
+        for at in range(0, len(ids), length)
+        if len(ids) - at > 1  # nothing predicts the first token of a block
+    ]
+
+
+def start_with_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Has a tokenizer that starts texts with nothing put its end token there, as before each document of a block.
+
+    Raises:
+        JobError: it is none that can be told so.
+    """
+    if leading_ids(tokenizer):
+        return
+    from tokenizers.processors import Sequence as Processors
+    from tokenizers.processors import TemplateProcessing
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise JobError(
+            f"{tokenizer.name_or_path}: a tokenizer without a tokenizer.json cannot be told to start texts with its end "
+            "token; save it as a fast one"
+        )
+    end = str(tokenizer.eos_token)
+    start = TemplateProcessing(
+        single=[end, "$A"],
+        pair=[end, "$A", "$B"],
+        special_tokens=[(end, int(cast(int, tokenizer.eos_token_id)))],
+    )
+    before = [backend.post_processor] if backend.post_processor is not None else []
+    backend.post_processor = Processors([*before, start])
+
+
+def _parts(rows: pl.DataFrame, job: Job, control: Collection[str]) -> Iterator[tuple[str | None, float]]:
+    """What is encoded by itself, with its score: each document's end token first (None), then its segments; control
+    tokens stand alone."""
+    columns = ["text", "condition", "spans"] if "spans" in rows.columns else ["text", "condition"]
+    pattern = "|".join(map(re.escape, control))
+    for row in rows.select(columns).iter_rows(named=True):
+        before = (
+            "".join(around_prompt(job.template, row["condition"]))
+            if row["condition"] and job.template
+            else ""
+        )
+        places = [(s["start"], s["end"], s["score"]) for s in sorted(row.get("spans") or [], key=_start)]
+        yield None, places[0][2] if places and places[0][0] == 0 else 0.0
+        for text, score in ((before, 0.0), *_pieces(row["text"], places)):
+            for part in re.split(f"({pattern})", text) if control else [text]:
+                if part:
+                    yield part, score
+
+
+def _start(span: dict[str, Any]) -> int:
+    return int(span["start"])
+
+
+def _pieces(text: str, places: Sequence[tuple[int, int, float]]) -> Iterator[tuple[str, float]]:
+    """The segments with their scores, and what lies between them with score 0."""
+    at = 0
+    for start, end, score in places:
+        if start > at:
+            yield text[at:start], 0.0
+        yield text[max(at, start) : end], score
+        at = max(at, end)
+    yield text[at:], 0.0
