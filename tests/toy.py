@@ -59,6 +59,8 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         found.remove("datapool.samples=8")
     elif experiment.datapool.samples_per_bucket is not None:
         found[found.index("datapool.samples=8")] = "datapool.samples_per_bucket=1"
+    if experiment.corpus is not None:  # 16 of its documents
+        found.append("offline.shard=4")
     if experiment.judge is not None:
         found.append(f"judge.base_url={judge_url}")
     if experiment.evaluation.judge is not None:
