@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -11,6 +10,7 @@ from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.reports.score_table import reported
+from textalign_dagster.reports.status import grid
 from textalign_dagster.scorers import ModelScorer
 from textalign_dagster.settings import read_yaml
 
@@ -57,10 +57,10 @@ def test_it_runs(
     found = re.findall(rf"^({re.escape(name)}\+\S*)\|{last:03d} +evaluation", done.stdout, re.MULTILINE)
     assert len(found) == 1, done.stdout
     (variant,) = found
-    cells = json.loads(zoo.textalign("status", variant, "--json").stdout)
-    assert {cell["state"] for cell in cells} == {"fresh"}
+    library = Library((PROJECT / "experiments", zoo.home / "variants"))
+    experiment = library.load(variant)
+    assert {cell["state"] for cell in grid(zoo.store, library, [variant])} == {"fresh"}
 
-    experiment = Library((PROJECT / "experiments", zoo.home / "variants")).load(variant)
     asked = {None} if last == 1 or experiment.offline is not None else {experiment.method.exemplar}
     assert set(zoo.frame(variant, last, "generations")["condition"]) == asked
     drawn = zoo.frame(variant, last, "datapool").filter("drawn")
