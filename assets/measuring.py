@@ -14,7 +14,7 @@ from typing import Any
 
 import polars as pl
 
-from assets import best_of_n
+from assets import best_of_n, divergence
 from assets.exemplars import exemplars_of
 from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
@@ -31,17 +31,29 @@ from textalign_dagster.experiment.evaluation import (
     max_new_tokens,
     reference_answers,
 )
-from textalign_dagster.experiment.policies import baselines, fluency_model
+from textalign_dagster.experiment.policies import baselines, fluency_model, kl_reference
 from textalign_dagster.ids import content_hash
-from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, swapped
+from textalign_dagster.loop.stages import (
+    EVALUATION_DIVERGENCE,
+    EVALUATION_FLUENCY,
+    EVALUATION_SAMPLING,
+    swapped,
+)
 from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
-from textalign_dagster.reports.score_table import OBEDIENCE, reported, score_row, score_table, text_statistics
+from textalign_dagster.reports.score_table import (
+    KL_REFERENCE,
+    OBEDIENCE,
+    reported,
+    score_row,
+    score_table,
+    text_statistics,
+)
 from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tables import CANDIDATES, EVALUATION_SAMPLES, REWARDS, SCORES, measures
 
-VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1}
+VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1, EVALUATION_DIVERGENCE: 1}
 """Raised when a change of code changes what is made of the same inputs and settings."""
 
 SAMPLED = pl.Schema(
@@ -76,6 +88,7 @@ class Subject:
     reward_model: Artifact | None = None  # the checkpoint, where it is none of a policy
     inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
     prompts: pl.DataFrame | None = None  # with other seeds than everybody's
+    as_it_is: bool = False  # sampled at temperature 1, whatever the evaluation's
 
 
 @dataclass
@@ -124,6 +137,15 @@ class Measuring:
                 "candidates",
                 prompts=evaluation_prompts(self.experiment, self.experiment.evaluation.best_of_n.candidates),
             )
+        self.reference = None
+        if (reference := kl_reference(self.experiment)) is not None:
+            self.reference = Subject(
+                reference.policy_hash,
+                PolicyFolder(reference.path, reference.policy_hash),
+                (Asked(None, "baseline"),),
+                divergence.NAME,
+                as_it_is=True,
+            )
         self.engine = sampler.of(self.experiment)
         self.report = stage.report()
 
@@ -153,8 +175,16 @@ class Measuring:
 
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
-        with seconds.of("sampling"):
-            sampled = [self.sampled(subject) for subject in subjects]
+        if self.reference is not None:
+            with seconds.of("divergence"):
+                self.log_probs(self.reference)
+        sampled = []
+        for subject in subjects:
+            with seconds.of("sampling"):
+                sampled.append(self.sampled(subject))
+            if self.reference is not None and subject.model is not None:
+                with seconds.of("divergence"):
+                    self.log_probs(subject)
         with seconds.of("fluency"):
             for samples in sampled:
                 self.surprise(samples)
@@ -163,8 +193,8 @@ class Measuring:
         """The subject's samples: a table of SAMPLED."""
         experiment = self.experiment
         decoding = Decoding(
-            temperature=experiment.evaluation.temperature,
-            top_p=experiment.evaluation.top_p,
+            temperature=1.0 if subject.as_it_is else experiment.evaluation.temperature,
+            top_p=1.0 if subject.as_it_is else experiment.evaluation.top_p,
             max_new_tokens=max_new_tokens(experiment),
             min_new_tokens=experiment.sampling.min_new_tokens,
             ignore_eos=experiment.sampling.ignore_eos,
@@ -221,6 +251,69 @@ class Measuring:
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
         return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
 
+    def log_probs(self, subject: Subject) -> Artifact:
+        """Log-probabilities of the reference's samples under a subject, as it is meant to be asked: a table of
+        `divergence.LOG_PROBS`."""
+        assert self.reference is not None and subject.model is not None, "asked of models"
+        model, asked = subject.model, subject.asked[0]
+        samples = self.sampled(self.reference)
+        conditioned = asked.condition is not None
+
+        def produce(draft: Draft) -> None:
+            known = samples.frame("sampled").join(self.prompts, on="prompt_id", maintain_order="left")
+            parts = [
+                (sample_id, pair)
+                for sample_id, prompt_id, prompt, text in known.select(
+                    "sample_id", "prompt_id", "prompt", "text"
+                ).iter_rows()
+                for pair in divergence.pieces(self.experiment, asked.text(prompt_id), prompt, text)
+            ]
+            found = self.engine.logprobs(
+                model.path, [pair for _, pair in parts], partial(self.report, note="KL")
+            )
+            rows = [(sample_id, logprob) for (sample_id, _), (logprob, _) in zip(parts, found, strict=True)]
+            summed = pl.DataFrame(rows, divergence.LOG_PROBS, orient="row").group_by(
+                "sample_id", maintain_order=True
+            )
+            draft.write("log_probs", summed.agg(pl.col("log_prob").sum()), divergence.LOG_PROBS)
+
+        engine, corpus = self.experiment.sampling.engine, self.experiment.corpus
+        settings = {
+            "engine": engine,
+            "dtype": self.experiment.policy.dtype,
+            "asked": vars(asked) if conditioned else None,
+            "template": self.experiment.method.template if conditioned else None,
+            "segments": corpus.segments
+            if corpus is not None and self.experiment.method.per_segment
+            else None,
+            **swapped(engine),
+        }
+        inputs = {"samples": samples.key, "model": subject.policy_hash}
+        return self._kept(EVALUATION_DIVERGENCE, settings, inputs, produce)
+
+    def divergence(self, subject: Subject) -> pl.DataFrame:
+        """A row of SCORES: how far a subject is from the reference."""
+        rows = []
+        if self.reference is not None and subject.model is not None:
+            found = divergence.estimated(
+                self.log_probs(self.reference).frame("log_probs"),
+                self.log_probs(subject).frame("log_probs"),
+                self.sampled(self.reference).frame("sampled"),
+                self.experiment.evaluation.resamples,
+            )
+            role, condition = subject.asked[0].role, subject.asked[0].condition
+            rows = [
+                score_row(
+                    KL_REFERENCE,
+                    found,
+                    subject.policy_hash,
+                    subject=subject.name,
+                    role=role,
+                    condition=condition,
+                )
+            ]
+        return pl.DataFrame(rows, SCORES)
+
     def write(
         self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds, candidates: Subject | None = None
     ) -> None:
@@ -257,6 +350,8 @@ class Measuring:
                 scores += [table, *self._obedience(subject, numbered, table)]
                 if settings.text_statistics:
                     scores.append(text_statistics(own, subject.policy_hash, subject.name))
+                if subject.reward_model is None and subject.prompts is None:  # best-of-n is no language model
+                    scores.append(self.divergence(subject))
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)

@@ -8,7 +8,7 @@ calls is no artifact, and stays.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +19,13 @@ from resources.store.artifact import Artifact, artifact_folder, read_manifest
 from resources.store.attempts import NAME, living
 from resources.store.cleaning import REMOTE_LEFTOVER, sweep_artifact
 from resources.store.durable import ArtifactError, readable_errors
-from textalign_dagster.loop.stages import EVALUATION_FLUENCY, EVALUATION_SAMPLING, SAMPLED_CHUNK, STAGES
+from textalign_dagster.loop.stages import (
+    EVALUATION_DIVERGENCE,
+    EVALUATION_FLUENCY,
+    EVALUATION_SAMPLING,
+    SAMPLED_CHUNK,
+    STAGES,
+)
 
 CHUNKS, PARTS, ATTEMPTS, TRAININGS, UNREFERENCED = (
     "chunks of samplings",
@@ -166,7 +172,7 @@ def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
     stage, _ = place
     if stage == SAMPLED_CHUNK:
         return CHUNKS
-    if stage in (EVALUATION_SAMPLING, EVALUATION_FLUENCY):
+    if stage in (EVALUATION_SAMPLING, EVALUATION_FLUENCY, EVALUATION_DIVERGENCE):
         return None if place in kept_parts else PARTS
     # What a later version of this project may keep under another name is not this one's to remove.
     return UNREFERENCED if stage in STAGES and place not in kept else None
@@ -184,15 +190,19 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
         if place[0] == "evaluation":  # baselines and human answers are in its table only
             artifact = Artifact(*place, manifest, True, store.storage, store.local)
             policies.update(artifact.frame("scores")["policy_hash"])
-    samples = {
-        place for place, one in held.items()
-        if place[0] == EVALUATION_SAMPLING and one.manifest is not None and one.manifest["inputs"]["policy"] in policies
-    }  # fmt: skip
-    keys = {key for _, key in samples}
-    return samples | {
-        place for place, one in held.items()
-        if place[0] == EVALUATION_FLUENCY and one.manifest is not None and one.manifest["inputs"]["samples"] in keys
-    }  # fmt: skip
+
+    def of(part: str, given: str, wanted: Collection[str]) -> set[Place]:
+        """The parts of a kind of which an input is one of these."""
+        return {
+            place for place, one in held.items()
+            if place[0] == part and one.manifest is not None and one.manifest["inputs"][given] in wanted
+        }  # fmt: skip
+
+    # The samples of a KL's reference are no kept policy's, but what a kept one was read on.
+    divergences = of(EVALUATION_DIVERGENCE, "model", policies)
+    read = {held[place].manifest["inputs"]["samples"] for place in divergences}  # type: ignore[index]
+    samples = of(EVALUATION_SAMPLING, "policy", policies) | {(EVALUATION_SAMPLING, key) for key in read}
+    return samples | divergences | of(EVALUATION_FLUENCY, "samples", {key for _, key in samples})
 
 
 def _dead_attempts(

@@ -273,3 +273,37 @@ def test_parts_are_pointed_at_by_no_cell(place: Place) -> None:
     stages = {path.name for path in (place.folder / "store" / "artifacts").iterdir()}
     assert stages == {"evaluation", EVALUATION_SAMPLING, EVALUATION_FLUENCY}
     assert place.store.cells().is_empty()
+
+
+class Unlikely(Engine):
+    """The trained policy gives every text 5 nats, all others 2."""
+
+    def logprobs(
+        self, model: Path, pairs: Sequence[tuple[str, str]], progress: Callable[..., None]
+    ) -> list[tuple[float, int]]:
+        found = super().logprobs(model, pairs, progress)
+        if "good" in pairs[0][0]:
+            self.asked = list(pairs)
+        return [(-5.0, n) for _, n in found] if model.name == CHECKPOINT else found
+
+
+def test_the_divergence_from_a_reference(place: Place) -> None:
+    place.engine = Unlikely()
+    place.change(kl_reference="base", samples_per_prompt=3, temperature=0.5)
+    start, now = (made.frame("scores") for made in place.evaluate())
+    assert values(start, "kl_reference") == {(None, "main", None): 0.0, ("SFT", "baseline", None): 0.0}
+    assert values(now, "kl_reference") == {(None, "main", "good"): 3.0}  # 5 - 2 nats a text
+    # The reference's own samples, at temperature 1, read as the policy is asked.
+    assert [pair for pair in place.engine.asked if pair == ("good p:", "base 0")]
+    assert len(place.engine.asked) == 6
+    calls = len(place.engine.calls)
+    place.evaluate()
+    assert len(place.engine.calls) == calls, "all of it is kept"
+
+
+def test_a_divergence_needs_a_model(place: Place) -> None:
+    place.change(kl_reference="gpt2-xl")
+    with pytest.raises(
+        SettingsError, match=r"^evaluation\.kl_reference: 'gpt2-xl' is no policy of task pep8"
+    ):
+        place.evaluate()

@@ -136,6 +136,11 @@ class Evaluation(Settings):
         description="The language model whose perplexity measures drift (a folder or a hub id, e.g. "
         "openai-community/gpt2-xl); null: the base policy.",
     )
+    kl_reference: str | None = Field(
+        None,
+        description="The language model of KL(reference || policy): `base`, the base policy, or a folder or a hub id; "
+        "it is sampled on the held-out prompts at temperature 1. null: not measured.",
+    )
     baselines: dict[str, str] = Field(
         {},
         description="Name → model (a folder or a hub id) evaluated beside the policy, once, in the same "

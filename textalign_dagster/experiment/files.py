@@ -294,7 +294,8 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
             evaluation["best_of_n"] = dict(evaluation["best_of_n"])
             _scorer_paths(evaluation["best_of_n"], folder)
             _absolute(evaluation["best_of_n"], "judge", "template", folder, only_existing=True)
-        _absolute(content, "evaluation", "fluency_model", folder, only_existing=True)
+        for model in ("fluency_model", "kl_reference"):
+            _absolute(content, "evaluation", model, folder, only_existing=True)
         baselines = evaluation.get("baselines")
         for name in baselines if isinstance(baselines, dict) else ():
             _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)

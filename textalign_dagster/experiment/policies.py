@@ -41,6 +41,16 @@ def fluency_model(experiment: Experiment) -> BasePolicy:
     return find_model(experiment, name, "evaluation.fluency_model")
 
 
+def kl_reference(experiment: Experiment) -> BasePolicy | None:
+    """The reference of an evaluation's KL; None: it is not measured. Raises as :func:`base_policy`."""
+    name = experiment.evaluation.kl_reference
+    if name is None:
+        return None
+    return (
+        base_policy(experiment) if name == "base" else find_model(experiment, name, "evaluation.kl_reference")
+    )
+
+
 def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:
     """The models evaluated beside the policy, by name; None: the source's human answers.
 
@@ -68,6 +78,8 @@ def evaluation_models(experiment: Experiment) -> dict[str, str | None]:
     found = {f"baselines.{name}": model for name, model in baselines(experiment).items()}
     if experiment.evaluation.fluency_model is not None:
         found["fluency_model"] = fluency_model(experiment)
+    if experiment.evaluation.kl_reference is not None:
+        found["kl_reference"] = kl_reference(experiment)
     return {field: None if model is None else model.policy_hash for field, model in found.items()}
 
 

@@ -24,6 +24,7 @@ from training.acceleration import accelerate_config
 from training.settings import DEFAULT_LENGTH, WITHOUT_EFFECT, Training
 
 EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
+EVALUATION_DIVERGENCE = "evaluation_divergence"
 """Parts of an evaluation that are kept for later ones, under names of their own."""
 
 SAMPLED_CHUNK = "sampled_chunk"
@@ -191,7 +192,15 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         }
     if not settings.text_statistics:  # what was evaluated before this setting was there has none
         section = _without(section, "text_statistics")
-    by_identity = ("best_of_n", "max_new_tokens", "scorer", "judge", "fluency_model", "baselines")
+    by_identity = (
+        "best_of_n",
+        "max_new_tokens",
+        "scorer",
+        "judge",
+        "fluency_model",
+        "kl_reference",
+        "baselines",
+    )
     return {**_without(section, "probe", "path", *by_identity), **given}
 
 

@@ -38,6 +38,9 @@ TEXT_STATISTICS = {
 }
 """Metric → title of what `evaluation.text_statistics` adds."""
 
+KL_REFERENCE = "kl_reference"
+"""KL(reference || policy) in nats a text, what `evaluation.kl_reference` adds."""
+
 NOTHING = Estimate(None, None, None, 0, 0)
 
 
@@ -74,7 +77,10 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     trained = reward_models.TITLES if experiment.method.trains == "reward model" else {}
     ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
     texts = TEXT_STATISTICS if experiment.evaluation.text_statistics else {}
-    return {**trained, **found, **texts, OBEDIENCE: "obedience", **ranked}
+    reference = experiment.evaluation.kl_reference
+    under = "the base policy" if reference == "base" else PurePath(reference or "").name
+    apart = {} if reference is None else {KL_REFERENCE: f"KL from {under} (nats a text)"}
+    return {**trained, **found, **texts, **apart, OBEDIENCE: "obedience", **ranked}
 
 
 def text_statistics(samples: pl.DataFrame, policy_hash: str, subject: str | None = None) -> pl.DataFrame:
