@@ -6,6 +6,7 @@ the samples is the same as with those of a policy.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,10 @@ def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, ki
     points = {row["sample_id"]: row for row in ranking_feedback(pairs, {}, told).iter_rows(named=True)}
     rows = []
     for own_id, sample_id in samples.select("own_id", "sample_id").iter_rows():
-        row = judged.get(own_id) or points.get(sample_id)
-        verdict = nothing("skipped", "no judgement in the file") if row is None else taken(row, kind)
+        # A judgment in words is no reward; that another response amends it is.
+        found_of = [row for row in (judged.get(own_id), points.get(sample_id)) if row is not None]
+        verdicts = [taken(row, kind) for row in found_of] or [nothing("skipped", "no judgement in the file")]
+        verdict = next((one for one in verdicts if one["status"] == "ok"), verdicts[0])
         rows.append({"sample_id": sample_id, "kind": kind, "call_keys": [], **told, **verdict})
     return Judged(pl.DataFrame(rows, FEEDBACK), pairs=pairs if pairs.height else None)
 
@@ -193,6 +196,8 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
             f"offline.path: {offline.path}: {len(found.refused)} of {found.rows} rows cannot be read; mend them, or set "
             f"offline.skip_refused\n{found.summary()}"
         )
+    if offline.refinements:
+        found = _with_refinements(found, offline.path)
     cleaned: dict[str, str] = {}
     refused: dict[str, str] = {}
     for prompt in found.samples["prompt"].unique(maintain_order=True):
@@ -219,6 +224,37 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
         found.rows,
         found.refused,
         found.notes,
+    )
+
+
+def _with_refinements(found: Imported, path: str) -> Imported:
+    """The references as further samples, each compared with the sample that it amends.
+
+    Raises:
+        SettingsError: there are none.
+    """
+    amended = found.samples.filter(
+        pl.col("reference").is_not_null()
+        & (pl.col("reference").str.strip_chars() != pl.col("text").str.strip_chars())
+    )
+    if amended.is_empty():
+        raise SettingsError(f"offline.refinements: {path} has no amended response (`i_ans`); remove it")
+    ids = [content_hash("refinement", sample_id) for sample_id in amended["sample_id"]]
+    refined = amended.with_columns(pl.Series("own", ids, dtype=pl.String))
+    told = found.feedback.select("aspect", "scorer", "scorer_version", "parser_version").head(1)
+    pairs = refined.select("prompt_id", sample_a="own", sample_b="sample_id").join(told, how="cross")
+    pairs = pairs.with_columns(
+        winner=pl.lit("a"),
+        favoured=pl.lit(None, dtype=pl.String),
+        status=pl.lit("ok"),
+        reason=pl.lit(None, dtype=pl.String),
+        call_keys=pl.lit([], dtype=pl.List(pl.String)),
+    ).select(*PAIRS)
+    samples = refined.with_columns(sample_id="own", text="reference").select(found.samples.columns)
+    return replace(
+        found,
+        samples=pl.concat([found.samples, samples]),
+        pairs=pl.concat([found.pairs, oriented(pairs)]),
     )
 
 

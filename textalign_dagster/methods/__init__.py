@@ -14,6 +14,7 @@ from textalign_dagster.methods.conditional import CSFT, ConditionalTraining
 from textalign_dagster.methods.cut import CUT
 from textalign_dagster.methods.dpo import DPO
 from textalign_dagster.methods.filtering import RWR, Filtering
+from textalign_dagster.methods.forward_prediction import ForwardPrediction
 from textalign_dagster.methods.grpo import GRPO
 from textalign_dagster.methods.kto import KTO
 from textalign_dagster.methods.mle import MLE
@@ -36,6 +37,7 @@ AnyMethod = Annotated[
     | SteerLM
     | NoFeedback
     | CUT
+    | ForwardPrediction
     | DPO
     | Unlikelihood
     | AWR
@@ -76,6 +78,7 @@ __all__ = [
     "ConditionalTraining",
     "FeedbackKind",
     "Filtering",
+    "ForwardPrediction",
     "Method",
     "NoFeedback",
     "Quark",

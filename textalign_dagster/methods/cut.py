@@ -16,7 +16,8 @@ class CUT(Unconditional):
     """A sample with a judgment is trained on under it, and under its bare prompt token by token; a sample that
     the judge is satisfied with under its bare prompt alone."""
 
-    objectives: ClassVar[tuple[str, ...]] = ("cut",)
+    objectives: ClassVar[tuple[str, ...]] = ("cut", "nll")
+    """With ``nll``, judged samples are trained on under their judgment alone: learning in hindsight."""
 
     name: Literal["cut"] = "cut"
     template: str = Field(
@@ -61,9 +62,18 @@ class CUT(Unconditional):
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         judged = pl.col("condition").is_not_null()
+        return (
+            super()
+            .examples(self.thinned(rows))
+            .with_columns(second_prompt=pl.when(judged).then(pl.col("prompt")))
+        )
+
+    def thinned(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows without the samples without fault that are too many."""
+        judged = pl.col("condition").is_not_null()
         if self.satisfied_per_judged is not None:
             satisfied = rows.filter(~judged)["sample_id"]
             room = int((rows.height - len(satisfied)) * self.satisfied_per_judged)
             drawn = sorted(satisfied, key=lambda sample_id: content_hash("cut", sample_id))[:room]
             rows = rows.filter(judged | pl.col("sample_id").is_in(drawn))
-        return super().examples(rows).with_columns(second_prompt=pl.when(judged).then(pl.col("prompt")))
+        return rows

@@ -34,6 +34,11 @@ class Offline(Settings):
         description="Documents of a corpus that are drawn and read together: prompts.per_iteration counts them.",
     )
     aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
+    refinements: bool = Field(
+        False,
+        description="The amended responses of a file of judgments (`i_ans`) are responses, too, each better than the one that "
+        "it amends.",
+    )
     held_out: int | None = Field(
         None,
         ge=1,
@@ -47,12 +52,18 @@ class Offline(Settings):
     @property
     def reading(self) -> dict[str, Any]:
         """The settings that decide how the file is read, as JSON; not where it lies."""
-        of_corpora = set() if self.format == "corpus" else {"segments", "shard"}
-        return self.model_dump(mode="json", exclude={"path"} | of_corpora)
+        unused = set() if self.format == "corpus" else {"segments", "shard"}
+        if not self.refinements:  # as it was before this setting was there
+            unused.add("refinements")
+        return self.model_dump(mode="json", exclude={"path"} | unused)
 
     @model_validator(mode="after")
     def _corpus(self) -> Offline:
         for field in ("aspect", "held_out"):
             if self.format == "corpus" and getattr(self, field) is not None:
                 raise ValueError(f"{field}: a corpus has none; remove it")
+        if self.refinements and self.format != "cut":
+            raise ValueError(
+                "refinements: only files of judgments have amended responses (format: cut); remove it"
+            )
         return self

@@ -164,6 +164,36 @@ def test_judgments_of_cut(tmp_path: Path) -> None:
     assert CUT().label(rows)["label"].to_list() == ["satisfied", "judged", None, None, None]
 
 
+def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> None:
+    records = [
+        {"instruction": "P", "input": "", "output": "bad", "judgment": "wrong", "i_ans": "good"},
+        {"instruction": "P", "input": "", "output": "fine", "judgment": None},
+        {"instruction": "Q", "input": "", "output": "same", "judgment": "hm", "i_ans": "same"},
+    ]
+    path = tmp_path / "judged.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    given = {"path": str(path), "format": "cut", "refinements": True}
+    mine = experiment(tmp_path, offline=given)
+    found = offline_samples(mine, task_of(mine), draws("P"))
+    assert found["text"].to_list() == [" bad", " fine", " good"]
+    ids = dict(zip(("bad", "fine", "good"), found["sample_id"], strict=True))
+    judged = offline_feedback(mine, task_of(mine), draws("P"), "reward")
+    values = dict(judged.rows.select("sample_id", "value").iter_rows())
+    assert values == {ids["bad"]: 0.0, ids["fine"]: None, ids["good"]: 1.0}
+    assert judged.pairs is not None and judged.pairs.height == 1
+    # The judgments are still there for methods that read them.
+    words = offline_feedback(mine, task_of(mine), draws("P"), "judgment").rows
+    assert dict(words.select("sample_id", "text").iter_rows())[ids["bad"]] == "wrong"
+    # Without the setting a file is known by the same key as before.
+    plain = experiment(tmp_path, offline={**given, "refinements": False}).offline
+    assert plain is not None and "refinements" not in plain.reading
+    path.write_text(json.dumps(records[1:]), encoding="utf-8")
+    with pytest.raises(SettingsError, match=r"offline\.refinements: .* has no amended response"):
+        offline_samples(mine, task_of(mine), draws("P"))
+    with pytest.raises(SettingsError, match="refinements: only files of judgments have amended responses"):
+        experiment(tmp_path, offline={"refinements": True})
+
+
 def test_a_task_reads_the_prompts_as_its_own(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Old?"}, {"role": "assistant", "content": "Yes."}]
     turns.append({"role": "user", "content": "New?"})

@@ -10,7 +10,7 @@ import pytest
 from tests.textalign_dagster.pool.test_examples import rows
 from textalign_dagster.experiment.experiment import Experiment
 from textalign_dagster.experiment.files import Library
-from textalign_dagster.methods import CUT
+from textalign_dagster.methods import CUT, ForwardPrediction
 from textalign_dagster.settings import SettingsError
 
 JUDGMENTS = [
@@ -78,6 +78,20 @@ def test_satisfied_samples_beside_judged_ones(share: float | None, satisfied: in
     assert found.filter(pl.col("condition").is_null())["second_prompt"].null_count() == satisfied
     again = CUT(satisfied_per_judged=share).examples(drawn.sample(fraction=1.0, shuffle=True, seed=1))
     assert set(again["example_id"]) == set(found["example_id"])
+
+
+def test_forward_prediction_learns_the_judgment_after_the_sample() -> None:
+    drawn = rows(
+        {"sample_id": "s0", "prompt": "def f():", "text": " x=1\n", "condition": "E225"},
+        {"sample_id": "s1", "prompt": "def g():", "text": " x = 1\n", "condition": None},
+    )
+    method = ForwardPrediction(question="# lint: ", satisfied_per_judged=None)
+    found = method.examples(drawn)
+    assert found.select("prompt", "text", "condition", "second_prompt", "finish_reason").rows() == [
+        ("def f(): x=1\n# lint: ", "E225", None, None, "stop"),
+        ("def g(): x = 1\n# lint: ", "perfect", None, None, "stop"),
+    ]
+    assert ForwardPrediction(satisfied_per_judged=0.0).examples(drawn).height == 1
 
 
 def test_a_judge_of_judgments_suits_and_one_of_ratings_does_not(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import pytest
 from pydantic import ValidationError
 
 from textalign_dagster.methods import (
+    AWR,
     CSFT,
     CUT,
     DPO,
     GRPO,
     KTO,
+    MLE,
     RWR,
     SFT,
     AltLMC,
@@ -22,6 +24,7 @@ from textalign_dagster.methods import (
     AnyMethod,
     ConditionalTraining,
     Filtering,
+    ForwardPrediction,
     Method,
     NoFeedback,
     Quark,
@@ -54,6 +57,9 @@ METHODS: list[Method] = [
     DPO(),
     Unlikelihood(),
     CUT(),
+    AWR(),
+    MLE(),
+    ForwardPrediction(),
     GRPO(),
     SFT(),
     Filtering(),

@@ -144,3 +144,44 @@ def test_rankings_take_all_pairs_of_best_and_worst() -> None:
     assert found.filter(role="chosen")["sample_id"].to_list() == ["b", "c"]  # e and f are equal
     assert RankingRewardModel(pairs_per_prompt=1).examples(SIX).height == 2
     assert RankingRewardModel(margin=2.5).examples(SIX)["sample_id"].to_list() == ["b", "d"]
+
+
+def scored(*scores: float, text: str = "a=1\nb = 2\nc=3\n", sample_id: str = "d0") -> dict[str, object]:
+    ends = [4, 10, 14]
+    spans = [{"start": a, "end": b, "score": s} for a, b, s in zip([0, *ends], ends, scores, strict=False)]
+    return {"sample_id": sample_id, "text": text, "spans": spans}
+
+
+def test_control_tokens_by_segment_stand_in_the_text_and_belong_to_its_spans() -> None:
+    method = ConditionalTraining(tokens="segment", drop_fraction=0.0)
+    found = method.examples(rows(scored(0.25, 0.0, 1 / 3)))
+    good, bad = "<|aligned|>", "<|misaligned|>"
+    assert found["text"].to_list() == [f"{bad}a=1\n{good}b = 2\n{bad}c=3\n"]
+    assert found["condition"].to_list() == [None]
+    (text,), (spans,) = found["text"], found["spans"]
+    assert [(text[s["start"] : s["end"]], s["score"]) for s in spans] == [
+        (f"{bad}a=1\n", 0.25),
+        (f"{good}b = 2\n", 0.0),
+        (f"{bad}c=3\n", 1 / 3),
+    ]
+
+
+def test_a_quantile_of_the_segments_and_documents_that_spell_a_token() -> None:
+    """Scores 0.25, 0, 1/3, 0: the better half has a score of 0 or 0.25 at most (nearest rank)."""
+    method = ConditionalTraining(tokens="segment", drop_fraction=0.0, quantile=0.5)
+    spelled = scored(0.0, 0.0, 0.0, text="x = '<|aligned|>'\n", sample_id="d2")
+    found = method.examples(rows(scored(0.5, 0.25, 1 / 3), scored(0.0, 0.0, 0.25, sample_id="d1"), spelled))
+    assert found.height == 2 and found["text"].str.count_matches(r"<\|aligned\|>").sum() == 4
+    assert found["text"].str.count_matches(r"<\|misaligned\|>").sum() == 2
+    with pytest.raises(ValidationError, match="`threshold` and `quantile` exclude each other"):
+        ConditionalTraining(quantile=0.5, threshold=0.0)
+
+
+def test_a_policy_that_knows_segments_writes_the_good_token_itself() -> None:
+    by_segment, by_sample = ConditionalTraining(tokens="segment"), ConditionalTraining()
+    assert by_segment.banned_tokens == ("<|misaligned|>",) and by_segment.probes == ()
+    assert by_segment.sweep == ("<|aligned|>",) and by_segment.wants == "spans"
+    assert by_sample.banned_tokens == by_sample.special_tokens and by_sample.probes == ("<|misaligned|>",)
+    assert by_sample.wants == "reward" and len(by_sample.sweep) == 2
+    dropped = ConditionalTraining(tokens="segment", drop_fraction=0.999).examples(rows(scored(0.0, 1.0, 0.0)))
+    assert dropped["text"].to_list() == ["a=1\nb = 2\nc=3\n"]
