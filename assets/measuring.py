@@ -43,7 +43,6 @@ from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import (
-    KL_REFERENCE,
     OBEDIENCE,
     reported,
     score_row,
@@ -177,14 +176,14 @@ class Measuring:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
         if self.reference is not None:
             with seconds.of("divergence"):
-                self.log_probs(self.reference)
+                divergence.log_probs(self, self.reference, self.reference)
         sampled = []
         for subject in subjects:
             with seconds.of("sampling"):
                 sampled.append(self.sampled(subject))
             if self.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
-                    self.log_probs(subject)
+                    divergence.log_probs(self, self.reference, subject)
         with seconds.of("fluency"):
             for samples in sampled:
                 self.surprise(samples)
@@ -225,7 +224,7 @@ class Measuring:
             draft.record(chunks=chunks)
 
         inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
-        kept = self._kept(EVALUATION_SAMPLING, settings, inputs, produce)
+        kept = self.kept(EVALUATION_SAMPLING, settings, inputs, produce)
         sampled_chunks.discard(self.stage.store, kept)
         return kept
 
@@ -249,70 +248,7 @@ class Measuring:
         engine = self.experiment.sampling.engine
         settings = {"engine": engine, "dtype": self.experiment.policy.dtype, **swapped(engine)}
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
-        return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
-
-    def log_probs(self, subject: Subject) -> Artifact:
-        """Log-probabilities of the reference's samples under a subject, as it is meant to be asked: a table of
-        `divergence.LOG_PROBS`."""
-        assert self.reference is not None and subject.model is not None, "asked of models"
-        model, asked = subject.model, subject.asked[0]
-        samples = self.sampled(self.reference)
-        conditioned = asked.condition is not None
-
-        def produce(draft: Draft) -> None:
-            known = samples.frame("sampled").join(self.prompts, on="prompt_id", maintain_order="left")
-            parts = [
-                (sample_id, pair)
-                for sample_id, prompt_id, prompt, text in known.select(
-                    "sample_id", "prompt_id", "prompt", "text"
-                ).iter_rows()
-                for pair in divergence.pieces(self.experiment, asked.text(prompt_id), prompt, text)
-            ]
-            found = self.engine.logprobs(
-                model.path, [pair for _, pair in parts], partial(self.report, note="KL")
-            )
-            rows = [(sample_id, logprob) for (sample_id, _), (logprob, _) in zip(parts, found, strict=True)]
-            summed = pl.DataFrame(rows, divergence.LOG_PROBS, orient="row").group_by(
-                "sample_id", maintain_order=True
-            )
-            draft.write("log_probs", summed.agg(pl.col("log_prob").sum()), divergence.LOG_PROBS)
-
-        engine, corpus = self.experiment.sampling.engine, self.experiment.corpus
-        settings = {
-            "engine": engine,
-            "dtype": self.experiment.policy.dtype,
-            "asked": vars(asked) if conditioned else None,
-            "template": self.experiment.method.template if conditioned else None,
-            "segments": corpus.segments
-            if corpus is not None and self.experiment.method.per_segment
-            else None,
-            **swapped(engine),
-        }
-        inputs = {"samples": samples.key, "model": subject.policy_hash}
-        return self._kept(EVALUATION_DIVERGENCE, settings, inputs, produce)
-
-    def divergence(self, subject: Subject) -> pl.DataFrame:
-        """A row of SCORES: how far a subject is from the reference."""
-        rows = []
-        if self.reference is not None and subject.model is not None:
-            found = divergence.estimated(
-                self.log_probs(self.reference).frame("log_probs"),
-                self.log_probs(subject).frame("log_probs"),
-                self.sampled(self.reference).frame("sampled"),
-                self.experiment.evaluation.resamples,
-            )
-            role, condition = subject.asked[0].role, subject.asked[0].condition
-            rows = [
-                score_row(
-                    KL_REFERENCE,
-                    found,
-                    subject.policy_hash,
-                    subject=subject.name,
-                    role=role,
-                    condition=condition,
-                )
-            ]
-        return pl.DataFrame(rows, SCORES)
+        return self.kept(EVALUATION_FLUENCY, settings, inputs, produce)
 
     def write(
         self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds, candidates: Subject | None = None
@@ -350,8 +286,9 @@ class Measuring:
                 scores += [table, *self._obedience(subject, numbered, table)]
                 if settings.text_statistics:
                     scores.append(text_statistics(own, subject.policy_hash, subject.name))
-                if subject.reward_model is None and subject.prompts is None:  # best-of-n is no language model
-                    scores.append(self.divergence(subject))
+                # Best-of-n is no language model, and neither is a reward model.
+                if self.reference is not None and subject.reward_model is None and subject.prompts is None:
+                    scores.append(divergence.scores(self, self.reference, subject))
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
@@ -476,7 +413,7 @@ class Measuring:
                 "finish_reason": "stop",
             }
 
-    def _kept(
+    def kept(
         self,
         part: str,
         settings: Mapping[str, Any],
