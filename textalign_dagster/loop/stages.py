@@ -99,7 +99,7 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
     elif stage == "datapool":
         chosen = {
             # What came later is left out where it changes nothing: earlier pools stay what they are.
-            "method": {k: v for k, v in plain["method"].items() if (k, v) != ("pairs_from", "rewards")},
+            "method": method.identity,
             "datapool": {k: v for k, v in plain["datapool"].items() if (k, v) != ("weights", None)},
             # A file's responses were not cut off anywhere.
             "max_new_tokens": experiment.sampling.max_new_tokens if experiment.offline is None else None,

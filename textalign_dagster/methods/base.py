@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
@@ -34,6 +35,9 @@ class Method(Settings):
     trains: ClassVar[Literal["policy", "reward model"]] = "policy"
     """What a checkpoint is. A reward model is never sampled: every iteration samples from the base policy."""
 
+    added: ClassVar[Mapping[str, Any]] = {}
+    """Fields that were added later → the value by which they change nothing, and are no part of the keys of artifacts."""
+
     name: str
     template: str = Field(
         "{condition} {prompt}",
@@ -45,6 +49,12 @@ class Method(Settings):
     def _template(cls, template: str) -> str:
         validate_template(template)
         return template
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings that the datapool follows from, for the keys of artifacts."""
+        known = self.model_dump(mode="json")
+        return {k: v for k, v in known.items() if k not in self.added or v != self.added[k]}
 
     @property
     @abstractmethod
@@ -154,6 +164,8 @@ class Rewarded(Unconditional):
 
 class Paired(Rewarded):
     """One whose examples are pairs of a prompt's samples."""
+
+    added: ClassVar[Mapping[str, Any]] = {"pairs_from": "rewards"}
 
     pairs_per_prompt: int | None
     margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self, cast
 
 import polars as pl
 from pydantic import Field, model_validator
@@ -26,6 +27,8 @@ class ControlTokens(ClosedConditional):
 
 class ConditionalTraining(ControlTokens):
     """Good by a threshold of the reward (Korbak et al. 2023)."""
+
+    added: ClassVar[Mapping[str, Any]] = {"tokens": "sample", "quantile": None}
 
     name: Literal["conditional"] = "conditional"
     template: str = Field("{condition}{prompt}", description="How a control token stands before a prompt.")

@@ -23,6 +23,8 @@ def changed(before: Experiment, after: Experiment, iteration: int) -> list[str]:
 EVERY = {
     # override → (stages of iteration 1, stages of later ones)
     "training.learning_rate=3.21e-5": (["checkpoint"], ["checkpoint"]),
+    "training.density_ratio={}": (["checkpoint"], ["checkpoint"]),
+    "evaluation.kl_reference=base": (["evaluation"], ["evaluation"]),
     "training.batch_size=3": (["checkpoint"], ["checkpoint"]),
     "training.start_from=base": (["checkpoint"], ["checkpoint"]),
     "training.objective.kl_coef=0.3": (["checkpoint"], ["checkpoint"]),
