@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import polars as pl
 
+from assets.stage import PolicyFolder
+from resources.engines.sampler import Sampler
 from resources.store import Artifact, Draft
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.experiment.evaluation import Asked
 from textalign_dagster.loop.stages import EVALUATION_DIVERGENCE, swapped
 from textalign_dagster.measures import statistics
 from textalign_dagster.measures.statistics import Estimate
 from textalign_dagster.pool.conditioning import render
-from textalign_dagster.reports.score_table import KL_REFERENCE, score_row
 from textalign_dagster.segments import cut
-from textalign_dagster.tables import SCORES
-
-if TYPE_CHECKING:
-    from assets.measuring import Measuring, Subject
 
 NAME = "reference"
 
 LOG_PROBS = pl.Schema({"sample_id": pl.String, "log_prob": pl.Float64})
 
 
-def log_probs(measuring: Measuring, reference: Subject, subject: Subject) -> Artifact:
-    """The log-probabilities of the reference's samples under a subject, as that is meant to be asked: a table of
-    :data:`LOG_PROBS`, kept for later evaluations."""
-    experiment, model, asked = measuring.experiment, subject.model, subject.asked[0]
-    assert model is not None, "human answers are no model"
-    samples = measuring.sampled(reference)
+@dataclass(frozen=True)
+class Divergence:
+    """The distances of policies from one reference.
 
-    def produce(draft: Draft) -> None:
-        known = samples.frame("sampled").join(measuring.prompts, on="prompt_id", maintain_order="left")
-        columns = known.select("sample_id", "prompt_id", "prompt", "text")
-        parts = [
-            (sample_id, pair)
-            for sample_id, prompt_id, prompt, text in columns.iter_rows()
-            for pair in pieces(experiment, asked.text(prompt_id), prompt, text)
-        ]
-        report = partial(measuring.report, note="KL")
-        found = measuring.engine.logprobs(model.path, [pair for _, pair in parts], report)
-        rows = [(sample_id, logprob) for (sample_id, _), (logprob, _) in zip(parts, found, strict=True)]
-        by_sample = pl.DataFrame(rows, LOG_PROBS, orient="row").group_by("sample_id", maintain_order=True)
-        draft.write("log_probs", by_sample.agg(pl.col("log_prob").sum()), LOG_PROBS)
+    Attributes:
+        reference: the model that ``samples`` (sample_id, prompt_id, text) are of.
+        prompts: prompt_id, prompt.
+        keep: makes an artifact of settings and inputs, or finds it.
+    """
 
-    engine, conditioned = experiment.sampling.engine, asked.condition is not None
-    by_segment = experiment.corpus is not None and experiment.method.per_segment
-    settings = {
-        "engine": engine,
-        "dtype": experiment.policy.dtype,
-        "asked": vars(asked) if conditioned else None,
-        "template": experiment.method.template if conditioned else None,
-        "segments": experiment.corpus.segments if experiment.corpus is not None and by_segment else None,
-        **swapped(engine),
-    }
-    inputs = {"samples": samples.key, "model": subject.policy_hash}
-    return measuring.kept(EVALUATION_DIVERGENCE, settings, inputs, produce)
+    experiment: Experiment
+    reference: PolicyFolder
+    samples: Artifact
+    prompts: pl.DataFrame
+    engine: Sampler
+    keep: Callable[..., Artifact]
+    report: Callable[..., None]
 
+    def log_probs(self, model: PolicyFolder, asked: Asked) -> Artifact:
+        """The log-probabilities of the samples under a model, as it is meant to be asked: a table of
+        :data:`LOG_PROBS`."""
+        experiment, corpus = self.experiment, self.experiment.corpus
 
-def scores(measuring: Measuring, reference: Subject, subject: Subject) -> pl.DataFrame:
-    """A row of SCORES: how far a subject is from the reference; none for human answers."""
-    if subject.model is None:
-        return pl.DataFrame(schema=SCORES)
-    known, own = (log_probs(measuring, reference, one).frame("log_probs") for one in (reference, subject))
-    samples, resamples = (
-        measuring.sampled(reference).frame("sampled"),
-        measuring.experiment.evaluation.resamples,
-    )
-    found, asked = estimated(known, own, samples, resamples), subject.asked[0]
-    told = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
-    return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **told)], SCORES)
+        def produce(draft: Draft) -> None:
+            known = self.samples.frame("sampled").join(self.prompts, on="prompt_id", maintain_order="left")
+            columns = known.select("sample_id", "prompt_id", "prompt", "text")
+            parts = [
+                (sample_id, pair)
+                for sample_id, prompt_id, prompt, text in columns.iter_rows()
+                for pair in pieces(experiment, asked.text(prompt_id), prompt, text)
+            ]
+            found = self.engine.logprobs(
+                model.path, [pair for _, pair in parts], partial(self.report, note="KL")
+            )
+            rows = [(sample_id, logprob) for (sample_id, _), (logprob, _) in zip(parts, found, strict=True)]
+            by_sample = pl.DataFrame(rows, LOG_PROBS, orient="row").group_by("sample_id", maintain_order=True)
+            draft.write("log_probs", by_sample.agg(pl.col("log_prob").sum()), LOG_PROBS)
+
+        engine, conditioned = experiment.sampling.engine, asked.condition is not None
+        settings = {
+            "engine": engine,
+            "dtype": experiment.policy.dtype,
+            "asked": vars(asked) if conditioned else None,
+            "template": experiment.method.template if conditioned else None,
+            "segments": corpus.segments if corpus is not None and experiment.method.per_segment else None,
+            **swapped(engine),
+        }
+        inputs = {"samples": self.samples.key, "model": model.policy_hash}
+        return self.keep(EVALUATION_DIVERGENCE, settings, inputs, produce)
+
+    def of(self, model: PolicyFolder, asked: Asked) -> Estimate:
+        """How far a model is from the reference, in nats a text."""
+        known = self.log_probs(self.reference, Asked(None, "baseline")).frame("log_probs")
+        own = self.log_probs(model, asked).frame("log_probs")
+        return estimated(known, own, self.samples.frame("sampled"), self.experiment.evaluation.resamples)
 
 
 def pieces(

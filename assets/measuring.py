@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import polars as pl
 
-from assets import best_of_n, divergence
+from assets import best_of_n
+from assets.divergence import NAME as REFERENCE
+from assets.divergence import Divergence
 from assets.exemplars import exemplars_of
 from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
@@ -43,6 +45,7 @@ from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.reports.obedience import obedience
 from textalign_dagster.reports.score_table import (
+    KL_REFERENCE,
     OBEDIENCE,
     reported,
     score_row,
@@ -142,7 +145,7 @@ class Measuring:
                 reference.policy_hash,
                 PolicyFolder(reference.path, reference.policy_hash),
                 (Asked(None, "baseline"),),
-                divergence.NAME,
+                REFERENCE,
                 as_it_is=True,
             )
         self.engine = sampler.of(self.experiment)
@@ -174,16 +177,16 @@ class Measuring:
 
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
-        if self.reference is not None:
+        if self.reference is not None and self.reference.model is not None:
             with seconds.of("divergence"):
-                divergence.log_probs(self, self.reference, self.reference)
+                self.divergence.of(self.reference.model, self.reference.asked[0])
         sampled = []
         for subject in subjects:
             with seconds.of("sampling"):
                 sampled.append(self.sampled(subject))
             if self.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
-                    divergence.log_probs(self, self.reference, subject)
+                    self.divergence.of(subject.model, subject.asked[0])
         with seconds.of("fluency"):
             for samples in sampled:
                 self.surprise(samples)
@@ -224,7 +227,7 @@ class Measuring:
             draft.record(chunks=chunks)
 
         inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
-        kept = self.kept(EVALUATION_SAMPLING, settings, inputs, produce)
+        kept = self._kept(EVALUATION_SAMPLING, settings, inputs, produce)
         sampled_chunks.discard(self.stage.store, kept)
         return kept
 
@@ -248,7 +251,26 @@ class Measuring:
         engine = self.experiment.sampling.engine
         settings = {"engine": engine, "dtype": self.experiment.policy.dtype, **swapped(engine)}
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
-        return self.kept(EVALUATION_FLUENCY, settings, inputs, produce)
+        return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
+
+    @cached_property
+    def divergence(self) -> Divergence:
+        """The distances from the reference of `evaluation.kl_reference`."""
+        reference = self.reference
+        assert reference is not None and reference.model is not None, "asked for"
+        samples = self.sampled(reference)
+        return Divergence(
+            self.experiment, reference.model, samples, self.prompts, self.engine, self._kept, self.report
+        )
+
+    def _divergence(self, subject: Subject) -> pl.DataFrame:
+        """A row of SCORES: how far a subject is from the reference; none for human answers."""
+        if subject.model is None:
+            return pl.DataFrame(schema=SCORES)
+        asked = subject.asked[0]
+        told = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
+        found = self.divergence.of(subject.model, asked)
+        return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **told)], SCORES)
 
     def write(
         self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds, candidates: Subject | None = None
@@ -288,7 +310,7 @@ class Measuring:
                     scores.append(text_statistics(own, subject.policy_hash, subject.name))
                 # Best-of-n is no language model, and neither is a reward model.
                 if self.reference is not None and subject.reward_model is None and subject.prompts is None:
-                    scores.append(divergence.scores(self, self.reference, subject))
+                    scores.append(self._divergence(subject))
                 kept.append(numbered)
                 if subject.reward_model is not None:
                     rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
@@ -413,7 +435,7 @@ class Measuring:
                 "finish_reason": "stop",
             }
 
-    def kept(
+    def _kept(
         self,
         part: str,
         settings: Mapping[str, Any],
