@@ -62,7 +62,7 @@ def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -
         return following
     last = _last_runs(instance, following.cell)
     if last and BATCHES_TAG in last[0].tags:
-        return Next(None, f"{experiment} waits for the Batch API; the sensor collect_batches goes on with it")
+        return Next(None, f"{experiment} waits for the Batch API; the sensor collect_batches continues it")
     went_wrong = {dg.DagsterRunStatus.FAILURE: "failed", dg.DagsterRunStatus.CANCELED: "was cancelled"}
     how = went_wrong.get(last[0].status) if last else None
     if how is None:

@@ -85,4 +85,4 @@ class Snapshotting(TrainerCallback):
         if self._trainer.snapshot_due and state.global_step < state.max_steps:
             self._snapshots.take(self._trainer)
             if self._trainer.ending:
-                raise EndedError("the training was told to end (SIGTERM)")
+                raise EndedError("the training was asked to end (SIGTERM)")

@@ -62,7 +62,7 @@ def transformer_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     if len(outermost) != 1:
         found = ", ".join(outermost) or "none"
         raise ValueError(
-            f"the blocks of a {type(model).__name__} cannot be told (lists of {wanted} modules: {found}); "
+            f"the blocks of a {type(model).__name__} cannot be identified (lists of {wanted} modules: {found}); "
             "leave trainable_layers out"
         )
     return next(iter(outermost.items()))

@@ -37,7 +37,7 @@ class Lora(Settings):
     adapter: Literal["new", "carried"] = Field(
         "new",
         description="new: each iteration begins a new adapter beside the policy it starts from; carried: one adapter "
-        "beside the base policy goes on training from iteration to iteration.",
+        "beside the base policy keeps training from iteration to iteration.",
     )
 
 
@@ -149,7 +149,7 @@ class Training(Settings):
     snapshot_minutes: float | None = Field(
         15.0,
         gt=0,
-        description="Minutes between two snapshots, from which an interrupted training goes on; null: none, it "
+        description="Minutes between two snapshots, from which an interrupted training resumes; null: none, it "
         "begins anew.",
     )
     launcher: Literal["local", "slurm", "k8s"] = Field(
@@ -220,7 +220,7 @@ class Training(Settings):
             raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
         if self.carries_adapter and self.start_from == "base":
             raise ValueError(
-                "lora.adapter: carried goes on from the parent's adapter, and start_from: base from no adapter at "
+                "lora.adapter: carried continues from the parent's adapter, and start_from: base from no adapter at "
                 "all; set start_from to parent, or lora.adapter to new"
             )
         if self.optimizer_state == "carried":

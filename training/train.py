@@ -76,7 +76,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
         loaded = time.monotonic()
         reporter.say(f"training on {rows.height} rows, loaded in {loaded - STARTED:.1f} s")
         if trainer.before.step:
-            reporter.say(f"going on from the snapshot of step {trainer.before.step}")
+            reporter.say(f"resuming from the snapshot of step {trainer.before.step}")
         trainer.train()
     trained = time.monotonic()
 

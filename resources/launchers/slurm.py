@@ -138,9 +138,7 @@ class SlurmLauncher:
                 return job, found.job
         for job in each_launch(self.folder):
             if job.finished() is not None:
-                context.log.info(
-                    f"Slurm job {job.job_id} finished while nobody looked; its results are taken"
-                )
+                context.log.info(f"Slurm job {job.job_id} finished in the meantime; its results are used")
                 return job, job.job_id or "?"
         return None
 
@@ -253,7 +251,7 @@ class SlurmLauncher:
         run = context.instance.get_run_by_id(context.run.run_id)
         if not somebody_waits() and (run is None or run.status not in CANCELLING):
             context.log.warning(
-                "leaving the Slurm job to itself; the next run of this iteration goes on with it"
+                "leaving the Slurm job to itself; the next run of this iteration takes it over"
             )
             return
         deadline = time.monotonic() + self.settling

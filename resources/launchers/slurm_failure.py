@@ -61,7 +61,7 @@ def reason_of(state: State, root: Path, code: int | None) -> str:
     if state.name == "COMPLETED":
         return "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
     if state.name == "UNKNOWN":
-        return f"is lost: {state.reason}; if it still runs, the next run goes on with it"
+        return f"is lost: {state.reason}; if it still runs, the next run takes it over"
     known = {
         "CANCELLED": "was cancelled",
         "DEADLINE": "did not meet its deadline",

@@ -319,7 +319,7 @@ def _how_to_annotate(path: Path, iteration: int | None, format_name: str) -> str
     return (
         f"scorer imported: {path} is not there yet. Write the samples with `textalign export EXPERIMENT "
         f"samples.jsonl -k {k}`, have them judged (a row each: sample_id, prompt, response, and value, label or "
-        f"feedback), save that as {path} in the format {format_name}, and run the experiment again: it goes on from here."
+        f"feedback), save that as {path} in the format {format_name}, and run the experiment again: it continues from here."
     )
 
 

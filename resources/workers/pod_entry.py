@@ -19,7 +19,7 @@ ALONE = 600.0  # seconds without a word, after which it ends
 
 def main() -> str:
     if not select.select([0], [], [], ALONE)[0]:
-        return f"nobody spoke to this pod for {ALONE:.0f} s; it ends"
+        return f"this pod was not used for {ALONE:.0f} s; it ends"
     while (byte := os.read(0, 1)) != b"\n":  # byte by byte: what follows is the worker's
         if not byte:
             return "whoever wanted this pod is gone; it ends"

@@ -91,7 +91,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, l
         )
         if moment.startswith("Ctrl-C"):
             assert done.returncode == 130, f"{moment}: {done.stdout}{done.stderr}"
-            assert done.stderr == "stopped; finished stages are kept, the same command goes on from there\n"
+            assert done.stderr == "stopped; finished stages are kept, the same command resumes from there\n"
         else:
             assert done.returncode == -9, f"{moment}: {done.stdout}{done.stderr}"
         # The trainer, the sampler's worker and whatever they started end by themselves.

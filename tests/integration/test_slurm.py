@@ -378,7 +378,7 @@ def test_a_state_that_nobody_knows_is_no_success(
     ask = slurm.state
     monkeypatch.setattr(slurm, "state", lambda job: None)
     with pytest.raises(
-        dg.Failure, match="is lost: no answer about it for 1 s; if it still runs, the next run goes on"
+        dg.Failure, match="is lost: no answer about it for 1 s; if it still runs, the next run takes it over"
     ):
         train(tmp_path, patience=1.0)
     # The job goes on, and has its own word when the scheduler has forgotten it.

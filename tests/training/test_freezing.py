@@ -145,5 +145,7 @@ def test_what_cannot_be_frozen() -> None:
     with pytest.raises(ValueError, match="5 blocks are to train, but the model has 4"):
         train_last_blocks(model, 5)
     model.twin = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(4))
-    with pytest.raises(ValueError, match=r"cannot be told .*model.layers, twin.*leave trainable_layers out"):
+    with pytest.raises(
+        ValueError, match=r"cannot be identified .*model.layers, twin.*leave trainable_layers out"
+    ):
         train_last_blocks(model, 2)

@@ -88,10 +88,10 @@ def run(
             Runner(instance, store, library, console, since).run(names, iterations)
         except RunFailed as error:
             raise Refused(
-                f"{error}\nFinished stages are kept; the same command goes on from there."
+                f"{error}\nFinished stages are kept; the same command resumes from there."
             ) from None
         except KeyboardInterrupt:
-            click.echo("stopped; finished stages are kept, the same command goes on from there", err=True)
+            click.echo("stopped; finished stages are kept, the same command resumes from there", err=True)
             sys.exit(130)
     _show(library, name, console)
 

@@ -97,7 +97,7 @@ class BestOfN(Settings):
                     f"judge.ask: {self.judge.ask} gives nothing to rank by; ask for `rating` or `ranking`"
                 )
         if min(self.n) < 1 or len(set(self.n)) < len(self.n):
-            raise ValueError(f"n: {list(self.n)}: each is 1 or more, and stands there once")
+            raise ValueError(f"n: {list(self.n)}: each must be 1 or more, and listed once")
         if self.samples is not None and self.samples < max(self.n):
             raise ValueError(
                 f"samples: {self.samples}, but the best of {max(self.n)} is wanted; raise it to {max(self.n)} or more"

@@ -101,7 +101,7 @@ def _read_record(
     if not all(own is None or (isinstance(own, str) and own) for own in ids):
         raise Refusal("a sample id is no text")
     if len({own for own in ids if own}) < len([own for own in ids if own]) or rows.samples.keys() & set(ids):
-        raise Refusal("a sample id stands there twice")
+        raise Refusal("a sample id is repeated")
     if record.get("analysis") is not None:
         rows.notes["`analysis` is not kept: FEEDBACK has no place for it"] += 1
     for i, (text, generation) in enumerate(zip(texts, generations, strict=True)):

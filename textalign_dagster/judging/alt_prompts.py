@@ -168,7 +168,7 @@ def read_alt_prompts(path: Path, *, template: str | None = None) -> ImportedProm
             refused.append(Refused(line, str(reason), excerpt(shown)))
             continue
         if prompt in rows:
-            notes["a prompt stands there again; it is kept once"] += 1
+            notes["a prompt is repeated; it is kept once"] += 1
         rows.setdefault(prompt, {"prompt": prompt, "reference": reference, "condition": condition})
     told = tuple(f"{note} ({count:,} ×)" for note, count in notes.items())
     return ImportedPrompts(pl.DataFrame(list(rows.values()), PROMPTS), lines, tuple(refused), told)

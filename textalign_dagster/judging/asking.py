@@ -89,7 +89,7 @@ def samples_of(frame: pl.DataFrame) -> list[Sample]:
     """
     twice = frame.filter(pl.col("sample_id").is_duplicated())
     if twice.height:
-        raise ValueError(f"sample {twice['sample_id'][0]} stands there twice; one row a sample")
+        raise ValueError(f"sample {twice['sample_id'][0]} is listed twice; give one row per sample")
     reference = pl.col("reference").cast(pl.String)
     said = pl.when(reference.str.strip_chars() != "").then(reference)
     chosen = frame.with_columns(reference=said).select(Sample._fields)

@@ -170,6 +170,6 @@ def _unique(frame: pl.DataFrame, key: list[str], what: str) -> None:
     twice = frame.filter(pl.struct(key).is_duplicated())
     if twice.height:
         raise ValueError(
-            f"{what}: {', '.join(map(str, twice.select(key).row(0)))} stands there more than once; "
+            f"{what}: {', '.join(map(str, twice.select(key).row(0)))} is listed more than once; "
             "give one aspect of one judge"
         )

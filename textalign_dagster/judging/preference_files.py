@@ -41,7 +41,7 @@ from textalign_dagster.turns import (
     transcript,
 )
 
-NOT_JUDGED = "a demonstration, which nobody judged"
+NOT_JUDGED = "an unjudged demonstration"
 
 Record = dict[str, Any]
 

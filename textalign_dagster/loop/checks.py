@@ -238,7 +238,7 @@ def diversity(now: float | None, at_start: float | None, limit: float) -> dg.Ass
             check_name="diversity",
             passed=False,
             severity=dg.AssetCheckSeverity.WARN,
-            description=f"cannot be told: distinct-3 is counted over {DISTINCT_BLOCK} samples with words, and "
+            description=f"cannot be computed: distinct-3 is counted over {DISTINCT_BLOCK} samples with words, and "
             "iteration 0 has fewer; raise evaluation.prompts",
         )
     if now is None:

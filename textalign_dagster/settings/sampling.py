@@ -71,7 +71,7 @@ class Endpoints(Settings):
                     "and name it in api_key_env"
                 )
         if len(set(urls)) < len(urls):
-            raise ValueError("a server stands there twice; remove one")
+            raise ValueError("a server is listed twice; remove one")
         return urls
 
 

@@ -42,7 +42,7 @@ class Structured(Settings):
         if choice is not None and not all(choice or [""]):
             raise ValueError("give one text or more, none of them empty")
         if choice is not None and len(set(choice)) < len(choice):
-            raise ValueError("a text stands there twice; remove one")
+            raise ValueError("a text is listed twice; remove one")
         return choice
 
     @field_validator("regex")
@@ -60,7 +60,7 @@ class Structured(Settings):
     @classmethod
     def _says_something(cls, grammar: str | None) -> str | None:
         if grammar is not None and "::=" not in grammar:
-            raise ValueError("no rule stands there; write it in EBNF, beginning with `root ::= …`")
+            raise ValueError("there is no rule; write it in EBNF, beginning with `root ::= …`")
         return grammar
 
     @model_validator(mode="after")

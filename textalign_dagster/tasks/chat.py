@@ -41,5 +41,5 @@ class ChatTask(DatasetTask):
         from textalign_dagster.tasks.chat_template import templated
 
         if self._template is None:
-            raise SettingsError("task.chat_template: nobody said which policy's; ask the task `for_policy`")
+            raise SettingsError("task.chat_template: no policy is known yet; ask the task `for_policy`")
         return templated(self._template)

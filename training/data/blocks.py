@@ -82,7 +82,7 @@ def start_with_end(tokenizer: PreTrainedTokenizerBase) -> None:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise JobError(
-            f"{tokenizer.name_or_path}: a tokenizer without a tokenizer.json cannot be told to start texts with its end "
+            f"{tokenizer.name_or_path}: a tokenizer without a tokenizer.json cannot start texts with its end "
             "token; save it as a fast one"
         )
     end = str(tokenizer.eos_token)

@@ -59,7 +59,7 @@ class OptimizerState:
             coefficients = {str(name): float(value) for name, value in facts["coefficients"].items()}
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise JobError(
-                f"optimizer: {folder} holds no state to go on with ({error}); train the iteration before "
+                f"optimizer: {folder} holds no state to continue from ({error}); train the iteration before "
                 "again, or set training.optimizer_state to fresh"
             ) from None
         return cls(tensors, coefficients, str(folder))

@@ -52,4 +52,4 @@ def publish(folder: Path, draft: Path, name: SnapshotName) -> None:
 def kept(folder: Path) -> str:
     """What is to be said of an interrupted training; nothing where it left no snapshot."""
     found = names(folder)
-    return f"; step {found[-1].step} is kept, and the next run goes on from there" if found else ""
+    return f"; step {found[-1].step} is kept, and the next run resumes from there" if found else ""

@@ -159,7 +159,7 @@ def _fits(root: str, folder: Path) -> None:
     """Weights that do not fit would end the server."""
     if not (Path(root) / "config.json").is_file():
         raise ServerFault(
-            f"it serves {root}, which is no folder on this machine, so that nobody knows whether the weights "
+            f"it serves {root}, which is no folder on this machine, so it is unknown whether the weights "
             f"of {folder} fit; start it with a folder that both can read",
             gone=False,
         )

@@ -177,7 +177,7 @@ class Engine:
                         f"{url} does not have the weights of {self.folder}, or not in {self.settings['dtype']}: it "
                         f"finds a text {apart(said[url], other):.2g} nats a token more or less likely than "
                         f"{'transformers' if other is self.expected else live[0]} does; start it with --dtype "
-                        f"{self.settings['dtype']} (policy.dtype), let nobody else change its weights, and use a "
+                        f"{self.settings['dtype']} (policy.dtype), let no one else change its weights, and use a "
                         "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
                     )
         self.known |= {(url, self.policy): said[url] for url in live}

@@ -134,7 +134,7 @@ def test_a_failure_names_the_step_that_is_kept(tmp_path: Path) -> None:
         "sys.exit(3)",
         "with open_dagster_pipes():\n    raise ValueError('no')",
     ):
-        with pytest.raises(dg.Failure, match="; step 7 is kept, and the next run goes on from there"):
+        with pytest.raises(dg.Failure, match="; step 7 is kept, and the next run resumes from there"):
             launch(script(tmp_path, body), unfinished=tmp_path / "snapshots")
 
 

@@ -112,7 +112,7 @@ def test_prompts_of_realtoxicityprompts_and_repeats(tmp_path: Path) -> None:
     path = file(tmp_path, {"prompt": {"text": "So"}}, {"prompt": "So"}, {"prompt": "And", "reference": "x"})
     found = read_alt_prompts(path)
     assert found.prompts.rows() == [("So", None, None), ("And", "x", None)]
-    assert found.notes == ("a prompt stands there again; it is kept once (1 ×)",)
+    assert found.notes == ("a prompt is repeated; it is kept once (1 ×)",)
 
 
 def test_samples_have_no_feedback_and_say_what_they_were_sampled_under(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_renaming_the_samples_changes_no_verdict() -> None:
 
 
 def test_a_sample_that_stands_there_twice_is_refused() -> None:
-    with pytest.raises(ValueError, match="sample s stands there twice"):
+    with pytest.raises(ValueError, match="sample s is listed twice"):
         asking(a_judge(ask="rating"), samples(("s", "p", None, "a"), ("s", "p", None, "b")))
 
 

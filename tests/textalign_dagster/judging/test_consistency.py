@@ -166,8 +166,8 @@ def test_nothing_at_all() -> None:
 
 
 def test_rows_twice_are_refused() -> None:
-    with pytest.raises(ValueError, match="ratings: s1 stands there more than once"):
+    with pytest.raises(ValueError, match="ratings: s1 is listed more than once"):
         consistency(pl.concat([RATED, RATED.head(1)]), RANKED)
     swapped = pairs(("p", "s2", "s1", "a", None))
-    with pytest.raises(ValueError, match="pairs: s1, s2 stands there more than once"):
+    with pytest.raises(ValueError, match="pairs: s1, s2 is listed more than once"):
         consistency(RATED, pl.concat([RANKED, swapped]))

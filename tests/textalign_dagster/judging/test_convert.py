@@ -103,7 +103,7 @@ def test_alt_bad_lines_are_refused_with_their_number(tmp_path: Path) -> None:
         (6, "no list in `generations`"),
         (7, "`rewards` and `generations` differ in length"),
         (8, "no text in `a generation`"),
-        (10, "a sample id stands there twice"),
+        (10, "a sample id is repeated"),
     ]
     summary = found.summary()
     assert summary.startswith("9 rows: 2 samples; judgements: 2 ok; refused: 7\n")

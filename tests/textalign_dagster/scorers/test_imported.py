@@ -132,7 +132,7 @@ def test_a_missing_file_tells_what_to_do(tmp_path: Path) -> None:
         run(scorer, 2)
     told = str(error.value)
     assert "ratings_2.jsonl is not there yet" in told and "textalign export EXPERIMENT" in told
-    assert "-k 2" in told and "goes on from here" in told
+    assert "-k 2" in told and "continues from here" in told
     with pytest.raises(ScoringError, match="needs an iteration"):
         run(scorer, None)
 

@@ -45,7 +45,7 @@ def test_adapters_over_the_base_can_be_served() -> None:
         ({"training": {"lora": {"adapter": "new"}}}, "(training.lora.adapter: new); set that to carried"),
         (
             {"training": {"start_from": "base"}},
-            "training: lora.adapter: carried goes on from the parent's adapter",
+            "training: lora.adapter: carried continues from the parent's adapter",
         ),
         ({"method": "quark"}, "sampling.adapters: method quark adds tokens"),
         (

@@ -91,7 +91,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"\{instruction\} has to stand there exactly once"):
+    with pytest.raises(ValidationError, match=r"\{instruction\} must appear exactly once"):
         Instructions(template="Do it.")
     broken = tmp_path / "broken.json"
     broken.write_text("[{]")

@@ -125,11 +125,11 @@ def test_states_that_cannot_be_gone_on_with(
         return capsys.readouterr().err
 
     state = tmp_path / "beside"
-    assert "holds no state to go on with" in refused(optimizer=str(tmp_path / "nowhere"))
+    assert "holds no state to continue from" in refused(optimizer=str(tmp_path / "nowhere"))
     tensors = state / "optimizer.safetensors"
     whole = tensors.read_bytes()
     tensors.write_bytes(whole[:50])
-    assert "holds no state to go on with" in refused(optimizer=str(state))
+    assert "holds no state to continue from" in refused(optimizer=str(state))
     tensors.write_bytes(whole.replace(b"model.norm.weight", b"model.form.weight"))
     assert "another model's state (it has model.form.weight" in refused(optimizer=str(state))
     assert "DEEPSPEED keeps the optimizer in a form of its own" in refused(sharing="DEEPSPEED")

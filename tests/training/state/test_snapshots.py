@@ -137,7 +137,7 @@ def test_going_on_twice_gives_the_same_bytes(
     killed_after(3, job, tmp_path, monkeypatch)
     assert [name.step for name in names(snapshots)] == [3]  # older ones are gone
     killed_after(4, job, tmp_path, monkeypatch)
-    assert kept(snapshots) == "; step 7 is kept, and the next run goes on from there"
+    assert kept(snapshots) == "; step 7 is kept, and the next run resumes from there"
     assert main([str(write_job(tmp_path, job))]) == 0
     assert written(job) == alone
     facts = done(job)
@@ -177,14 +177,14 @@ def test_two_processes_that_were_told_to_end_and_killed_go_on(tmp_path: Path, jo
     until(lambda: "step 1/" in (tmp_path / "log").read_text(), process, tmp_path)
     process.stop()
     (told,) = names(snapshots)
-    assert "the training was told to end (SIGTERM)" in (tmp_path / "log").read_text()
+    assert "the training was asked to end (SIGTERM)" in (tmp_path / "log").read_text()
 
     keep(job)
     write_job(tmp_path, job)
     killed = killed_once_kept(command, two, job)
     result = by_hand(two, path)
     assert result.returncode == 0, result.stderr
-    assert f"going on from the snapshot of step {killed}" in result.stderr
+    assert f"resuming from the snapshot of step {killed}" in result.stderr
     assert done(job)["resumed_at"] == [told.step, killed] and told.step < killed < 120
     assert written(job) == alone
 

@@ -45,7 +45,7 @@ class Instructions(ChatTask):
     @classmethod
     def _one_place(cls, template: str) -> str:
         if template.count(INSTRUCTION) != 1:
-            raise ValueError(f"{template!r}: {INSTRUCTION} has to stand there exactly once")
+            raise ValueError(f"{template!r}: {INSTRUCTION} must appear exactly once")
         return template
 
     @property
