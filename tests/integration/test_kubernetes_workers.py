@@ -345,7 +345,7 @@ def test_what_machines_that_are_gone_have_left_is_deleted_after_a_while(cluster:
 def test_a_pod_to_which_nobody_speaks_ends() -> None:
     entry = Path(pod_entry.__file__).read_text(encoding="utf-8")
     words = {
-        entry.replace("ALONE = 600.0", "ALONE = 0.1"): "nobody spoke to this pod",
+        entry.replace("ALONE = 600.0", "ALONE = 0.1"): "this pod was not used",
         entry: "is gone; it ends",
     }
     for text, told in words.items():

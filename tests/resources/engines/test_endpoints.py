@@ -371,7 +371,7 @@ def test_settings_of_endpoints() -> None:
         ({"engine": "endpoints", "endpoints": {"urls": []}}, "at least 1 item"),
         ({"engine": "endpoints", "endpoints": {"urls": ["a:8000"]}}, "'a:8000' is no URL of a server"),
         ({"engine": "endpoints", "endpoints": {"urls": ["http://u:secret@a"]}}, "of a carries credentials"),
-        ({"engine": "endpoints", "endpoints": {"urls": ["http://a", "http://a"]}}, "stands there twice"),
+        ({"engine": "endpoints", "endpoints": {"urls": ["http://a", "http://a"]}}, "is listed twice"),
     ):
         with pytest.raises(ValueError, match=says):
             Sampling.model_validate(content)

@@ -30,7 +30,7 @@ VLLM = ("sampling.engine=vllm", "sampling.ignore_eos=false", "sampling.min_new_t
         ({"choice": ["a"], "regex": "a"}, "give exactly one .* not choice and regex"),
         ({"choice": []}, "give one text or more"),
         ({"choice": ["a", ""]}, "none of them empty"),
-        ({"choice": ["a", "a"]}, "stands there twice"),
+        ({"choice": ["a", "a"]}, "is listed twice"),
         ({"regex": "a("}, r"'a\(' is no regular expression \(missing \)"),
         ({"regex": ""}, "one character or more"),
         ({"grammar": "a: 'b'"}, "write it in EBNF, beginning with `root ::= …`"),
