@@ -1,6 +1,6 @@
 """Do the tokens that CUT flags lie where the linter found fault? A figure with an interval, and a picture.
 
-    textalign run pep8_cut --iterations 1
+    textalign run pep8_cut
     python -m benchmarks.flagged_tokens pep8_cut --iteration 1 --picture flagged.png
 
 Reads the judged samples that an iteration was trained on, once under their judgment and once under the bare prompt, by

@@ -387,7 +387,8 @@ def test_a_reward_model_beside_the_consistency_of_its_judge(loop: Loop) -> None:
         "rating": 4 if before else 1 + quality(shown["RESPONSE"]) // 143,
     }
     loop.configure(
-        {"ask": "rating", "template": "rating", "repeats": 2},
+        # One call at a time: the endpoint knows a second answer by what it was asked before.
+        {"ask": "rating", "template": "rating", "repeats": 2, "limits": {"attempts": 1, "concurrency": 1}},
         method={"name": "rm_ratings", "scale": [1, 7]},
         datapool={"shares": None, "samples": None, "drop_factor": 1.0},
         evaluation={"prompts": 4, "samples_per_prompt": 3},

@@ -73,5 +73,5 @@ def test_it_runs(
     # Iteration 1 knows no method yet, so a task's experiments share its samples.
     key, source = zoo.artifact(variant, 1, "generations").key, experiment.task.name
     if experiment.offline is not None:
-        source += f", {experiment.offline.path}, {experiment.offline.held_out} held out"
+        source += f", {experiment.offline.path}, {experiment.offline.reading}"
     assert first_samples.setdefault(source, key) == key
