@@ -230,6 +230,8 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
 def _with_refinements(found: Imported, path: str) -> Imported:
     """The references as further samples, each compared with the sample that it amends.
 
+    One that is a response to its prompt already stays that response.
+
     Raises:
         SettingsError: there are none.
     """
@@ -239,7 +241,14 @@ def _with_refinements(found: Imported, path: str) -> Imported:
     )
     if amended.is_empty():
         raise SettingsError(f"offline.refinements: {path} has no amended response (`i_ans`); remove it")
-    ids = [content_hash("refinement", sample_id) for sample_id in amended["sample_id"]]
+    known = {
+        (prompt, text.strip()): sample_id
+        for sample_id, prompt, text in found.samples.select("sample_id", "prompt", "text").iter_rows()
+    }
+    ids = [
+        known.get((prompt, reference.strip()), content_hash("refinement", sample_id))
+        for sample_id, prompt, reference in amended.select("sample_id", "prompt", "reference").iter_rows()
+    ]
     refined = amended.with_columns(pl.Series("own", ids, dtype=pl.String))
     told = found.feedback.select("aspect", "scorer", "scorer_version", "parser_version").head(1)
     pairs = refined.select("prompt_id", sample_a="own", sample_b="sample_id").join(told, how="cross")
@@ -250,11 +259,12 @@ def _with_refinements(found: Imported, path: str) -> Imported:
         reason=pl.lit(None, dtype=pl.String),
         call_keys=pl.lit([], dtype=pl.List(pl.String)),
     ).select(*PAIRS)
-    samples = refined.with_columns(sample_id="own", text="reference").select(found.samples.columns)
+    added = refined.filter(~pl.col("own").is_in(list(known.values()))).unique("own", maintain_order=True)
+    samples = added.with_columns(sample_id="own", text="reference").select(found.samples.columns)
     return replace(
         found,
         samples=pl.concat([found.samples, samples]),
-        pairs=pl.concat([found.pairs, oriented(pairs)]),
+        pairs=pl.concat([found.pairs, oriented(pairs).unique(["sample_a", "sample_b"], maintain_order=True)]),
     )
 
 

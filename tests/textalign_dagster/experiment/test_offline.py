@@ -187,6 +187,16 @@ def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> No
     # Without the setting a file is known by the same key as before.
     plain = experiment(tmp_path, offline={**given, "refinements": False}).offline
     assert plain is not None and "refinements" not in plain.reading
+    # What is a response already is not there twice.
+    more = {"instruction": "P", "input": "", "output": "worse", "judgment": "wrong", "i_ans": "fine "}
+    path.write_text(json.dumps([*records, more]), encoding="utf-8")
+    found = offline_samples(mine, task_of(mine), draws("P"))
+    assert sorted(found["text"]) == [" bad", " fine", " good", " worse"]
+    both = offline_feedback(mine, task_of(mine), draws("P"), "reward")
+    texts = dict(found.select("sample_id", "text").iter_rows())
+    assert {texts[i]: v for i, v in both.rows.select("sample_id", "value").iter_rows()} == {
+        " bad": 0.0, " fine": 1.0, " good": 1.0, " worse": 0.0
+    }  # fmt: skip
     path.write_text(json.dumps(records[1:]), encoding="utf-8")
     with pytest.raises(SettingsError, match=r"offline\.refinements: .* has no amended response"):
         offline_samples(mine, task_of(mine), draws("P"))
