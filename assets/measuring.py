@@ -30,6 +30,7 @@ from textalign_dagster.experiment.evaluation import (
     check_evaluation,
     conditions,
     evaluation_prompts,
+    evaluation_scorer,
     max_new_tokens,
     reference_answers,
 )
@@ -307,7 +308,9 @@ class Measuring:
                 table, numbered = self._tables(subject, own)
                 scores += [table, *self._obedience(subject, numbered, table)]
                 if settings.text_statistics:
-                    scores.append(text_statistics(own, subject.policy_hash, subject.name))
+                    scorer = evaluation_scorer(self.experiment)
+                    better = "lower" if scorer is None else scorer.better
+                    scores.append(text_statistics(own, subject.policy_hash, subject.name, better))
                 # Best-of-n is no language model, and neither is a reward model.
                 if self.reference is not None and subject.reward_model is None and subject.prompts is None:
                     scores.append(self._divergence(subject))

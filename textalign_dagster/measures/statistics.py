@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -117,6 +118,21 @@ def perplexity_mean(
     ]
     kept = [value if value is not None and value < limit else None for value in values]
     return mean(kept, clusters, resamples=resamples, level=level, seed=seed)
+
+
+def worst_of(scores: Column, better: Literal["lower", "higher"], size: int = 25) -> float | None:
+    """The mean over groups of ``size`` samples of the worst score in each: what is rare but bad (score_max@25 of
+    Korbak et al. 2023).
+
+    Sample i is in group i modulo the number of groups, as in their code; what fills no group is left out. None
+    with fewer samples than ``size``. Samples without a score do not count.
+    """
+    known = np.asarray([score for score in scores if score is not None], dtype=np.float64)
+    groups = known.size // size
+    if groups == 0:
+        return None
+    table = known[: groups * size].reshape(size, groups)
+    return float((table.max(0) if better == "lower" else table.min(0)).mean())
 
 
 def _exp(values: Floats) -> Floats:

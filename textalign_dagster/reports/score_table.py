@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
@@ -35,6 +35,7 @@ TEXT_STATISTICS = {
     "entropy_1": "entropy of 1-grams",
     "entropy_2": "entropy of 2-grams",
     "self_bleu_5": "Self-BLEU-5",
+    "worst_of_25": "mean of the worst score of 25",
 }
 """Metric → title of what `evaluation.text_statistics` adds."""
 
@@ -83,15 +84,22 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     return {**trained, **found, **texts, **apart, OBEDIENCE: "obedience", **ranked}
 
 
-def text_statistics(samples: pl.DataFrame, policy_hash: str, subject: str | None = None) -> pl.DataFrame:
+def text_statistics(
+    samples: pl.DataFrame,
+    policy_hash: str,
+    subject: str | None = None,
+    better: Literal["lower", "higher"] = "lower",
+) -> pl.DataFrame:
     """Rows of SCORES for :data:`TEXT_STATISTICS`; numbers of all texts together have no interval.
 
     Args:
-        samples: prompt_id, role, text; probes do not count.
+        samples: prompt_id, role, text, score; probes do not count.
+        better: which scores are good.
     """
     shown = samples.filter(pl.col("role") != "probe")
     texts, prompts = shown["text"].to_list(), shown["prompt_id"].n_unique()
-    values = (ngram_entropy(texts, 1), ngram_entropy(texts, 2), self_bleu(texts))
+    worst = statistics.worst_of(shown["score"].to_list(), better)
+    values = (ngram_entropy(texts, 1), ngram_entropy(texts, 2), self_bleu(texts), worst)
     role = shown["role"][0] if texts else "main"
     rows = [
         score_row(

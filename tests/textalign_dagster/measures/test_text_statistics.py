@@ -7,6 +7,7 @@ import math
 import pytest
 
 from textalign_dagster.measures.diversity import ngram_entropy, self_bleu
+from textalign_dagster.measures.statistics import worst_of
 
 
 def test_entropy_of_ngrams_in_nats() -> None:
@@ -39,3 +40,12 @@ def test_self_bleu_compares_with_the_first_texts_only() -> None:
     texts = ["a b", "a c", "x y", "x y"]
     # With one reference: the first text has the second, all others the first; only a is shared, in two cases of four.
     assert self_bleu(texts, n=1, references=1) == pytest.approx((1 / 2 + 1 / 2) / 4)
+
+
+def test_the_worst_of_a_group() -> None:
+    """Seven scores in groups of three: samples 0, 2, 4 and 1, 3, 5; the last fills none."""
+    scores = [0.1, 0.9, 0.3, 0.2, 0.2, 0.4, 5.0]
+    assert worst_of(scores, "lower", 3) == pytest.approx((0.3 + 0.9) / 2)
+    assert worst_of(scores, "higher", 3) == pytest.approx((0.1 + 0.2) / 2)
+    assert worst_of([0.1, None, 0.3, 0.2], "lower", 3) == pytest.approx(0.3)
+    assert worst_of(scores, "lower") is None and worst_of([None], "lower", 1) is None
