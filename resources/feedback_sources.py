@@ -54,7 +54,7 @@ def feedback_of(
             purpose=purpose,
             retry_before=retry_before,
         )
-    if experiment.offline is not None and experiment.offline.format == "corpus":
+    if experiment.corpus is not None:
         from resources.segment_scores import segment_feedback
 
         return segment_feedback(experiment, samples, kind, store, report)

@@ -38,11 +38,12 @@ def segment_feedback(
     Raises:
         ScoringError: a model is missing, cannot be used, or fails its check.
     """
-    assert experiment.offline is not None, "a corpus is one"
+    offline = experiment.corpus
+    assert offline is not None, "asked of corpora only"
     draws = samples.select("draw_id", "prompt_id").unique("draw_id", maintain_order=True)
-    pieces = corpus.segments(experiment.offline, draws).with_row_index("place")
+    pieces = corpus.segments(offline, draws).with_row_index("place")
     facts: dict[str, Any] = {"segments": pieces.height}
-    if corpus.scored_elsewhere(experiment.offline):
+    if corpus.scored_elsewhere(offline):
         known, scorer = pieces.with_columns(why=pl.lit(None, dtype=pl.String)), ("corpus", "")
     else:
         known, scorer = _scored(experiment, samples, pieces, store, report, facts)
@@ -69,7 +70,7 @@ def segment_feedback(
     ).select(*FEEDBACK)
     usable = rows.filter(status="ok")["sample_id"].implode()
     spans = known.filter(pl.col("sample_id").is_in(usable)).select(
-        "sample_id", "start", "end", "score", aspect=pl.lit(ASPECT), label=pl.lit(experiment.offline.segments)
+        "sample_id", "start", "end", "score", aspect=pl.lit(ASPECT), label=pl.lit(offline.segments)
     )
     return Judged(rows, spans=spans.select(*FEEDBACK_SPANS), facts=facts)
 

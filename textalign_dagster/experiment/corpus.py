@@ -7,8 +7,10 @@ every iteration has feedback, a pool and a checkpoint of its own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
@@ -48,24 +50,14 @@ def documents(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
     Returns:
         draw_id, own_id, sample_id, prompt_id, prompt (empty), text, sample_index.
     """
-    numbers = _numbers(offline)
-    frames = []
-    for draw_id, of_shard in draws.select("draw_id", "prompt_id").iter_rows():
-        shard = numbers[of_shard]
-        texts = [text for text, _ in _read(offline, shard)]
-        own = [str(shard * offline.shard + i + 1) for i in range(len(texts))]
-        frame = pl.DataFrame({"text": texts, "own_id": own}, {"text": pl.String, "own_id": pl.String})
-        ids = [content_hash("document", draw_id, i) for i in range(len(texts))]
-        frames.append(
-            frame.with_columns(
-                pl.Series("sample_id", ids, dtype=pl.String),
-                draw_id=pl.lit(draw_id),
-                prompt_id=pl.lit(of_shard),
-                prompt=pl.lit(""),
-                sample_index=pl.int_range(pl.len(), dtype=pl.Int32),
-            ).filter(pl.col("text") != "")
-        )
-    return pl.concat(frames)
+    rows = [
+        (one.draw_id, one.of_shard, one.sample_id, one.number, one.place, one.text, "")
+        for one in _drawn(offline, draws)
+        if one.text
+    ]
+    columns = ("draw_id", "prompt_id", "sample_id", "own_id", "sample_index", "text", "prompt")
+    schema = dict.fromkeys(columns, pl.String) | {"sample_index": pl.Int32}
+    return pl.DataFrame(rows, schema, orient="row")
 
 
 def segments(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
@@ -77,12 +69,11 @@ def segments(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
     Returns:
         sample_id, start, end (characters of the document), text, score (how bad it is; NULL: the file does not say).
     """
-    numbers = _numbers(offline)
-    rows = []
-    for draw_id, of_shard in draws.select("draw_id", "prompt_id").iter_rows():
-        for i, (text, found) in enumerate(_read(offline, numbers[of_shard])):
-            sample_id = content_hash("document", draw_id, i)
-            rows += [(sample_id, start, end, text[start:end], score) for start, end, score in found]
+    rows = [
+        (one.sample_id, start, end, one.text[start:end], score)
+        for one in _drawn(offline, draws)
+        for start, end, score in one.segments
+    ]
     schema = {
         "sample_id": pl.String,
         "start": pl.Int32,
@@ -95,12 +86,34 @@ def segments(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
 
 def scored_elsewhere(offline: Offline) -> bool:
     """Whether the file says how bad its segments are."""
-    return set(SCORED) <= set(_columns(offline, file_hash(Path(offline.path))))
+    return _has_scores(offline, file_hash(Path(offline.path)))
 
 
-def _numbers(offline: Offline) -> dict[str, int]:
-    """The place of each shard, by the id of its name."""
-    return {prompt_id(name): i for i, name in enumerate(shards(offline)["prompt"])}
+def _has_scores(offline: Offline, content: str | None) -> bool:
+    return set(SCORED) <= set(_columns(offline, content))
+
+
+class _Drawn(NamedTuple):
+    """A document of a drawn shard; ``number`` counts from 1 in the file, ``place`` from 0 in the shard."""
+
+    draw_id: str
+    of_shard: str
+    sample_id: str
+    number: str
+    place: int
+    text: str
+    segments: list[tuple[int, int, float | None]]
+
+
+def _drawn(offline: Offline, draws: pl.DataFrame) -> Iterator[_Drawn]:
+    """The documents of the drawn shards, one shard after the other."""
+    numbers = {prompt_id(name): i for i, name in enumerate(shards(offline)["prompt"])}
+    content = file_hash(Path(offline.path))
+    for draw_id, of_shard in draws.select("draw_id", "prompt_id").iter_rows():
+        shard = numbers[of_shard]
+        for i, (text, found) in enumerate(_read(offline, content, shard)):
+            sample_id = content_hash("document", draw_id, i)
+            yield _Drawn(draw_id, of_shard, sample_id, str(shard * offline.shard + i + 1), i, text, found)
 
 
 def _scan(offline: Offline) -> pl.LazyFrame:
@@ -123,7 +136,7 @@ def _columns(offline: Offline, content: str | None) -> tuple[str, ...]:
 @lru_cache(maxsize=8)
 def _shards(offline: Offline, content: str) -> pl.DataFrame:
     columns = _columns(offline, content)
-    if "text" not in columns and not set(SCORED) <= set(columns):
+    if "text" not in columns and not _has_scores(offline, content):
         raise SettingsError(
             f"offline.path: {offline.path}: has the columns {', '.join(columns)}; a corpus has `text`, or the segments "
             "`texts` with their `scores`"
@@ -141,9 +154,10 @@ def _shards(offline: Offline, content: str) -> pl.DataFrame:
 
 
 @lru_cache(maxsize=4)
-def _read_cached(offline: Offline, content: str | None, shard: int) -> list[Document]:
+def _read(offline: Offline, content: str | None, shard: int) -> list[Document]:
+    """The documents of a shard, each with its segments and their scores."""
     rows = _scan(offline).slice(shard * offline.shard, offline.shard)
-    if not set(SCORED) <= set(_columns(offline, content)):
+    if not _has_scores(offline, content):
         texts = rows.select(pl.col("text").cast(pl.String).fill_null("")).collect()["text"]
         return [(text, [(*place, None) for place in cut(text, offline.segments)]) for text in texts]
     found: list[Document] = []
@@ -161,8 +175,3 @@ def _read_cached(offline: Offline, content: str | None, shard: int) -> list[Docu
         ]
         found.append((text, kept))
     return found
-
-
-def _read(offline: Offline, shard: int) -> list[Document]:
-    """The documents of a shard, each with its segments and their scores."""
-    return _read_cached(offline, file_hash(Path(offline.path)), shard)

@@ -49,7 +49,7 @@ def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, p
         SettingsError: the file cannot be used; says why.
     """
     offline = _offline(experiment)
-    if offline.format == "corpus":
+    if experiment.corpus is not None:
         found = corpus.shards(offline)
         return found, found.clear()
     return _prompts(offline, task, file_hash(Path(offline.path)))
@@ -64,8 +64,8 @@ def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> 
     Returns:
         draw_id, own_id (of the response in the file), sample_id, prompt_id, prompt, text, sample_index.
     """
-    if (offline := _offline(experiment)).format == "corpus":
-        return corpus.documents(offline, draws)
+    if experiment.corpus is not None:
+        return corpus.documents(experiment.corpus, draws)
     samples = _responses(experiment, task).samples.select("prompt_id", "text", own_id="sample_id")
     rows = draws.select("draw_id", "prompt_id", "prompt").join(
         samples, on="prompt_id", maintain_order="left_right"
@@ -138,7 +138,7 @@ def summary(experiment: Experiment, task: Task) -> str:
     Raises:
         SettingsError: it holds nothing that the method can be trained on.
     """
-    if (offline := _offline(experiment)).format == "corpus":
+    if (offline := experiment.corpus) is not None:
         count = corpus.shards(offline).height
         scored = "scored in the file" if corpus.scored_elsewhere(offline) else "to be scored"
         return f"{count:,} shards of up to {offline.shard:,} documents, each {offline.segments} {scored}"
