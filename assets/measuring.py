@@ -180,14 +180,14 @@ class Measuring:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
         if self.reference is not None and self.reference.model is not None:
             with seconds.of("divergence"):
-                self.divergence.of(self.reference.model, self.reference.asked[0])
+                self.divergence.log_probs(self.reference.model, self.reference.asked[0])
         sampled = []
         for subject in subjects:
             with seconds.of("sampling"):
                 sampled.append(self.sampled(subject))
             if self.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
-                    self.divergence.of(subject.model, subject.asked[0])
+                    self.divergence.log_probs(subject.model, subject.asked[0])
         with seconds.of("fluency"):
             for samples in sampled:
                 self.surprise(samples)
