@@ -11,10 +11,50 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedModel, TrainingArguments
+
+from training.data.batches import Collator
 from training.data.examples import Example
-from training.job import JobError
+from training.job import POLICY_TABLE, Job, JobError
 from training.objectives.base import CHOSEN, REJECTED
+from training.progress import Reporter
+from training.reference_log_probs import tabulate
 from training.settings import DensityRatio
+
+
+def reweigh(
+    job: Job,
+    model: PreTrainedModel,
+    examples: list[Example],
+    collator: Collator,
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> tuple[list[Example], dict[str, float]]:
+    """The examples with their weights times their density ratios, and figures of these."""
+    settings, objective = job.training.density_ratio, job.training.objective
+    assert settings is not None
+    if (
+        job.is_own_reference
+        and job.adapter is None
+        and "reference log-probs" in objective.needs
+        and objective.reference_sees_condition
+    ):
+        known = examples  # the policy is its own reference
+    else:
+        bare = [replace(example, reference=None, second=None) for example in examples]
+        table = job.policy_log_probs, POLICY_TABLE
+        known = tabulate(job, table, model, bare, replace(collator, apart=False), arguments, reporter)
+    log_probs = [example.reference_log_probs or [] for example in known]
+    ratios = density_ratios(examples, log_probs, settings, job.rows)
+    weighed = reweighted(examples, ratios)
+    low, high = settings.clip
+    figures = {
+        "density ratio, mean": sum(ratios) / len(ratios),
+        "density ratio, clipped share": sum(not low < ratio < high for ratio in ratios) / len(ratios),
+        "effective share of samples": effective_share([example.weight for example in weighed]),
+    }
+    reporter.say(", ".join(f"{name}: {value:.3g}" for name, value in figures.items()))
+    return weighed, figures
 
 
 def density_ratios(

@@ -107,6 +107,11 @@ class Job(Settings):
     max_new_tokens: int | None = Field(None, ge=1, description="Of the sampling; eos_rule legacy needs it.")
     training: Training
 
+    @property
+    def is_own_reference(self) -> bool:
+        """Whether the policy that the training starts from is the objective's reference as well."""
+        return self.reference is not None and Path(self.reference).resolve() == Path(self.policy).resolve()
+
     def write(self, path: Path) -> Path:
         """Writes the job as JSON and returns the path."""
         path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")

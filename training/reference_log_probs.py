@@ -11,17 +11,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from textalign_dagster.tables import REFERENCE_LOG_PROBS
 from training.data.batches import Collator
 from training.data.examples import Example
 from training.forward import labelled_tokens
-from training.job import JobError
+from training.job import Job, JobError
 from training.objectives.tokens import target_log_probs
 from training.progress import Reporter
 
@@ -49,6 +50,39 @@ def read(path: Path) -> dict[str, list[float]]:
             f"{path}: cannot be read as a table of log-probabilities ({error}); remove it"
         ) from None
     return dict(rows.iter_rows())
+
+
+def tabulate(
+    job: Job,
+    table: tuple[str | None, str],
+    model: PreTrainedModel,
+    examples: list[Example],
+    collator: Collator,
+    arguments: TrainingArguments,
+    reporter: Reporter,
+) -> list[Example]:
+    """The examples with the reference's log-probabilities, known or computed now.
+
+    Args:
+        table: where the known ones are, if any, and the name of the table of those computed now.
+        model: the reference.
+    """
+    assert job.beside is not None, "checked with the job"
+    out = Path(job.beside) / table[1]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    known = {} if table[0] is None else read(Path(table[0]))
+    cast(Any, model).to(arguments.device)
+    return with_reference(
+        examples,
+        model,
+        known,
+        collator,
+        out,
+        reporter,
+        batch_size=job.training.batch_size,
+        rank=arguments.process_index,
+        world_size=arguments.world_size,
+    )
 
 
 def with_reference(

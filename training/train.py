@@ -17,21 +17,18 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 STARTED = time.monotonic()
 
-from training.job import POLICY_TABLE, REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
+from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
 from training.progress import Reporter, open_reporter  # noqa: E402
 from training.settings import DEFAULT_LENGTH  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
-    from training.data.batches import Collator
-    from training.data.examples import Example
     from training.trainer import ObjectiveTrainer
 
 DONE = "done.json"
@@ -236,8 +233,7 @@ def load(
     if objective.reference_policy is not None:
         assert job.reference is not None, "checked with the job"
         # The policy before its first step, or without its adapter, is its own reference: no second copy then.
-        itself = Path(job.reference).resolve() == Path(job.policy).resolve()
-        if not (itself and (settings.lora is not None or "reference" not in objective.needs)):
+        if not (job.is_own_reference and (settings.lora is not None or "reference" not in objective.needs)):
             reference = load_model(job.reference, job.dtype)
         readable = known_rows if reference is None else vocabulary_rows(reference)
         if objective.reference_sees_condition and added and max(added) >= readable:
@@ -259,8 +255,10 @@ def load(
     )
     encoded, referee = examples, reference
     if "reference log-probs" in objective.needs:
+        from training.reference_log_probs import tabulate
+
         table = job.reference_log_probs, REFERENCE_TABLE
-        examples = _tabulate(job, table, reference or model, examples, collator, arguments, reporter)
+        examples = tabulate(job, table, reference or model, examples, collator, arguments, reporter)
         reference = None  # no step reads it
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
@@ -272,7 +270,9 @@ def load(
             model = continue_adapter(model, settings.lora, added, Path(job.adapter))
     ratios: dict[str, float] = {}
     if settings.density_ratio is not None:
-        examples, ratios = _reweigh(job, model, examples, collator, arguments, reporter)
+        from training.density_ratio import reweigh
+
+        examples, ratios = reweigh(job, model, examples, collator, arguments, reporter)
     snapshots = None
     if job.sharing == "FSDP":
         reporter.say("FSDP keeps its optimizer in a form of its own: no snapshots are taken")
@@ -303,79 +303,6 @@ def load(
             "configuration, and without ACCELERATE_USE_CPU"
         )
     return trainer, tokenizer
-
-
-def _tabulate(
-    job: Job,
-    table: tuple[str | None, str],
-    model: PreTrainedModel,
-    examples: list[Example],
-    collator: Collator,
-    arguments: TrainingArguments,
-    reporter: Reporter,
-) -> list[Example]:
-    """The examples with the reference's log-probabilities, known or computed now.
-
-    Args:
-        table: where the known ones are, if any, and the name of the table of those computed now.
-        model: the reference.
-    """
-    from training.reference_log_probs import read, with_reference
-
-    assert job.beside is not None, "checked with the job"
-    out = Path(job.beside) / table[1]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    known = {} if table[0] is None else read(Path(table[0]))
-    cast(Any, model).to(arguments.device)
-    return with_reference(
-        examples,
-        model,
-        known,
-        collator,
-        out,
-        reporter,
-        batch_size=job.training.batch_size,
-        rank=arguments.process_index,
-        world_size=arguments.world_size,
-    )
-
-
-def _reweigh(
-    job: Job,
-    model: PreTrainedModel,
-    examples: list[Example],
-    collator: Collator,
-    arguments: TrainingArguments,
-    reporter: Reporter,
-) -> tuple[list[Example], dict[str, float]]:
-    """The examples with their weights times their density ratios, and figures of these."""
-    from training.density_ratio import density_ratios, effective_share, reweighted
-
-    settings, objective = job.training.density_ratio, job.training.objective
-    assert settings is not None
-    is_reference = job.reference is not None and Path(job.reference).resolve() == Path(job.policy).resolve()
-    if (
-        is_reference
-        and job.adapter is None
-        and "reference log-probs" in objective.needs
-        and objective.reference_sees_condition
-    ):
-        known = examples  # the policy is its own reference
-    else:
-        bare = [replace(example, reference=None, second=None) for example in examples]
-        table = job.policy_log_probs, POLICY_TABLE
-        known = _tabulate(job, table, model, bare, replace(collator, apart=False), arguments, reporter)
-    log_probs = [example.reference_log_probs or [] for example in known]
-    ratios = density_ratios(examples, log_probs, settings, job.rows)
-    weighed = reweighted(examples, ratios)
-    low, high = settings.clip
-    figures = {
-        "density ratio, mean": sum(ratios) / len(ratios),
-        "density ratio, clipped share": sum(not low < ratio < high for ratio in ratios) / len(ratios),
-        "effective share of samples": effective_share([example.weight for example in weighed]),
-    }
-    reporter.say(", ".join(f"{name}: {value:.3g}" for name, value in figures.items()))
-    return weighed, figures
 
 
 def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, reporter: Reporter) -> None:
