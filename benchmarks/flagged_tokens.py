@@ -25,7 +25,7 @@ from textalign_dagster.experiment.policies import base_policy
 from textalign_dagster.measures.bootstrap import ClusterSums, difference, estimate, ratio_sums
 
 SHOWN = 6  # samples in the picture
-COLUMNS = {"flagged": "#fca5a5", "both": "#f87171", "marked": "#fde68a"}
+COLOURS = {"flagged": "#fca5a5", "both": "#f87171", "marked": "#fde68a"}
 
 
 def main() -> None:
@@ -57,12 +57,11 @@ def main() -> None:
         "after": found["checkpoint"].path("model"),
     }
     judged = found["datapool"].frame("examples").filter(pl.col("second_prompt").is_not_null())
+    judged = judged.sort("example_id")
     prompts = found["generations"].frame("generations").select("sample_id", "prompt_id")
     marks = experiment.task.spans(judged)
     # Does it matter what a judgment says? Each text under the next one's.
-    others = judged.sort("example_id").with_columns(
-        pl.col("condition").shift(1, fill_value=judged["condition"][-1])
-    )
+    others = judged.with_columns(pl.col("condition").shift(1, fill_value=judged["condition"][-1]))
     for when, policy in policies.items():
         for of, rows in (("its own judgment", judged), ("another text's judgment", others)):
             tokens = flagged_tokens(experiment, policy, rows, marks).join(prompts, on="sample_id")
@@ -110,7 +109,7 @@ def flagged_tokens(
     texts = dict(judged.select("sample_id", "text").iter_rows())
     threshold = math.log(experiment.training.objective.model_dump()["threshold"])
     pad = tokenizer.pad_token_id or 0
-    places = {sample: sorted(spans) for sample, spans in _spans(marks).items()}
+    places = _spans(marks)
     rows: list[tuple[Any, ...]] = []
     for at in range(0, len(examples), 16):
         batch = examples[at : at + 16]
@@ -144,7 +143,7 @@ def picture(judged: pl.DataFrame, tokens: pl.DataFrame, path: Path) -> None:
     """Samples with their judgments: flagged tokens red, marked ones yellow, those that are both dark red."""
     from matplotlib.figure import Figure
 
-    shown = judged.sort("example_id").head(SHOWN)
+    shown = judged.head(SHOWN)
     figure = Figure(figsize=(11, 2.1 * SHOWN))
     for place, row in enumerate(shown.iter_rows(named=True), start=1):
         axes = figure.add_subplot(SHOWN, 1, place)
@@ -160,7 +159,7 @@ def picture(judged: pl.DataFrame, tokens: pl.DataFrame, path: Path) -> None:
                 if character == "\n":
                     line, column = line + 1, 0
                     continue
-                box = None if kind is None else {"facecolor": COLUMNS[kind], "edgecolor": "none", "pad": 0.6}
+                box = None if kind is None else {"facecolor": COLOURS[kind], "edgecolor": "none", "pad": 0.6}
                 axes.text(column, -line, character, family="monospace", fontsize=8, bbox=box)
                 column += 1
         axes.set_ylim(-max(line, 6) - 0.5, 1)
