@@ -335,4 +335,8 @@ def thinned(losses: list[float], points: int = 64) -> list[float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Taking torch down takes 1.5 s, and can abort while its threads still run; everything is written by now.
+    os._exit(code)
