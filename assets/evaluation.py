@@ -10,6 +10,7 @@ from assets.checkpoint import checkpoint
 from assets.columns import columns_of
 from assets.figures import markdown_table, sample_blocks
 from assets.measuring import Measuring, Seconds, Subject
+from assets.score_tables import write
 from assets.stage import LOOP, Stage
 from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
@@ -44,7 +45,7 @@ def evaluation(
         stage.require("checkpoint")
         measuring = Measuring(stage, sampler)
         if stage.cell.iteration == 1:
-            base = evaluate(stage, measuring, 0, also=[measuring.trained(1)])
+            base = evaluate(stage, measuring, 0, also=[measuring.trained(1), *measuring.scenarios(1)])
             stage.store.assign(
                 stage.cell.experiment, 0, stage.name, base,
                 settings=stage_settings(stage.experiment, stage.name, 0), checks={},
@@ -62,7 +63,7 @@ def evaluation(
             headline=f"{named[first]} {_told(at_start, first)} at the start, now {_told(scores, first)}",
             rows=scores.height,
             checks=[
-                checks.schema(scores, SCORES, ["policy_hash", "metric", "condition"]),
+                checks.schema(scores, SCORES, ["policy_hash", "subject", "metric", "condition"]),
                 checks.diversity(
                     value_of(scores, "distinct_3"),
                     value_of(at_start, "distinct_3"),
@@ -90,18 +91,22 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
     own, base = measuring.trained(iteration), stage.policy(1)
     subjects = [own, *(measuring.baselines if iteration == 0 else ())]
     candidates = measuring.candidates if iteration == 0 else None
+    scenarios = measuring.scenarios(iteration)
 
     def produce(draft: Draft) -> None:
         seconds = Seconds()
         # The base policy last: mostly it is the fluency model too.
         first = [] if candidates is None else [candidates]
-        measuring.prepare([*also, *first, *reversed(subjects)], seconds)
-        measuring.write(draft, subjects, seconds, candidates)
+        measuring.prepare([*also, *first, *reversed(subjects), *scenarios], seconds)
+        write(measuring, draft, subjects, seconds, candidates, scenarios)
 
     inputs = {"trained_policy": own.policy_hash, "base_policy": base.policy_hash, **own.inputs}
     inputs |= trained.inputs(evaluation_scorer(stage.experiment), stage.store)
     if candidates is not None:  # a judge has no such inputs
         inputs |= trained.inputs(ranker(stage.experiment), stage.store)
+    inputs |= {
+        f"prompts of {s.name}": evaluation_source(s.prompts) for s in scenarios if s.prompts is not None
+    }
     source = evaluation_source(measuring.prompts)
     again = sent_again(stage, iteration) if stage.experiment.evaluating_judges else {}
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)

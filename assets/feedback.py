@@ -1,6 +1,7 @@
 """The third stage: feedback on each sample."""
 
 import time
+from functools import partial
 from typing import Any
 
 import dagster as dg
@@ -11,7 +12,7 @@ from assets.figures import sample_blocks
 from assets.generations import generations
 from assets.stage import LOOP, Stage
 from assets.verdicts import RETRY, readable_failures, sent_again
-from resources.configured import StoreResource
+from resources.configured import SamplerResource, StoreResource
 from resources.feedback_sources import feedback_of
 from resources.rewards import trained
 from resources.store import Artifact, Draft
@@ -32,7 +33,9 @@ COSTS = {"usd": "usd", "calls": "calls", "calls_cached": "calls from the ledger"
     check_specs=checks.specs("feedback"),
     metadata=columns_of(FEEDBACK),
 )
-def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.MaterializeResult:
+def feedback(
+    context: dg.AssetExecutionContext, store: StoreResource, sampler: SamplerResource
+) -> dg.MaterializeResult:
     """One row per sample: the reward, the category, or the feedback text and its score.
 
     A row that is not `ok` has a reason and no value. The null control needs no feedback; its
@@ -44,7 +47,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
         def produce(draft: Draft) -> None:
             started = time.monotonic()
-            found = _feedback(stage, samples)
+            found = _feedback(stage, sampler, samples)
             draft.write("feedback", found.rows, FEEDBACK)
             if found.pairs is not None:
                 draft.write("pairs", found.pairs, PAIRS)
@@ -98,7 +101,7 @@ def feedback(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         )
 
 
-def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
+def _feedback(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame) -> Judged:
     """The feedback; errors that users can act on become failures that Dagster does not retry."""
     with readable_failures(stage):
         return feedback_of(
@@ -109,6 +112,7 @@ def _feedback(stage: Stage, samples: pl.DataFrame) -> Judged:
             report=stage.report(),
             purpose=str(stage.cell.key),
             retry_before=stage.retry_before,
+            engine=partial(sampler.of, stage.experiment),
         )
 
 

@@ -14,13 +14,10 @@ from typing import Any
 
 import polars as pl
 
-from assets import best_of_n
 from assets.divergence import NAME as REFERENCE
 from assets.divergence import Divergence
 from assets.exemplars import exemplars_of
-from assets.reward_model import rewarded_samples
 from assets.stage import PolicyFolder, Stage
-from assets.verdicts import Judging, judged, scored
 from resources.configured import SamplerResource
 from resources.engines import chunks as sampled_chunks
 from resources.engines.sampler import Decoding, Request
@@ -30,9 +27,9 @@ from textalign_dagster.experiment.evaluation import (
     check_evaluation,
     conditions,
     evaluation_prompts,
-    evaluation_scorer,
     max_new_tokens,
     reference_answers,
+    scenario_prompts,
 )
 from textalign_dagster.experiment.policies import baselines, fluency_model, kl_reference
 from textalign_dagster.ids import content_hash
@@ -42,19 +39,10 @@ from textalign_dagster.loop.stages import (
     EVALUATION_SAMPLING,
     swapped,
 )
-from textalign_dagster.measures.reward_models import reward_model_scores
 from textalign_dagster.pool.conditioning import render
-from textalign_dagster.reports.obedience import obedience
-from textalign_dagster.reports.score_table import (
-    KL_REFERENCE,
-    OBEDIENCE,
-    reported,
-    score_row,
-    score_table,
-    text_statistics,
-)
+from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.tables import CANDIDATES, EVALUATION_SAMPLES, REWARDS, SCORES, measures
+from textalign_dagster.tokenisation import beginning
 
 VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1, EVALUATION_DIVERGENCE: 1}
 """Raised when a change of code changes what is made of the same inputs and settings."""
@@ -72,11 +60,6 @@ SAMPLED = pl.Schema(
     }
 )
 SURPRISE = pl.Schema({"sample_id": pl.String, "nll": pl.Float64, "nll_tokens": pl.Int64})
-TASK_COLUMNS = (
-    *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
-    *("score", "label"),
-)
-"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +75,7 @@ class Subject:
     inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
     prompts: pl.DataFrame | None = None  # with other seeds than everybody's
     as_it_is: bool = False  # sampled at temperature 1, whatever the evaluation's
+    scenario: Scenario | None = None  # how it is sampled; None: as the evaluation says
 
 
 @dataclass
@@ -154,13 +138,8 @@ class Measuring:
 
     def trained(self, iteration: int) -> Subject:
         """The policy that an iteration trained; 0: the base policy."""
-        model, asked = self.stage.policy(iteration + 1), conditions(self.experiment, iteration)
-        inputs: dict[str, str] = {}
-        if iteration:
-            ids = self.prompts["prompt_id"].to_list()
-            texts, inputs = exemplars_of(self.stage, ids, pool=iteration)
-            if inputs:  # one condition for all follows from the settings alone
-                asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
+        model = self.stage.policy(iteration + 1)
+        asked, inputs = self._asked(iteration, self.prompts)
         # The base policy does not know the method's tokens.
         banned = self.experiment.method.banned_tokens if iteration else ()
         reward_model = None
@@ -176,6 +155,25 @@ class Measuring:
             inputs=inputs,
         )
 
+    def scenarios(self, iteration: int) -> list[Subject]:
+        """The policy that an iteration trained, as each of `evaluation.scenarios` samples it."""
+        found, own = [], self.trained(iteration)
+        for name, scenario in self.experiment.evaluation.scenarios.items():
+            prompts = scenario_prompts(self.experiment, name)
+            asked = replace(self._asked(iteration, prompts)[0][0], role="scenario")
+            found.append(replace(own, name=name, asked=(asked,), prompts=prompts, scenario=scenario))
+        return found
+
+    def _asked(self, iteration: int, prompts: pl.DataFrame) -> tuple[list[Asked], dict[str, str]]:
+        """What an iteration's policy is asked for before these prompts, and the inputs that this follows from."""
+        asked, inputs = conditions(self.experiment, iteration), dict[str, str]()
+        if iteration:
+            ids = prompts["prompt_id"].to_list()
+            texts, inputs = exemplars_of(self.stage, ids, pool=iteration)
+            if inputs:  # one condition for all follows from the settings alone
+                asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
+        return asked, inputs
+
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
         if self.reference is not None and self.reference.model is not None:
@@ -184,7 +182,10 @@ class Measuring:
         sampled = []
         for subject in subjects:
             with seconds.of("sampling"):
-                sampled.append(self.sampled(subject))
+                samples = self.sampled(subject)
+            if subject.scenario is not None:
+                continue  # nothing else is wanted of it
+            sampled.append(samples)
             if self.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
                     self.divergence.log_probs(subject.model, subject.asked[0])
@@ -194,16 +195,7 @@ class Measuring:
 
     def sampled(self, subject: Subject) -> Artifact:
         """The subject's samples: a table of SAMPLED."""
-        experiment = self.experiment
-        decoding = Decoding(
-            temperature=1.0 if subject.as_it_is else experiment.evaluation.temperature,
-            top_p=1.0 if subject.as_it_is else experiment.evaluation.top_p,
-            max_new_tokens=max_new_tokens(experiment),
-            min_new_tokens=experiment.sampling.min_new_tokens,
-            ignore_eos=experiment.sampling.ignore_eos,
-            banned_tokens=subject.banned_tokens,
-            structured=content_of(experiment.sampling.structured),
-        )
+        experiment, decoding = self.experiment, self._decoding(subject)
         conditioned = any(ask.condition is not None for ask in subject.asked)
         settings: dict[str, Any] = {"asked": [vars(ask) for ask in subject.asked]}
         if subject.model is not None:
@@ -231,6 +223,27 @@ class Measuring:
         kept = self._kept(EVALUATION_SAMPLING, settings, inputs, produce)
         sampled_chunks.discard(self.stage.store, kept)
         return kept
+
+    def _decoding(self, subject: Subject) -> Decoding:
+        experiment, scenario = self.experiment, subject.scenario
+        settings, longest = experiment.evaluation, max_new_tokens(experiment)
+        if scenario is not None:
+            return Decoding(
+                temperature=settings.temperature if scenario.temperature is None else scenario.temperature,
+                top_p=settings.top_p if scenario.top_p is None else scenario.top_p,
+                max_new_tokens=scenario.max_new_tokens or longest,
+                min_new_tokens=scenario.min_new_tokens,
+                banned_tokens=(*subject.banned_tokens, *scenario.banned_tokens),
+            )
+        return Decoding(
+            temperature=1.0 if subject.as_it_is else settings.temperature,
+            top_p=1.0 if subject.as_it_is else settings.top_p,
+            max_new_tokens=longest,
+            min_new_tokens=experiment.sampling.min_new_tokens,
+            ignore_eos=experiment.sampling.ignore_eos,
+            banned_tokens=subject.banned_tokens,
+            structured=content_of(experiment.sampling.structured),
+        )
 
     def surprise(self, samples: Artifact) -> Artifact:
         """How surprising samples are to the fluency model: a table of SURPRISE, without the probes.
@@ -264,122 +277,21 @@ class Measuring:
             self.experiment, reference.model, samples, self.prompts, self.engine, self._kept, self.report
         )
 
-    def _divergence(self, subject: Subject) -> pl.DataFrame:
-        """A row of SCORES: how far a subject is from the reference; none for human answers."""
-        if subject.model is None:
-            return pl.DataFrame(schema=SCORES)
-        asked = subject.asked[0]
-        told = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
-        found = self.divergence.of(subject.model, asked)
-        return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **told)], SCORES)
-
-    def write(
-        self, draft: Draft, subjects: Sequence[Subject], seconds: Seconds, candidates: Subject | None = None
-    ) -> None:
-        """Writes the tables of an evaluation of these subjects, and of the best of a policy's candidates."""
-        frames = [self._samples(subject) for subject in subjects]
-        scores: list[pl.DataFrame] = []
-        settings, judging = self.experiment.evaluation, Judging(self.stage, draft)
-        if candidates is not None and settings.best_of_n is not None:
-            with seconds.of("ranking"):
-                ranked = best_of_n.ranked(self.stage, self.sampler, self._samples(candidates), judging)
-            listed = ranked.select("prompt_id", "text", candidate_id="sample_id", score="rank_score")
-            draft.write("candidates", listed.select(*CANDIDATES), CANDIDATES)
-            for n in settings.best_of_n.n:
-                estimated = best_of_n.score_rows(ranked, n, candidates.policy_hash, settings.resamples)
-                scores.append(pl.DataFrame(list(estimated), SCORES))
-                subjects = [*subjects, replace(candidates, name=best_of_n.NAME.format(n=n))]
-                frames.append(best_of_n.best(ranked, n))
-        samples = pl.concat(frames).with_columns(
-            score=pl.lit(None, dtype=pl.Float64),
-            label=pl.lit(None, dtype=pl.String),
-            judge_value=pl.lit(None, dtype=pl.Float64),
-            judge_unusable=pl.lit(None, dtype=pl.Float64),
-        )
-        with seconds.of("scoring"):
-            samples = scored(self.stage, self.sampler, samples, draft)
-        with seconds.of("judging"):
-            samples = judged(self.stage, samples, judging, draft)
-            judging.write()
-        kept: list[pl.DataFrame] = []
-        with seconds.of("measuring"):
-            for subject, frame in zip(subjects, frames, strict=True):
-                own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
-                table, numbered = self._tables(subject, own)
-                scores += [table, *self._obedience(subject, numbered, table)]
-                if settings.text_statistics:
-                    scorer = evaluation_scorer(self.experiment)
-                    better = "lower" if scorer is None else scorer.better
-                    scores.append(text_statistics(own, subject.policy_hash, subject.name, better))
-                # Best-of-n is no language model, and neither is a reward model.
-                if self.reference is not None and subject.reward_model is None and subject.prompts is None:
-                    scores.append(self._divergence(subject))
-                kept.append(numbered)
-                if subject.reward_model is not None:
-                    rewarded = rewarded_samples(self.stage, self.sampler, subject.reward_model, own)
-                    draft.write("rewards", rewarded.rows.select(*REWARDS), REWARDS)
-                    agreement = reward_model_scores(
-                        rewarded.rows,
-                        settings.resamples,
-                        repeats=rewarded.repeats,
-                        comparisons=rewarded.pairs,
-                    )
-                    rows = [score_row(name, found, subject.policy_hash) for name, found in agreement]
-                    scores.append(pl.DataFrame(rows, SCORES))
-        draft.write("scores", pl.concat(scores), SCORES)
-        draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
-        draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)
-
-    def _tables(self, subject: Subject, samples: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
-        # To a task, a baseline is a policy like any other.
-        seen = samples.with_columns(role=pl.col("role").replace("baseline", "main")).select(TASK_COLUMNS)
-        measured = self.experiment.task.measure(seen)
-        table = score_table(
-            samples.with_columns(condition="asked"),
-            measured,
-            reported(self.experiment),
-            policy_hash=subject.policy_hash,
-            subject=subject.name,
-            resamples=self.experiment.evaluation.resamples,
-        )
-        more = [c for c in ("score", "judge_value") if c not in measured.columns and samples[c].count()]
-        numbers = measured.join(samples.select("sample_id", *more), on="sample_id", maintain_order="left")
-        listed = numbers.select("sample_id", measures(numbers.drop("sample_id").iter_rows(named=True)))
-        rows = samples.with_columns(policy_hash=pl.lit(subject.policy_hash))
-        return table, rows.join(listed, on="sample_id", maintain_order="left").select(*EVALUATION_SAMPLES)
-
-    def _obedience(
-        self, subject: Subject, samples: pl.DataFrame, scores: pl.DataFrame
-    ) -> Iterator[pl.DataFrame]:
-        """A row of SCORES where more than one thing was asked for: by the task's first measure, or the score."""
-        probed = set(scores.filter(role="probe")["metric"])
-        candidates = [
-            *reported(self.experiment)[:1],
-            *(m for m in reported(self.experiment) if m.name == "score"),
-        ]
-        by = next((measure for measure in candidates if measure.name in probed), None)
-        if by is None:
-            return
-        resamples = self.experiment.evaluation.resamples
-        found = obedience(samples, self.experiment.method, by, resamples=resamples)
-        if found.value is not None:
-            row = score_row(OBEDIENCE, found, subject.policy_hash, condition=subject.asked[0].condition)
-            yield pl.DataFrame([row], SCORES)
-
-    def _samples(self, subject: Subject) -> pl.DataFrame:
+    def samples(self, subject: Subject) -> pl.DataFrame:
         """What is known of a subject's samples before anybody scores them."""
-        sampled = self.sampled(subject)
-        surprise = self.surprise(sampled).frame("surprise")
+        surprise = self.surprise(self.sampled(subject)).frame("surprise")
         return (
-            sampled.frame("sampled")
-            .join(self.prompts.drop("seeds"), on="prompt_id", maintain_order="left")
+            self.unread_samples(subject)
             .join(surprise, on="sample_id", how="left", maintain_order="left")
-            .with_columns(
-                n_tokens=pl.coalesce("n_tokens", "nll_tokens").cast(pl.Int32),
-                by_people=pl.lit(subject.model is None),
-            )
+            .with_columns(n_tokens=pl.coalesce("n_tokens", "nll_tokens").cast(pl.Int32))
         )
+
+    def unread_samples(self, subject: Subject) -> pl.DataFrame:
+        """A subject's samples, which the fluency model has not read."""
+        prompts = self._prompts(subject).drop("seeds")
+        sampled = self.sampled(subject).frame("sampled")
+        joined = sampled.join(prompts, on="prompt_id", maintain_order="left")
+        return joined.with_columns(by_people=pl.lit(subject.model is None))
 
     def _sample(
         self, subject: Subject, model: PolicyFolder, decoding: Decoding, chunks: list[str]
@@ -391,10 +303,15 @@ class Measuring:
         template, parts = self.experiment.method.template, len(subject.asked)
         prompts = self._prompts(subject)
         for index, ask in enumerate(subject.asked):
-            requests = [
-                Request(render(template, ask.text(prompt_id), prompt), tuple(seeds))
-                for prompt_id, prompt, seeds in prompts.select("prompt_id", "prompt", "seeds").iter_rows()
+            shown = [
+                render(template, ask.text(prompt_id), prompt)
+                for prompt_id, prompt in prompts.select("prompt_id", "prompt").iter_rows()
             ]
+            if "" in shown:  # texts from their very beginning
+                begin = beginning(model.path, trust_remote_code=self.experiment.policy.trust_remote_code)
+                shown = [text or begin for text in shown]
+            seeds = prompts["seeds"].to_list()
+            requests = [Request(text, tuple(own)) for text, own in zip(shown, seeds, strict=True)]
             progress = partial(_share, self.report, index, parts, subject.name or ask.role)
             sampled = sampled_chunks.sample(
                 self.stage.store,
@@ -424,7 +341,7 @@ class Measuring:
                     }
 
     def _prompts(self, subject: Subject) -> pl.DataFrame:
-        """The held-out prompts with the seeds of a subject's samples."""
+        """The prompts of a subject with the seeds of its samples."""
         return self.prompts if subject.prompts is None else subject.prompts
 
     def _answers(self) -> Iterator[dict[str, Any]]:

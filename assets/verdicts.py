@@ -26,19 +26,21 @@ from textalign_dagster.tables import FEEDBACK
 RETRY = "`textalign run --retry-failed` sends failed calls again"
 
 
-def scored(stage: Stage, sampler: SamplerResource, samples: pl.DataFrame, draft: Draft) -> pl.DataFrame:
-    """``samples`` with score (and label) of the evaluation's scorer."""
+def scored(
+    stage: Stage, sampler: SamplerResource, samples: pl.DataFrame
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """``samples`` with score (and label) of the evaluation's scorer, and what is worth recording of it."""
     scorer = evaluation_scorer(stage.experiment)
     if scorer is None:
-        return samples
+        return samples, {}
     if not isinstance(scorer, TextScorer):
         sampler.make_room()
     columns = ("sample_id", "prompt", "reference", "text", "finish_reason")
     report, facts = partial(stage.report(), note="scoring"), dict[str, Any]()
     with readable_failures(stage, "evaluation.scorer: "):
         found = score_samples(located(scorer, stage.store), samples.select(columns), report, facts=facts)
-    draft.record(**facts, unscored=int((found["status"] != "ok").sum()))
-    return samples.with_columns(score=found["score"], label=found["label"])
+    facts["unscored"] = int((found["status"] != "ok").sum())
+    return samples.with_columns(score=found["score"], label=found["label"]), facts
 
 
 class Judging:

@@ -8,12 +8,14 @@ from typing import Any
 
 import polars as pl
 
+from resources.engines.sampler import Sampler
 from resources.rewards.trained import located
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.offline import offline_feedback
 from textalign_dagster.experiment.sources import task_of
 from textalign_dagster.judging import Judged
+from textalign_dagster.scorers import JudgeModel
 
 
 def feedback_of(
@@ -25,6 +27,7 @@ def feedback_of(
     report: Callable[..., None],
     purpose: str,
     retry_before: datetime | None = None,
+    engine: Callable[[], Sampler] | None = None,
 ) -> Judged:
     """The feedback that the experiment's method needs, one row per sample.
 
@@ -35,6 +38,7 @@ def feedback_of(
         samples: sample_id, draw_id, prompt_id, prompt, reference, text, finish_reason.
         purpose: stored in the ledger of judge calls.
         retry_before: judge calls that were given up before this time are sent again.
+        engine: starts what a judge model writes with; None: no experiment with one comes here.
 
     Raises:
         JudgeError, ScoringError: there is no feedback; says why.
@@ -63,11 +67,20 @@ def feedback_of(
         return offline_feedback(experiment, task_of(experiment), draws, kind)
     scorer = experiment.sample_scorer
     if scorer is not None:
+        from resources.judge_models import written_judgments
         from resources.rewards.scoring import score_samples  # models of scorers are loaded there only
 
         facts: dict[str, Any] = {}
-        scored = score_samples(located(scorer, store), samples, report, iteration=iteration, facts=facts)
-        rows = scored.drop("score").with_columns(aspect=pl.lit(scorer.name))
+        found = located(scorer, store)
+        if isinstance(found, JudgeModel):
+            assert engine is not None, "a judge model writes in an engine"
+            rows = written_judgments(
+                found, samples, engine(), report, trust_remote_code=experiment.policy.trust_remote_code
+            ).with_columns(value=pl.lit(None, dtype=pl.Float64))
+        else:
+            scored = score_samples(found, samples, report, iteration=iteration, facts=facts)
+            rows = scored.drop("score")
+        rows = rows.with_columns(aspect=pl.lit(scorer.name))
         return Judged(_rows(rows, kind, (scorer.name, scorer.version)), facts=facts)
     spans = task.spans(samples) if kind == "spans" else None
     return Judged(_rows(task.feedback(samples, kind), kind, task.scorer), spans=spans)

@@ -106,8 +106,8 @@ class Freshness:
             return source_hash(training_prompts(self.experiment)), State("fresh")
         if name == "prompts":
             return evaluation_source(evaluation_prompts(self.experiment)), State("fresh")
-        if name.startswith(trained.INPUT):
-            experiment, _, iteration_of = name.removeprefix(trained.INPUT).rpartition("@")
+        if name.startswith(trained.INPUTS):
+            experiment, _, iteration_of = name.partition(" ")[2].rpartition("@")
             pointer = self.store.pointer(experiment, int(iteration_of), "checkpoint")
             return (pointer.artifact.key if pointer else None), State("fresh")
         stage, _, origin = name.partition("@")

@@ -157,10 +157,10 @@ CHECKPOINTS = pl.Schema(
 SCORES = pl.Schema(
     {
         "policy_hash": pl.String,  # key, with subject, metric and condition
-        "subject": pl.String,  # a baseline's name; NULL: the experiment's own policy
+        "subject": pl.String,  # a baseline's or a scenario's name; NULL: the experiment's own policy
         "metric": pl.String,
         "condition": pl.String,  # the feedback asked for; NULL: unconditioned
-        "role": pl.String,  # "main" (as the policy is meant to be used), "probe" or "baseline"
+        "role": pl.String,  # "main" (as the policy is meant to be used), "probe", "baseline" or "scenario"
         "n": pl.Int64,  # prompts (the unit that is resampled)
         "value": pl.Float64,
         "lo": pl.Float64,
@@ -206,6 +206,10 @@ EVALUATION_SAMPLES = pl.Schema(
         "measures": MEASURES,  # the task's per-sample numbers (their names differ by task)
     }
 )
+
+
+SCENARIO_SAMPLES = pl.Schema([("scenario", pl.String()), *EVALUATION_SAMPLES.items()])
+"""The samples of `evaluation.scenarios`, as they were measured."""
 
 
 def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:

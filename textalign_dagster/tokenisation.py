@@ -28,6 +28,22 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return [row if row[: len(start)] == start else [*start, *row] for row in rows]
 
 
+def beginning(folder: Path, *, trust_remote_code: bool = False) -> str:
+    """What a text begins after, by the tokenizer of a model: its end token, where no other token begins a text.
+
+    Raises:
+        ValueError: it has neither.
+    """
+    from transformers import AutoTokenizer  # takes seconds
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if leading_ids(tokenizer):
+        return ""  # it is put in front of every prompt anyway
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of {folder} has no token that a text could begin after")
+    return str(tokenizer.eos_token)
+
+
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without special tokens."""
     if not texts:

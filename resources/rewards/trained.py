@@ -1,11 +1,11 @@
-"""Reward models that an experiment trained, as scorers of others: `model: EXPERIMENT@ITERATION`."""
+"""Models that an experiment trained, as scorers or judges of others: `model: EXPERIMENT@ITERATION`."""
 
 from __future__ import annotations
 
 from resources.store import Artifact, ArtifactError, ArtifactStore
-from textalign_dagster.scorers import ModelScorer, Scorer
+from textalign_dagster.scorers import JudgeModel, ModelScorer, Scorer
 
-INPUT = "reward_model "
+INPUTS = ("reward_model ", "judge_model ")
 """How an artifact's input begins that is a checkpoint of another experiment; `EXPERIMENT@ITERATION` follows."""
 
 
@@ -13,9 +13,9 @@ def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
     """The checkpoint that a scorer names; None: it names none.
 
     Raises:
-        ArtifactError: there is none, or what it trained is no reward model.
+        ArtifactError: there is none.
     """
-    named = scorer.trained if isinstance(scorer, ModelScorer) else None
+    named = None if scorer is None else scorer.trained
     if named is None:
         return None
     experiment, iteration = named
@@ -31,9 +31,9 @@ def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
 def inputs(scorer: Scorer | None, store: ArtifactStore) -> dict[str, str]:
     """Name → key of the checkpoint that the scores follow from, if there is one; raises as :func:`trained`."""
     found = trained(scorer, store)
-    if found is None or not isinstance(scorer, ModelScorer):
+    if found is None or not isinstance(scorer, ModelScorer | JudgeModel):
         return {}
-    return {f"{INPUT}{scorer.model}": found.key}
+    return {f"{INPUTS[isinstance(scorer, JudgeModel)]}{scorer.model}": found.key}
 
 
 def located(scorer: Scorer, store: ArtifactStore) -> Scorer:

@@ -56,6 +56,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "checkpoints": tables.CHECKPOINTS,
     "scores": tables.SCORES,
     "evaluation_samples": tables.EVALUATION_SAMPLES,
+    "scenario_samples": tables.SCENARIO_SAMPLES,
     "rewards": tables.REWARDS,
     "candidates": tables.CANDIDATES,
 }

@@ -11,7 +11,7 @@ from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.reports.score_table import reported
 from textalign_dagster.reports.status import grid
-from textalign_dagster.scorers import ModelScorer
+from textalign_dagster.scorers import JudgeModel
 from textalign_dagster.settings import read_yaml
 
 SHIPPED = Library((PROJECT / "experiments", TEMPLATES))
@@ -45,11 +45,13 @@ def test_it_runs(
         else 1
     )
     overrides = [*shipped_overrides(experiment, toy_models, judge_url), f"iterations={last}"]
-    trained = experiment.scorer.trained if isinstance(experiment.scorer, ModelScorer) else None
-    if trained is not None:  # the reward model that another experiment trains, of toy size, too
+    trained = None if experiment.scorer is None else experiment.scorer.trained
+    if trained is not None:  # the model that another experiment trains, of toy size, too
         source, iteration = trained
         other = SHIPPED.load(source)
         small = [*shipped_overrides(other, toy_models, judge_url), "iterations=1"]
+        if isinstance(experiment.scorer, JudgeModel):  # it must learn to say something and to stop
+            small.append("training.epochs=20")
         zoo.textalign("run", source, "--no-control", *(p for o in small for p in ("--set", o)))
         variant = SHIPPED.variant(source, small, zoo.home / "variants")
         overrides.append(f"scorer.model={variant}@{iteration}")

@@ -28,6 +28,7 @@ from textalign_dagster.experiment.sources import task_of, training_prompts
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.prompts import DEFAULT_DRAW, draw_prompts
+from textalign_dagster.scorers import JudgeModel
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.sampling import Endpoints
@@ -119,6 +120,7 @@ def writable(folder: Path) -> None:
 
 def _scorers(experiment: Experiment) -> list[str]:
     """Whether the scorers' models and files are there."""
+    from resources.judge_models import check_judge_model
     from resources.rewards.scoring import inspect_scorer
     from resources.rewards.trained import trained
 
@@ -134,6 +136,8 @@ def _scorers(experiment: Experiment) -> list[str]:
             trained(scorer, ArtifactStore(store_url()))
         except ArtifactError as error:
             raise SettingsError(f"{field}.{error}") from None
+        if isinstance(scorer, JudgeModel):
+            check_judge_model(scorer, ArtifactStore(store_url()))
     return [inspect_scorer(scorer, field) for field, scorer in asked.items()]
 
 

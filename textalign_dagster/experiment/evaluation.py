@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import polars as pl
@@ -13,7 +14,7 @@ from textalign_dagster.experiment.experiment import REFERENCES, Experiment
 from textalign_dagster.experiment.sources import held_out_prompts, training_prompts
 from textalign_dagster.ids import content_hash, derive_seed
 from textalign_dagster.judging import template_of
-from textalign_dagster.prompts import following, prompt_id
+from textalign_dagster.prompts import following, prompt_id, read_prompt_file
 from textalign_dagster.scorers import Scorer
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
@@ -21,7 +22,7 @@ from textalign_dagster.settings.judge import Judge
 DISTINCT_BLOCK = 32
 """Samples over which distinct-3 is counted; small, so that an evaluation has many blocks to resample."""
 
-Role = Literal["main", "probe", "baseline"]
+Role = Literal["main", "probe", "baseline", "scenario"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,11 @@ def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
 
 
 def evaluation_scorer(experiment: Experiment) -> Scorer | None:
-    """What scores an evaluation's samples; None: nothing but the task itself.
-
-    Feedback that was collected elsewhere is about the samples of an iteration, and says nothing of others.
-    """
+    """What scores an evaluation's samples; None: nothing but the task itself."""
     found = experiment.sample_scorer
-    by_default = None if found is None or found.name == "imported" else found
-    return experiment.evaluation.scorer or by_default
+    if found is not None and not found.measures:
+        found = experiment.task.default_scorer
+    return experiment.evaluation.scorer or found
 
 
 def max_new_tokens(experiment: Experiment) -> int:
@@ -107,6 +106,46 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
     )
 
 
+def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
+    """The prompts of a scenario with the seeds of their samples, as many as it says in all.
+
+    Returns:
+        As :func:`evaluation_prompts`. Without a file each sample is a prompt of its own, without any text, so
+        that samples are what is resampled.
+
+    Raises:
+        SettingsError: the file cannot be used, or some of its prompts are trained on.
+    """
+    scenario = experiment.evaluation.scenarios[name]
+    if scenario.path is None:
+        texts, references = [scenario.prefix] * scenario.samples, [None] * scenario.samples
+        ids = [content_hash("scenario", i) for i in range(scenario.samples)]
+    else:
+        found = read_prompt_file(Path(scenario.path))
+        shared = set(found["prompt"]) & set(training_prompts(experiment)["prompt"])
+        if shared:
+            raise SettingsError(
+                f"evaluation.scenarios.{name}.path: {len(shared)} prompts of {scenario.path} are trained on too, e.g. "
+                f"{min(shared)!r}; remove them from one of the files"
+            )
+        texts = [scenario.prefix + text for text in found["prompt"]]
+        references, ids = found["reference"].to_list(), [prompt_id(text) for text in texts]
+    each, more = divmod(scenario.samples, len(texts))
+    seeds = [
+        [derive_seed(experiment.seed, "scenario", i, k) for k in range(each + (place < more))]
+        for place, i in enumerate(ids)
+    ]
+    frame = pl.DataFrame(
+        {
+            "prompt_id": pl.Series(ids, dtype=pl.String),
+            "prompt": pl.Series(texts, dtype=pl.String),
+            "reference": pl.Series(references, dtype=pl.String),
+            "seeds": seeds,
+        }
+    )
+    return frame.filter(pl.col("seeds").list.len() > 0)
+
+
 def evaluation_source(prompts: pl.DataFrame) -> str:
     """What :func:`evaluation_prompts` gave, for the key of an evaluation."""
     return content_hash("prompts", [list(row) for row in prompts.select("prompt", "reference").iter_rows()])
@@ -143,6 +182,14 @@ def check_evaluation(experiment: Experiment) -> None:
             "evaluation.samples_per_prompt: 1, but a reward model is measured on pairs of a prompt's samples; raise it "
             "to 2 or more"
         )
+    for name, scenario in settings.scenarios.items():
+        scenario_prompts(experiment, name)
+        longest = scenario.max_new_tokens or max_new_tokens(experiment)
+        if scenario.min_new_tokens > longest:
+            raise SettingsError(
+                f"evaluation.scenarios.{name}.min_new_tokens: {scenario.min_new_tokens}, but completions have "
+                f"{longest} tokens at most; lower it, or raise max_new_tokens"
+            )
     if settings.best_of_n is not None:
         _check_ranker(experiment)
     prompts = evaluation_prompts(experiment)
@@ -153,10 +200,9 @@ def check_evaluation(experiment: Experiment) -> None:
                 f"evaluation.baselines.{name}: the held-out prompts have no references; give a file with a "
                 "column `reference` as evaluation.path, or remove this baseline"
             )
-    if settings.scorer is not None and settings.scorer.name == "imported":
+    if settings.scorer is not None and not settings.scorer.measures:
         raise SettingsError(
-            "evaluation.scorer: feedback that was collected elsewhere is about the samples of an iteration, not "
-            "about those of an evaluation; name another scorer"
+            f"evaluation.scorer: {settings.scorer.name} gives an evaluation's samples no numbers; name another scorer"
         )
     for field, judge in experiment.evaluating_judges.items():
         _check_judge(field, judge, answered)
@@ -172,9 +218,9 @@ def _check_ranker(experiment: Experiment) -> None:
     found, settings = ranker(experiment), experiment.evaluation.best_of_n
     if settings is not None and settings.judge is not None:
         return
-    if found is not None and found.name == "imported":
+    if found is not None and not found.measures:
         raise SettingsError(
-            "evaluation.best_of_n.scorer: feedback that was collected elsewhere says nothing of other samples; name "
+            f"evaluation.best_of_n.scorer: {found.name} gives samples of the base policy no numbers to rank by; name "
             "another scorer"
         )
     if found is None and "reward" not in experiment.task.kinds:

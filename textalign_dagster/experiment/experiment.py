@@ -14,6 +14,7 @@ from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.offline import Offline
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
+from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.tasks import AnyTask
 from training.settings import Training
 
@@ -149,6 +150,11 @@ class Evaluation(Settings):
     best_of_n: BestOfN | None = Field(
         None,
         description="Best-of-n of the base policy beside iteration 0, once, as baselines `best of N`; null: none.",
+    )
+    scenarios: dict[str, Scenario] = Field(
+        {},
+        description="Name → another way to sample the policy (without a prompt, from another prompt file, with other "
+        "decoding), measured in the same way.",
     )
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"

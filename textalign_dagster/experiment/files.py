@@ -296,6 +296,11 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
             _absolute(evaluation["best_of_n"], "judge", "template", folder, only_existing=True)
         for model in ("fluency_model", "kl_reference"):
             _absolute(content, "evaluation", model, folder, only_existing=True)
+        scenarios = evaluation.get("scenarios")
+        if isinstance(scenarios, dict):
+            evaluation["scenarios"] = {k: dict(v) if isinstance(v, dict) else v for k, v in scenarios.items()}
+            for name in scenarios:
+                _absolute(evaluation["scenarios"], name, "path", folder)
         baselines = evaluation.get("baselines")
         for name in baselines if isinstance(baselines, dict) else ():
             _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)

@@ -87,7 +87,8 @@ def schema(frame: pl.DataFrame, expected: pl.Schema, key: list[str]) -> dg.Asset
     problems += [f"unknown column {name}" for name in frame.columns if name not in expected]
     if not problems:
         for name in key:
-            nulls = 0 if name == "condition" else frame[name].null_count()  # NULL: unconditioned
+            # NULL: unconditioned; the policy of the experiment itself
+            nulls = 0 if name in ("condition", "subject") else frame[name].null_count()
             if nulls:
                 problems.append(f"{nulls} rows without {name}")
         twice = int(frame.select(pl.struct(key).is_duplicated().sum()).item())

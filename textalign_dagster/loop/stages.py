@@ -190,6 +190,11 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
             **_without(section["best_of_n"], "scorer", "judge"),
             "ranker": scorer_or_task if judge is None else judge_identity(judge),
         }
+    if settings.scenarios:  # their files are known by their content, as inputs
+        given["scenarios"] = {
+            name: scenario.model_dump(mode="json", exclude={"path"})
+            for name, scenario in settings.scenarios.items()
+        }
     if not settings.text_statistics:  # what was evaluated before this setting was there has none
         section = _without(section, "text_statistics")
     by_identity = (
@@ -200,6 +205,7 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         "fluency_model",
         "kl_reference",
         "baselines",
+        "scenarios",
     )
     return {**_without(section, "probe", "path", *by_identity), **given}
 

@@ -27,7 +27,7 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
     from matplotlib.figure import Figure  # 0.5 s: only those who draw pay for it
     from matplotlib.ticker import MaxNLocator
 
-    rows = rows.filter((pl.col("role") != "baseline") & (pl.col("metric") != OBEDIENCE))
+    rows = rows.filter(~pl.col("role").is_in(["baseline", "scenario"]) & (pl.col("metric") != OBEDIENCE))
     named = titles(experiment)
     metrics = [m for m in named if rows.filter(pl.col("metric") == m)["value"].n_unique() > 1][:panels]
     across = min(3, len(metrics)) or 1

@@ -70,7 +70,8 @@ def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: in
         _line(rows, row, name)
         for row in _policies(rows, name)
         # Every iteration's probes are in the tables; here the last one's tell enough.
-        if row["role"] != "probe" or row["iteration"] == last
+        if row["role"] not in ("probe", "scenario")
+        or row["iteration"] in ({last} if row["role"] == "probe" else {0, last})
     ]
     shown = {metric: named[metric] for metric in metrics if metric not in constant}
     tables = [_part(part, lines) for part in _parts(shown, lines, width)]
@@ -92,7 +93,7 @@ def _line(rows: pl.DataFrame, row: dict[str, Any], name: str) -> _Line:
     own = rows.filter(*(pl.col(column).eq_missing(value) for column, value in row.items()))
     found = own.select("metric", "value", "lo", "hi").iter_rows()
     probe = row["condition"] if row["role"] == "probe" else None
-    section = (row["experiment"], row["role"] == "baseline", probe)
+    section = (row["experiment"], row["role"] in ("baseline", "scenario") and row["role"], probe)
     return _Line(_label(row, name), section, {m: _cell(v, lo, hi) for m, v, lo, hi in found})
 
 
@@ -130,6 +131,7 @@ def _policies(rows: pl.DataFrame, name: str) -> Sequence[dict[str, Any]]:
     found = rows.select("experiment", "iteration", "subject", "role", "condition").unique(maintain_order=True)
     return found.sort(
         pl.col("role") == "baseline",
+        pl.col("role") == "scenario",
         (pl.col("role") == "probe") & (pl.col("experiment") == name),
         pl.col("experiment") != name,
         "iteration",
@@ -142,6 +144,9 @@ def _label(row: dict[str, Any], name: str) -> str:
         asked = str(row["condition"])
         asked = asked if len(asked) <= 25 else asked[:24] + "…"
         return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
+    if row["role"] == "scenario":
+        who = "" if row["experiment"] == name else "null control, "
+        return f"{who}iteration {row['iteration']},\nscenario {escape(str(row['subject']))}"
     if row["role"] == "baseline":
         return f"baseline {escape(str(row['subject']))}"
     if row["iteration"] == 0:

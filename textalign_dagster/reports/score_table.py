@@ -39,6 +39,9 @@ TEXT_STATISTICS = {
 }
 """Metric → title of what `evaluation.text_statistics` adds."""
 
+WORST = {"worst": "the worst sample", "worst_of_25": "the worst of 25", "hits": "hits"}
+"""Metric → title of what a scenario adds, by the first measure of each sample."""
+
 KL_REFERENCE = "kl_reference"
 """KL(reference || policy) in nats a text, what `evaluation.kl_reference` adds."""
 
@@ -78,10 +81,11 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     trained = reward_models.TITLES if experiment.method.trains == "reward model" else {}
     ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
     texts = TEXT_STATISTICS if experiment.evaluation.text_statistics else {}
+    worst = WORST if experiment.evaluation.scenarios else {}
     reference = experiment.evaluation.kl_reference
     under = "the base policy" if reference == "base" else PurePath(reference or "").name
     apart = {} if reference is None else {KL_REFERENCE: f"KL from {under} (nats a text)"}
-    return {**trained, **found, **texts, **apart, OBEDIENCE: "obedience", **ranked}
+    return {**trained, **found, **texts, **worst, **apart, OBEDIENCE: "obedience", **ranked}
 
 
 def text_statistics(

@@ -8,13 +8,20 @@ from pydantic import Field
 
 from textalign_dagster.scorers.base import Scorer, Span, TextScorer, merge_spans
 from textalign_dagster.scorers.imported import ImportedScorer
+from textalign_dagster.scorers.judge_models import JudgeModel
 from textalign_dagster.scorers.models import ClassifierScorer, ModelScorer, RewardModelScorer
 from textalign_dagster.scorers.patterns import PatternScorer
 from textalign_dagster.scorers.pii import PIIScorer
 from textalign_dagster.scorers.toxicity import ToxicityScorer
 
 AnyScorer = Annotated[
-    PatternScorer | PIIScorer | ToxicityScorer | ClassifierScorer | RewardModelScorer | ImportedScorer,
+    PatternScorer
+    | PIIScorer
+    | ToxicityScorer
+    | ClassifierScorer
+    | RewardModelScorer
+    | JudgeModel
+    | ImportedScorer,
     Field(discriminator="name"),
 ]
 
@@ -22,6 +29,7 @@ __all__ = [
     "AnyScorer",
     "ClassifierScorer",
     "ImportedScorer",
+    "JudgeModel",
     "ModelScorer",
     "PIIScorer",
     "PatternScorer",

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.settings import Settings
+
+_TRAINED = re.compile(r"([A-Za-z0-9_+.-]+)@(\d{1,3})")
+
+
+def trained_by(model: str) -> tuple[str, int] | None:
+    """Experiment and iteration of a model called EXPERIMENT@ITERATION; None: it is a folder or on the hub."""
+    named = _TRAINED.fullmatch(model)
+    return None if named is None else (named[1], int(named[2]))
 
 
 class Span(NamedTuple):
@@ -21,11 +30,20 @@ class Span(NamedTuple):
 class Scorer(Settings):
     """Declares one way to score samples (prompt, reference, text); ``resources/rewards/scoring.py`` does it.
 
-    A scorer is one of three: a :class:`TextScorer`, a pure function of the text; a model, which runs
-    in a worker process; or a file of judgements that were collected elsewhere.
+    A scorer is one of four: a :class:`TextScorer`, a pure function of the text; a model, which runs
+    in a worker process; a language model that writes judgments; or a file of judgements that were
+    collected elsewhere.
     """
 
+    measures: ClassVar[bool] = True
+    """Whether it gives any text a number, so that an evaluation can report it."""
+
     name: str
+
+    @property
+    def trained(self) -> tuple[str, int] | None:
+        """Experiment and iteration that trained its model; None: no experiment did."""
+        return None
 
     @property
     @abstractmethod

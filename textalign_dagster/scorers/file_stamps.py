@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from textalign_dagster.ids import folder_hash
 
@@ -19,6 +20,14 @@ def model_hash(folder: Path) -> str | None:
     except OSError:
         return None
     return _hashed(folder, tuple(names), _stamps(folder, names))
+
+
+def model_identity(field: str, model: str, revision: str | None) -> dict[str, Any]:
+    """A model by content where it is a folder, else by its name on the hub."""
+    folder = Path(model)
+    if folder.is_absolute():
+        return {field: model_hash(folder)}
+    return {field: model, f"{field}_revision": revision}
 
 
 def file_hash(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -21,6 +21,8 @@ ITERATION = "{iteration}"
 
 class ImportedScorer(Scorer):
     """Judgements read from a file, matched by sample_id, else by prompt and text; higher is better."""
+
+    measures: ClassVar[bool] = False  # they are about the samples of an iteration, and say nothing of others
 
     name: Literal["imported"] = "imported"
     path: str = Field(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from textalign_dagster.ids import content_hash
-from textalign_dagster.scorers.base import Scorer
-from textalign_dagster.scorers.file_stamps import model_hash
+from textalign_dagster.scorers.base import Scorer, trained_by
+from textalign_dagster.scorers.file_stamps import model_identity
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.clusters import RayNode, SlurmNode
 from textalign_dagster.settings.kubernetes import KubernetesPod
@@ -24,7 +23,6 @@ CHAT = "chat"
 PUBLISHED_TEMPLATE = "<|startoftext|>{prompt}\nTL;DR: {text}<|endoftext|>"
 PUBLISHED_CUE = "TL;DR:"
 
-_TRAINED = re.compile(r"([A-Za-z0-9_+.-]+)@(\d{1,3})")
 _PLACES = re.compile(r"\{(prompt|text)\}")
 
 
@@ -118,9 +116,7 @@ class ModelScorer(Scorer):
 
     @property
     def trained(self) -> tuple[str, int] | None:
-        """Experiment and iteration that trained the model; None: it is a folder or on the hub."""
-        named = _TRAINED.fullmatch(self.model)
-        return None if named is None else (named[1], int(named[2]))
+        return trained_by(self.model)
 
     @property
     def shown_template(self) -> str | None:
@@ -140,14 +136,7 @@ class ModelScorer(Scorer):
     def identity(self) -> dict[str, Any]:
         where = {"device", "batch_tokens", "launcher", "slurm", "ray", "k8s"}
         kept = self.model_dump(mode="json", exclude={*where, "check", "model", "revision"})
-        return {**kept, **self._source("model", self.model, self.revision), "reader": MODELS_VERSION}
-
-    def _source(self, field: str, model: str, revision: str | None) -> dict[str, Any]:
-        """A model by content where it is a folder, else by its name on the hub."""
-        folder = Path(model)
-        if folder.is_absolute():
-            return {field: model_hash(folder)}
-        return {field: model, f"{field}_revision": revision}
+        return {**kept, **model_identity("model", self.model, self.revision), "reader": MODELS_VERSION}
 
 
 class ClassifierScorer(ModelScorer):
@@ -235,4 +224,4 @@ class RewardModelScorer(ModelScorer):
         found = super().identity
         if self.weights is None:
             return found
-        return {**found, **self._source("weights", self.weights, self.weights_revision)}
+        return {**found, **model_identity("weights", self.weights, self.weights_revision)}

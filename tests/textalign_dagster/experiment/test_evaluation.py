@@ -156,15 +156,19 @@ def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
     rewards = {"method": {"name": "quark"}}
     assert evaluation_scorer(experiment(**rewards, scorer=imported)) is None
     files = merge(answered(tmp_path, ["a", "b"]), {"evaluation": {"scorer": imported}})
-    with pytest.raises(SettingsError, match=r"^evaluation\.scorer: feedback that was collected elsewhere"):
+    with pytest.raises(
+        SettingsError, match=r"^evaluation\.scorer: imported gives an evaluation's samples no numbers"
+    ):
         check_evaluation(experiment(**files))
 
 
 def test_the_example_of_the_docs() -> None:
     page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    block, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    block, sampled, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
     best = experiment(**parse_yaml(ranked, "docs/evaluation.md")).evaluation.best_of_n
     assert best is not None and best.candidates == 32
+    scenarios = experiment(**parse_yaml(sampled, "docs/evaluation.md")).evaluation.scenarios
+    assert scenarios["unprompted"].path is None and scenarios["signatures"].hits == 0
     found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
     assert found.baselines == {"SFT": "/models/sft", "people": "references"}
     assert found.judge is not None and found.scorer is not None

@@ -25,6 +25,7 @@ EVERY = {
     "training.learning_rate=3.21e-5": (["checkpoint"], ["checkpoint"]),
     "training.density_ratio={}": (["checkpoint"], ["checkpoint"]),
     "evaluation.kl_reference=base": (["evaluation"], ["evaluation"]),
+    "evaluation.scenarios={unprompted: {}}": (["evaluation"], ["evaluation"]),
     "training.batch_size=3": (["checkpoint"], ["checkpoint"]),
     "training.start_from=base": (["checkpoint"], ["checkpoint"]),
     "training.objective.kl_coef=0.3": (["checkpoint"], ["checkpoint"]),

@@ -20,7 +20,10 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
 def loaded(example: str) -> Experiment:
     base = {**Library((PROJECT / "experiments",)).content("pep8_alt_rm"), "control": None}
     base["datapool"] = {**base.get("datapool", {}), "shares": None}
-    experiment: Experiment = validate(Experiment, merge(base, parse_yaml(example, "docs/scorers.md")), "here")
+    shown = parse_yaml(example, "docs/scorers.md")
+    if isinstance(shown.get("method"), str):
+        base |= {"method": {"name": shown.pop("method")}, "training": {}}
+    experiment: Experiment = validate(Experiment, merge(base, shown), "here")
     return experiment
 
 

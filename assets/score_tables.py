@@ -1,0 +1,189 @@
+"""The tables of an evaluation: what was sampled, scored and judged, as scores and samples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import polars as pl
+
+from assets import best_of_n
+from assets.measuring import Measuring, Seconds, Subject
+from assets.reward_model import rewarded_samples
+from assets.scenarios import shown_samples, worst_scores
+from assets.verdicts import Judging, judged, scored
+from resources.store import Draft
+from textalign_dagster.experiment.evaluation import evaluation_scorer
+from textalign_dagster.measures.reward_models import reward_model_scores
+from textalign_dagster.reports.obedience import obedience
+from textalign_dagster.reports.score_table import (
+    KL_REFERENCE,
+    OBEDIENCE,
+    reported,
+    score_row,
+    score_table,
+    text_statistics,
+)
+from textalign_dagster.tables import (
+    CANDIDATES,
+    EVALUATION_SAMPLES,
+    REWARDS,
+    SCENARIO_SAMPLES,
+    SCORES,
+    measure,
+    measures,
+)
+
+TASK_COLUMNS = (
+    *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
+    *("score", "label"),
+)
+"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
+
+
+UNJUDGED = {
+    **{name: pl.lit(None, dtype=pl.Float64) for name in ("score", "judge_value", "judge_unusable")},
+    "label": pl.lit(None, dtype=pl.String),
+}
+"""The columns that scorers and judges fill, where there are any."""
+
+
+def write(
+    measuring: Measuring,
+    draft: Draft,
+    subjects: Sequence[Subject],
+    seconds: Seconds,
+    candidates: Subject | None = None,
+    scenarios: Sequence[Subject] = (),
+) -> None:
+    """Writes the tables of an evaluation of these subjects, of the best of a policy's candidates, and of scenarios."""
+    frames = [measuring.samples(subject) for subject in subjects]
+    scores: list[pl.DataFrame] = []
+    settings, judging = measuring.experiment.evaluation, Judging(measuring.stage, draft)
+    if candidates is not None and settings.best_of_n is not None:
+        with seconds.of("ranking"):
+            ranked = best_of_n.ranked(
+                measuring.stage, measuring.sampler, measuring.samples(candidates), judging
+            )
+        listed = ranked.select("prompt_id", "text", candidate_id="sample_id", score="rank_score")
+        draft.write("candidates", listed.select(*CANDIDATES), CANDIDATES)
+        for n in settings.best_of_n.n:
+            estimated = best_of_n.score_rows(ranked, n, candidates.policy_hash, settings.resamples)
+            scores.append(pl.DataFrame(list(estimated), SCORES))
+            subjects = [*subjects, replace(candidates, name=best_of_n.NAME.format(n=n))]
+            frames.append(best_of_n.best(ranked, n))
+    samples = pl.concat(frames).with_columns(**UNJUDGED)
+    with seconds.of("scoring"):
+        samples, facts = scored(measuring.stage, measuring.sampler, samples)
+        draft.record(**facts)
+    with seconds.of("judging"):
+        samples = judged(measuring.stage, samples, judging, draft)
+        judging.write()
+    kept: list[pl.DataFrame] = []
+    with seconds.of("measuring"):
+        for subject, frame in zip(subjects, frames, strict=True):
+            own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
+            table, numbered = _tables(measuring, subject, own)
+            scores += [table, *_obedience(measuring, subject, numbered, table)]
+            if settings.text_statistics:
+                scorer = evaluation_scorer(measuring.experiment)
+                better = "lower" if scorer is None else scorer.better
+                scores.append(text_statistics(own, subject.policy_hash, subject.name, better))
+            # Best-of-n is no language model, and neither is a reward model.
+            if measuring.reference is not None and subject.reward_model is None and subject.prompts is None:
+                scores.append(_divergence(measuring, subject))
+            kept.append(numbered)
+            if subject.reward_model is not None:
+                rewarded = rewarded_samples(measuring.stage, measuring.sampler, subject.reward_model, own)
+                draft.write("rewards", rewarded.rows.select(*REWARDS), REWARDS)
+                agreement = reward_model_scores(
+                    rewarded.rows,
+                    settings.resamples,
+                    repeats=rewarded.repeats,
+                    comparisons=rewarded.pairs,
+                )
+                rows = [score_row(name, found, subject.policy_hash) for name, found in agreement]
+                scores.append(pl.DataFrame(rows, SCORES))
+    if scenarios:
+        with seconds.of("scenarios"):
+            scores += _scenarios(measuring, draft, scenarios)
+    draft.write("scores", pl.concat(scores), SCORES)
+    draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
+    draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)
+
+
+def _tables(
+    measuring: Measuring, subject: Subject, samples: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
+    # To a task, a policy is a policy, whoever's and however it was sampled.
+    seen = samples.with_columns(role=pl.col("role").replace({"baseline": "main", "scenario": "main"})).select(
+        TASK_COLUMNS
+    )
+    measured = measuring.experiment.task.measure(seen)
+    table = score_table(
+        samples.with_columns(condition="asked"),
+        measured,
+        reported(measuring.experiment),
+        policy_hash=subject.policy_hash,
+        subject=subject.name,
+        resamples=measuring.experiment.evaluation.resamples,
+    )
+    more = [c for c in ("score", "judge_value") if c not in measured.columns and samples[c].count()]
+    numbers = measured.join(samples.select("sample_id", *more), on="sample_id", maintain_order="left")
+    listed = numbers.select("sample_id", measures(numbers.drop("sample_id").iter_rows(named=True)))
+    rows = samples.with_columns(policy_hash=pl.lit(subject.policy_hash))
+    return table, rows.join(listed, on="sample_id", maintain_order="left").select(*EVALUATION_SAMPLES)
+
+
+def _scenarios(measuring: Measuring, draft: Draft, scenarios: Sequence[Subject]) -> list[pl.DataFrame]:
+    """Writes the samples of scenarios, and gives their rows of SCORES."""
+    scores, kept, unscored = [], [], 0
+    settings = measuring.experiment.evaluation
+    for subject in scenarios:
+        nothing = pl.lit(None, dtype=pl.Float64)
+        shown = shown_samples(measuring, subject).with_columns(nll=nothing, nll_tokens=nothing, **UNJUDGED)
+        samples, facts = scored(measuring.stage, measuring.sampler, shown)
+        unscored += facts.get("unscored", 0)
+        table, numbered = _tables(measuring, subject, samples)
+        named = pl.col("measures").list.eval(pl.element().struct.field("name")).list.explode()
+        columns = numbered.select(named.unique(maintain_order=True)).to_series().drop_nulls()
+        flat = numbered.with_columns(measure(name) for name in columns)
+        rows = worst_scores(measuring.experiment, subject, flat, settings.resamples)
+        scores += [table, pl.DataFrame(list(rows), SCORES)]
+        if settings.text_statistics:
+            texts = text_statistics(
+                numbered.with_columns(score=pl.lit(None)), subject.policy_hash, subject.name
+            )
+            scores.append(texts)
+        kept.append(numbered.with_columns(scenario=pl.lit(subject.name)))
+    draft.write("scenario_samples", pl.concat(kept), SCENARIO_SAMPLES)
+    draft.record(scenario_unscored=unscored)
+    return scores
+
+
+def _obedience(
+    measuring: Measuring, subject: Subject, samples: pl.DataFrame, scores: pl.DataFrame
+) -> Iterator[pl.DataFrame]:
+    """A row of SCORES where more than one thing was asked for: by the task's first measure, or the score."""
+    probed = set(scores.filter(role="probe")["metric"])
+    candidates = [
+        *reported(measuring.experiment)[:1],
+        *(m for m in reported(measuring.experiment) if m.name == "score"),
+    ]
+    by = next((measure for measure in candidates if measure.name in probed), None)
+    if by is None:
+        return
+    resamples = measuring.experiment.evaluation.resamples
+    found = obedience(samples, measuring.experiment.method, by, resamples=resamples)
+    if found.value is not None:
+        row = score_row(OBEDIENCE, found, subject.policy_hash, condition=subject.asked[0].condition)
+        yield pl.DataFrame([row], SCORES)
+
+
+def _divergence(measuring: Measuring, subject: Subject) -> pl.DataFrame:
+    """A row of SCORES: how far a subject is from the reference; none for human answers."""
+    if subject.model is None:
+        return pl.DataFrame(schema=SCORES)
+    asked = subject.asked[0]
+    told = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
+    found = measuring.divergence.of(subject.model, asked)
+    return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **told)], SCORES)

@@ -1,0 +1,42 @@
+"""Scenarios: further ways to sample a policy in an evaluation, beside the held-out prompts."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from textalign_dagster.settings import Settings
+
+
+class Scenario(Settings):
+    """One way to sample, and how its samples are counted (Korbak et al. 2023, arXiv:2302.08582, section 3)."""
+
+    path: str | None = Field(
+        None,
+        description="A prompt file as in prompts.path; null: no prompt, the policy begins a text of its own after "
+        "its end token.",
+    )
+    samples: int = Field(512, ge=1, description="Samples in all, dealt to the prompts in turn.")
+    prefix: str = Field("", description="Put before every prompt, after the condition that is asked for.")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy; null: evaluation.temperature.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus; null: evaluation.top_p.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest completion, in tokens; null: evaluation.max_new_tokens."
+    )
+    min_new_tokens: int = Field(0, ge=0, description="Tokens before which a completion cannot end.")
+    banned_tokens: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Tokens that are not drawn, beside those of the method; each is one token of the policy's tokenizer.",
+    )
+    score_prompt: bool = Field(
+        False, description="Whether prompt and completion are measured together, as one text."
+    )
+    hits: float | None = Field(
+        None,
+        description="Samples are counted that are worse than this by the first measure of the score table; null: none.",
+    )
+
+    @property
+    def drawn_by(self) -> dict[str, object]:
+        """The settings that decide the samples; the prompts themselves are known by their content."""
+        return self.model_dump(mode="json", exclude={"path", "hits", "score_prompt"})
