@@ -2,57 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import polars as pl
 
 from assets.measuring import Measuring, Subject
-from textalign_dagster.experiment.experiment import Experiment
+from assets.numbers import UNJUDGED, first_measure, tables
+from assets.verdicts import scored
+from resources.store import Draft
+from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import statistics
 from textalign_dagster.measures.statistics import Estimate
-from textalign_dagster.reports.score_table import reported, score_row
+from textalign_dagster.reports.score_table import reported, score_row, text_statistics
+from textalign_dagster.tables import SCENARIO_SAMPLES, SCORES
 
 
-def shown_samples(measuring: Measuring, subject: Subject) -> pl.DataFrame:
+def scenario_scores(measuring: Measuring, draft: Draft, scenarios: Sequence[Subject]) -> list[pl.DataFrame]:
+    """Writes the samples of scenarios, and gives their rows of SCORES."""
+    scores, kept, unscored = [], [], 0
+    experiment, settings = measuring.experiment, measuring.experiment.evaluation
+    for subject in scenarios:
+        samples, facts = scored(measuring.stage, measuring.sampler, _shown(measuring, subject))
+        unscored += facts.get("unscored", 0)
+        table, numbered = tables(measuring, subject, samples)
+        values = samples.select("prompt_id").with_columns(value=first_measure(experiment, samples))
+        worst = list(_worst(experiment, subject, values.drop_nulls(), settings.resamples))
+        scores += [table, pl.DataFrame(worst, SCORES)]
+        if settings.text_statistics:
+            unscored_texts = numbered.with_columns(score=pl.lit(None))  # the worst of 25 is there already
+            scores.append(text_statistics(unscored_texts, subject.policy_hash, subject.name))
+        kept.append(numbered.with_columns(scenario=pl.lit(subject.name)))
+    draft.write("scenario_samples", pl.concat(kept), SCENARIO_SAMPLES)
+    draft.record(scenario_unscored=unscored)
+    return scores
+
+
+def _shown(measuring: Measuring, subject: Subject) -> pl.DataFrame:
     """A scenario's samples as they are measured: with `score_prompt` the prompt is part of the text."""
     assert subject.scenario is not None
-    samples = measuring.unread_samples(subject)
+    nothing = pl.lit(None, dtype=pl.Float64)
+    samples = measuring.unread_samples(subject).with_columns(nll=nothing, nll_tokens=nothing, **UNJUDGED)
     if not subject.scenario.score_prompt:
         return samples
     return samples.with_columns(prompt=pl.lit(""), text=pl.col("prompt") + pl.col("text"))
 
 
-def worst_scores(
-    experiment: Experiment, subject: Subject, samples: pl.DataFrame, resamples: int
+def _worst(
+    experiment: Experiment, subject: Subject, values: pl.DataFrame, resamples: int
 ) -> Iterator[dict[str, object]]:
     """Rows of SCORES: the worst sample, the mean worst one of 25, and the share that is worse than `hits`.
 
-    Each is of the first measure of the score table, sample by sample.
-
     Args:
-        samples: prompt_id, condition, and the columns that the measure names.
+        values: prompt_id, value: the first measure, sample by sample.
     """
-    scenario, first = subject.scenario, reported(experiment)[0]
-    assert scenario is not None
-    value = pl.col(first.numerator).cast(pl.Float64) * first.scale
-    if first.denominator is not None:
-        value = pl.when(pl.col(first.denominator) != 0).then(value / pl.col(first.denominator))
-    known = samples.select("prompt_id", value=value).drop_nulls()
-    values, prompts = known["value"].to_list(), known["prompt_id"].to_list()
-    if not values:
+    if values.is_empty():
         return
-    lower = first.better != "higher"
+    scenario, lower = subject.scenario, reported(experiment)[0].better != "higher"
+    known, prompts = values["value"].to_list(), values["prompt_id"].to_list()
     found = {
-        "worst": max(values) if lower else min(values),
-        "worst_of_25": statistics.worst_of(values, "lower" if lower else "higher"),
+        "worst": max(known) if lower else min(known),
+        "worst_of_25": statistics.worst_of(known, "lower" if lower else "higher"),
     }
-    about = {"subject": subject.name, "role": "scenario", "condition": subject.asked[0].condition}
+    condition = subject.asked[0].condition
     for metric, number in found.items():
         if number is not None:  # a number of all texts together has no interval
-            estimate = Estimate(number, None, None, len(set(prompts)), len(values))
-            yield score_row(metric, estimate, subject.policy_hash, **about)
-    if scenario.hits is not None:
-        hits = [float(value > scenario.hits if lower else value < scenario.hits) for value in values]
+            estimate = Estimate(number, None, None, len(set(prompts)), len(known))
+            yield score_row(
+                metric,
+                estimate,
+                subject.policy_hash,
+                subject=subject.name,
+                role="scenario",
+                condition=condition,
+            )
+    if scenario is not None and scenario.hits is not None:
+        hits = [float(value > scenario.hits if lower else value < scenario.hits) for value in known]
+        share = statistics.mean(hits, prompts, resamples=resamples)
         yield score_row(
-            "hits", statistics.mean(hits, prompts, resamples=resamples), subject.policy_hash, **about
+            "hits", share, subject.policy_hash, subject=subject.name, role="scenario", condition=condition
         )

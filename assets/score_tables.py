@@ -7,8 +7,9 @@ import polars as pl
 
 from assets import best_of_n
 from assets.measuring import Measuring, Seconds, Subject
+from assets.numbers import UNJUDGED, tables
 from assets.reward_model import rewarded_samples
-from assets.scenarios import shown_samples, worst_scores
+from assets.scenarios import scenario_scores
 from assets.verdicts import Judging, judged, scored
 from resources.store import Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
@@ -19,31 +20,14 @@ from textalign_dagster.reports.score_table import (
     OBEDIENCE,
     reported,
     score_row,
-    score_table,
     text_statistics,
 )
 from textalign_dagster.tables import (
     CANDIDATES,
     EVALUATION_SAMPLES,
     REWARDS,
-    SCENARIO_SAMPLES,
     SCORES,
-    measure,
-    measures,
 )
-
-TASK_COLUMNS = (
-    *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
-    *("score", "label"),
-)
-"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
-
-
-UNJUDGED = {
-    **{name: pl.lit(None, dtype=pl.Float64) for name in ("score", "judge_value", "judge_unusable")},
-    "label": pl.lit(None, dtype=pl.String),
-}
-"""The columns that scorers and judges fill, where there are any."""
 
 
 def write(
@@ -81,7 +65,7 @@ def write(
     with seconds.of("measuring"):
         for subject, frame in zip(subjects, frames, strict=True):
             own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
-            table, numbered = _tables(measuring, subject, own)
+            table, numbered = tables(measuring, subject, own)
             scores += [table, *_obedience(measuring, subject, numbered, table)]
             if settings.text_statistics:
                 scorer = evaluation_scorer(measuring.experiment)
@@ -104,60 +88,10 @@ def write(
                 scores.append(pl.DataFrame(rows, SCORES))
     if scenarios:
         with seconds.of("scenarios"):
-            scores += _scenarios(measuring, draft, scenarios)
+            scores += scenario_scores(measuring, draft, scenarios)
     draft.write("scores", pl.concat(scores), SCORES)
     draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
     draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)
-
-
-def _tables(
-    measuring: Measuring, subject: Subject, samples: pl.DataFrame
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
-    # To a task, a policy is a policy, whoever's and however it was sampled.
-    seen = samples.with_columns(role=pl.col("role").replace({"baseline": "main", "scenario": "main"})).select(
-        TASK_COLUMNS
-    )
-    measured = measuring.experiment.task.measure(seen)
-    table = score_table(
-        samples.with_columns(condition="asked"),
-        measured,
-        reported(measuring.experiment),
-        policy_hash=subject.policy_hash,
-        subject=subject.name,
-        resamples=measuring.experiment.evaluation.resamples,
-    )
-    more = [c for c in ("score", "judge_value") if c not in measured.columns and samples[c].count()]
-    numbers = measured.join(samples.select("sample_id", *more), on="sample_id", maintain_order="left")
-    listed = numbers.select("sample_id", measures(numbers.drop("sample_id").iter_rows(named=True)))
-    rows = samples.with_columns(policy_hash=pl.lit(subject.policy_hash))
-    return table, rows.join(listed, on="sample_id", maintain_order="left").select(*EVALUATION_SAMPLES)
-
-
-def _scenarios(measuring: Measuring, draft: Draft, scenarios: Sequence[Subject]) -> list[pl.DataFrame]:
-    """Writes the samples of scenarios, and gives their rows of SCORES."""
-    scores, kept, unscored = [], [], 0
-    settings = measuring.experiment.evaluation
-    for subject in scenarios:
-        nothing = pl.lit(None, dtype=pl.Float64)
-        shown = shown_samples(measuring, subject).with_columns(nll=nothing, nll_tokens=nothing, **UNJUDGED)
-        samples, facts = scored(measuring.stage, measuring.sampler, shown)
-        unscored += facts.get("unscored", 0)
-        table, numbered = _tables(measuring, subject, samples)
-        named = pl.col("measures").list.eval(pl.element().struct.field("name")).list.explode()
-        columns = numbered.select(named.unique(maintain_order=True)).to_series().drop_nulls()
-        flat = numbered.with_columns(measure(name) for name in columns)
-        rows = worst_scores(measuring.experiment, subject, flat, settings.resamples)
-        scores += [table, pl.DataFrame(list(rows), SCORES)]
-        if settings.text_statistics:
-            texts = text_statistics(
-                numbered.with_columns(score=pl.lit(None)), subject.policy_hash, subject.name
-            )
-            scores.append(texts)
-        kept.append(numbered.with_columns(scenario=pl.lit(subject.name)))
-    draft.write("scenario_samples", pl.concat(kept), SCENARIO_SAMPLES)
-    draft.record(scenario_unscored=unscored)
-    return scores
 
 
 def _obedience(

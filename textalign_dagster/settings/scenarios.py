@@ -35,8 +35,3 @@ class Scenario(Settings):
         None,
         description="Samples are counted that are worse than this by the first measure of the score table; null: none.",
     )
-
-    @property
-    def drawn_by(self) -> dict[str, object]:
-        """The settings that decide the samples; the prompts themselves are known by their content."""
-        return self.model_dump(mode="json", exclude={"path", "hits", "score_prompt"})

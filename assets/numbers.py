@@ -1,0 +1,67 @@
+"""What an evaluation counts in samples: the task's numbers, sample by sample, and the scores that they come to."""
+
+from __future__ import annotations
+
+import polars as pl
+
+from assets.measuring import Measuring, Subject
+from textalign_dagster.experiment import Experiment
+from textalign_dagster.reports.score_table import reported, score_table
+from textalign_dagster.tables import EVALUATION_SAMPLES, measures
+
+TASK_COLUMNS = (
+    *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
+    *("score", "label"),
+)
+"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
+
+
+UNJUDGED = {
+    **{name: pl.lit(None, dtype=pl.Float64) for name in ("score", "judge_value", "judge_unusable")},
+    "label": pl.lit(None, dtype=pl.String),
+}
+"""The columns that scorers and judges fill, where there are any."""
+
+
+def by_task(experiment: Experiment, samples: pl.DataFrame) -> pl.DataFrame:
+    """The task's numbers of samples that a scorer may have scored: sample_id and a column each."""
+    # To a task, a policy is a policy, whoever's and however it was sampled.
+    role = pl.col("role").replace({"baseline": "main", "scenario": "main"})
+    return experiment.task.measure(samples.with_columns(role=role).select(TASK_COLUMNS))
+
+
+def first_measure(experiment: Experiment, samples: pl.DataFrame) -> pl.Series:
+    """The first measure of the score table, sample by sample; NULL where it is undefined.
+
+    Args:
+        samples: as they were scored.
+    """
+    first = reported(experiment)[0]
+    numbers = by_task(experiment, samples)
+    own = samples.select(c for c in samples.columns if c == "sample_id" or c not in numbers.columns)
+    joined = own.join(numbers, on="sample_id", maintain_order="left")
+    value = pl.col(first.numerator).cast(pl.Float64) * first.scale
+    if first.denominator is not None:
+        parts = pl.col(first.denominator).cast(pl.Float64)
+        value = pl.when(parts != 0).then(value / parts)
+    return joined.select(value.alias(first.name)).to_series()
+
+
+def tables(
+    measuring: Measuring, subject: Subject, samples: pl.DataFrame
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
+    measured = by_task(measuring.experiment, samples)
+    table = score_table(
+        samples.with_columns(condition="asked"),
+        measured,
+        reported(measuring.experiment),
+        policy_hash=subject.policy_hash,
+        subject=subject.name,
+        resamples=measuring.experiment.evaluation.resamples,
+    )
+    more = [c for c in ("score", "judge_value") if c not in measured.columns and samples[c].count()]
+    numbers = measured.join(samples.select("sample_id", *more), on="sample_id", maintain_order="left")
+    listed = numbers.select("sample_id", measures(numbers.drop("sample_id").iter_rows(named=True)))
+    rows = samples.with_columns(policy_hash=pl.lit(subject.policy_hash))
+    return table, rows.join(listed, on="sample_id", maintain_order="left").select(*EVALUATION_SAMPLES)
