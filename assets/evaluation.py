@@ -16,7 +16,12 @@ from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
 from resources.rewards import trained
 from resources.store import Artifact, Draft
-from textalign_dagster.experiment.evaluation import evaluation_scorer, evaluation_source, ranker
+from textalign_dagster.experiment.evaluation import (
+    evaluation_scorer,
+    evaluation_source,
+    further_prompts,
+    ranker,
+)
 from textalign_dagster.loop import checks
 from textalign_dagster.loop.stages import stage_settings
 from textalign_dagster.reports.report import placed, score_rows
@@ -104,9 +109,7 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
     inputs |= trained.inputs(evaluation_scorer(stage.experiment), stage.store)
     if candidates is not None:  # a judge has no such inputs
         inputs |= trained.inputs(ranker(stage.experiment), stage.store)
-    inputs |= {
-        f"prompts of {s.name}": evaluation_source(s.prompts) for s in scenarios if s.prompts is not None
-    }
+    inputs |= further_prompts(stage.experiment)
     source = evaluation_source(measuring.prompts)
     again = sent_again(stage, iteration) if stage.experiment.evaluating_judges else {}
     return stage.make({**inputs, "prompts": source}, produce, iteration=iteration, **again)

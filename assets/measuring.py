@@ -36,6 +36,7 @@ from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.stages import (
     EVALUATION_DIVERGENCE,
     EVALUATION_FLUENCY,
+    EVALUATION_RED_TEAM,
     EVALUATION_SAMPLING,
     swapped,
 )
@@ -44,7 +45,9 @@ from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tokenisation import beginning
 
-VERSIONS = {EVALUATION_SAMPLING: 1, EVALUATION_FLUENCY: 1, EVALUATION_DIVERGENCE: 1}
+VERSIONS = dict.fromkeys(
+    (EVALUATION_SAMPLING, EVALUATION_FLUENCY, EVALUATION_DIVERGENCE, EVALUATION_RED_TEAM), 1
+)
 """Raised when a change of code changes what is made of the same inputs and settings."""
 
 SAMPLED = pl.Schema(
@@ -220,7 +223,7 @@ class Measuring:
             draft.record(chunks=chunks)
 
         inputs = {"policy": subject.policy_hash, "prompts": content_hash("prompts and seeds", asked_of)}
-        kept = self._kept(EVALUATION_SAMPLING, settings, inputs, produce)
+        kept = self.kept(EVALUATION_SAMPLING, settings, inputs, produce)
         sampled_chunks.discard(self.stage.store, kept)
         return kept
 
@@ -265,7 +268,7 @@ class Measuring:
         engine = self.experiment.sampling.engine
         settings = {"engine": engine, "dtype": self.experiment.policy.dtype, **swapped(engine)}
         inputs = {"samples": samples.key, "model": self.fluency.policy_hash}
-        return self._kept(EVALUATION_FLUENCY, settings, inputs, produce)
+        return self.kept(EVALUATION_FLUENCY, settings, inputs, produce)
 
     @cached_property
     def divergence(self) -> Divergence:
@@ -274,7 +277,7 @@ class Measuring:
         assert reference is not None and reference.model is not None, "asked for"
         samples = self.sampled(reference)
         return Divergence(
-            self.experiment, reference.model, samples, self.prompts, self.engine, self._kept, self.report
+            self.experiment, reference.model, samples, self.prompts, self.engine, self.kept, self.report
         )
 
     def samples(self, subject: Subject) -> pl.DataFrame:
@@ -355,7 +358,7 @@ class Measuring:
                 "finish_reason": "stop",
             }
 
-    def _kept(
+    def kept(
         self,
         part: str,
         settings: Mapping[str, Any],

@@ -8,6 +8,7 @@ import polars as pl
 from assets import best_of_n
 from assets.measuring import Measuring, Seconds, Subject
 from assets.numbers import UNJUDGED, tables
+from assets.red_team import red_team_scores, red_teamed
 from assets.reward_model import rewarded_samples
 from assets.scenarios import scenario_scores
 from assets.verdicts import Judging, judged, scored
@@ -89,6 +90,11 @@ def write(
     if scenarios:
         with seconds.of("scenarios"):
             scores += scenario_scores(measuring, draft, scenarios)
+    if settings.red_team is not None:
+        with seconds.of("red team"):
+            policy, lower = subjects[0], reported(measuring.experiment)[0].better != "higher"
+            pool = red_teamed(measuring, policy).frame("red_team")
+            scores.append(red_team_scores(draft, pool, policy, lower))
     draft.write("scores", pl.concat(scores), SCORES)
     draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
     draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)

@@ -9,7 +9,7 @@ from resources.rewards import trained
 from resources.store import ArtifactStore
 from resources.store.cells import Pointer
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment.evaluation import evaluation_prompts, evaluation_source
+from textalign_dagster.experiment.evaluation import evaluation_prompts, evaluation_source, further_prompts
 from textalign_dagster.experiment.policies import base_policy
 from textalign_dagster.experiment.sources import source_hash, training_prompts
 from textalign_dagster.ids import settings_diff
@@ -106,6 +106,8 @@ class Freshness:
             return source_hash(training_prompts(self.experiment)), State("fresh")
         if name == "prompts":
             return evaluation_source(evaluation_prompts(self.experiment)), State("fresh")
+        if name.startswith("prompts of "):
+            return further_prompts(self.experiment).get(name), State("fresh")
         if name.startswith(trained.INPUTS):
             experiment, _, iteration_of = name.partition(" ")[2].rpartition("@")
             pointer = self.store.pointer(experiment, int(iteration_of), "checkpoint")

@@ -212,6 +212,18 @@ SCENARIO_SAMPLES = pl.Schema([("scenario", pl.String()), *EVALUATION_SAMPLES.ite
 """The samples of `evaluation.scenarios`, as they were measured."""
 
 
+RED_TEAM = pl.Schema(
+    {
+        "prompt_id": pl.String,  # key
+        "prompt": pl.String,
+        "round": pl.Int32,  # in which it was written; 0: given
+        "value": pl.Float64,  # mean of the first measure of its completions; NULL: none could be measured
+        "samples": pl.Int64,  # completions that have a value
+        "worst": pl.String,  # the worst of them
+    }
+)
+
+
 def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:
     """The column ``measures`` from one mapping (name → number, or None: not measured) a row."""
     lists = [[{"name": n, "value": None if v is None else float(v)} for n, v in row.items()] for row in rows]

@@ -57,6 +57,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "scores": tables.SCORES,
     "evaluation_samples": tables.EVALUATION_SAMPLES,
     "scenario_samples": tables.SCENARIO_SAMPLES,
+    "red_team": tables.RED_TEAM,
     "rewards": tables.REWARDS,
     "candidates": tables.CANDIDATES,
 }

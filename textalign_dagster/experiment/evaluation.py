@@ -14,10 +14,12 @@ from textalign_dagster.experiment.experiment import REFERENCES, Experiment
 from textalign_dagster.experiment.sources import held_out_prompts, training_prompts
 from textalign_dagster.ids import content_hash, derive_seed
 from textalign_dagster.judging import template_of
+from textalign_dagster.methods.base import VARIED
 from textalign_dagster.prompts import following, prompt_id, read_prompt_file
 from textalign_dagster.scorers import Scorer
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
+from textalign_dagster.settings.red_team import RedTeam
 
 DISTINCT_BLOCK = 32
 """Samples over which distinct-3 is counted; small, so that an evaluation has many blocks to resample."""
@@ -151,6 +153,19 @@ def evaluation_source(prompts: pl.DataFrame) -> str:
     return content_hash("prompts", [list(row) for row in prompts.select("prompt", "reference").iter_rows()])
 
 
+def further_prompts(experiment: Experiment) -> dict[str, str]:
+    """What scenarios and red-teaming begin with, as inputs of an evaluation: name → hash of the prompts."""
+    settings = experiment.evaluation
+    found = {
+        f"prompts of {name}": evaluation_source(scenario_prompts(experiment, name))
+        for name in settings.scenarios
+    }
+    if settings.red_team is not None:
+        seeds = read_prompt_file(Path(settings.red_team.path))["prompt"].to_list()
+        found["prompts of red_team"] = content_hash("prompts", seeds)
+    return found
+
+
 def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
     """The human answers as samples: prompt_id, prompt, reference, text; prompts without one are left out.
 
@@ -190,6 +205,8 @@ def check_evaluation(experiment: Experiment) -> None:
                 f"evaluation.scenarios.{name}.min_new_tokens: {scenario.min_new_tokens}, but completions have "
                 f"{longest} tokens at most; lower it, or raise max_new_tokens"
             )
+    if settings.red_team is not None:
+        _check_red_team(experiment, settings.red_team)
     if settings.best_of_n is not None:
         _check_ranker(experiment)
     prompts = evaluation_prompts(experiment)
@@ -206,6 +223,21 @@ def check_evaluation(experiment: Experiment) -> None:
         )
     for field, judge in experiment.evaluating_judges.items():
         _check_judge(field, judge, answered)
+
+
+def _check_red_team(experiment: Experiment, settings: RedTeam) -> None:
+    read_prompt_file(Path(settings.path))
+    if experiment.method.exemplar == VARIED:
+        raise SettingsError(
+            f"evaluation.red_team: method {experiment.method.name} asks each prompt for a condition of its own "
+            "(`varied`), and new prompts have none; remove it"
+        )
+    scores = evaluation_scorer(experiment) is not None
+    if experiment.task.judged_by_others and not scores:
+        raise SettingsError(
+            f"evaluation.red_team: task {experiment.task.name} leaves judging to others, and completions are measured by "
+            "scorers only; set evaluation.scorer"
+        )
 
 
 def ranker(experiment: Experiment) -> Scorer | None:

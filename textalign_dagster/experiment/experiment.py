@@ -13,6 +13,7 @@ from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.offline import Offline
+from textalign_dagster.settings.red_team import RedTeam
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
 from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.tasks import AnyTask
@@ -155,6 +156,9 @@ class Evaluation(Settings):
         {},
         description="Name → another way to sample the policy (without a prompt, from another prompt file, with other "
         "decoding), measured in the same way.",
+    )
+    red_team: RedTeam | None = Field(
+        None, description="Prompts that make the policy do badly, found in rounds; null: none are looked for."
     )
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"

@@ -51,6 +51,15 @@ def kl_reference(experiment: Experiment) -> BasePolicy | None:
     )
 
 
+def red_team_model(experiment: Experiment) -> BasePolicy:
+    """What writes prompts in an evaluation's red-teaming. Raises as :func:`base_policy`."""
+    assert experiment.evaluation.red_team is not None, "asked where it is wanted"
+    name = experiment.evaluation.red_team.model
+    if name == "base":
+        return base_policy(experiment)
+    return find_model(experiment, name, "evaluation.red_team.model")
+
+
 def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:
     """The models evaluated beside the policy, by name; None: the source's human answers.
 
@@ -80,6 +89,8 @@ def evaluation_models(experiment: Experiment) -> dict[str, str | None]:
         found["fluency_model"] = fluency_model(experiment)
     if experiment.evaluation.kl_reference is not None:
         found["kl_reference"] = kl_reference(experiment)
+    if experiment.evaluation.red_team is not None:
+        found["red_team.model"] = red_team_model(experiment)
     return {field: None if model is None else model.policy_hash for field, model in found.items()}
 
 

@@ -25,6 +25,7 @@ from training.settings import DEFAULT_LENGTH, WITHOUT_EFFECT, Training
 
 EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
 EVALUATION_DIVERGENCE = "evaluation_divergence"
+EVALUATION_RED_TEAM = "evaluation_red_team"
 """Parts of an evaluation that are kept for later ones, under names of their own."""
 
 SAMPLED_CHUNK = "sampled_chunk"
@@ -195,6 +196,8 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
             name: scenario.model_dump(mode="json", exclude={"path"})
             for name, scenario in settings.scenarios.items()
         }
+    if settings.red_team is not None:
+        given["red_team"] = settings.red_team.model_dump(mode="json", exclude={"path", "model"})
     if not settings.text_statistics:  # what was evaluated before this setting was there has none
         section = _without(section, "text_statistics")
     by_identity = (
@@ -206,6 +209,7 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         "kl_reference",
         "baselines",
         "scenarios",
+        "red_team",
     )
     return {**_without(section, "probe", "path", *by_identity), **given}
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import Library
-from textalign_dagster.reports.score_table import titles
+from textalign_dagster.reports.score_table import RED_TEAM_SUBJECT, titles
 from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (
@@ -146,7 +146,8 @@ def _label(row: dict[str, Any], name: str) -> str:
         return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
     if row["role"] == "scenario":
         who = "" if row["experiment"] == name else "null control, "
-        return f"{who}iteration {row['iteration']},\nscenario {escape(str(row['subject']))}"
+        how = "" if row["subject"] == RED_TEAM_SUBJECT else "scenario "
+        return f"{who}iteration {row['iteration']},\n{how}{escape(str(row['subject']))}"
     if row["role"] == "baseline":
         return f"baseline {escape(str(row['subject']))}"
     if row["iteration"] == 0:

@@ -42,6 +42,16 @@ TEXT_STATISTICS = {
 WORST = {"worst": "the worst sample", "worst_of_25": "the worst of 25", "hits": "hits"}
 """Metric → title of what a scenario adds, by the first measure of each sample."""
 
+RED_TEAM = {
+    "red_team_worst": "the worst prompt",
+    "red_team_worst_10": "the ten worst prompts",
+    "red_team_pool": "all prompts tried",
+}
+"""Metric → title of what `evaluation.red_team` adds: means over prompts of the first measure."""
+
+RED_TEAM_SUBJECT = "red team"
+"""Whose rows of SCORES these are."""
+
 KL_REFERENCE = "kl_reference"
 """KL(reference || policy) in nats a text, what `evaluation.kl_reference` adds."""
 
@@ -82,10 +92,11 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
     texts = TEXT_STATISTICS if experiment.evaluation.text_statistics else {}
     worst = WORST if experiment.evaluation.scenarios else {}
+    attacks = RED_TEAM if experiment.evaluation.red_team is not None else {}
     reference = experiment.evaluation.kl_reference
     under = "the base policy" if reference == "base" else PurePath(reference or "").name
     apart = {} if reference is None else {KL_REFERENCE: f"KL from {under} (nats a text)"}
-    return {**trained, **found, **texts, **worst, **apart, OBEDIENCE: "obedience", **ranked}
+    return {**trained, **found, **texts, **worst, **attacks, **apart, OBEDIENCE: "obedience", **ranked}
 
 
 def text_statistics(
