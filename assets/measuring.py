@@ -36,6 +36,7 @@ from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.stages import (
     EVALUATION_DIVERGENCE,
     EVALUATION_FLUENCY,
+    EVALUATION_LM_EVAL,
     EVALUATION_RED_TEAM,
     EVALUATION_SAMPLING,
     swapped,
@@ -45,9 +46,13 @@ from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tokenisation import beginning
 
-VERSIONS = dict.fromkeys(
-    (EVALUATION_SAMPLING, EVALUATION_FLUENCY, EVALUATION_DIVERGENCE, EVALUATION_RED_TEAM), 1
-)
+VERSIONS = {
+    EVALUATION_SAMPLING: 1,
+    EVALUATION_FLUENCY: 1,
+    EVALUATION_DIVERGENCE: 1,
+    EVALUATION_RED_TEAM: 1,
+    EVALUATION_LM_EVAL: 1,
+}
 """Raised when a change of code changes what is made of the same inputs and settings."""
 
 SAMPLED = pl.Schema(

@@ -6,12 +6,13 @@ from dataclasses import replace
 import polars as pl
 
 from assets import best_of_n
+from assets.lm_eval import harnessed, lm_eval_scores
 from assets.measuring import Measuring, Seconds, Subject
 from assets.numbers import UNJUDGED, tables
 from assets.red_team import red_team_scores, red_teamed
 from assets.reward_model import rewarded_samples
 from assets.scenarios import scenario_scores
-from assets.verdicts import Judging, judged, scored
+from assets.verdicts import Judging, judged, readable_failures, scored
 from resources.store import Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
 from textalign_dagster.measures.reward_models import reward_model_scores
@@ -95,6 +96,10 @@ def write(
             policy, lower = subjects[0], reported(measuring.experiment)[0].better != "higher"
             pool = red_teamed(measuring, policy).frame("red_team")
             scores.append(red_team_scores(draft, pool, policy, lower))
+    if settings.lm_eval is not None:
+        with seconds.of("lm_eval"), readable_failures(measuring.stage):
+            found = harnessed(measuring, subjects[0]).frame("lm_eval")
+            scores.append(lm_eval_scores(draft, found, subjects[0]))
     draft.write("scores", pl.concat(scores), SCORES)
     draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
     draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)

@@ -13,6 +13,7 @@ import polars as pl
 from assets.stage import Stage
 from resources.configured import SamplerResource
 from resources.judges.errors import BatchPendingError, JudgeError
+from resources.lm_eval import LMEvalError
 from resources.rewards.scoring import ScoringError, score_samples
 from resources.rewards.trained import located
 from resources.store import Artifact, Draft
@@ -146,12 +147,12 @@ def has_failed(made: Artifact) -> bool:
 
 @contextmanager
 def readable_failures(stage: Stage, where: str = "") -> Iterator[None]:
-    """Errors of a judge or scorer that users can act on become failures that Dagster does not retry."""
+    """Errors of a judge, a scorer or the harness that users can act on become failures that Dagster does not retry."""
     try:
         yield
     except BatchPendingError as pending:
         # The sensor that collects replies looks for these names.
         stage.context.instance.add_run_tags(stage.context.run.run_id, {BATCHES_TAG: " ".join(pending.jobs)})
         raise dg.Failure(str(pending), allow_retries=False) from None
-    except (JudgeError, ScoringError) as error:
+    except (JudgeError, ScoringError, LMEvalError) as error:
         raise dg.Failure(f"{where}{error}", allow_retries=False) from error

@@ -224,6 +224,19 @@ RED_TEAM = pl.Schema(
 )
 
 
+LM_EVAL = pl.Schema(
+    {
+        "task": pl.String,  # key, with metric; a task or a group
+        "metric": pl.String,
+        "value": pl.Float64,
+        "stderr": pl.Float64,
+        "n": pl.Int64,  # questions; NULL: a group
+        "fewshot": pl.Int64,
+        "version": pl.String,  # of the task
+    }
+)
+
+
 def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:
     """The column ``measures`` from one mapping (name → number, or None: not measured) a row."""
     lists = [[{"name": n, "value": None if v is None else float(v)} for n, v in row.items()] for row in rows]

@@ -22,6 +22,7 @@ from resources.store.durable import ArtifactError, readable_errors
 from textalign_dagster.loop.stages import (
     EVALUATION_DIVERGENCE,
     EVALUATION_FLUENCY,
+    EVALUATION_LM_EVAL,
     EVALUATION_RED_TEAM,
     EVALUATION_SAMPLING,
     SAMPLED_CHUNK,
@@ -44,6 +45,14 @@ WHY = {
     "were changed, samples drawn anew; going back to those settings would make them again",
 }
 """Kind → why it could go."""
+
+EVALUATION_PARTS = (
+    EVALUATION_SAMPLING,
+    EVALUATION_FLUENCY,
+    EVALUATION_DIVERGENCE,
+    EVALUATION_RED_TEAM,
+    EVALUATION_LM_EVAL,
+)
 
 Place = tuple[str, str]
 """Stage and key of an artifact."""
@@ -173,7 +182,7 @@ def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
     stage, _ = place
     if stage == SAMPLED_CHUNK:
         return CHUNKS
-    if stage in (EVALUATION_SAMPLING, EVALUATION_FLUENCY, EVALUATION_DIVERGENCE, EVALUATION_RED_TEAM):
+    if stage in EVALUATION_PARTS:
         return None if place in kept_parts else PARTS
     # What a later version of this project may keep under another name is not this one's to remove.
     return UNREFERENCED if stage in STAGES and place not in kept else None
@@ -203,8 +212,8 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
     divergences = of(EVALUATION_DIVERGENCE, "model", policies)
     read = {held[place].manifest["inputs"]["samples"] for place in divergences}  # type: ignore[index]
     samples = of(EVALUATION_SAMPLING, "policy", policies) | {(EVALUATION_SAMPLING, key) for key in read}
-    attacks = of(EVALUATION_RED_TEAM, "policy", policies)
-    return samples | divergences | attacks | of(EVALUATION_FLUENCY, "samples", {key for _, key in samples})
+    tried = of(EVALUATION_RED_TEAM, "policy", policies) | of(EVALUATION_LM_EVAL, "policy", policies)
+    return samples | divergences | tried | of(EVALUATION_FLUENCY, "samples", {key for _, key in samples})
 
 
 def _dead_attempts(

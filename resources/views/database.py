@@ -58,6 +58,7 @@ TABLES: Mapping[str, pl.Schema] = {
     "evaluation_samples": tables.EVALUATION_SAMPLES,
     "scenario_samples": tables.SCENARIO_SAMPLES,
     "red_team": tables.RED_TEAM,
+    "lm_eval": tables.LM_EVAL,
     "rewards": tables.REWARDS,
     "candidates": tables.CANDIDATES,
 }

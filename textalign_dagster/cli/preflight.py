@@ -47,6 +47,12 @@ from vllm.model_executor.models.registry import ModelRegistry
 found = [ModelRegistry._try_load_model_cls(kind) for kind in {kinds}]
 print(json.dumps({{"serves": any(map(supports_lora, found)) if all(found) and found else None}}))
 """
+TASKS_PROBE = """
+import json
+from lm_eval.tasks import TaskManager
+known = TaskManager(include_path={path!r})
+print(json.dumps({{"unknown": [task for task in {tasks!r} if not known.match_tasks([task])]}}))
+"""
 LONGEST_PROBE = 30_000  # characters of a snippet that runs in a process of its own
 
 
@@ -306,6 +312,18 @@ def _evaluation(experiment: Experiment) -> str:
     for field in experiment.evaluating_judges:
         if importlib.util.find_spec("openai") is None:
             raise SettingsError(f"{field}: needs the openai package: pip install -e '.[judges]'")
+    if (harness := experiment.evaluation.lm_eval) is not None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise SettingsError(
+                "evaluation.lm_eval: needs lm-evaluation-harness: pip install -e '.[harness]'"
+            )
+        unknown = probe(TASKS_PROBE.format(path=harness.path, tasks=harness.tasks)).get(
+            "unknown"
+        )  # takes seconds
+        if unknown:
+            raise SettingsError(
+                f"evaluation.lm_eval.tasks: {', '.join(unknown)}: no such task; `lm-eval ls tasks` lists them"
+            )
     beside = "".join(f", {field}" for field in evaluation_models(experiment))
     return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{beside}"
 

@@ -154,7 +154,7 @@ def evaluation_source(prompts: pl.DataFrame) -> str:
 
 
 def further_prompts(experiment: Experiment) -> dict[str, str]:
-    """What scenarios and red-teaming begin with, as inputs of an evaluation: name → hash of the prompts."""
+    """What scenarios, red-teaming and the harness read, as inputs of an evaluation: name → hash of the prompts."""
     settings = experiment.evaluation
     found = {
         f"prompts of {name}": evaluation_source(scenario_prompts(experiment, name))
@@ -163,6 +163,8 @@ def further_prompts(experiment: Experiment) -> dict[str, str]:
     if settings.red_team is not None:
         seeds = read_prompt_file(Path(settings.red_team.path))["prompt"].to_list()
         found["prompts of red_team"] = content_hash("prompts", seeds)
+    if settings.lm_eval is not None and settings.lm_eval.files_hash is not None:
+        found["prompts of lm_eval"] = settings.lm_eval.files_hash
     return found
 
 
@@ -205,6 +207,10 @@ def check_evaluation(experiment: Experiment) -> None:
                 f"evaluation.scenarios.{name}.min_new_tokens: {scenario.min_new_tokens}, but completions have "
                 f"{longest} tokens at most; lower it, or raise max_new_tokens"
             )
+    if (harness := settings.lm_eval) is not None and harness.path and not Path(harness.path).is_dir():
+        raise SettingsError(
+            f"evaluation.lm_eval.path: {harness.path}: no such folder; give the one with your task files"
+        )
     if settings.red_team is not None:
         _check_red_team(experiment, settings.red_team)
     if settings.best_of_n is not None:

@@ -12,6 +12,7 @@ from textalign_dagster.prompts import Prompts
 from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
+from textalign_dagster.settings.lm_eval import LMEval
 from textalign_dagster.settings.offline import Offline
 from textalign_dagster.settings.red_team import RedTeam
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
@@ -159,6 +160,10 @@ class Evaluation(Settings):
     )
     red_team: RedTeam | None = Field(
         None, description="Prompts that make the policy do badly, found in rounds; null: none are looked for."
+    )
+    lm_eval: LMEval | None = Field(
+        None,
+        description="Tasks of lm-evaluation-harness (pip install -e '.[harness]'); null: none.",
     )
     probe: bool = Field(
         True, description="Also evaluate under the method's other conditions: does the policy obey?"

@@ -300,6 +300,9 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
             evaluation["red_team"] = dict(evaluation["red_team"])
             _absolute(evaluation, "red_team", "path", folder)
             _absolute(evaluation, "red_team", "model", folder, only_existing=True)
+        if isinstance(evaluation.get("lm_eval"), dict):
+            evaluation["lm_eval"] = dict(evaluation["lm_eval"])
+            _absolute(evaluation, "lm_eval", "path", folder)
         scenarios = evaluation.get("scenarios")
         if isinstance(scenarios, dict):
             evaluation["scenarios"] = {k: dict(v) if isinstance(v, dict) else v for k, v in scenarios.items()}

@@ -26,6 +26,7 @@ from training.settings import DEFAULT_LENGTH, WITHOUT_EFFECT, Training
 EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_fluency"
 EVALUATION_DIVERGENCE = "evaluation_divergence"
 EVALUATION_RED_TEAM = "evaluation_red_team"
+EVALUATION_LM_EVAL = "evaluation_lm_eval"
 """Parts of an evaluation that are kept for later ones, under names of their own."""
 
 SAMPLED_CHUNK = "sampled_chunk"
@@ -198,6 +199,8 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         }
     if settings.red_team is not None:
         given["red_team"] = settings.red_team.model_dump(mode="json", exclude={"path", "model"})
+    if settings.lm_eval is not None:
+        given["lm_eval"] = settings.lm_eval.model_dump(mode="json", exclude={"path", "batch_size"})
     if not settings.text_statistics:  # what was evaluated before this setting was there has none
         section = _without(section, "text_statistics")
     by_identity = (
@@ -210,6 +213,7 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         "baselines",
         "scenarios",
         "red_team",
+        "lm_eval",
     )
     return {**_without(section, "probe", "path", *by_identity), **given}
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from resources.store import ArtifactStore
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import Library
-from textalign_dagster.reports.score_table import RED_TEAM_SUBJECT, titles
+from textalign_dagster.reports.score_table import LM_EVAL_SUBJECT, RED_TEAM_SUBJECT, titles
 from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (
@@ -61,7 +61,8 @@ def placed(scores: pl.DataFrame, experiment: str, iteration: int) -> pl.DataFram
 
 def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: int = 120) -> Group:
     """What people read: one row a policy and condition, one column a metric; in parts where it is too wide."""
-    named = titles(experiment)
+    harness = rows.filter(subject=LM_EVAL_SUBJECT)["metric"].unique(maintain_order=True)
+    named = {**titles(experiment), **{metric: metric for metric in harness}}
     metrics = [metric for metric in named if metric in set(rows["metric"])]
     values = {m: rows.filter(pl.col("metric") == m)["value"] for m in metrics}
     constant = {m for m, found in values.items() if found.n_unique() == 1 < found.len()}
@@ -146,7 +147,7 @@ def _label(row: dict[str, Any], name: str) -> str:
         return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
     if row["role"] == "scenario":
         who = "" if row["experiment"] == name else "null control, "
-        how = "" if row["subject"] == RED_TEAM_SUBJECT else "scenario "
+        how = "" if row["subject"] in (RED_TEAM_SUBJECT, LM_EVAL_SUBJECT) else "scenario "
         return f"{who}iteration {row['iteration']},\n{how}{escape(str(row['subject']))}"
     if row["role"] == "baseline":
         return f"baseline {escape(str(row['subject']))}"

@@ -49,8 +49,8 @@ RED_TEAM = {
 }
 """Metric → title of what `evaluation.red_team` adds: means over prompts of the first measure."""
 
-RED_TEAM_SUBJECT = "red team"
-"""Whose rows of SCORES these are."""
+RED_TEAM_SUBJECT, LM_EVAL_SUBJECT = "red team", "lm_eval"
+"""Whose rows of SCORES those of red-teaming and of the harness are."""
 
 KL_REFERENCE = "kl_reference"
 """KL(reference || policy) in nats a text, what `evaluation.kl_reference` adds."""

@@ -22,7 +22,15 @@ STAGES = {
     "feedback": ["feedback", "pairs", "feedback_repeats", "feedback_spans"],
     "datapool": ["datapool", "examples"],
     "checkpoint": ["checkpoints"],
-    "evaluation": ["scores", "evaluation_samples", "scenario_samples", "red_team", "rewards", "candidates"],
+    "evaluation": [
+        "scores",
+        "evaluation_samples",
+        "scenario_samples",
+        "red_team",
+        "lm_eval",
+        "rewards",
+        "candidates",
+    ],
 }
 
 

@@ -164,11 +164,13 @@ def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs() -> None:
     page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
-    block, sampled, attacked, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    block, sampled, attacked, harness, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
     best = experiment(**parse_yaml(ranked, "docs/evaluation.md")).evaluation.best_of_n
     assert best is not None and best.candidates == 32
     red_team = experiment(**parse_yaml(attacked, "docs/evaluation.md")).evaluation.red_team
     assert red_team is not None and red_team.shown == 4
+    tasks = experiment(**parse_yaml(harness, "docs/evaluation.md")).evaluation.lm_eval
+    assert tasks is not None and tasks.limit == 500
     scenarios = experiment(**parse_yaml(sampled, "docs/evaluation.md")).evaluation.scenarios
     assert scenarios["unprompted"].path is None and scenarios["signatures"].hits == 0
     found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
