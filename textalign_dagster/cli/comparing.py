@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from textalign_dagster.cli.command import library_of, open_store, print_json, readable
-from textalign_dagster.cli.feedback import ALPACA_EVAL, FILE, FORMATS
+from textalign_dagster.cli.feedback import ALPACA_EVAL, FILE, FORMATS, READ_ONLY
 from textalign_dagster.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 @click.argument("rankings")
 @click.option(
     "--ratings-format",
-    type=click.Choice(FORMATS),
+    type=click.Choice((*FORMATS, *READ_ONLY)),
     metavar="FORMAT",
     default="plain",
     help="Of the file RATINGS; as in import.",
 )
 @click.option(
     "--rankings-format",
-    type=click.Choice(FORMATS),
+    type=click.Choice((*FORMATS, *READ_ONLY)),
     metavar="FORMAT",
     default="plain",
     help="Of the file RANKINGS; as in import.",

@@ -10,6 +10,7 @@ from textalign_dagster.cli.command import library_of, open_store, print_json, re
 from textalign_dagster.settings import SettingsError
 
 FORMATS = ("alt", "cut", "sparse_ratings", "sparse_rankings", "preferences", "plain")
+READ_ONLY = ("critiques", "shepherd")
 ALPACA_EVAL = "alpaca_eval"
 ALT_STAGES = ("prompts", "samples", "feedback", "toxicity")
 FILE = click.Path(path_type=Path, dir_okay=False)
@@ -155,10 +156,10 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(FORMATS),
+    type=click.Choice((*FORMATS, *READ_ONLY)),
     metavar="FORMAT",
     required=True,
-    help="alt, cut, sparse_ratings, sparse_rankings, preferences or plain.",
+    help="alt, cut, critiques, shepherd, sparse_ratings, sparse_rankings, preferences or plain.",
 )
 @click.option(
     "--template",

@@ -14,6 +14,7 @@ from typing import Any
 import polars as pl
 
 from textalign_dagster.judging.alt_files import read_alt, write_alt
+from textalign_dagster.judging.critique_files import read_critiques, read_shepherd
 from textalign_dagster.judging.cut_files import read_cut, write_cut
 from textalign_dagster.judging.exported import Exported
 from textalign_dagster.judging.imported import SAMPLES, Imported, Refused
@@ -48,7 +49,7 @@ class Format:
 
     description: str
     read: Callable[..., Imported]
-    write: Write
+    write: Write | None = None  # None: it is only read
 
 
 FORMATS = {
@@ -62,6 +63,10 @@ FORMATS = {
         read_cut,
         lambda path, samples, feedback, pairs: write_cut(path, samples, feedback),
     ),
+    "critiques": Format(
+        "OpenAI's critiques of summaries: JSON Lines of passages and questions", read_critiques
+    ),
+    "shepherd": Format("Shepherd: JSON Lines of question, answer, feedback", read_shepherd),
     "sparse_ratings": Format(
         "sparse_feedback: CSV of instruction, input, response, score",
         read_sparse_ratings,
@@ -113,12 +118,13 @@ def write_feedback(
         pairs: rows of PAIRS; None: there are none.
 
     Raises:
-        SettingsError: unknown format.
+        SettingsError: unknown format, or one that is only read.
         ValueError: the format cannot hold feedback of this kind.
     """
-    return _format(format_name).write(
-        path, samples, feedback, pairs if pairs is not None else pl.DataFrame(schema=PAIRS)
-    )
+    write = _format(format_name).write
+    if write is None:
+        raise SettingsError(f"{format_name}: this format is only read; write `cut`, which holds the same")
+    return write(path, samples, feedback, pairs if pairs is not None else pl.DataFrame(schema=PAIRS))
 
 
 def _format(name: str) -> Format:

@@ -70,12 +70,16 @@ def _read_record(rows: Collector, record: Any, positive_from: float, praise: Pra
     prompt = join_input(instruction, given)
     reference = better if isinstance(better, str) and better.strip() else None
     sample = rows.sample(prompt, output, reference=reference, new=True)
-    rows.judged(sample, "judgment", **_judgement(record, score, positive_from, praise))
+    rows.judged(sample, "judgment", **judgement(record, score, positive_from, praise))
 
 
-def _judgement(
-    record: dict[str, Any], score: float | None, positive_from: float, praise: Praise
+def judgement(
+    record: dict[str, Any],
+    score: float | None = None,
+    positive_from: float = POSITIVE_FROM,
+    praise: Praise = "unusable",
 ) -> dict[str, Any]:
+    """What the field ``judgment`` of a record says: label, text and value, or a status with its reason."""
     value = None if score is None else float(score)
     judgment = record.get("judgment")
     if score is not None and score >= positive_from:
@@ -119,7 +123,7 @@ def write_cut(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Expo
         if row["status"] != "ok":
             left_out[f"{row['status']}: null would mean satisfactory"] += 1
             continue
-        back = _judgement(record, row["value"], POSITIVE_FROM, "unusable")
+        back = judgement(record, row["value"], POSITIVE_FROM, "unusable")
         if any(back.get(name) != row[name] for name in ("label", "text", "value")):
             left_out["CUT's rules would read it as something else"] += 1
             continue

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from textalign_dagster.segments import SegmentKind
 from textalign_dagster.settings import Settings
 
+AMENDED = ("cut", "critiques", "shepherd")
+"""Formats whose responses may have amended ones beside them."""
+
 
 class Offline(Settings):
     """What is trained on comes from a file, in place of samples of the policy."""
@@ -18,12 +21,20 @@ class Offline(Settings):
         min_length=1,
         description="A file of prompts with responses, judged or not; relative to the experiment file.",
     )
-    format: Literal["preferences", "plain", "alt", "cut", "sparse_ratings", "sparse_rankings", "corpus"] = (
-        Field(
-            "preferences",
-            description="As in `textalign import`: preferences (TRL, HH, SHP, UltraFeedback, HALOs), plain, alt, cut, "
-            "sparse_ratings or sparse_rankings; or corpus: documents, which are trained on in blocks.",
-        )
+    format: Literal[
+        "preferences",
+        "plain",
+        "alt",
+        "cut",
+        "critiques",
+        "shepherd",
+        "sparse_ratings",
+        "sparse_rankings",
+        "corpus",
+    ] = Field(
+        "preferences",
+        description="As in `textalign import`: preferences (TRL, HH, SHP, UltraFeedback, HALOs), plain, alt, cut, critiques "
+        "(OpenAI), shepherd, sparse_ratings or sparse_rankings; or corpus: documents, which are trained on in blocks.",
     )
     segments: SegmentKind = Field(
         "sentence", description="What of a corpus is scored: each sentence, line, or the whole document."
@@ -36,7 +47,7 @@ class Offline(Settings):
     aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
     refinements: bool = Field(
         False,
-        description="The amended responses of a file of judgments (`i_ans`) are responses, too, each better than the one that "
+        description="The amended responses of a file of judgments  are responses, too, each better than the one that "
         "it amends.",
     )
     held_out: int | None = Field(
@@ -62,8 +73,8 @@ class Offline(Settings):
         for field in ("aspect", "held_out"):
             if self.format == "corpus" and getattr(self, field) is not None:
                 raise ValueError(f"{field}: a corpus has none; remove it")
-        if self.refinements and self.format != "cut":
+        if self.refinements and self.format not in AMENDED:
             raise ValueError(
-                "refinements: only files of judgments have amended responses (format: cut); remove it"
+                f"refinements: only files of judgments have amended responses (format: {', '.join(AMENDED)}); remove it"
             )
         return self
