@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import polars as pl
 
 from assets.measuring import Measuring, Subject
-from assets.numbers import UNJUDGED, first_measure, tables
-from assets.verdicts import scored
+from assets.numbers import first_measure, tables
 from resources.store import Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import statistics
@@ -17,15 +16,36 @@ from textalign_dagster.reports.score_table import reported, score_row, text_stat
 from textalign_dagster.tables import SCENARIO_SAMPLES, SCORES
 
 
-def scenario_scores(measuring: Measuring, draft: Draft, scenarios: Sequence[Subject]) -> list[pl.DataFrame]:
-    """Writes the samples of scenarios, and gives their rows of SCORES."""
-    scores, kept, unscored = [], [], 0
+def shown_samples(measuring: Measuring, subject: Subject) -> pl.DataFrame:
+    """A scenario's samples as they are measured: with `score_prompt` the prompt is part of the text."""
+    assert subject.scenario is not None
+    samples = measuring.unread_samples(subject).with_columns(
+        nll=pl.lit(None, dtype=pl.Float64), nll_tokens=pl.lit(None, dtype=pl.Int64)
+    )
+    if not subject.scenario.score_prompt:
+        return samples
+    return samples.with_columns(prompt=pl.lit(""), text=pl.col("prompt") + pl.col("text"))
+
+
+def scenario_scores(
+    measuring: Measuring,
+    draft: Draft,
+    scenarios: Sequence[Subject],
+    heights: Sequence[int],
+    samples: pl.DataFrame,
+) -> list[pl.DataFrame]:
+    """Writes the samples of scenarios, and gives their rows of SCORES.
+
+    Args:
+        heights: how many samples are each scenario's, in their order.
+        samples: all of them, as they were scored.
+    """
+    scores, kept, place = [], [], 0
     experiment, settings = measuring.experiment, measuring.experiment.evaluation
-    for subject in scenarios:
-        samples, facts = scored(measuring.stage, measuring.sampler, _shown(measuring, subject))
-        unscored += facts.get("unscored", 0)
-        table, numbered = tables(measuring, subject, samples)
-        values = samples.select("prompt_id").with_columns(value=first_measure(experiment, samples))
+    for subject, height in zip(scenarios, heights, strict=True):
+        own, place = samples.slice(place, height), place + height
+        table, numbered = tables(measuring, subject, own)
+        values = own.select("prompt_id").with_columns(value=first_measure(experiment, own))
         worst = list(_worst(experiment, subject, values.drop_nulls(), settings.resamples))
         scores += [table, pl.DataFrame(worst, SCORES)]
         if settings.text_statistics:
@@ -33,18 +53,7 @@ def scenario_scores(measuring: Measuring, draft: Draft, scenarios: Sequence[Subj
             scores.append(text_statistics(unscored_texts, subject.policy_hash, subject.name))
         kept.append(numbered.with_columns(scenario=pl.lit(subject.name)))
     draft.write("scenario_samples", pl.concat(kept), SCENARIO_SAMPLES)
-    draft.record(scenario_unscored=unscored)
     return scores
-
-
-def _shown(measuring: Measuring, subject: Subject) -> pl.DataFrame:
-    """A scenario's samples as they are measured: with `score_prompt` the prompt is part of the text."""
-    assert subject.scenario is not None
-    nothing = pl.lit(None, dtype=pl.Float64)
-    samples = measuring.unread_samples(subject).with_columns(nll=nothing, nll_tokens=nothing, **UNJUDGED)
-    if not subject.scenario.score_prompt:
-        return samples
-    return samples.with_columns(prompt=pl.lit(""), text=pl.col("prompt") + pl.col("text"))
 
 
 def _worst(

@@ -11,7 +11,7 @@ from assets.measuring import Measuring, Seconds, Subject
 from assets.numbers import UNJUDGED, tables
 from assets.red_team import red_team_scores, red_teamed
 from assets.reward_model import rewarded_samples
-from assets.scenarios import scenario_scores
+from assets.scenarios import scenario_scores, shown_samples
 from assets.verdicts import Judging, judged, readable_failures, scored
 from resources.store import Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
@@ -56,10 +56,13 @@ def write(
             scores.append(pl.DataFrame(list(estimated), SCORES))
             subjects = [*subjects, replace(candidates, name=best_of_n.NAME.format(n=n))]
             frames.append(best_of_n.best(ranked, n))
-    samples = pl.concat(frames).with_columns(**UNJUDGED)
-    with seconds.of("scoring"):
-        samples, facts = scored(measuring.stage, measuring.sampler, samples)
+    sampled = pl.concat(frames)
+    shown = [shown_samples(measuring, subject) for subject in scenarios]
+    with seconds.of("scoring"):  # at one go, as a scorer may be a model
+        every = pl.concat([sampled, *shown]).with_columns(**UNJUDGED)
+        every, facts = scored(measuring.stage, measuring.sampler, every)
         draft.record(**facts)
+    samples = every.head(sampled.height)
     with seconds.of("judging"):
         samples = judged(measuring.stage, samples, judging, draft)
         judging.write()
@@ -90,7 +93,8 @@ def write(
                 scores.append(pl.DataFrame(rows, SCORES))
     if scenarios:
         with seconds.of("scenarios"):
-            scores += scenario_scores(measuring, draft, scenarios)
+            of_scenarios = every.slice(sampled.height)
+            scores += scenario_scores(measuring, draft, scenarios, [s.height for s in shown], of_scenarios)
     if settings.red_team is not None:
         with seconds.of("red team"):
             policy, lower = subjects[0], reported(measuring.experiment)[0].better != "higher"

@@ -42,6 +42,7 @@ class ToyModels:
     policy: Path
     classifier: Path
     reward_model: Path
+    corpus: Path  # documents whose sentences are scored
 
 
 def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str) -> list[str]:
@@ -61,13 +62,21 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         found[found.index("datapool.samples=8")] = "datapool.samples_per_bucket=1"
     if experiment.corpus is not None:  # 16 of its documents
         found.append("offline.shard=4")
+        if not Path(experiment.corpus.path).is_file():  # it comes from a hub
+            found += [f"offline.path={models.corpus}", "training.block=32"]
+    found += [
+        f"evaluation.scenarios.{name}={{samples: 26, max_new_tokens: 8, min_new_tokens: 2}}"
+        for name in experiment.evaluation.scenarios
+    ]
+    if experiment.evaluation.kl_reference is not None:
+        found.append("evaluation.kl_reference=base")
     if experiment.judge is not None:
         found.append(f"judge.base_url={judge_url}")
     if experiment.evaluation.judge is not None:
         found.append(f"evaluation.judge.base_url={judge_url}")
     for field, scorer in (("scorer", experiment.scorer), ("evaluation.scorer", experiment.evaluation.scorer)):
         if scorer is not None and scorer.name == "classifier":
-            found.append(f"{field}.model={models.classifier}")
+            found += [f"{field}.model={models.classifier}", f"{field}.label=toxic"]
         if scorer is not None and scorer.name == "reward_model" and scorer.trained is None:
             found += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
             found.append(f"{field}.dtype=float32")
@@ -77,14 +86,14 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         if model != "references"
     ]
     if experiment.evaluation.max_new_tokens is not None:
-        found.append("evaluation.max_new_tokens=8")
+        found.append(f"evaluation.max_new_tokens={24 if experiment.task.name == 'pep8' else 8}")
     if experiment.evaluation.fluency_model is not None:
         found.append(f"evaluation.fluency_model={models.policy}")
     if isinstance(experiment.task, DatasetTask):
+        found += ["task.data.hub=null", "task.data.held_out=null"]
+    if experiment.policy.model not in experiment.task.builtin_policies:
         found += [
-            "task.data.hub=null",
-            "task.data.held_out=null",
-            f"policy.model={models.policy}",
+            f"policy.model={next(iter(experiment.task.builtin_policies), models.policy)}",
             "policy.dtype=float32",
             "sampling.engine=transformers",
             "training.processes=1",

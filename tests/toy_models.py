@@ -42,7 +42,19 @@ def save_toy_models(folder: Path) -> ToyModels:
     backbone.config.save_pretrained(folder / "reward_model")
     words.save_pretrained(folder / "reward_model")
     save_file(state, folder / "reward_model" / "model.safetensors")
-    return ToyModels(folder / "policy", folder / "classifier", folder / "reward_model")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, _corpus())) + "\n", encoding="utf-8")
+    return ToyModels(folder / "policy", folder / "classifier", folder / "reward_model", corpus)
+
+
+def _corpus() -> list[dict[str, Any]]:
+    """Documents of three sentences with made-up scores, in the columns of PHF's datasets."""
+    texts = [text.strip() for text in _texts() if 20 < len(text) < 200][:144]
+    documents = [texts[i : i + 3] for i in range(0, len(texts), 3)]
+    return [
+        {"texts": [f"{text} " for text in texts], "scores": [round((i % 7) * k / 20, 3) for k in range(3)]}
+        for i, texts in enumerate(documents)
+    ]
 
 
 def _tokenizer() -> Any:

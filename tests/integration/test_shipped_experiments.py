@@ -1,8 +1,12 @@
-"""Every shipped experiment runs through the command line, at toy size and without hub, GPU or LLM."""
+"""Every shipped experiment runs, at toy size and without hub, GPU or LLM."""
 
 from __future__ import annotations
 
-import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -17,63 +21,106 @@ from textalign_dagster.settings import read_yaml
 SHIPPED = Library((PROJECT / "experiments", TEMPLATES))
 
 
+class Zoo:
+    """Where all of them run, one beside the other and in one process: what they have in common is made once."""
+
+    def __init__(self, place: Place, models: ToyModels, judge_url: str, log: IO[str]) -> None:
+        self.place, self.log = place, log
+        self.variants: dict[str, str] = {}
+        # A model that another experiment trains is that of its toy variant.
+        for name in sorted(SHIPPED.paths, key=lambda name: trained_by(name) is not None):
+            overrides = [
+                *shipped_overrides(SHIPPED.load(name), models, judge_url),
+                f"iterations={iterations(name)}",
+            ]
+            source = trained_by(name)
+            if source is not None:
+                overrides.append(f"scorer.model={self.variants[source[0]]}@{source[1]}")
+            if name in JUDGES:  # it must learn to say something, and to stop
+                overrides.append("training.epochs=20")
+            self.variants[name] = SHIPPED.variant(name, overrides, place.home / "variants")
+        self.library = Library((PROJECT / "experiments", place.home / "variants"))
+        command = [sys.executable, "-m", "tests.integration.zoo"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+        # The process imports the experiments once, so all variants are written before.
+        self.process = subprocess.Popen(command, env=place.env, cwd=PROJECT, text=True, **pipes)
+
+    def run(self, name: str) -> str:
+        """Runs a shipped experiment at toy size; the name of its variant."""
+        source = trained_by(name)
+        if source is not None:
+            self.run(source[0])
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(self.variants[name], file=self.process.stdin, flush=True)
+        problem = self.process.stdout.readline()
+        assert problem == "\n", problem or Path(self.log.name).read_text()[-5000:]
+        return self.variants[name]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+
+
+def trained_by(name: str) -> tuple[str, int] | None:
+    """The experiment and iteration whose model judges the samples of another one."""
+    scorer = SHIPPED.load(name).scorer
+    return None if scorer is None else scorer.trained
+
+
+JUDGES = {
+    source[0]
+    for name in SHIPPED.paths
+    if isinstance(SHIPPED.load(name).scorer, JudgeModel) and (source := trained_by(name)) is not None
+}
+
+
+def iterations(name: str) -> int:
+    """How many are run: what a method asks for shows in iteration 2, and so does a reference that is not the base
+    policy; seen for each of them with pep8, and once a task."""
+    experiment = SHIPPED.load(name)
+    asks = experiment.offline is None and (
+        experiment.method.exemplar is not None or experiment.training.objective.reference_policy == "parent"
+    )
+    first_of_its_task = "extends" not in read_yaml(SHIPPED.path(name))
+    return 2 if (asks and experiment.task.name == "pep8") or first_of_its_task else 1
+
+
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Where they run, one beside the other: what they have in common is made once."""
-    return new_place(tmp_path_factory.mktemp("zoo") / "place")
+def zoo(tmp_path_factory: pytest.TempPathFactory, toy_models: ToyModels, judge_url: str) -> Iterator[Zoo]:
+    folder = tmp_path_factory.mktemp("zoo")
+    with (folder / "log").open("w") as log:
+        zoo = Zoo(new_place(folder / "place"), toy_models, judge_url, log)
+        yield zoo
+        zoo.close()
 
 
 @pytest.fixture(scope="module")
 def first_samples() -> dict[str, str]:
-    """Task → key of the samples of iteration 1, as the first of its experiments had them."""
+    """Task and seed → key of the samples of iteration 1, as the first of its experiments had them."""
     return {}
 
 
 @pytest.mark.parametrize("name", SHIPPED.paths)
-def test_it_runs(
-    zoo: Place, name: str, toy_models: ToyModels, judge_url: str, first_samples: dict[str, str]
-) -> None:
-    experiment = SHIPPED.load(name)
-    # What a method asks for shows in iteration 2, and so does a reference that is not the base policy: seen for
-    # each of them with pep8, and once a task.
-    asks = experiment.offline is None and (
-        experiment.method.exemplar is not None or experiment.training.objective.reference_policy == "parent"
-    )
-    last = (
-        2
-        if (asks and experiment.task.name == "pep8") or "extends" not in read_yaml(SHIPPED.path(name))
-        else 1
-    )
-    overrides = [*shipped_overrides(experiment, toy_models, judge_url), f"iterations={last}"]
-    trained = None if experiment.scorer is None else experiment.scorer.trained
-    if trained is not None:  # the model that another experiment trains, of toy size, too
-        source, iteration = trained
-        other = SHIPPED.load(source)
-        small = [*shipped_overrides(other, toy_models, judge_url), "iterations=1"]
-        if isinstance(experiment.scorer, JudgeModel):  # it must learn to say something and to stop
-            small.append("training.epochs=20")
-        zoo.textalign("run", source, "--no-control", *(p for o in small for p in ("--set", o)))
-        variant = SHIPPED.variant(source, small, zoo.home / "variants")
-        overrides.append(f"scorer.model={variant}@{iteration}")
-    done = zoo.textalign("run", name, "--no-control", *(part for o in overrides for part in ("--set", o)))
-    found = re.findall(rf"^({re.escape(name)}\+\S*)\|{last:03d} +evaluation", done.stdout, re.MULTILINE)
-    assert len(found) == 1, done.stdout
-    (variant,) = found
-    library = Library((PROJECT / "experiments", zoo.home / "variants"))
+def test_it_runs(zoo: Zoo, name: str, first_samples: dict[str, str]) -> None:
+    variant, last, place, library = zoo.run(name), iterations(name), zoo.place, zoo.library
     experiment = library.load(variant)
-    assert {cell["state"] for cell in grid(zoo.store, library, [variant])} == {"fresh"}
+    assert {cell["state"] for cell in grid(place.store, library, [variant])} == {"fresh"}
 
     asked = {None} if last == 1 or experiment.offline is not None else {experiment.method.exemplar}
-    assert set(zoo.frame(variant, last, "generations")["condition"]) == asked
-    drawn = zoo.frame(variant, last, "datapool").filter("drawn")
+    assert set(place.frame(variant, last, "generations")["condition"]) == asked
+    drawn = place.frame(variant, last, "datapool").filter("drawn")
     assert drawn.height and set(drawn["label"]) <= set(experiment.method.buckets)
     # What the task exists to improve was measured, at the start and in the end.
     first = reported(experiment)[0].name
     for k in (0, last):
-        scores = zoo.frame(variant, k, "evaluation", "scores").filter(role="main")
+        scores = place.frame(variant, k, "evaluation", "scores").filter(role="main")
         assert first in scores["metric"].to_list(), scores
     # Iteration 1 knows no method yet, so a task's experiments share its samples.
-    key, source = zoo.artifact(variant, 1, "generations").key, experiment.task.name
+    key, source = (
+        place.artifact(variant, 1, "generations").key,
+        f"{experiment.task.name}, seed {experiment.seed}",
+    )
     if experiment.offline is not None:
         source += f", {experiment.offline.path}, {experiment.offline.reading}"
     assert first_samples.setdefault(source, key) == key
