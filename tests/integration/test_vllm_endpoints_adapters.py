@@ -134,7 +134,7 @@ def test_the_loop_samples_from_the_server(
         f"policy.model={base}",
     )
     asked = [word for setting in settings for word in ("--set", setting)]
-    done = place.textalign("run", "toy", "--no-control", *asked)
+    done = place.quick("run", "toy", "--no-control", *asked)
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     rows = [place.frame(name, k, "generations") for k in (1, 2)]
     assert all(frame["engine_version"].str.ends_with("+adapters").all() for frame in rows)

@@ -8,10 +8,9 @@ from statistics import mean
 
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs lm_eval: pip install -e '.[harness]'")
-
 from resources.engines.transformers.sampler import TransformersSampler
 from resources.lm_eval import LMEvalError, identity, read_results, run
+from textalign_dagster import PROJECT
 from textalign_dagster.settings.lm_eval import LMEval
 from textalign_dagster.tables import LM_EVAL
 from textalign_dagster.tasks.pep8 import POLICIES
@@ -36,6 +35,19 @@ target_delimiter: ""
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 metadata: {{version: 1.0}}
 """
+
+
+HARNESS = PROJECT / ".venv" / "harness"
+"""Where `make harness` installs it."""
+
+if not (HARNESS / "lm_eval").is_dir():
+    pytest.skip("needs lm-evaluation-harness: make harness", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HARNESS))
+    monkeypatch.setenv("PYTHONPATH", str(HARNESS))
 
 
 @pytest.fixture
