@@ -12,6 +12,7 @@ import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import polars as pl
 from resources.rewards.folder import find_folder
 from resources.workers.channel import Channel, processors
 from resources.workers.host import check_host, host_of
+from resources.workers.serving import version_of
 from textalign_dagster.judging.convert import read_feedback
 from textalign_dagster.judging.imported import Imported, of_aspect
 from textalign_dagster.scorers import ClassifierScorer, ImportedScorer, ModelScorer, RewardModelScorer, Scorer
@@ -165,20 +167,10 @@ def _by_model(
     prompts = samples["prompt"].to_list() if shows_prompt else [""] * samples.height
     pairs = list(zip(prompts, samples["text"].to_list(), strict=True))
     asked = list(dict.fromkeys(pairs if shows_prompt else (p for p in pairs if p[1].strip())))
-    channel = Channel(
-        "resources.rewards.worker",
-        settings,
-        error=ScoringError,
-        what="scoring worker",
-        offline=not trusted,
-        host=host_of(scorer.launcher, scorer.slurm, scorer.ray, scorer.k8s),
-    )
-    try:
+    with _worker(scorer, settings, trusted) as channel:
         if scorer.check is not None:
             facts["check_accuracy"] = _check(scorer, channel, shows_prompt)
         found = channel.call({"pairs": asked, "total": len(asked)}, report) if asked else []
-    finally:
-        channel.close()
     known = dict(zip(asked, found, strict=True))
     nothing = (None, "nothing to score: the text is blank")
     outcomes = []
@@ -187,6 +179,41 @@ def _by_model(
         blank = reason is not None and reason.startswith("nothing to score")
         outcomes.append((score, reason, "skipped" if blank else "failed"))
     return _rows(scorer, samples, outcomes, "")
+
+
+_idle: tuple[object, Channel] | None = None  # the last worker, and what it has read
+
+
+@contextmanager
+def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Iterator[Channel]:
+    """A worker with the model; one on this machine's CPU stays for the next call, as starting takes seconds."""
+    global _idle
+    host = host_of(scorer.launcher, scorer.slurm, scorer.ray, scorer.k8s)
+    folders = [settings[name] for name in ("folder", "weights_folder") if settings[name] is not None]
+    read = (settings, trusted, [version_of(Path(folder)) for folder in folders])
+    kept, _idle = _idle, None
+    if kept is not None and host is None and kept[0] == read:
+        channel = kept[1]
+    else:
+        if kept is not None:
+            kept[1].close()
+        channel = Channel(
+            "resources.rewards.worker",
+            settings,
+            error=ScoringError,
+            what="scoring worker",
+            offline=not trusted,
+            host=host,
+        )
+    try:
+        yield channel
+    except BaseException:
+        channel.close()
+        raise
+    if host is None and channel.ready is not None and channel.ready["device"] == "cpu":
+        _idle = (read, channel)
+    else:  # others need the GPU, or the node
+        channel.close()
 
 
 def _settings_of(scorer: ModelScorer) -> tuple[dict[str, Any], bool]:

@@ -228,6 +228,8 @@ def test_samples_are_scored_in_a_worker_that_passes_its_check(
 class Here:
     """A channel whose worker is this process: starting a real one takes many seconds."""
 
+    ready = None
+
     def __init__(self, module: str, settings: dict[str, Any], **options: Any) -> None:
         self.model = ScoringModel(settings, "cpu")
 
