@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.methods import ForwardPrediction
 from textalign_dagster.settings import merge, nested, parse_override, write_yaml
 from textalign_dagster.tasks.dataset import DatasetTask
 
@@ -54,6 +55,8 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         found += ["sampling.max_new_tokens=24", "datapool.max_tokens=25"]
     if experiment.method.read_together(3) > 2:  # a group is three samples
         found[found.index("training.batch_size=2")] = "training.batch_size=4"
+    if isinstance(experiment.method, ForwardPrediction):  # a judge must learn to say something, and to stop
+        found.append("training.epochs=20")
     if experiment.method.trains == "reward model":  # it is measured on pairs of a prompt's samples
         found[found.index("evaluation.samples_per_prompt=1")] = "evaluation.samples_per_prompt=2"
     if experiment.datapool.draws_all:

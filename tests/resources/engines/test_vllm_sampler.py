@@ -18,7 +18,7 @@ from resources.engines.vllm.sampler import VllmSampler, cache_root, frame
 from resources.workers.shares import call_all, shares, together, visible_devices
 from tests.resources.engines import tiny_models, vllm_models
 from textalign_dagster import PROJECT
-from textalign_dagster.cli import preflight
+from textalign_dagster.cli import engine_checks, preflight
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.sampling import Sampling
@@ -268,9 +268,9 @@ def test_whether_it_runs_here_is_known_beforehand(
     says: str | None,
 ) -> None:
     found = [SimpleNamespace(name=name, version="0.32.0") for name in installed]
-    monkeypatch.setattr(preflight, "distributions", lambda: found)
-    monkeypatch.setattr(preflight, "probe", lambda code: asked)
-    preflight._vllm.cache_clear()
+    monkeypatch.setattr(engine_checks, "distributions", lambda: found)
+    monkeypatch.setattr(engine_checks, "probe", lambda code: asked)
+    engine_checks._vllm.cache_clear()
     library = Library((toys, PROJECT / "experiments"))
     if says is None:
         lines = preflight.preflight(library, "toy", ["sampling.engine=vllm"])
@@ -279,7 +279,7 @@ def test_whether_it_runs_here_is_known_beforehand(
         with pytest.raises(SettingsError, match=says) as caught:
             preflight.preflight(library, "toy", ["sampling.engine=vllm"])
         assert "toy.yaml: sampling.engine: " in str(caught.value)
-    preflight._vllm.cache_clear()
+    engine_checks._vllm.cache_clear()
 
 
 @pytest.mark.parametrize("items", [0, 1, 3, 4, 10])

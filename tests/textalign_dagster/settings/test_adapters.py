@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from textalign_dagster import PROJECT
-from textalign_dagster.cli import preflight
+from textalign_dagster.cli import engine_checks, preflight
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.loop.stages import STAGES, stage_settings
@@ -93,8 +93,8 @@ def test_whether_vllm_serves_them_is_known_beforehand(
         asked.append(code)
         return {"serves": serves}
 
-    monkeypatch.setattr(preflight, "probe", probe)
-    monkeypatch.setattr(preflight, "_vllm", lambda: {"version": "0.32.0", "device": "cpu"})
+    monkeypatch.setattr(engine_checks, "probe", probe)
+    monkeypatch.setattr(engine_checks, "_vllm", lambda: {"version": "0.32.0", "device": "cpu"})
     pytest.importorskip("peft", reason="the extra `lora` is not installed")
     overrides = ["sampling={engine: vllm, adapters: served}", "training.lora={adapter: carried}"]
     library = Library((toys, PROJECT / "experiments"))

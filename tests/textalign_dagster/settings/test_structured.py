@@ -12,7 +12,7 @@ import pytest
 from resources.engines.sampler import Decoding
 from resources.engines.structure import refusal
 from textalign_dagster import PROJECT
-from textalign_dagster.cli import preflight
+from textalign_dagster.cli import engine_checks, preflight
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.stages import STAGES, stage_settings
@@ -147,7 +147,7 @@ def test_what_cannot_be_compiled(structured: dict[str, Any], says: str | None) -
 
 def test_what_cannot_be_compiled_is_known_beforehand(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xgrammar", reason="comes with vLLM")
-    monkeypatch.setattr(preflight, "_vllm", lambda: {"version": "0", "device": "cpu"})
+    monkeypatch.setattr(engine_checks, "_vllm", lambda: {"version": "0", "device": "cpu"})
     library = Library((toys, PROJECT / "experiments"))
     good = preflight.preflight(library, "toy", [*VLLM, "sampling.structured.regex=a+"])
     assert "samples: structured output by a regex" in good
