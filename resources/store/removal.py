@@ -25,13 +25,15 @@ from textalign_dagster.loop.stages import (
     EVALUATION_LM_EVAL,
     EVALUATION_RED_TEAM,
     EVALUATION_SAMPLING,
+    REFERENCE,
     SAMPLED_CHUNK,
     STAGES,
 )
 
-CHUNKS, PARTS, ATTEMPTS, TRAININGS, UNREFERENCED = (
+CHUNKS, PARTS, LOG_PROBS, ATTEMPTS, TRAININGS, UNREFERENCED = (
     "chunks of samplings",
     "parts of evaluations",
+    "log-probabilities",
     "dead attempts",
     "unfinished trainings",
     "artifacts without a cell",
@@ -39,6 +41,7 @@ CHUNKS, PARTS, ATTEMPTS, TRAININGS, UNREFERENCED = (
 WHY = {
     CHUNKS: "of samplings that were interrupted; the same ones would go on from them",
     PARTS: "samples of policies that no evaluation measures and no cell has any more",
+    LOG_PROBS: "under policies that no cell has any more; a training that wants them would compute them again",
     ATTEMPTS: "of processes that were killed; nothing reads them",
     TRAININGS: "snapshots of trainings that were interrupted; the same ones would go on from them",
     UNREFERENCED: "no cell points at them, nor was anything made from them that a cell points at: settings that "
@@ -184,12 +187,15 @@ def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
         return CHUNKS
     if stage in EVALUATION_PARTS:
         return None if place in kept_parts else PARTS
+    if stage == REFERENCE:
+        return None if place in kept_parts else LOG_PROBS
     # What a later version of this project may keep under another name is not this one's to remove.
     return UNREFERENCED if stage in STAGES and place not in kept else None
 
 
 def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Place]) -> set[Place]:
-    """The parts of evaluations that a later evaluation may begin with, as long as ``kept`` artifacts stay."""
+    """The parts of evaluations, and the log-probabilities, that others may begin with as long as ``kept`` artifacts
+    stay."""
     policies: set[str] = set()
     for place in kept:
         manifest = held[place].manifest if place in held else None
@@ -213,7 +219,14 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
     read = {held[place].manifest["inputs"]["samples"] for place in divergences}  # type: ignore[index]
     samples = of(EVALUATION_SAMPLING, "policy", policies) | {(EVALUATION_SAMPLING, key) for key in read}
     tried = of(EVALUATION_RED_TEAM, "policy", policies) | of(EVALUATION_LM_EVAL, "policy", policies)
-    return samples | divergences | tried | of(EVALUATION_FLUENCY, "samples", {key for _, key in samples})
+    log_probs = of(REFERENCE, "policy", policies)
+    return (
+        samples
+        | divergences
+        | tried
+        | log_probs
+        | of(EVALUATION_FLUENCY, "samples", {key for _, key in samples})
+    )
 
 
 def _dead_attempts(

@@ -15,7 +15,16 @@ import pytest
 from resources.engines.chunks import CHUNK
 from resources.store import Artifact, ArtifactError, ArtifactStore, Draft
 from resources.store.attempts import Attempt
-from resources.store.removal import ATTEMPTS, CHUNKS, PARTS, TRAININGS, UNREFERENCED, removable, remove
+from resources.store.removal import (
+    ATTEMPTS,
+    CHUNKS,
+    LOG_PROBS,
+    PARTS,
+    TRAININGS,
+    UNREFERENCED,
+    removable,
+    remove,
+)
 
 ROWS = pl.Schema({"policy_hash": pl.String()})
 NOW = timedelta(0)
@@ -135,6 +144,22 @@ def test_parts_stay_as_long_as_an_evaluation_may_want_them(store: ArtifactStore)
         0,
     )
     assert found(store) == {}
+
+
+def test_log_probabilities_stay_as_long_as_a_cell_has_their_policy(store: ArtifactStore) -> None:
+    made = lineage(store, "a", "mine")
+    for policy in ("base", "a-policy", "gone"):
+        make(store, "reference_log_probs", f"of-{policy}", {"policy": policy})
+    assert made["checkpoint"].manifest["inputs"]["policy"] == "base"
+    assert found(store) == {LOG_PROBS: {"of-gone"}}
+
+
+def test_attacks_and_harness_stay_as_long_as_their_policy(store: ArtifactStore) -> None:
+    lineage(store, "a", "mine")
+    for stage in ("evaluation_red_team", "evaluation_lm_eval"):
+        for policy in ("a-policy", "gone"):
+            make(store, stage, f"{stage}-{policy}", {"policy": policy})
+    assert found(store) == {PARTS: {"evaluation_red_team-gone", "evaluation_lm_eval-gone"}}
 
 
 def test_leftovers_of_interrupted_work(store: ArtifactStore) -> None:
