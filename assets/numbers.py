@@ -6,6 +6,7 @@ import polars as pl
 
 from assets.measuring import Measuring, Subject
 from textalign_dagster.experiment import Experiment
+from textalign_dagster.measures import rouge
 from textalign_dagster.reports.score_table import reported, score_table
 from textalign_dagster.tables import EVALUATION_SAMPLES, measures
 
@@ -27,7 +28,11 @@ def by_task(experiment: Experiment, samples: pl.DataFrame) -> pl.DataFrame:
     """The task's numbers of samples that a scorer may have scored: sample_id and a column each."""
     # To a task, a policy is a policy, whoever's and however it was sampled.
     role = pl.col("role").replace({"baseline": "main", "scenario": "main"})
-    return experiment.task.measure(samples.with_columns(role=role).select(TASK_COLUMNS))
+    found = experiment.task.measure(samples.with_columns(role=role).select(TASK_COLUMNS))
+    if not experiment.evaluation.rouge or set(rouge.NAMES) <= set(found.columns):
+        return found
+    own = samples.select("sample_id", *rouge.rouge(samples.select("text", "reference").iter_rows()))
+    return found.join(own, on="sample_id", maintain_order="left")
 
 
 def first_measure(experiment: Experiment, samples: pl.DataFrame) -> pl.Series:

@@ -151,6 +151,17 @@ def test_scores_of_the_base_of_baselines_and_under_every_condition(place: Place)
     assert (people["n"], people["lo"]) == (1, None)  # one of the prompts has a reference
 
 
+def test_rouge_against_the_references_by_hand(place: Place) -> None:
+    place.change(rouge=True)
+    start = place.evaluate()[0].frame("scores")
+    # The only reference is "one two three": people share all of its words with it, policies none.
+    for metric in ("rouge_1", "rouge_2", "rouge_l"):
+        assert values(start, metric) == {
+            (None, "main", None): 0.0, ("SFT", "baseline", None): 0.0, ("people", "baseline", None): 1.0
+        }  # fmt: skip
+        assert start.filter(metric=metric)["n"].to_list() == [1, 1, 1]
+
+
 def test_obedience_by_hand(place: Place) -> None:
     """By violations per 1,000 characters: none in the samples asked for good, some in those asked for bad."""
     scores = place.evaluate()[1].frame("scores")

@@ -36,9 +36,9 @@ SHOWN = 8  # places of a kind
 def clean(apply: bool, unreferenced: bool, older_than: float | None, as_json: bool) -> None:
     """Lists what can be removed, with sizes and reasons; --apply removes it.
 
-    Leftovers of interrupted work: chunks of samplings, parts of evaluations and log-probabilities of
-    policies that are gone, attempts of killed processes, unfinished trainings. --unreferenced adds outputs that no cell uses any more, directly or through
-    what was made from them. Judge calls (the ledger) always stay.
+    Leftovers of interrupted work: chunks of samplings, attempts of killed processes, unfinished trainings; and
+    parts of evaluations and log-probabilities of policies that are gone. --unreferenced adds outputs that no cell
+    uses any more, directly or through what was made from them. Judge calls (the ledger) always stay.
 
     \b
     Examples:

@@ -217,6 +217,11 @@ def check_evaluation(experiment: Experiment) -> None:
         _check_ranker(experiment)
     prompts = evaluation_prompts(experiment)
     answered = reference_answers(prompts).height
+    if settings.rouge and not answered:
+        raise SettingsError(
+            "evaluation.rouge: the held-out prompts have no references; give a file with a column `reference` as "
+            "evaluation.path, or remove it"
+        )
     for name, model in settings.baselines.items():
         if model == REFERENCES and not answered:
             raise SettingsError(

@@ -173,6 +173,9 @@ class Evaluation(Settings):
         description="Also report PHF's numbers of all texts together: entropies of 1-grams and 2-grams, and word-level "
         "Self-BLEU-5 (pip install -e '.[metrics]').",
     )
+    rouge: bool = Field(
+        False, description="Also report ROUGE-1, -2 and -L against the held-out prompts' references."
+    )
     resamples: int = Field(1000, ge=100, description="Bootstrap resamples over prompts behind the intervals.")
 
     @field_validator("scorer", mode="before")

@@ -201,8 +201,9 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         given["red_team"] = settings.red_team.model_dump(mode="json", exclude={"path", "model"})
     if settings.lm_eval is not None:
         given["lm_eval"] = settings.lm_eval.model_dump(mode="json", exclude={"path", "batch_size"})
-    if not settings.text_statistics:  # what was evaluated before this setting was there has none
-        section = _without(section, "text_statistics")
+    for field in ("text_statistics", "rouge"):  # what was evaluated before these settings were there has none
+        if not getattr(settings, field):
+            section = _without(section, field)
     by_identity = (
         "best_of_n",
         "max_new_tokens",

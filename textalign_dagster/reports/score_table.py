@@ -11,7 +11,7 @@ import polars as pl
 
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK, evaluation_scorer
-from textalign_dagster.measures import best_of_n, reward_models, statistics
+from textalign_dagster.measures import best_of_n, reward_models, rouge, statistics
 from textalign_dagster.measures.bootstrap import Per
 from textalign_dagster.measures.diversity import distinct_n_blocks, ngram_entropy, self_bleu
 from textalign_dagster.measures.statistics import Estimate
@@ -79,6 +79,9 @@ def reported(experiment: Experiment) -> tuple[Measure, ...]:
         name, title = ("win_rate", "win rate") if won else ("judge_score", "judge's score")
         extra.append(Measure(name, title, "judge_value", better="higher"))
         extra.append(Measure("judge_unusable", "unusable judgements", "judge_unusable", better="lower"))
+    if settings.rouge:
+        titled = zip(rouge.NAMES, ("ROUGE-1", "ROUGE-2", "ROUGE-L"), strict=True)
+        extra += [Measure(name, title, name, better="higher") for name, title in titled]
     named = {measure.name for measure in task}
     others = [measure for measure in extra if measure.name not in named]
     ordered = (*others, *task) if experiment.task.judged_by_others else (*task, *others)

@@ -26,6 +26,7 @@ EVERY = {
     "training.density_ratio={}": (["checkpoint"], ["checkpoint"]),
     "evaluation.kl_reference=base": (["evaluation"], ["evaluation"]),
     "evaluation.scenarios={unprompted: {}}": (["evaluation"], ["evaluation"]),
+    "evaluation.rouge=true": (["evaluation"], ["evaluation"]),
     "evaluation.lm_eval={tasks: [hellaswag]}": (["evaluation"], ["evaluation"]),
     "evaluation.red_team={path: attacks.jsonl}": (["evaluation"], ["evaluation"]),
     "training.batch_size=3": (["checkpoint"], ["checkpoint"]),

@@ -7,10 +7,10 @@ from typing import Any
 import polars as pl
 import pytest
 
+from textalign_dagster.measures.rouge import rouge_l, rouge_n, words
 from textalign_dagster.tasks import Summarization
 from textalign_dagster.tasks.dataset_rows import BadRow
 from textalign_dagster.tasks.summarization import CUE
-from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
 
 
 def test_words_are_runs_of_letters_and_digits() -> None:

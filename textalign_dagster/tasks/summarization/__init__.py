@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import polars as pl
 
+from textalign_dagster.measures.rouge import rouge
 from textalign_dagster.tasks import word_diversity
 from textalign_dagster.tasks.base import Measure
 from textalign_dagster.tasks.dataset import DatasetTask
 from textalign_dagster.tasks.dataset_rows import BadRow, Row, optional_text_of, text_of
-from textalign_dagster.tasks.summarization.rouge import rouge_l, rouge_n, words
 
 CUE = "TL;DR:"
 """What a prompt ends with. It may stand in a post too: nothing here splits a text at it."""
@@ -55,16 +55,10 @@ class Summarization(DatasetTask):
 
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         """ROUGE is NULL without a reference (or with one that has no words), the score without a scorer."""
-        rouge = [
-            _rouge(text, reference) for text, reference in samples.select("text", "reference").iter_rows()
-        ]
-        numbers = pl.DataFrame(
-            rouge, {name: pl.Float64 for name in ("rouge_1", "rouge_2", "rouge_l")}, orient="row"
-        )
         return samples.select(
             "sample_id",
             pl.col("score").cast(pl.Float64),
-            *numbers,
+            *rouge(samples.select("text", "reference").iter_rows()),
             words=pl.col("text").str.count_matches(r"\S+").cast(pl.Float64),
             cut_off=(pl.col("finish_reason") == "length").cast(pl.Float64),
         ).join(word_diversity.pooled(samples), on="sample_id", maintain_order="left")
@@ -80,11 +74,3 @@ class Summarization(DatasetTask):
             Measure("cut_off", "summaries cut off", "cut_off", better="lower"),
             *word_diversity.pooled_measures(),
         )
-
-
-def _rouge(text: str, reference: str | None) -> tuple[float | None, float | None, float | None]:
-    right = words(reference or "")
-    if not right:
-        return None, None, None
-    left = words(text)
-    return rouge_n(left, right, 1), rouge_n(left, right, 2), rouge_l(left, right)

@@ -9,9 +9,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import polars as pl
+
+NAMES = ("rouge_1", "rouge_2", "rouge_l")
 
 _WORD = re.compile(r"[a-z0-9]+")
+
+
+def rouge(pairs: Iterable[tuple[str, str | None]]) -> pl.DataFrame:
+    """ROUGE-1, -2 and -L of each (text, reference): a Float64 column each of :data:`NAMES`; NULL without a reference."""
+    return pl.DataFrame([_rouge(*pair) for pair in pairs], dict.fromkeys(NAMES, pl.Float64), orient="row")
+
+
+def _rouge(text: str, reference: str | None) -> tuple[float | None, float | None, float | None]:
+    right = words(reference or "")
+    if not right:
+        return None, None, None
+    left = words(text)
+    return rouge_n(left, right, 1), rouge_n(left, right, 2), rouge_l(left, right)
 
 
 def words(text: str) -> list[str]:
