@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -89,11 +92,23 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """``textalign run toy``, uninterrupted. To be read only: take a `copy` to change something."""
-    place = new_place(tmp_path_factory.mktemp("loop") / "place")
-    started = time.monotonic()
-    done = place.textalign("run", "toy")
-    return Ran(place.folder, done.stdout + done.stderr, time.monotonic() - started)
+    """``textalign run toy``, uninterrupted. To be read only: take a `copy` to change something.
+
+    Of several test processes one makes it, and the others wait for it.
+    """
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    shared = None if session is None else tmp_path_factory.getbasetemp().parent / f"ran-{session}"
+    folder = shared or tmp_path_factory.mktemp("loop")
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        told = folder / "told.json"
+        if not told.is_file():
+            place, started = new_place(folder / "place"), time.monotonic()
+            done = place.textalign("run", "toy")
+            told.write_text(json.dumps([done.stdout + done.stderr, time.monotonic() - started]))
+        output, seconds = json.loads(told.read_text())
+    return Ran(folder / "place", output, seconds)
 
 
 @pytest.fixture(scope="session")
