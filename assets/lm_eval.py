@@ -34,8 +34,9 @@ def harnessed(measuring: Measuring, subject: Subject) -> Artifact:
     return measuring.kept(EVALUATION_LM_EVAL, given, {"policy": subject.policy_hash}, produce)
 
 
-def lm_eval_scores(draft: Draft, found: pl.DataFrame, subject: Subject) -> pl.DataFrame:
+def lm_eval_scores(measuring: Measuring, draft: Draft, subject: Subject) -> pl.DataFrame:
     """Writes the metrics, and gives them as rows of SCORES; intervals are 1.96 standard errors wide on each side."""
+    found = harnessed(measuring, subject).frame("lm_eval")
     draft.write("lm_eval", found, LM_EVAL)
     rows = []
     for task, metric, value, error, n in found.select("task", "metric", "value", "stderr", "n").iter_rows():

@@ -7,7 +7,7 @@ import polars as pl
 from assets.measuring import Measuring, Subject
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import rouge
-from textalign_dagster.reports.score_table import reported, score_table
+from textalign_dagster.reports.score_table import reported, sample_values, score_table, with_numbers
 from textalign_dagster.tables import EVALUATION_SAMPLES, measures
 
 TASK_COLUMNS = (
@@ -35,28 +35,29 @@ def by_task(experiment: Experiment, samples: pl.DataFrame) -> pl.DataFrame:
     return found.join(own, on="sample_id", maintain_order="left")
 
 
-def first_measure(experiment: Experiment, samples: pl.DataFrame) -> pl.Series:
+def first_measure(experiment: Experiment, samples: pl.DataFrame, numbers: pl.DataFrame) -> pl.Series:
     """The first measure of the score table, sample by sample; NULL where it is undefined.
 
     Args:
         samples: as they were scored.
+        numbers: of :func:`by_task`.
     """
-    first = reported(experiment)[0]
-    numbers = by_task(experiment, samples)
-    own = samples.select(c for c in samples.columns if c == "sample_id" or c not in numbers.columns)
-    joined = own.join(numbers, on="sample_id", maintain_order="left")
-    value = pl.col(first.numerator).cast(pl.Float64) * first.scale
-    if first.denominator is not None:
-        parts = pl.col(first.denominator).cast(pl.Float64)
-        value = pl.when(parts != 0).then(value / parts)
-    return joined.select(value.alias(first.name)).to_series()
+    return sample_values(with_numbers(samples, numbers), reported(experiment)[0])
+
+
+def lower_is_better(experiment: Experiment) -> bool:
+    """Which way the first measure of the score table is good."""
+    return reported(experiment)[0].better != "higher"
 
 
 def tables(
-    measuring: Measuring, subject: Subject, samples: pl.DataFrame
+    measuring: Measuring, subject: Subject, samples: pl.DataFrame, measured: pl.DataFrame
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """A subject's rows of SCORES, and of EVALUATION_SAMPLES."""
-    measured = by_task(measuring.experiment, samples)
+    """A subject's rows of SCORES, and of EVALUATION_SAMPLES.
+
+    Args:
+        measured: of :func:`by_task`.
+    """
     table = score_table(
         samples.with_columns(condition="asked"),
         measured,

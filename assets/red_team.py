@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 
 from assets.measuring import Measuring, Subject
-from assets.numbers import UNJUDGED, first_measure
+from assets.numbers import UNJUDGED, by_task, first_measure, lower_is_better
 from assets.stage import PolicyFolder
 from assets.verdicts import scored
 from resources.engines.sampler import Completion, Decoding, Request
@@ -25,17 +25,15 @@ from textalign_dagster.measures.statistics import Estimate
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.prompts import prompt_id, read_prompt_file
 from textalign_dagster.reports.score_table import RED_TEAM as TITLES
-from textalign_dagster.reports.score_table import RED_TEAM_SUBJECT, reported, score_row
+from textalign_dagster.reports.score_table import RED_TEAM_SUBJECT, score_row
 from textalign_dagster.settings.red_team import RedTeam
 from textalign_dagster.tables import RED_TEAM, SCORES
 
 
-def red_team_scores(draft: Draft, pool: pl.DataFrame, subject: Subject, lower: bool) -> pl.DataFrame:
-    """Writes the pool, and gives its rows of SCORES: the worst prompt, the mean of the ten worst, and of all.
-
-    Args:
-        lower: whether a lower number is better.
-    """
+def red_team_scores(measuring: Measuring, draft: Draft, subject: Subject) -> pl.DataFrame:
+    """Writes the pool, and gives its rows of SCORES: the worst prompt, the mean of the ten worst, and of all."""
+    pool = red_teamed(measuring, subject).frame("red_team")
+    lower = lower_is_better(measuring.experiment)
     draft.write("red_team", pool, RED_TEAM)
     values = pool["value"].drop_nulls().sort(descending=lower)
     means = (values.head(1).mean(), values.head(10).mean(), values.mean())
@@ -94,7 +92,7 @@ class _Attack:
         self, measuring: Measuring, subject: Subject, settings: RedTeam, attacker: PolicyFolder
     ) -> None:
         self.measuring, self.subject, self.settings, self.attacker = measuring, subject, settings, attacker
-        self.lower = reported(measuring.experiment)[0].better != "higher"
+        self.lower = lower_is_better(measuring.experiment)
 
     def pool(self, seeds: list[str]) -> pl.DataFrame:
         """All prompts of all rounds, with what they came to."""
@@ -152,7 +150,7 @@ class _Attack:
         none = pl.lit(None, dtype=pl.String)
         samples = pl.DataFrame(rows).with_columns(reference=none, **UNJUDGED)
         samples, _ = scored(self.measuring.stage, self.measuring.sampler, samples)
-        samples = samples.with_columns(value=first_measure(experiment, samples))
+        samples = samples.with_columns(value=first_measure(experiment, samples, by_task(experiment, samples)))
         worst = pl.col("text").sort_by("value", descending=self.lower, nulls_last=True).first()
         tried = samples.group_by("prompt_id", "prompt", maintain_order=True).agg(
             round=pl.lit(number, dtype=pl.Int32),

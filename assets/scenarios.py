@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import polars as pl
 
 from assets.measuring import Measuring, Subject
-from assets.numbers import first_measure, tables
+from assets.numbers import by_task, first_measure, lower_is_better, tables
 from resources.store import Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import statistics
 from textalign_dagster.measures.statistics import Estimate
-from textalign_dagster.reports.score_table import reported, score_row, text_statistics
+from textalign_dagster.reports.score_table import score_row, text_statistics
 from textalign_dagster.tables import SCENARIO_SAMPLES, SCORES
 
 
@@ -44,8 +44,9 @@ def scenario_scores(
     experiment, settings = measuring.experiment, measuring.experiment.evaluation
     for subject, height in zip(scenarios, heights, strict=True):
         own, place = samples.slice(place, height), place + height
-        table, numbered = tables(measuring, subject, own)
-        values = own.select("prompt_id").with_columns(value=first_measure(experiment, own))
+        numbers = by_task(experiment, own)
+        table, numbered = tables(measuring, subject, own, numbers)
+        values = own.select("prompt_id").with_columns(value=first_measure(experiment, own, numbers))
         worst = list(_worst(experiment, subject, values.drop_nulls(), settings.resamples))
         scores += [table, pl.DataFrame(worst, SCORES)]
         if settings.text_statistics:
@@ -66,7 +67,7 @@ def _worst(
     """
     if values.is_empty():
         return
-    scenario, lower = subject.scenario, reported(experiment)[0].better != "higher"
+    scenario, lower = subject.scenario, lower_is_better(experiment)
     known, prompts = values["value"].to_list(), values["prompt_id"].to_list()
     found = {
         "worst": max(known) if lower else min(known),

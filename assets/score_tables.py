@@ -6,10 +6,10 @@ from dataclasses import replace
 import polars as pl
 
 from assets import best_of_n
-from assets.lm_eval import harnessed, lm_eval_scores
+from assets.lm_eval import lm_eval_scores
 from assets.measuring import Measuring, Seconds, Subject
-from assets.numbers import UNJUDGED, tables
-from assets.red_team import red_team_scores, red_teamed
+from assets.numbers import UNJUDGED, by_task, tables
+from assets.red_team import red_team_scores
 from assets.reward_model import rewarded_samples
 from assets.scenarios import scenario_scores, shown_samples
 from assets.verdicts import Judging, judged, readable_failures, scored
@@ -70,7 +70,7 @@ def write(
     with seconds.of("measuring"):
         for subject, frame in zip(subjects, frames, strict=True):
             own = frame.select("sample_id").join(samples, on="sample_id", maintain_order="left")
-            table, numbered = tables(measuring, subject, own)
+            table, numbered = tables(measuring, subject, own, by_task(measuring.experiment, own))
             scores += [table, *_obedience(measuring, subject, numbered, table)]
             if settings.text_statistics:
                 scorer = evaluation_scorer(measuring.experiment)
@@ -97,13 +97,10 @@ def write(
             scores += scenario_scores(measuring, draft, scenarios, [s.height for s in shown], of_scenarios)
     if settings.red_team is not None:
         with seconds.of("red team"):
-            policy, lower = subjects[0], reported(measuring.experiment)[0].better != "higher"
-            pool = red_teamed(measuring, policy).frame("red_team")
-            scores.append(red_team_scores(draft, pool, policy, lower))
+            scores.append(red_team_scores(measuring, draft, subjects[0]))
     if settings.lm_eval is not None:
         with seconds.of("lm_eval"), readable_failures(measuring.stage):
-            found = harnessed(measuring, subjects[0]).frame("lm_eval")
-            scores.append(lm_eval_scores(draft, found, subjects[0]))
+            scores.append(lm_eval_scores(measuring, draft, subjects[0]))
     draft.write("scores", pl.concat(scores), SCORES)
     draft.write("evaluation_samples", pl.concat(kept), EVALUATION_SAMPLES)
     draft.record(work_seconds=sum(seconds.parts.values()), part_seconds=seconds.parts)

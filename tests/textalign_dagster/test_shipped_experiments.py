@@ -14,17 +14,20 @@ from textalign_dagster.methods import ForwardPrediction
 LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
 
 
-def needs_a_control(experiment: Experiment) -> bool:
-    """Whether it trains a policy on feedback; a reward model and a judge are none."""
-    judge = isinstance(experiment.method, ForwardPrediction)
-    return experiment.method.wants is not None and experiment.method.trains == "policy" and not judge
+def is_controlled(experiment: Experiment, control: str | None) -> bool:
+    """Whether it has a control exactly if it trains a policy on feedback: a reward model is none. A judge may have one."""
+    if isinstance(experiment.method, ForwardPrediction):
+        return True
+    return (control is not None) == (
+        experiment.method.wants is not None and experiment.method.trains == "policy"
+    )
 
 
 @pytest.mark.parametrize("name", LIBRARY.paths)
 def test_it_names_a_control_that_controls_it(name: str) -> None:
     experiment, control = LIBRARY.load(name), LIBRARY.control_of(name)
     assert experiment.description
-    assert control is not None or not needs_a_control(experiment)
+    assert is_controlled(experiment, control)
     if control is not None:
         # Both train on as many rows, as far as the settings tell.
         kept, same = (LIBRARY.load(n) for n in (name, control))
@@ -44,7 +47,7 @@ def test_it_can_be_made_tiny_and_its_control_with_it(name: str, tmp_path: Path) 
     variant = LIBRARY.variant(name, overrides, tmp_path / "variants")
     both = Library((PROJECT / "experiments", tmp_path / "variants"))
     tiny, control = both.load(variant), both.control_of(variant)
-    assert control is not None or not needs_a_control(tiny)
+    assert is_controlled(tiny, control)
     data = getattr(tiny.task, "data", None)
     assert data is None or data.hub is None
     assert tiny.prompts.per_iteration == 4

@@ -156,13 +156,14 @@ def evaluation_source(prompts: pl.DataFrame) -> str:
 def further_prompts(experiment: Experiment) -> dict[str, str]:
     """What scenarios, red-teaming and the harness read, as inputs of an evaluation: name → hash of the prompts."""
     settings = experiment.evaluation
-    found = {
-        f"prompts of {name}": evaluation_source(scenario_prompts(experiment, name))
-        for name in settings.scenarios
-    }
+    files = {f"scenario {name}": scenario.path for name, scenario in settings.scenarios.items()}
     if settings.red_team is not None:
-        seeds = read_prompt_file(Path(settings.red_team.path))["prompt"].to_list()
-        found["prompts of red_team"] = content_hash("prompts", seeds)
+        files["red_team"] = settings.red_team.path
+    found = {
+        f"prompts of {name}": evaluation_source(read_prompt_file(Path(path)))
+        for name, path in files.items()
+        if path is not None
+    }
     if settings.lm_eval is not None and settings.lm_eval.files_hash is not None:
         found["prompts of lm_eval"] = settings.lm_eval.files_hash
     return found

@@ -296,13 +296,11 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
             _absolute(evaluation["best_of_n"], "judge", "template", folder, only_existing=True)
         for model in ("fluency_model", "kl_reference"):
             _absolute(content, "evaluation", model, folder, only_existing=True)
-        if isinstance(evaluation.get("red_team"), dict):
-            evaluation["red_team"] = dict(evaluation["red_team"])
-            _absolute(evaluation, "red_team", "path", folder)
-            _absolute(evaluation, "red_team", "model", folder, only_existing=True)
-        if isinstance(evaluation.get("lm_eval"), dict):
-            evaluation["lm_eval"] = dict(evaluation["lm_eval"])
-            _absolute(evaluation, "lm_eval", "path", folder)
+        for section in ("red_team", "lm_eval"):
+            if isinstance(evaluation.get(section), dict):
+                evaluation[section] = dict(evaluation[section])
+                _absolute(evaluation, section, "path", folder)
+        _absolute(evaluation, "red_team", "model", folder, only_existing=True)
         scenarios = evaluation.get("scenarios")
         if isinstance(scenarios, dict):
             evaluation["scenarios"] = {k: dict(v) if isinstance(v, dict) else v for k, v in scenarios.items()}

@@ -149,9 +149,7 @@ def score_table(
     Returns:
         Rows of :data:`textalign_dagster.tables.SCORES`: every measure that has data, for every condition.
     """
-    own = samples.select(c for c in samples.columns if c == "sample_id" or c not in measured.columns)
-    # In the samples' order: resampling and blocks go by it.
-    joined = own.join(measured, on="sample_id", maintain_order="left")
+    joined = with_numbers(samples, measured)
     rows = []
     groups = joined.partition_by("role", "condition", as_dict=True, maintain_order=True)
     for (role, condition), group in groups.items():
@@ -164,6 +162,24 @@ def score_table(
                     )
                 )
     return conform(pl.DataFrame(rows, schema=SCORES), SCORES, "scores")
+
+
+def with_numbers(samples: pl.DataFrame, measured: pl.DataFrame) -> pl.DataFrame:
+    """Samples with the numbers of :meth:`Task.measure`, which go before columns of the same name."""
+    own = samples.select(c for c in samples.columns if c == "sample_id" or c not in measured.columns)
+    # In the samples' order: resampling and blocks go by it.
+    return own.join(measured, on="sample_id", maintain_order="left")
+
+
+def sample_values(samples: pl.DataFrame, measure: Measure) -> pl.Series:
+    """A measure, sample by sample; NULL where it is undefined."""
+    values = (
+        samples[measure.numerator].cast(pl.Float64) * measure.scale
+    )  # without any data a column has no type
+    if measure.denominator is None:
+        return values
+    counts = samples[measure.denominator].cast(pl.Float64)
+    return pl.select(pl.when(counts != 0).then(values / counts)).to_series()
 
 
 def score_row(
@@ -197,15 +213,11 @@ def _estimate(group: pl.DataFrame, measure: Measure, resamples: int) -> Estimate
         nll, tokens = group["nll"].to_list(), group["nll_tokens"].to_list()
         how = statistics.perplexity if measure.name == "perplexity" else statistics.perplexity_mean
         return how(nll, tokens, ids, resamples=resamples)
-    # Without any data a column has no type.
-    values = group[measure.numerator].cast(pl.Float64) * measure.scale
-    if measure.denominator is None:
+    if measure.denominator is None or measure.per_prompt == "max":
         per: Per = "prompt_max" if measure.per_prompt == "max" else "sample"
-        return statistics.mean(values.to_list(), ids, per, resamples=resamples)
+        return statistics.mean(sample_values(group, measure).to_list(), ids, per, resamples=resamples)
+    values = group[measure.numerator].cast(pl.Float64) * measure.scale
     counts = group[measure.denominator].cast(pl.Float64)
-    if measure.per_prompt == "max":
-        each = pl.select(pl.when(counts != 0).then(values / counts)).to_series()
-        return statistics.mean(each.to_list(), ids, "prompt_max", resamples=resamples)
     sums = statistics.ratio_sums(values.to_list(), counts.to_list(), ids)
     return statistics.estimate(sums, resamples=resamples)
 
