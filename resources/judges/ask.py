@@ -12,7 +12,7 @@ import polars as pl
 from resources.judges.client import Call, Forecast, Tally, forecast, judge_calls
 from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
-from textalign_dagster.experiment.experiment import JUDGED
+from textalign_dagster.experiment.evaluation_settings import JUDGED
 from textalign_dagster.judging import Answer, Judged, Question, Reply, asking
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.settings.judge import Judge
