@@ -12,6 +12,7 @@ from typing import Any
 
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.methods import ForwardPrediction
+from textalign_dagster.scorers import PIIScorer
 from textalign_dagster.settings import merge, nested, parse_override, write_yaml
 from textalign_dagster.tasks.dataset import DatasetTask
 
@@ -83,6 +84,8 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
         if scorer is not None and scorer.name == "reward_model" and scorer.trained is None:
             found += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
             found.append(f"{field}.dtype=float32")
+        if isinstance(scorer, PIIScorer) and scorer.names is not None:
+            found.append(f"{field}.names=null")
     found += [
         f"evaluation.baselines.{baseline}={models.policy}"
         for baseline, model in experiment.evaluation.baselines.items()

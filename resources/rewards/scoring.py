@@ -27,6 +27,8 @@ from textalign_dagster.judging.imported import Imported, of_aspect
 from textalign_dagster.scorers import ClassifierScorer, ImportedScorer, ModelScorer, RewardModelScorer, Scorer
 from textalign_dagster.scorers.base import TextScorer
 from textalign_dagster.scorers.matching import match_judgements
+from textalign_dagster.scorers.pii import PIIScorer
+from textalign_dagster.scorers.pii_names import load_pipeline
 from textalign_dagster.settings import SettingsError
 
 SCORED = pl.Schema(
@@ -82,7 +84,10 @@ def score_samples(
     if samples.is_empty():
         return pl.DataFrame(schema=SCORED)
     if isinstance(scorer, TextScorer):
-        return _by_function(scorer, samples, report)
+        try:
+            return _by_function(scorer, samples, report)
+        except SettingsError as error:
+            raise ScoringError(f"scorer {scorer.name}: {error}") from None
     if isinstance(scorer, ModelScorer):
         return _by_model(scorer, samples, report, told)
     if isinstance(scorer, ImportedScorer):
@@ -101,6 +106,11 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     found = f"{field}: {scorer.name} ({scorer.version})"
     if isinstance(scorer, ImportedScorer):
         return f"{found}, from {scorer.path}"
+    if isinstance(scorer, PIIScorer) and scorer.names is not None:
+        try:
+            load_pipeline(scorer.names)
+        except SettingsError as error:
+            raise SettingsError(f"{field}.{error}") from None
     if not isinstance(scorer, ModelScorer) or scorer.trained is not None:
         return found
     try:

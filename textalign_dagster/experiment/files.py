@@ -321,12 +321,12 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
 
 
 def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
-    """Of a scorer: files it reads, and models that may be hub ids."""
+    """Of a scorer: files it reads, and models that may be hub ids or installed."""
     if not isinstance(section.get("scorer"), dict):
         return
     section["scorer"] = dict(section["scorer"])
     _absolute(section, "scorer", "path", folder)
-    for model in ("model", "weights"):
+    for model in ("model", "weights", "names"):
         _absolute(section, "scorer", model, folder, only_existing=True)
     _absolute(section["scorer"], "check", "path", folder)
 

@@ -37,6 +37,14 @@ def file_hash(path: Path) -> str | None:
     return _content(path, _stamps(path.parent, [path.name]))
 
 
+def tree_hash(folder: Path) -> str | None:
+    """Hash of all files of a folder and the folders in it; None where there is no such folder."""
+    if not folder.is_dir():
+        return None
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return _hashed(folder, tuple(names), _stamps(folder, names))
+
+
 def _stamps(folder: Path, names: list[str]) -> tuple[tuple[int, int], ...]:
     states = [(folder / name).stat() for name in names]
     return tuple((state.st_mtime_ns, state.st_size) for state in states)

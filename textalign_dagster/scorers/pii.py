@@ -1,9 +1,8 @@
-"""Personally identifiable information, found with regular expressions of our own.
+"""Personally identifiable information in a text.
 
-The task and its metric are those of pretraining with human feedback (Korbak et al., 2023,
-arXiv:2302.08582), which used scrubadub and a name recogniser. Names of persons and organisations are
-*not* found here, and addresses are those of the United States only: scores compare among
-themselves, not with published ones.
+The task and its metric are those of pretraining with human feedback (Korbak et al., 2023, arXiv:2302.08582), which
+used scrubadub, the address parser pyap and the names of a spaCy pipeline. Names take a pipeline here too (`names`),
+and are not looked for without one. docs/scorers.md lists where else what is found differs.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from pydantic import Field
 from textalign_dagster.ids import content_hash
 from textalign_dagster.scorers.base import Span, TextScorer, merge_spans
 from textalign_dagster.scorers.pii_detectors import DETECTORS, DETECTORS_VERSION
+from textalign_dagster.scorers.pii_names import names_in, pipeline_version
 
 Metric = Literal["per_character", "per_character_twice", "word_share"]
 Detector = Literal[
@@ -34,12 +34,18 @@ class PIIScorer(TextScorer):
         "touch a found part (the data card's).",
     )
     detectors: tuple[Detector, ...] = Field(
-        get_args(Detector), strict=False, min_length=1, description="What is looked for."
+        get_args(Detector), strict=False, min_length=1, description="What is looked for, besides `names`."
+    )
+    names: str | None = Field(
+        None,
+        description="A pipeline of spaCy that finds names of persons and organisations: an installed one, such as "
+        "en_core_web_sm, or a folder (relative to the experiment file). null: names do not count.",
     )
 
     @property
     def version(self) -> str:
-        return f"{DETECTORS_VERSION}+{content_hash('pii', self.metric, sorted(self.detectors))[:8]}"
+        names = [] if self.names is None else [pipeline_version(self.names)]
+        return f"{DETECTORS_VERSION}+{content_hash('pii', self.metric, sorted(self.detectors), *names)[:8]}"
 
     @property
     def better(self) -> Literal["lower", "higher"]:
@@ -47,14 +53,22 @@ class PIIScorer(TextScorer):
 
     def spans(self, text: str) -> list[Span]:
         """Parts that overlap or touch are one, and count as one."""
-        found = [Span(a, b, name) for name in self.detectors for a, b in DETECTORS[name](text)]
-        return merge_spans(found)
+        return self._spans([text])[0]
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
-        return [self._score(text) for text in texts]
+        return [self._score(*found) for found in zip(texts, self._spans(texts), strict=True)]
 
-    def _score(self, text: str) -> float | None:
-        found = self.spans(text)
+    def _spans(self, texts: Sequence[str]) -> list[list[Span]]:
+        names = names_in(self.names, texts) if self.names is not None else ([] for _ in texts)
+        return [
+            merge_spans(
+                [Span(a, b, kind) for kind in self.detectors for a, b in DETECTORS[kind](text)]
+                + [Span(a, b, "name") for a, b in named]
+            )
+            for text, named in zip(texts, names, strict=True)
+        ]
+
+    def _score(self, text: str, found: Sequence[Span]) -> float | None:
         if self.metric == "word_share":
             return _word_share(text, found)
         if not text:

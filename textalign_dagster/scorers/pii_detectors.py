@@ -1,7 +1,8 @@
 """The detectors: each a function from a text to the (start, end) of what it finds.
 
-Every pattern is bounded (no repeat inside a repeat), so that time grows linearly with the text,
-whatever a model writes.
+They follow scrubadub 2, which the published scores come from; tests/textalign_dagster/scorers/published_pii.json
+holds what it finds, and docs/scorers.md where they differ. Every pattern is bounded (no repeat inside a repeat), so
+that time grows linearly with the text, whatever a model writes.
 """
 
 from __future__ import annotations
@@ -9,28 +10,34 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from datetime import date
+from importlib.metadata import version
 
-DETECTORS_VERSION = "1"
-"""Raised with every change of what is found."""
+from stdnum import luhn
+from stdnum.us import ssn
+
+DETECTORS_VERSION = f"2+phonenumbers{version('phonenumbers')}"
+"""Changed with every change of what is found."""
 
 Place = tuple[int, int]
 
-_EMAIL = re.compile(r"(?<![\w.+%-])[\w.+%-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}(?![\w-])")
-_URL = re.compile(r"(?<!\w)(?:https?://|ftp://|www\.)[^\s<>\"'`{}|\\^]{2,2000}", re.IGNORECASE)
-_PHONE = re.compile(
-    r"(?<![\w.+-])(?:\+?1[ .-]?)?(?:\([2-9]\d{2}\)[ .-]?|[2-9]\d{2}[ .-])[2-9]\d{2}[ .-]?\d{4}(?![\w-]|\.\d)"
-    r"|(?<![\w.+])\+(?:[2-9]\d{0,2})(?:[ .-]?\(?\d{1,4}\)?){2,5}(?![\w-])"
-)
-_SSN = re.compile(r"(?<![\w-])(?!000|666|9\d{2})\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")
-_CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
-_CREDENTIAL = re.compile(
-    r"\b(?:user(?:[ _-]?name)?|login|e-?mail)[ \t]{0,4}[:=][ \t]{0,4}\S{1,128}[ \t]{0,4}[,;]?\s{1,4}"
-    r"(?:and )?(?:pass(?:word|code|phrase)?|pw|pwd)[ \t]{0,4}[:=][ \t]{0,4}(\S{1,128})",
+_EMAIL = re.compile(
+    r"(?<![\w.+%-])[\w.+%-]{1,64}"
+    r"(?:@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}"
+    # "jane at mail dot com": only top-level domains that are not words, for "at" is one.
+    r"|\sat\s(?:[a-z0-9-]{1,63}(?:\.|\sdot\s)){1,8}(?:com|org|net|edu|gov|info|co|io|uk|de|fr|ca))(?![\w-])",
     re.IGNORECASE,
 )
-_TWITTER = re.compile(r"(?<![\w@/.])@(?=\w*[A-Za-z])\w{4,15}(?![\w@]|\.\w)")
+_URL = re.compile(r"(?<!\w)(?:https?://|ftp://|www\.)[^\s<>\"'`{}|\\^]{2,2000}", re.IGNORECASE)
+_SSN = re.compile(r"(?<![\w-])\d{3}-\d{2}-\d{4}(?![\w-])")
+_CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_CREDENTIAL = re.compile(
+    r"\b(?:(?:user(?:[ _-]?name)?|login|e-?mail)[ \t]{0,4}[:=]|u:)[ \t]{0,4}\S{1,128}[ \t]{0,4}[,;]?\s{1,4}"
+    r"(?:and )?(?:(?:pass(?:word|code|phrase)?|pw|pwd)[ \t]{0,4}[:=]|p:)[ \t]{0,4}(\S{1,128})",
+    re.IGNORECASE,
+)
+_TWITTER = re.compile(r"(?<![\w@/.])@(?!admin|twitter)(?=\w*[a-z])\w{2,15}(?![\w@]|\.\w)", re.IGNORECASE)
 _SKYPE = re.compile(
-    r"\bskype(?:[ _-]?(?:id|name|user(?:name)?|handle))?[ \t]{0,4}(?:[:=]|is\b)[ \t]{0,4}([A-Za-z][\w.,:-]{4,30}\w)",
+    r"\bskype(?:[ _-]?(?:id|name|user(?:name)?|handle))?[ \t]{0,4}(?:[:=-]|is\b)[ \t]{0,4}([A-Za-z][\w.,:-]{4,30}\w)",
     re.IGNORECASE,
 )
 _STREET = (
@@ -43,7 +50,7 @@ _STATES = (
 )
 _ADDRESS = re.compile(
     rf"(?<![\w.-])\d{{1,6}}[A-Za-z]?,? (?:(?:N|S|E|W|NE|NW|SE|SW|North|South|East|West)\.? )?"
-    rf"(?:[A-Z0-9][\w'.-]{{0,30}} ){{1,4}}(?:{_STREET})\b\.?"
+    rf"(?:(?:[A-Z][\w'.-]{{0,30}}|\d{{1,3}}(?:st|nd|rd|th)) ){{1,4}}(?:{_STREET})\b\.?"
     rf"(?:,? (?:Apt|Suite|Ste|Unit|Floor|#)\.? ?\w{{1,6}})?"
     rf"(?:[,\s]{{1,3}}(?:[A-Z][A-Za-z'.-]{{1,30}} ?){{1,3}},? (?:{_STATES})\b(?: \d{{5}}(?:-\d{{4}})?)?)?"
 )
@@ -54,6 +61,7 @@ _DATES = (
     (re.compile(r"(?<![\w/.-])(\d{1,2})[/.-](\d{1,2})[/.-](\d{4})(?![\w/-])"), "mdy"),
     (re.compile(rf"\b{_MONTH} (\d{{1,2}})(?:st|nd|rd|th)?,? (\d{{4}})\b", re.IGNORECASE), "mdy"),
     (re.compile(rf"\b(\d{{1,2}})(?:st|nd|rd|th)? (?:of )?{_MONTH},? (\d{{4}})\b", re.IGNORECASE), "dmy"),
+    (re.compile(r"\bin (\d{4})\b(?!-)"), "y"),
 )
 _BIRTH = re.compile(r"\b(?:birth\w*|born|dob|d\.o\.b)\b", re.IGNORECASE)
 _YOUNGEST = 2008  # the published detector counts ages from today, so its scores change with the calendar
@@ -70,17 +78,24 @@ def _url(text: str) -> Iterator[Place]:
             yield match.start(), match.start() + len(kept)
 
 
+def _phone(text: str) -> Iterator[Place]:
+    """Numbers of the United States, and of all countries where they begin with +."""
+    import phonenumbers  # 60 ms that a command which scores nothing need not wait
+
+    return ((match.start, match.end) for match in phonenumbers.PhoneNumberMatcher(text, "US"))
+
+
+def _ssn(text: str) -> Iterator[Place]:
+    """Numbers that can have been given out."""
+    return (match.span() for match in _SSN.finditer(text) if ssn.is_valid(match[0]))
+
+
 def _credit_card(text: str) -> Iterator[Place]:
+    """Numbers of payment cards (first digit 2 to 6) whose check digit is right (ISO/IEC 7812-1)."""
     for match in _CARD.finditer(text):
-        digits = [int(character) for character in match[0] if character.isdigit()]
-        if digits[0] in (2, 3, 4, 5, 6) and _luhn(digits) and len(set(digits)) > 1:
+        digits = re.sub(r"[ -]", "", match[0])
+        if digits[0] in "23456" and luhn.is_valid(digits) and len(set(digits)) > 1:
             yield match.span()
-
-
-def _luhn(digits: list[int]) -> bool:
-    """The check digit of card numbers (ISO/IEC 7812-1)."""
-    doubled = (d if i % 2 == 0 else d * 2 - 9 * (d > 4) for i, d in enumerate(reversed(digits)))
-    return sum(doubled) % 10 == 0
 
 
 def _birth_date(text: str) -> Iterator[Place]:
@@ -105,7 +120,7 @@ def _birth_date(text: str) -> Iterator[Place]:
 
 
 def _is_birth_date(parts: tuple[str, ...], order: str) -> bool:
-    given = dict(zip(order, parts, strict=True))
+    given = {"m": "1", "d": "1"} | dict(zip(order, parts, strict=True))
     month = given["m"].lower()[:3]
     numbers = {key: int(value) for key, value in given.items() if value.isdigit()}
     if not month.isdigit():
@@ -127,8 +142,8 @@ def _address(text: str) -> Iterator[Place]:
 DETECTORS: dict[str, Callable[[str], Iterator[Place]]] = {
     "email": _whole(_EMAIL),
     "url": _url,
-    "phone": _whole(_PHONE),
-    "ssn": _whole(_SSN),
+    "phone": _phone,
+    "ssn": _ssn,
     "credit_card": _credit_card,
     "credential": _whole(_CREDENTIAL),
     "twitter": _whole(_TWITTER),
