@@ -12,7 +12,18 @@ from textalign_dagster import PROJECT
 
 PACKAGES = ("textalign_dagster", "assets", "resources", "training")
 CORE = (
-    *("settings", "pool", "methods", "scorers", "tasks", "judging", "measures", "experiment", "loop"),
+    *(
+        "settings",
+        "pool",
+        "methods",
+        "scorers",
+        "tasks",
+        "judging",
+        "feedback_files",
+        "measures",
+        "experiment",
+        "loop",
+    ),
     *("tables", "ids", "disk", "hub", "progress", "prompts", "tokenisation"),
 )
 """Rooms and modules of textalign_dagster that import neither resources nor assets."""

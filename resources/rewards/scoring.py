@@ -22,8 +22,8 @@ from resources.rewards.folder import find_folder
 from resources.workers.channel import Channel, processors
 from resources.workers.host import check_host, host_of
 from resources.workers.serving import version_of
-from textalign_dagster.judging.convert import read_feedback
-from textalign_dagster.judging.imported import Imported, of_aspect
+from textalign_dagster.feedback_files.formats import read_feedback
+from textalign_dagster.feedback_files.imported import Imported, of_aspect
 from textalign_dagster.scorers import ClassifierScorer, ImportedScorer, ModelScorer, RewardModelScorer, Scorer
 from textalign_dagster.scorers.base import TextScorer
 from textalign_dagster.scorers.matching import match_judgements

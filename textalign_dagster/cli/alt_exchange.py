@@ -6,14 +6,14 @@ from pathlib import Path
 
 from resources.store import Artifact, ArtifactStore
 from textalign_dagster.experiment import Experiment
-from textalign_dagster.judging.alt_files import write_alt_toxicity
-from textalign_dagster.judging.alt_prompts import (
+from textalign_dagster.feedback_files.alt import write_alt_toxicity
+from textalign_dagster.feedback_files.alt_prompts import (
     ImportedPrompts,
     json_text,
     write_alt_prompts,
     write_alt_samples,
 )
-from textalign_dagster.judging.exported import Exported, write_file
+from textalign_dagster.feedback_files.exported import Exported, write_file
 from textalign_dagster.settings import SettingsError
 
 

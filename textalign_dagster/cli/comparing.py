@@ -13,9 +13,9 @@ from textalign_dagster.cli.feedback import ALPACA_EVAL, FILE, FORMATS, READ_ONLY
 from textalign_dagster.settings import SettingsError
 
 if TYPE_CHECKING:
-    from textalign_dagster.judging.agreement import Agreement
-    from textalign_dagster.judging.imported import Imported
-    from textalign_dagster.judging.win_rates import Outcomes
+    from textalign_dagster.feedback_files.agreement import Agreement
+    from textalign_dagster.feedback_files.imported import Imported
+    from textalign_dagster.feedback_files.win_rates import Outcomes
     from textalign_dagster.measures.statistics import Estimate
 
 
@@ -67,8 +67,8 @@ def consistency(
       textalign consistency ratings.csv rankings.csv --ratings-format sparse_ratings --rankings-format sparse_rankings
       textalign consistency my_rated my_ranked --iteration 1
     """
-    from textalign_dagster.judging.consistency import consistency as compare
-    from textalign_dagster.judging.convert import read_feedback
+    from textalign_dagster.feedback_files.consistency import consistency as compare
+    from textalign_dagster.feedback_files.formats import read_feedback
 
     again: dict[str, Any] = {}
     if iteration is None:
@@ -171,8 +171,8 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
       textalign winrates --reference reference.csv rating_rm=rated_a.csv rating_rm=ranked_a.csv \\
         ranking_rm=rated_b.csv ranking_rm=ranked_b.csv
     """
-    from textalign_dagster.judging.convert import read_feedback
-    from textalign_dagster.judging.win_rates import paired_differences, told, told_difference, win_rate
+    from textalign_dagster.feedback_files.formats import read_feedback
+    from textalign_dagster.feedback_files.win_rates import paired_differences, told, told_difference, win_rate
 
     known = None if reference is None else read_feedback(reference, _file_format(format_name, "ratings"))
     found: dict[tuple[str, str], Outcomes] = {}
@@ -199,9 +199,9 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
 
 def _outcomes(path: str, format_name: str, reference: Imported | None) -> tuple[str, Outcomes]:
     """What a file holds, ratings or rankings, and the outcomes against the reference."""
-    from textalign_dagster.judging.alpaca_eval import read_annotations
-    from textalign_dagster.judging.convert import read_feedback
-    from textalign_dagster.judging.win_rates import by_rankings, by_ratings
+    from textalign_dagster.feedback_files.alpaca_eval import read_annotations
+    from textalign_dagster.feedback_files.formats import read_feedback
+    from textalign_dagster.feedback_files.win_rates import by_rankings, by_ratings
 
     if format_name == ALPACA_EVAL:
         return "rankings", read_annotations(Path(path))

@@ -100,8 +100,8 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
       textalign export pep8_alt_lmu outputs.json --iteration 1 --format alpaca_eval
     """
     from resources.stored_feedback import judgements_of, unjudged_samples
-    from textalign_dagster.judging.convert import write_feedback
-    from textalign_dagster.judging.plain_files import write_unjudged
+    from textalign_dagster.feedback_files.formats import write_feedback
+    from textalign_dagster.feedback_files.plain import write_unjudged
 
     library, name = library_of(experiment)
     settings = library.load(name)
@@ -111,7 +111,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
 
         from resources.stored_feedback import evaluated_samples
         from textalign_dagster.experiment.sources import written_prompts
-        from textalign_dagster.judging.alpaca_eval import write_alpaca_eval
+        from textalign_dagster.feedback_files.alpaca_eval import write_alpaca_eval
 
         written = written_prompts(settings)
         outputs = evaluated_samples(store, name, iteration).with_columns(pl.col("prompt").replace(written))
@@ -180,8 +180,8 @@ def import_feedback(
     Example:
       textalign import ratings.csv ratings.parquet --format sparse_ratings
     """
-    from textalign_dagster.judging.alt_prompts import ImportedPrompts, alt_stage, read_alt_prompts
-    from textalign_dagster.judging.convert import Imported, read_feedback, write_feedback
+    from textalign_dagster.feedback_files.alt_prompts import ImportedPrompts, alt_stage, read_alt_prompts
+    from textalign_dagster.feedback_files.formats import Imported, read_feedback, write_feedback
 
     found: Imported | ImportedPrompts
     if format_name != "alt":

@@ -15,10 +15,10 @@ import polars as pl
 
 from textalign_dagster.experiment import corpus
 from textalign_dagster.experiment.experiment import Experiment
+from textalign_dagster.feedback_files.formats import read_feedback
+from textalign_dagster.feedback_files.imported import Imported, of_aspect
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging.asking import Judged
-from textalign_dagster.judging.convert import read_feedback
-from textalign_dagster.judging.imported import Imported, of_aspect
 from textalign_dagster.judging.pairs import PAIRS, oriented, ranking_feedback
 from textalign_dagster.methods import FeedbackKind
 from textalign_dagster.prompts import COLUMNS, following, held_out, prompt_id

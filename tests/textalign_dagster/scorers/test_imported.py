@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from resources.rewards.scoring import ScoringError, score_samples
-from textalign_dagster.judging.convert import write_feedback
+from textalign_dagster.feedback_files.formats import write_feedback
 from textalign_dagster.scorers import ImportedScorer
 from textalign_dagster.settings import SettingsError, validate
 from textalign_dagster.tables import FEEDBACK

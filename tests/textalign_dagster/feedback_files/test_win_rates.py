@@ -13,8 +13,8 @@ import pytest
 from click.testing import CliRunner
 
 from textalign_dagster.cli.main import main
-from textalign_dagster.judging.alpaca_eval import read_annotations
-from textalign_dagster.judging.win_rates import Outcomes, length_controlled, win_rate
+from textalign_dagster.feedback_files.alpaca_eval import read_annotations
+from textalign_dagster.feedback_files.win_rates import Outcomes, length_controlled, win_rate
 
 # Five instructions. Ratings of the reference: 4, 4, 5, missing, 3.
 REFERENCE = [("i1", "ref 1", 4), ("i2", "ref 2", 4), ("i3", "ref 3", 5), ("i5", "ref 5", 3)]

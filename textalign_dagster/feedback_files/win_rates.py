@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from textalign_dagster.judging.imported import Imported
+from textalign_dagster.feedback_files.imported import Imported
 from textalign_dagster.measures.bootstrap import (
     RESAMPLES,
     Difference,

@@ -12,7 +12,7 @@ from functools import partial
 
 import polars as pl
 
-from textalign_dagster.judging.agreement import Agreement, agreement
+from textalign_dagster.feedback_files.agreement import Agreement, agreement
 from textalign_dagster.judging.pairs import oriented
 from textalign_dagster.measures.statistics import Estimate, estimate, mean_sums, ratio_sums
 

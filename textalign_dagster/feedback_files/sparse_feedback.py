@@ -17,8 +17,14 @@ from pathlib import Path
 
 import polars as pl
 
-from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
-from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text
+from textalign_dagster.feedback_files.exported import (
+    Exported,
+    exported,
+    judged_samples,
+    one_aspect,
+    write_file,
+)
+from textalign_dagster.feedback_files.imported import Collector, Imported, Refusal, collector, read_text
 from textalign_dagster.prompts import join_input, prompt_id
 
 RATINGS = ("instruction", "input", "response", "score")

@@ -12,8 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from textalign_dagster.cli.main import main
-from textalign_dagster.judging.alt_files import read_alt, write_alt_toxicity
-from textalign_dagster.judging.alt_prompts import (
+from textalign_dagster.feedback_files.alt import read_alt, write_alt_toxicity
+from textalign_dagster.feedback_files.alt_prompts import (
     Conditioned,
     alt_stage,
     read_alt_prompts,

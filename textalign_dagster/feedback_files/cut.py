@@ -16,13 +16,26 @@ from typing import Any, Literal
 
 import polars as pl
 
+from textalign_dagster.feedback_files.exported import (
+    Exported,
+    exported,
+    judged_samples,
+    one_aspect,
+    write_file,
+)
+from textalign_dagster.feedback_files.imported import (
+    Collector,
+    Imported,
+    Refusal,
+    collector,
+    read_text,
+    text_of,
+)
+from textalign_dagster.feedback_files.json_records import BrokenLine, json_list
 from textalign_dagster.judging import readings
 from textalign_dagster.judging.answers import FLAWED, PERFECT
 from textalign_dagster.judging.critique import is_praise, read_judgment
-from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
 from textalign_dagster.judging.extract import Unreadable
-from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
-from textalign_dagster.judging.json_records import BrokenLine, json_list
 from textalign_dagster.prompts import join_input
 
 POSITIVE_FROM = 7.0

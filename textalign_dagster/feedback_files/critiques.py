@@ -9,9 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from textalign_dagster.judging.cut_files import judgement
-from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
-from textalign_dagster.judging.json_records import json_lines
+from textalign_dagster.feedback_files.cut import judgement
+from textalign_dagster.feedback_files.imported import (
+    Collector,
+    Imported,
+    Refusal,
+    collector,
+    read_text,
+    text_of,
+)
+from textalign_dagster.feedback_files.json_records import json_lines
 
 SATISFIED = 7
 """The rating of a summary that nobody found fault with."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import polars as pl
 import pytest
 
-from textalign_dagster.judging.agreement import CLASSES, agreement
-from textalign_dagster.judging.consistency import consistency, position_bias, rated_pairs
+from textalign_dagster.feedback_files.agreement import CLASSES, agreement
+from textalign_dagster.feedback_files.consistency import consistency, position_bias, rated_pairs
 
 READINGS = {"prompt_id": pl.String, "first": pl.String, "second": pl.String}
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from textalign_dagster.judging.convert import FORMATS, SAMPLES, Imported, read_feedback, write_feedback
+from textalign_dagster.feedback_files.formats import FORMATS, SAMPLES, Imported, read_feedback, write_feedback
 from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import FEEDBACK

@@ -13,20 +13,20 @@ from typing import Any
 
 import polars as pl
 
-from textalign_dagster.judging.alt_files import read_alt, write_alt
-from textalign_dagster.judging.critique_files import read_critiques, read_shepherd
-from textalign_dagster.judging.cut_files import read_cut, write_cut
-from textalign_dagster.judging.exported import Exported
-from textalign_dagster.judging.imported import SAMPLES, Imported, Refused
-from textalign_dagster.judging.pairs import PAIRS
-from textalign_dagster.judging.plain_files import read_plain, write_plain
-from textalign_dagster.judging.preference_files import read_preferences, write_preferences
-from textalign_dagster.judging.sparse_files import (
+from textalign_dagster.feedback_files.alt import read_alt, write_alt
+from textalign_dagster.feedback_files.critiques import read_critiques, read_shepherd
+from textalign_dagster.feedback_files.cut import read_cut, write_cut
+from textalign_dagster.feedback_files.exported import Exported
+from textalign_dagster.feedback_files.imported import SAMPLES, Imported, Refused
+from textalign_dagster.feedback_files.plain import read_plain, write_plain
+from textalign_dagster.feedback_files.preferences import read_preferences, write_preferences
+from textalign_dagster.feedback_files.sparse_feedback import (
     read_sparse_rankings,
     read_sparse_ratings,
     write_sparse_rankings,
     write_sparse_ratings,
 )
+from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.settings import SettingsError, nearest
 
 __all__ = [

@@ -28,9 +28,16 @@ from typing import Any
 
 import polars as pl
 
-from textalign_dagster.judging.exported import Exported, exported, write_file
-from textalign_dagster.judging.imported import Collector, Imported, Refusal, collector, read_text, text_of
-from textalign_dagster.judging.json_records import BrokenLine, json_list
+from textalign_dagster.feedback_files.exported import Exported, exported, write_file
+from textalign_dagster.feedback_files.imported import (
+    Collector,
+    Imported,
+    Refusal,
+    collector,
+    read_text,
+    text_of,
+)
+from textalign_dagster.feedback_files.json_records import BrokenLine, json_list
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.turns import (
     BadDialogue,

@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 import polars as pl
 
-from textalign_dagster.judging.exported import Exported, exported, write_file
-from textalign_dagster.judging.imported import Refusal, Refused, read_text, text_of
-from textalign_dagster.judging.json_records import BrokenLine, json_lines
+from textalign_dagster.feedback_files.exported import Exported, exported, write_file
+from textalign_dagster.feedback_files.imported import Refusal, Refused, read_text, text_of
+from textalign_dagster.feedback_files.json_records import BrokenLine, json_lines
 from textalign_dagster.judging.readings import excerpt
 from textalign_dagster.pool.conditioning import CONDITION, PROMPT, render
 from textalign_dagster.settings import SettingsError

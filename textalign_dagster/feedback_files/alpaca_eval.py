@@ -8,10 +8,10 @@ from pathlib import Path
 
 import polars as pl
 
-from textalign_dagster.judging.exported import Exported, exported, write_file
-from textalign_dagster.judging.imported import read_text
-from textalign_dagster.judging.json_records import json_list
-from textalign_dagster.judging.win_rates import OUTCOMES, Outcomes
+from textalign_dagster.feedback_files.exported import Exported, exported, write_file
+from textalign_dagster.feedback_files.imported import read_text
+from textalign_dagster.feedback_files.json_records import json_list
+from textalign_dagster.feedback_files.win_rates import OUTCOMES, Outcomes
 from textalign_dagster.prompts import prompt_id
 from textalign_dagster.settings import SettingsError
 

@@ -19,9 +19,15 @@ from typing import Any
 
 import polars as pl
 
-from textalign_dagster.judging.alt_prompts import Conditioned, alt_text, json_text, prompt_of
-from textalign_dagster.judging.exported import Exported, exported, judged_samples, one_aspect, write_file
-from textalign_dagster.judging.imported import (
+from textalign_dagster.feedback_files.alt_prompts import Conditioned, alt_text, json_text, prompt_of
+from textalign_dagster.feedback_files.exported import (
+    Exported,
+    exported,
+    judged_samples,
+    one_aspect,
+    write_file,
+)
+from textalign_dagster.feedback_files.imported import (
     Collector,
     Imported,
     Refusal,
@@ -29,7 +35,7 @@ from textalign_dagster.judging.imported import (
     list_of,
     text_of,
 )
-from textalign_dagster.judging.json_records import json_lines
+from textalign_dagster.feedback_files.json_records import json_lines
 from textalign_dagster.judging.labels import match_label
 from textalign_dagster.judging.readings import excerpt, mended
 from textalign_dagster.tables import STATUSES
