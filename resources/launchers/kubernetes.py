@@ -19,7 +19,8 @@ from typing import Any
 import dagster as dg
 
 from resources.compute.pods import OUT_OF_MEMORY, check_folders, check_kubernetes, cluster, ended, pod_spec
-from resources.launchers.launcher import Launched, Work, end_of_log, read_marker, told_seconds
+from resources.launchers.failure import failure
+from resources.launchers.launcher import Launched, Work, read_marker, told_seconds
 from resources.launchers.pipes_messages import FileReader, Heard
 from textalign_dagster.settings.kubernetes import Kubernetes
 from training.state.snapshot_folder import kept
@@ -159,25 +160,8 @@ class KubernetesLauncher:
         return found
 
     def _failure(self, pod: Any, problem: Exception | None, heard: Heard, work: Work) -> dg.Failure:
-        log, left = work.log, kept(work.unfinished)
-        end = end_of_log(log) if log.exists() else ""
         name = pod.metadata.name if pod is not None else "?"
         state = ended(pod)
-        metadata: dict[str, dg.MetadataValue] = {
-            "pod": dg.MetadataValue.text(name),
-            "pod state": dg.MetadataValue.text(state),
-            "log": dg.MetadataValue.path(str(log)),
-            "end of log": dg.MetadataValue.md(f"```\n{end}\n```"),
-        }
-        if heard.exception is not None:
-            kind, message = heard.exception
-            metadata["exception"] = dg.MetadataValue.text(kind)
-            # Bad input is as bad the next time.
-            return dg.Failure(
-                f"{kind}: {message} (pod {name}: {state}){left}",
-                metadata=metadata,
-                allow_retries=kind != "JobError",
-            )
         if problem is None:
             why = "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
         elif OUT_OF_MEMORY in state:
@@ -185,4 +169,6 @@ class KubernetesLauncher:
         else:
             first = re.sub(r"\s+", " ", str(problem)).strip()[:300]
             why = f"failed ({state})" if pod is not None and state else f"failed: {first}"
-        return dg.Failure(f"pod {name} {why}{left}; see the log {log}", metadata=metadata)
+        facts = {"pod": dg.MetadataValue.text(name), "pod state": dg.MetadataValue.text(state)}
+        left, state = kept(work.unfinished), f"pod {name}: {state}"
+        return failure(f"pod {name} {why}", heard, work.log, facts, left=left, state=state)

@@ -21,13 +21,13 @@ from typing import Any, Protocol, cast
 import dagster as dg
 
 from resources.compute.processes import Supervised
-from resources.launchers.pipes_messages import Heard, LiveReader, OnProgress
+from resources.launchers.failure import failure
+from resources.launchers.pipes_messages import POLL, FileReader, Heard, OnProgress
 from training.state.snapshot_folder import kept
 
 Folder = Callable[[str], Path]
 """The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
 ``snapshots`` (what it goes on from when it is started again)."""
-TAIL = 2000  # bytes of a log that an error shows
 
 NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
 """Words of a command that only the machine it runs on can fill in: its number, where machine 0 is."""
@@ -185,7 +185,7 @@ class LocalLauncher:
             dg.open_pipes_session(
                 context=context,
                 context_injector=dg.PipesTempFileContextInjector(),
-                message_reader=LiveReader(heard),
+                message_reader=FileReader(heard, every=POLL),
                 extras=dict(extras),
             ) as session,
             _opened(log) as stream,
@@ -204,7 +204,12 @@ class LocalLauncher:
         # All messages have been read now.
         marker = read_marker(done)
         if code != 0 or (done is not None and marker is None):
-            raise _failure(command, code, heard, done, log, kept(unfinished) if unfinished else "")
+            facts = {
+                "command": dg.MetadataValue.text(shlex.join(command)),
+                "exit code": dg.MetadataValue.int(code),
+            }
+            left = kept(unfinished) if unfinished else ""
+            raise failure(_reason(code, done), heard, log, facts, left=left)
         if heard.error is not None:
             raise heard.error
         return Launched(time.monotonic() - started, marker)
@@ -225,45 +230,15 @@ def read_marker(done: Path | None) -> dict[str, Any] | None:
     return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
 
 
-def _failure(
-    command: Sequence[str], code: int, heard: Heard, done: Path | None, log: Path | None, left: str
-) -> dg.Failure:
-    """What failed, and what it ``left`` for the next run."""
-    words = shlex.join(command)
-    metadata: dict[str, dg.MetadataValue] = {
-        "command": dg.MetadataValue.text(words),
-        "exit code": dg.MetadataValue.int(code),
-    }
-    if log is not None:
-        metadata["log"] = dg.MetadataValue.path(str(log))
-        metadata["end of log"] = dg.MetadataValue.md(f"```\n{end_of_log(log)}\n```")
-    where = f"the log {log}" if log is not None else "this step's stderr"
-    if heard.exception is not None:
-        name, message = heard.exception
-        metadata["exception"] = dg.MetadataValue.text(name)
-        # Bad input is as bad the next time.
-        return dg.Failure(f"{name}: {message}{left}", metadata=metadata, allow_retries=name != "JobError")
+def _reason(code: int, done: Path | None) -> str:
     if code == 0:
-        return dg.Failure(
-            f"the command exited with 0 but did not write {done}: it did not finish{left}; see {where}",
-            metadata=metadata,
-        )
+        return f"the command exited with 0 but did not write {done}: it did not finish"
     if code > 128:
-        reason = f"the command was ended by signal {code - 128}"
         hint = " (out of memory?)" if code == 128 + 9 else ""
-        return dg.Failure(f"{reason}{hint}{left}; see {where}", metadata=metadata)
-    return dg.Failure(
-        f"the command exited with {code} and did not say why{left}; see {where}", metadata=metadata
-    )
+        return f"the command was ended by signal {code - 128}{hint}"
+    return f"the command exited with {code} and did not say why"
 
 
 def told_seconds(done: Mapping[str, Any]) -> float:
     """How long the trainer says it took, in all its parts."""
     return float(sum((done.get("seconds") or {}).values()))
-
-
-def end_of_log(log: Path, size: int = TAIL) -> str:
-    """The last bytes of a log."""
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - size))
-        return stream.read().decode(errors="replace")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import dagster as dg
 from dagster_pipes import PipesDefaultMessageWriter
@@ -50,22 +50,25 @@ class Heard:
                 self.error = error
 
 
-class LiveReader(dg.PipesMessageReader):
-    """Reads the child's messages as they come, whole lines only.
+class FileReader(dg.PipesMessageReader):
+    """Reads messages out of a file as they come, whole lines only.
 
-    Dagster's reader of files takes half a line for a line when it looks while one is being written,
-    and reads no more then: a busy machine would lose the child's last words.
+    Dagster's reader of files takes half a line for a line when it looks while one is being written, and reads no more
+    then: a busy machine would lose the child's last words. The file is opened anew for each look: a network file
+    system shows then what another machine has written.
+
+    path: None: a temporary file, for a child on this machine.
+    every: seconds between two looks.
     """
 
-    def __init__(self, heard: Heard):
-        self._heard = heard
+    def __init__(self, heard: Heard, path: Path | None = None, every: float = POLL_FILES):
+        self._heard, self._path, self._every = heard, path, every
 
     @contextmanager
     def read_messages(self, handler: Any) -> Iterator[Any]:
         over = threading.Event()
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "messages"
-            path.touch()
+            path = self._path or Path(folder) / "messages"
             thread = threading.Thread(target=self._read, args=(path, handler, over), daemon=True)
             thread.start()
             try:
@@ -76,52 +79,28 @@ class LiveReader(dg.PipesMessageReader):
 
     def _read(self, path: Path, handler: Any, over: threading.Event) -> None:
         try:
-            for line in self._lines(path, over):
+            for line in lines_of(path, over, self._every):
                 message = json.loads(line)
                 self._heard.listen(message)
                 handler.handle_message(message)
         except Exception:  # noqa: BLE001 a thread has nobody to raise to
             handler.report_pipes_framework_exception("reader of the child's messages", sys.exc_info())
 
-    def _lines(self, path: Path, over: threading.Event) -> Iterator[bytes]:
-        with path.open("rb") as stream:
-            yield from whole_lines(stream, over)
-
     def no_messages_debug_text(self) -> str:
         return "Attempted to read messages from a file that the child was told of."
 
 
-class FileReader(LiveReader):
-    """Reads messages out of a file that another machine writes, as they come.
-
-    The file is opened anew for each look: a network file system shows then what is new.
-    """
-
-    def __init__(self, heard: Heard, path: Path):
-        super().__init__(heard)
-        self._path = path
-
-    @contextmanager
-    def read_messages(self, handler: Any) -> Iterator[Any]:
-        over = threading.Event()
-        thread = threading.Thread(target=self._read, args=(self._path, handler, over), daemon=True)
-        thread.start()
-        try:
-            yield to_file(str(self._path))
-        finally:
-            over.set()
-            thread.join()
-
-    def _lines(self, path: Path, over: threading.Event) -> Iterator[bytes]:
-        read = 0
-        while True:
-            last = over.is_set()  # looked at first: what was written before it is still read
-            for line in new_lines(path, read):
-                read += len(line)
-                yield line
-            if last:
-                return
-            over.wait(POLL_FILES)
+def lines_of(path: Path, over: threading.Event, every: float) -> Iterator[bytes]:
+    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
+    read = 0
+    while True:
+        last = over.is_set()  # looked at first: what was written before it is still read
+        for line in new_lines(path, read):
+            read += len(line)
+            yield line
+        if last:
+            return
+        over.wait(every)
 
 
 def new_lines(path: Path, start: int) -> list[bytes]:
@@ -132,21 +111,6 @@ def new_lines(path: Path, start: int) -> list[bytes]:
             return [line for line in stream if line.endswith(b"\n")]
     except FileNotFoundError:
         return []
-
-
-def whole_lines(stream: IO[bytes], over: threading.Event) -> Iterator[bytes]:
-    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
-    line = b""
-    while True:
-        last = over.is_set()  # looked at first: what was written before it is still read
-        line += stream.readline()
-        if line.endswith(b"\n"):
-            yield line
-            line = b""
-        elif last:
-            return
-        else:
-            over.wait(POLL)
 
 
 def to_file(path: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from dagster._core.errors import DagsterExecutionInterruptedError
 from resources.compute import slurm
 from resources.launchers.launcher import Folder, Launched, Work, read_marker
 from resources.launchers.pipes_messages import Heard
-from resources.launchers.slurm_failure import failure
+from resources.launchers.slurm_failure import slurm_failure
 from resources.launchers.slurm_job import DONE, SNAPSHOTS, Follower, SlurmJob, each_launch, ended
 from resources.launchers.slurm_script import job_script, node_script
 from textalign_dagster import PROJECT
@@ -101,7 +101,7 @@ class SlurmLauncher:
             raise
         life = self._finished(job, state)
         if life is None:
-            raise failure(job, job_id, state, heard, work.log)
+            raise slurm_failure(job, job_id, state, heard, work.log)
         if heard.error is not None:
             raise heard.error
         job.hand_over(life, work.folder)

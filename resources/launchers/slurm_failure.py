@@ -9,7 +9,7 @@ from pathlib import Path
 import dagster as dg
 
 from resources.compute.slurm import State
-from resources.launchers.launcher import end_of_log
+from resources.launchers.failure import end_of_log, failure
 from resources.launchers.pipes_messages import Heard
 from resources.launchers.slurm_job import SNAPSHOTS, SlurmJob
 from resources.launchers.slurm_script import NO_PYTHON, NOT_SHARED
@@ -19,36 +19,30 @@ KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")  # torchrun, of 
 MUCH = 200_000  # bytes of a log in which that is looked for
 
 
-def failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -> dg.Failure:
+def slurm_failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -> dg.Failure:
     """One sentence: the trainer's own words where it had some, the scheduler's, and who failed first."""
     said = job.ended()
-    end = end_of_log(log) if log.exists() else ""
-    metadata: dict[str, dg.MetadataValue] = {
-        "slurm job": dg.MetadataValue.text(job_id),
-        "slurm state": dg.MetadataValue.text(str(state)),
-        "folder": dg.MetadataValue.path(str(job.folder)),
-        "log": dg.MetadataValue.path(str(log)),
-        "end of log": dg.MetadataValue.md(f"```\n{end}\n```"),
-    }
-    left = kept(job.folder.parent / SNAPSHOTS)
     who, node = f"Slurm job {job_id}", job.failed_node()
-    how = _how(node.code, end_of_log(log, MUCH) if log.exists() else "") if node else ""
-    if heard.exception is not None and state.name in ("FAILED", "COMPLETED"):
-        name, message = heard.exception
-        metadata["exception"] = dg.MetadataValue.text(name)
-        first = f"; node {node.name} failed first: {how}" if node else ""
-        # Bad input is as bad the next time.
-        return dg.Failure(
-            f"{name}: {message} ({who}: {state}{first}){left}",
-            metadata=metadata,
-            allow_retries=name != "JobError",
-        )
-    own = f"; its last words: {heard.exception[1]}" if heard.exception else ""
+    how = _how(node.code, end_of_log(log, MUCH)) if node else ""
+    first = f"; node {node.name} failed first: {how}" if node else ""
     if node is not None and state.name == "FAILED" and node.code not in (NOT_SHARED, NO_PYTHON):
         reason = f"failed on node {node.name}: {how}"
     else:
         reason = reason_of(state, job.folder.parent.parent, said.code if said else None)
-    return dg.Failure(f"{who} {reason}{own}{left}; see the log {log}", metadata=metadata)
+    own = f"; its last words: {heard.exception[1]}" if heard.exception else ""
+    return failure(
+        f"{who} {reason}{own}",
+        heard,
+        log,
+        {
+            "slurm job": dg.MetadataValue.text(job_id),
+            "slurm state": dg.MetadataValue.text(str(state)),
+            "folder": dg.MetadataValue.path(str(job.folder)),
+        },
+        left=kept(job.folder.parent / SNAPSHOTS),
+        state=f"{who}: {state}{first}",
+        trust_heard=state.name in ("FAILED", "COMPLETED"),
+    )
 
 
 def reason_of(state: State, root: Path, code: int | None) -> str:

@@ -24,7 +24,7 @@ from resources.launchers.launcher import (
     accelerate_command,
     accelerate_env,
 )
-from resources.launchers.pipes_messages import whole_lines
+from resources.launchers.pipes_messages import lines_of
 from textalign_dagster import PROJECT
 from training.state.snapshot_folder import SnapshotName
 
@@ -311,8 +311,8 @@ def test_accelerate_command_leaves_nothing_to_guess() -> None:
 def test_a_line_is_read_when_its_end_is_there(tmp_path: Path) -> None:
     path, over = tmp_path / "messages", threading.Event()
     path.write_bytes(b'{"a": 1}\n{"b"')
-    with path.open("rb") as stream, path.open("ab", buffering=0) as writer:
-        lines = whole_lines(stream, over)
+    with path.open("ab", buffering=0) as writer:
+        lines = lines_of(path, over, every=0.01)
         assert next(lines) == b'{"a": 1}\n'
         later = threading.Timer(0.1, writer.write, [b": 2}\n"])
         later.start()  # the reader has met half a line by then

@@ -1,0 +1,57 @@
+"""A training that failed, as Dagster shows it: one sentence, and what it rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+
+from resources.launchers.pipes_messages import Heard
+
+TAIL = 2000  # bytes of a log that an error shows
+
+
+def failure(
+    reason: str,
+    heard: Heard,
+    log: Path | None,
+    facts: Mapping[str, dg.MetadataValue],
+    *,
+    left: str = "",
+    state: str = "",
+    trust_heard: bool = True,
+) -> dg.Failure:
+    """The trainer's own words where it had some, else the reason.
+
+    Args:
+        reason: why it failed, a sentence without a full stop.
+        log: its output; None: in the step's own logs.
+        facts: metadata of the place where it ran.
+        left: what the next run goes on from.
+        state: what the place says of its end, beside the trainer's words.
+        trust_heard: whether these words are of the end, and not of an earlier life.
+    """
+    metadata = dict(facts)
+    if log is not None:
+        metadata["log"] = dg.MetadataValue.path(str(log))
+        metadata["end of log"] = dg.MetadataValue.md(f"```\n{end_of_log(log)}\n```")
+    if heard.exception is not None and trust_heard:
+        name, message = heard.exception
+        metadata["exception"] = dg.MetadataValue.text(name)
+        beside = f" ({state})" if state else ""
+        # Bad input is as bad the next time.
+        return dg.Failure(
+            f"{name}: {message}{beside}{left}", metadata=metadata, allow_retries=name != "JobError"
+        )
+    where = "this step's stderr" if log is None else f"the log {log}"
+    return dg.Failure(f"{reason}{left}; see {where}", metadata=metadata)
+
+
+def end_of_log(log: Path, size: int = TAIL) -> str:
+    """The last bytes of a log; nothing where there is none."""
+    if not log.exists():
+        return ""
+    with log.open("rb") as stream:
+        stream.seek(max(0, log.stat().st_size - size))
+        return stream.read().decode(errors="replace")
