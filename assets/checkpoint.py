@@ -122,7 +122,7 @@ def checkpoint(
         if isinstance(where, SlurmLauncher):
             where.forget()  # only now: until it is published, the job's folder is the only copy
         facts, row = made.manifest["facts"], made.frame("checkpoints").row(0, named=True)
-        resumed = (facts.get("resumed_at") or [None])[-1]  # earlier versions have not said it
+        resumed = (facts.get("resumed_at") or [None])[-1]  # earlier versions did not record it
         trained = PolicyFolder(made.path("model"), facts["policy_hash"])
         sampled = trained if experiment.method.trains == "policy" else stage.policy(1)
         hand_over(context, stage.cell.next, sampled.policy_hash, sampled.path)
@@ -134,7 +134,7 @@ def checkpoint(
                 "steps": row["steps"],
                 "rows": row["rows"],
                 "tokens per second": facts["tokens"] / max(facts["work_seconds"], 1e-9),
-                # Trainings of earlier versions have not said it.
+                # Trainings of earlier versions did not record it.
                 **(
                     {"seconds first step": facts["first_step_seconds"]}
                     if "first_step_seconds" in facts

@@ -13,7 +13,7 @@ MEANINGS = {
     "call_key": "Row of the ledger of judge calls.",
     "candidate_id": "One sample that best-of-n chooses among.",
     "code_revision": "The code that trained.",
-    "condition": "The feedback asked for, or trained under; NULL: none.",
+    "condition": "The feedback that the sample is conditioned on; NULL: none.",
     "config": "JSON: the training settings.",
     "draw_id": "One drawn prompt; a prompt drawn twice has two.",
     "draw_index": "0, 1, … when a prompt is drawn more than once in an iteration.",
@@ -48,7 +48,7 @@ MEANINGS = {
     "reason": "Why drawn or not; why feedback is not ok.",
     "reference": "A human answer, where the source has one.",
     "reward": "The sample's value, where there is one; higher is better.",
-    "role": "main: as the policy is meant to be used; probe: asked for something else; baseline: another model; "
+    "role": "main: as the policy is meant to be used; probe: under another condition; baseline: another model; "
     "scenario: sampled in another way.",
     "repeat": "0, 1, … of a question that the judge was asked several times.",
     "round": "In which the prompt was written; 0: given.",

@@ -42,7 +42,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
     with Stage.of(context, store.open()) as stage:
         experiment, now = stage.experiment, stage.cell.iteration
         method, settings = experiment.method, experiment.datapool
-        # With drop_factor 1 nothing of the past remains: then it is no input either.
+        # With drop_factor 1 nothing of the past remains: then it is not an input either.
         first = now if settings.drop_factor == 1 else 1
         sources = {
             f"{table}@{k}": stage.require(table, k)
@@ -184,7 +184,7 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
     return _arranged(
         experiment,
         rows.join(spans, on="sample_id", how="left", maintain_order="left")
-        # Feedback that marks nothing is no missing feedback.
+        # Feedback that marks nothing is not missing feedback.
         .with_columns(pl.col("spans").fill_null([])),
     )
 
@@ -230,7 +230,7 @@ def _roles(examples: pl.DataFrame) -> dict[str, int]:
 
 
 def _judged(generations: pl.DataFrame, feedback: pl.DataFrame, origin: int) -> pl.DataFrame:
-    """Samples with what was said of them, one row each.
+    """Samples with their feedback, one row each.
 
     A method reads one aspect; several aspects of a sample would be several rows, which the pool's
     key check refuses.

@@ -95,7 +95,7 @@ def pieces(
         yield context, text
         return
     for i, (start, end) in enumerate(cut(text, corpus.segments)):
-        context += condition if i else ""  # the first piece goes on with the prompt's last line
+        context += condition if i else ""  # the first piece continues the prompt's last line
         yield context, text[start:end]
         context += text[start:end]
 

@@ -42,7 +42,7 @@ def evaluation(
 ) -> dg.MaterializeResult:
     """One row per metric and condition, with a 95 % interval; per-sample rows beside it.
 
-    The checkpoint is asked for the exemplar feedback, and for other feedback too (does it obey?).
+    The checkpoint is conditioned on the exemplar feedback, and on other feedback too (does it obey?).
     With the first iteration, the untouched base policy is evaluated as iteration 0, and the baselines
     beside it.
     """
@@ -141,7 +141,7 @@ def _examples(stage: Stage, samples: pl.DataFrame, show: int = 3) -> list[dict[s
     """Some samples of every condition, with what the first measure counts in them."""
     counted = reported(stage.experiment)[0].numerator
     shown = samples.group_by("role", "condition", maintain_order=True).head(show)
-    asked = pl.col("condition").alias("asked for")
+    asked = pl.col("condition").alias("conditioned on")
     return shown.select(asked, measure(counted), "prompt", "text").to_dicts()
 
 

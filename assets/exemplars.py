@@ -1,4 +1,4 @@
-"""What the prompts of a stage are asked for: one condition for all, or one each."""
+"""The conditions of a stage's prompts: one for all, or one each."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ from textalign_dagster.pool.exemplars import NoExemplarError, varied_exemplars
 def exemplars_of(
     stage: Stage, prompt_ids: Sequence[str], *, pool: int
 ) -> tuple[list[str | None], dict[str, str]]:
-    """What each prompt is asked for, and the inputs that this follows from.
+    """The condition of each prompt, and the inputs that it follows from.
 
     Args:
-        prompt_ids: in any order; a prompt that stands there twice is asked for the same twice.
+        prompt_ids: in any order; a prompt that occurs twice has the same condition twice.
         pool: the iteration whose datapool varied exemplars are drawn from.
 
     Raises:

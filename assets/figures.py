@@ -55,8 +55,8 @@ def sample_blocks(rows: Iterable[Mapping[str, Any]], width: int = 800) -> dg.Mar
     for number, row in enumerate(rows, start=1):
         written = _cut(str(row["prompt"]), width) + _cut(str(row.get("text") or ""), width)
         fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", written)), default=0))
-        told = [f"{name}: {_inline(v)}" for name, v in row.items() if name not in ("prompt", "text")]
-        parts += [f"**{number}**  " + " · ".join(told), f"{fence}\n{written}\n{fence}"]
+        fields = [f"{name}: {_inline(v)}" for name, v in row.items() if name not in ("prompt", "text")]
+        parts += [f"**{number}**  " + " · ".join(fields), f"{fence}\n{written}\n{fence}"]
     return dg.MetadataValue.md("\n\n".join(parts))
 
 

@@ -39,7 +39,7 @@ def generations(
 ) -> dg.MaterializeResult:
     """One row per completion sampled from the policy.
 
-    From iteration 2 on the policy is asked for the method's exemplar feedback (one for all prompts, or
+    From iteration 2 on the policy is conditioned on the method's exemplar feedback (one for all prompts, or
     one each); iteration 1 is unconditioned. Each sample has a seed of its own, derived and stored.
     """
     with Stage.of(context, store.open()) as stage:
@@ -72,7 +72,7 @@ def generations(
 
 
 def _sampled(stage: Stage, sampler: SamplerResource, draws: Artifact) -> tuple[Artifact, list[str | None]]:
-    """The policy's samples, and what it was asked for before each prompt."""
+    """The policy's samples, and the condition of each prompt."""
     experiment, settings = stage.experiment, stage.experiment.sampling
     model = stage.policy(stage.cell.iteration)
     template, later = experiment.method.template, stage.cell.iteration > 1
@@ -83,7 +83,7 @@ def _sampled(stage: Stage, sampler: SamplerResource, draws: Artifact) -> tuple[A
         max_new_tokens=settings.max_new_tokens,
         min_new_tokens=settings.min_new_tokens,
         ignore_eos=settings.ignore_eos,
-        # Whatever is asked for: from then on the policy has the method's tokens.
+        # Whatever the condition: from then on the policy has the method's tokens.
         banned_tokens=experiment.method.banned_tokens if later else (),
         structured=content_of(settings.structured),
     )
@@ -189,7 +189,7 @@ def _offline(stage: Stage, offline: Offline, draws: Artifact) -> Artifact:
 
 
 def _surprise(rows: pl.DataFrame) -> dict[str, float]:
-    """The samples' own surprise; nobody knows that of a file's responses."""
+    """The samples' own surprise, which is unknown for a file's responses."""
     if rows["logprob"].null_count():
         return {}
     return {"nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1)}

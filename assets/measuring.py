@@ -2,7 +2,7 @@
 
 What costs a model is kept by itself (samples by policy and prompts, log-likelihoods by samples and
 model), so that another scorer, judge or baseline never samples anything again, and an evaluation that
-an outage of the judge stopped goes on from there. No cell points at these parts; evaluations do.
+an outage of the judge stopped resumes from there. No cell points at these parts; evaluations do.
 """
 
 import time
@@ -53,7 +53,7 @@ VERSIONS = {
     EVALUATION_RED_TEAM: 1,
     EVALUATION_LM_EVAL: 1,
 }
-"""Raised when a change of code changes what is made of the same inputs and settings."""
+"""Raised when a change of code changes the result of the same inputs and settings."""
 
 SAMPLED = pl.Schema(
     {
@@ -83,7 +83,7 @@ class Subject:
     inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
     prompts: pl.DataFrame | None = None  # with other seeds than everybody's
     as_it_is: bool = False  # sampled at temperature 1, whatever the evaluation's
-    scenario: Scenario | None = None  # how it is sampled; None: as the evaluation says
+    scenario: Scenario | None = None  # how it is sampled; None: by the evaluation's settings
 
 
 @dataclass
@@ -173,7 +173,7 @@ class Measuring:
         return found
 
     def _asked(self, iteration: int, prompts: pl.DataFrame) -> tuple[list[Asked], dict[str, str]]:
-        """What an iteration's policy is asked for before these prompts, and the inputs that this follows from."""
+        """The conditions of these prompts for an iteration's policy, and the inputs that they follow from."""
         asked, inputs = conditions(self.experiment, iteration), dict[str, str]()
         if iteration:
             ids = prompts["prompt_id"].to_list()
@@ -304,7 +304,7 @@ class Measuring:
     def _sample(
         self, subject: Subject, model: PolicyFolder, decoding: Decoding, chunks: list[str]
     ) -> Iterator[dict[str, Any]]:
-        """Rows of SAMPLED: a policy's completions under everything it is asked for.
+        """Rows of SAMPLED: a policy's completions under every condition.
 
         ``chunks`` gets the keys of those that are kept apart until all are there.
         """

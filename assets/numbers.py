@@ -26,7 +26,7 @@ UNJUDGED = {
 
 def by_task(experiment: Experiment, samples: pl.DataFrame) -> pl.DataFrame:
     """The task's numbers of samples that a scorer may have scored: sample_id and a column each."""
-    # To a task, a policy is a policy, whoever's and however it was sampled.
+    # To a task, all policies are alike, however they were sampled.
     role = pl.col("role").replace({"baseline": "main", "scenario": "main"})
     found = experiment.task.measure(samples.with_columns(role=role).select(TASK_COLUMNS))
     if not experiment.evaluation.rouge or set(rouge.NAMES) <= set(found.columns):

@@ -22,7 +22,7 @@ policy = dg.AssetSpec(
 def hand_over(context: dg.AssetExecutionContext, at: Cell, policy_hash: str, path: Path) -> None:
     """Reports the policy that cell ``at`` samples from.
 
-    Dagster refuses the arrow from checkpoint to policy (a cycle), so it is told in events. The
+    Dagster refuses the arrow from checkpoint to policy (a cycle), so events carry it. The
     observation comes first: staleness downstream of an external asset reads observations, its
     partition status reads materializations, and the other order makes everything stale at once.
     """

@@ -67,7 +67,7 @@ def rewarded_samples(
 def _judged(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) -> Judged | None:
     """The feedback on samples; None: there is none on these."""
     if isinstance(stage.experiment.sample_scorer, ImportedScorer) and stage.experiment.judge is None:
-        return None  # feedback that was collected elsewhere says nothing of these samples
+        return None  # feedback that was collected elsewhere does not cover these samples
     with readable_failures(stage):
         found = feedback_of(
             stage.experiment,

@@ -76,7 +76,7 @@ def write(
                 scorer = evaluation_scorer(measuring.experiment)
                 better = "lower" if scorer is None else scorer.better
                 scores.append(text_statistics(own, subject.policy_hash, subject.name, better))
-            # Best-of-n is no language model, and neither is a reward model.
+            # Best-of-n is not a language model, and neither is a reward model.
             if measuring.reference is not None and subject.reward_model is None and subject.prompts is None:
                 scores.append(_divergence(measuring, subject))
             kept.append(numbered)
@@ -109,7 +109,7 @@ def write(
 def _obedience(
     measuring: Measuring, subject: Subject, samples: pl.DataFrame, scores: pl.DataFrame
 ) -> Iterator[pl.DataFrame]:
-    """A row of SCORES where more than one thing was asked for: by the task's first measure, or the score."""
+    """A row of SCORES where there are several conditions: by the task's first measure, or the score."""
     probed = set(scores.filter(role="probe")["metric"])
     candidates = [
         *reported(measuring.experiment)[:1],
@@ -130,6 +130,6 @@ def _divergence(measuring: Measuring, subject: Subject) -> pl.DataFrame:
     if subject.model is None:
         return pl.DataFrame(schema=SCORES)
     asked = subject.asked[0]
-    told = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
+    about = {"subject": subject.name, "role": asked.role, "condition": asked.condition}
     found = measuring.divergence.of(subject.model, asked)
-    return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **told)], SCORES)
+    return pl.DataFrame([score_row(KL_REFERENCE, found, subject.policy_hash, **about)], SCORES)

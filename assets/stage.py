@@ -82,7 +82,7 @@ class Stage:
         """The output of a stage this one builds on.
 
         Raises:
-            ArtifactError: it is missing, stale or blocked by a failed check; says what to do.
+            ArtifactError: it is missing, stale or blocked by a failed check; the message says what to do.
         """
         at = self.cell.iteration if iteration is None else iteration
         state = self.freshness.state(at, stage)
@@ -123,7 +123,7 @@ class Stage:
         """The stage's artifact for these inputs: the one that exists, or what ``produce`` makes.
 
         Args:
-            inputs: name → key of everything it is made from.
+            inputs: name → key of everything it depends on.
             iteration: whose settings apply, if not this cell's (iteration 0).
             extra: further settings that decide the output.
         """

@@ -32,7 +32,7 @@ class TrainingPlan:
     parent: PolicyFolder  # of which the checkpoint is a child
     start: PolicyFolder  # whose weights are loaded
     reference: PolicyFolder | None  # of the objective
-    before: Artifact | None  # the checkpoint whose optimizer or adapter goes on
+    before: Artifact | None  # the checkpoint whose optimizer or adapter is carried on
     inputs: dict[str, str]
 
     @classmethod
@@ -149,11 +149,11 @@ class TrainingPlan:
         return examples
 
     def job(self, folder: Folder, config: AccelerateConfig | None) -> Job:
-        """What the trainer is told."""
+        """The trainer's job."""
         experiment, settings = self.stage.experiment, self.settings
         before = self.before.path("beside") if self.before else None
         tables = {name: str(folder("job") / name) for name in self.tabulated}
-        # Whether it leaves something that is no part of the policy.
+        # Whether it leaves something that is not part of the policy.
         keeps = settings.optimizer_state == "carried" or settings.lora is not None or bool(tables)
         return Job(
             rows=str(folder("job") / "rows.parquet"),

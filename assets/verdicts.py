@@ -53,7 +53,7 @@ class Judging:
         self._facts: dict[str, Any] = {}
 
     def ask(self, field: str, samples: pl.DataFrame, purpose: str) -> Judged:
-        """What the judge in a field of the experiment says of samples.
+        """The verdicts on samples of the judge in a field of the experiment.
 
         Args:
             samples: sample_id, prompt_id, prompt, reference, text.
@@ -86,7 +86,7 @@ class Judging:
         return found
 
     def write(self) -> None:
-        """Writes what was said, and what it took."""
+        """Writes the verdicts, and what they cost."""
         if self._rows:
             self._draft.write("judgements", pl.concat(self._rows), FEEDBACK)
             self._draft.record(**self._facts)

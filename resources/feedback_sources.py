@@ -41,7 +41,7 @@ def feedback_of(
         engine: starts what a judge model writes with; None: no experiment with one comes here.
 
     Raises:
-        JudgeError, ScoringError: there is no feedback; says why.
+        JudgeError, ScoringError: there is no feedback; the message says why.
     """
     task, kind = experiment.task, experiment.method.wants
     if kind is None:

@@ -29,7 +29,7 @@ def written_judgments(
     *,
     trust_remote_code: bool = False,
 ) -> pl.DataFrame:
-    """What the model says of each sample, greedily: sample_id, label, text, status, reason.
+    """The model's judgment of each sample, decoded greedily: sample_id, label, text, status, reason.
 
     Samples that are alike are read once. One that does not fit the model's context is ``skipped``; a judgment that
     is cut off, empty, or praise in more than the one word is ``unparseable``.
@@ -37,10 +37,10 @@ def written_judgments(
     Args:
         scorer: its ``model`` is a folder or a hub id.
         samples: sample_id, prompt, text.
-        trust_remote_code: as the engine was told.
+        trust_remote_code: as for the engine.
 
     Raises:
-        SettingsError: there is no such model, or it is no language model.
+        SettingsError: there is no such model, or it is not a language model.
     """
     folder = _language_model(scorer)
     shown = (samples["prompt"] + samples["text"] + scorer.question).to_list()

@@ -20,7 +20,7 @@ TAIL = 2000  # characters of the log that an error shows
 
 
 class LMEvalError(RuntimeError):
-    """The harness failed; the message says what it said last."""
+    """The harness failed; the message has the end of its output."""
 
 
 def identity(settings: LMEval) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def run(settings: LMEval, model: Path, dtype: str, *, trust_remote_code: bool, s
         if code != 0 or not found:
             said = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
             raise LMEvalError(
-                f"evaluation.lm_eval: the harness ended with {code} and without results; it said:\n{said}"
+                f"evaluation.lm_eval: the harness ended with {code} and without results; its last output:\n{said}"
             )
         return read_results(json.loads(found[-1].read_text(encoding="utf-8")))
 

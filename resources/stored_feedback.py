@@ -13,7 +13,7 @@ from textalign_dagster.settings import SettingsError
 
 @dataclass(frozen=True)
 class Judgements:
-    """What was said of an iteration's samples.
+    """The feedback on an iteration's samples.
 
     Attributes:
         samples: sample_id, prompt_id, prompt, text, reference; references that samples were compared

@@ -91,7 +91,7 @@ def requests(
         if following.cell is None:
             waiting.append(following.reason)
         elif following.cell.iteration == 1:
-            waiting.append(f"{experiment} waits for somebody to run iteration 1")
+            waiting.append(f"{experiment} waits for its first run (iteration 1 is started by hand)")
         else:
             launched = True
             yield dg.RunRequest(partition_key=following.cell.key)
@@ -117,7 +117,7 @@ def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=60)
 def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Fetches replies from the Batch API, and goes on with the iterations that waited for them.
+    """Fetches replies from the Batch API, and continues the iterations that waited for them.
 
     A batch lives in the store and at the endpoint, so neither a restart nor a day without this
     sensor loses anything.
@@ -144,5 +144,5 @@ def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
             retry = {name: value for name, value in last[0].tags.items() if name == RETRY_TAG}
             yield dg.RunRequest(run_key=last[0].run_id, partition_key=cell.key, tags=retry)
     if not launched:
-        told = f"{len(pending)} batches with {sum(pending.values()):,} calls are under way"
-        yield dg.SkipReason("; ".join([told, *problems]))
+        summary = f"{len(pending)} batches with {sum(pending.values()):,} calls are under way"
+        yield dg.SkipReason("; ".join([summary, *problems]))

@@ -1,4 +1,4 @@
-"""Progress of long work: stages report it, whoever runs them shows it."""
+"""Progress of long work: stages report it, their caller shows it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def announce(event: Step | Finished) -> None:
 def reporter(cell: str, stage: str, log: Callable[[str], None], every: float = 5.0) -> Callable[..., None]:
     """A callback ``(done, total, note="")`` for a stage's work.
 
-    Where nobody shows progress, it is logged every ``every`` seconds, with the time left.
+    Where progress is not shown, it is logged every ``every`` seconds, with the time left.
     """
     started = last = time.monotonic()
     lock = threading.Lock()

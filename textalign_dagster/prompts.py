@@ -219,7 +219,7 @@ def draw_prompts(
         Rows of :data:`textalign_dagster.tables.PROMPT_DRAWS`, in the order of the draw.
 
     Raises:
-        SettingsError: more prompts are asked for than can be drawn.
+        SettingsError: fewer prompts than required can be drawn.
     """
     ids = [prompt_id(text) for text in prompts["prompt"]]
     # The draw must not depend on the order in which the source lists its prompts.

@@ -37,7 +37,7 @@ GENERATIONS = pl.Schema(
         "policy_hash": pl.String,
         "engine": pl.String,
         "engine_version": pl.String,
-        "condition": pl.String,  # the feedback that was asked for; NULL: unconditioned
+        "condition": pl.String,  # the feedback the policy is conditioned on; NULL: unconditioned
         "text": pl.String,  # what the policy wrote after the prompt, as decoded
         "n_tokens": pl.Int32,
         "finish_reason": pl.String,  # "stop" (end of sequence) or "length" (cut off)
@@ -159,7 +159,7 @@ SCORES = pl.Schema(
         "policy_hash": pl.String,  # key, with subject, metric and condition
         "subject": pl.String,  # a baseline's or a scenario's name; NULL: the experiment's own policy
         "metric": pl.String,
-        "condition": pl.String,  # the feedback asked for; NULL: unconditioned
+        "condition": pl.String,  # the feedback the policy is conditioned on; NULL: unconditioned
         "role": pl.String,  # "main" (as the policy is meant to be used), "probe", "baseline" or "scenario"
         "n": pl.Int64,  # prompts (the unit that is resampled)
         "value": pl.Float64,

@@ -81,7 +81,7 @@ def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
     """Ids that end a completion: the tokenizer's end token, and the model's further ones.
 
     An id of the model that is an ordinary word to the tokenizer is left out: it is a default of
-    the model's class (Llama's is 2) that nobody set for this tokenizer.
+    the model's class (Llama's is 2), not one of this tokenizer.
     """
     listed = getattr(generation_config, "eos_token_id", None)
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)

@@ -2,8 +2,8 @@
 
 In the transcripts of Anthropic's HH a turn begins with ``Human:`` or ``Assistant:``. Such a word is
 a marker only where the transcript starts, or at the start of a line after a blank one; anywhere else
-(``He said: Assistant: hello``) it is what somebody wrote. A text that holds a marker in a marker's
-place cannot be told from a turn, in this format by anybody; sources with ``messages`` can.
+(``He said: Assistant: hello``) it is part of the text. A text that holds a marker in a marker's
+place cannot be distinguished from a turn in this format; sources with ``messages`` can.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MARKER = re.compile(r"(?:\A|(?<=\n\n))(Human|Assistant):(?=\s|\Z)")
 
 
 class BadDialogue(ValueError):
-    """Why a row of a source is no dialogue; the message is shown with a count and an example."""
+    """Why a row of a source is not a dialogue; the message is shown with a count and an example."""
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Accelerate configurations (DeepSpeed, FSDP, data parallel): the shipped ones, a user's own, and what
-of them contradicts an experiment. Everything is told before a training starts."""
+of them contradicts an experiment. Everything is checked before a training starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Kind = Literal["DEEPSPEED", "FSDP", "MULTI_GPU", "NO"]
 
 @dataclass(frozen=True)
 class AccelerateConfig:
-    """An accelerate configuration; ``deepspeed`` is what DeepSpeed is told, where it takes part."""
+    """An accelerate configuration; ``deepspeed`` is DeepSpeed's configuration, where it is used."""
 
     where: str
     content: dict[str, Any]
@@ -57,7 +57,7 @@ class AccelerateConfig:
         return {"accelerate": content, "deepspeed": self.deepspeed}
 
     def write(self, folder: Path) -> Path:
-        """Writes it, and what DeepSpeed is told, into ``folder``; returns the file to launch with."""
+        """Writes it, and DeepSpeed's configuration, into ``folder``; returns the file to launch with."""
         content = dict(self.content)
         if self.deepspeed is not None:
             inner = folder / "deepspeed.json"
@@ -85,7 +85,7 @@ def accelerate_config(setting: str) -> AccelerateConfig:
     path = SHIPPED / f"{setting}.yaml" if setting in shipped() else Path(setting)
     if not path.is_file():
         raise SettingsError(
-            f"training.accelerate: {setting!r} is no file and none of {', '.join(shipped())}"
+            f"training.accelerate: {setting!r} is not a file and none of {', '.join(shipped())}"
             f"{nearest(setting, shipped())}"
         )
     content = read_yaml(path)
@@ -116,16 +116,16 @@ def _deepspeed(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
         return None
     inner = path.parent / str(fields["deepspeed_config_file"])
     try:
-        told = json.loads(inner.read_text(encoding="utf-8"))
+        given = json.loads(inner.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(
             f"training.accelerate: {path}: deepspeed_config_file: {inner} cannot be read as JSON ({error})"
         ) from None
-    if not isinstance(told, dict) or not isinstance(told.get("zero_optimization"), dict):
+    if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise SettingsError(
             f"training.accelerate: {inner}: zero_optimization: missing; a section with `stage`"
         )
-    return told
+    return given
 
 
 @lru_cache(maxsize=1)
@@ -175,7 +175,7 @@ def check_training(
             "training.mixed_precision: fp16 does not go with policy.dtype bfloat16; set one of them to the other"
         )
     if config is not None:
-        for check in (_agreement, _sharing, _told_to_deepspeed):
+        for check in (_agreement, _sharing, _check_deepspeed):
             check(training, config)
     if devices is not None and (
         training.mixed_precision == "fp16" or config is not None or training.processes > 1
@@ -185,7 +185,7 @@ def check_training(
 
 
 def _agreement(training: Training, config: AccelerateConfig) -> None:
-    """The experiment says how many processes there are and how they compute."""
+    """The experiment sets the number of processes and their precision."""
     wanted = {
         "num_processes": ("training.processes", training.processes),
         "num_machines": ("the launcher's number of machines", training.machines),
@@ -230,37 +230,37 @@ def _sharing(training: Training, config: AccelerateConfig) -> None:
             )
 
 
-def _told_to_deepspeed(training: Training, config: AccelerateConfig) -> None:
+def _check_deepspeed(training: Training, config: AccelerateConfig) -> None:
     """DeepSpeed's own settings, where they are not "auto"."""
     if config.kind != "DEEPSPEED":
         return
     fields = config.content.get("deepspeed_config") or {}
-    told = config.deepspeed if config.deepspeed is not None else fields
+    deepspeed = config.deepspeed if config.deepspeed is not None else fields
     for section in ("optimizer", "scheduler"):
-        if section in told:
+        if section in deepspeed:
             raise SettingsError(
                 f"training.accelerate: {config.where}: {section}: is the experiment's matter (section training); "
                 "remove it there"
             )
     batch, accumulation = training.batch_size, training.gradient_accumulation
     expected: dict[str, tuple[Any, Any]] = {
-        "gradient_accumulation_steps": (told.get("gradient_accumulation_steps"), accumulation),
-        "gradient_clipping": (told.get("gradient_clipping"), training.max_grad_norm or 0.0),
-        "train_micro_batch_size_per_gpu": (told.get("train_micro_batch_size_per_gpu"), batch),
-        "train_batch_size": (told.get("train_batch_size"), batch * accumulation * training.processes),
+        "gradient_accumulation_steps": (deepspeed.get("gradient_accumulation_steps"), accumulation),
+        "gradient_clipping": (deepspeed.get("gradient_clipping"), training.max_grad_norm or 0.0),
+        "train_micro_batch_size_per_gpu": (deepspeed.get("train_micro_batch_size_per_gpu"), batch),
+        "train_batch_size": (deepspeed.get("train_batch_size"), batch * accumulation * training.processes),
         **{
-            f"{name}.enabled": ((told.get(name) or {}).get("enabled"), training.mixed_precision == name)
+            f"{name}.enabled": ((deepspeed.get(name) or {}).get("enabled"), training.mixed_precision == name)
             for name in ("fp16", "bf16")
         },
     }
     for field, (given, value) in expected.items():
         if given not in (None, "auto", value):
             raise SettingsError(
-                f"training.accelerate: {config.where}: {field} is {given!r}, but the section training says {value!r}; "
+                f"training.accelerate: {config.where}: {field} is {given!r}, but the section training has {value!r}; "
                 'set it to "auto" there'
             )
     if config.zero_stage == 3:
-        zero = told.get("zero_optimization") or {}
+        zero = deepspeed.get("zero_optimization") or {}
         if fields.get("zero3_init_flag"):
             raise SettingsError(
                 f"training.accelerate: {config.where}: zero3_init_flag: new tokens cannot be added to weights that "

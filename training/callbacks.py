@@ -65,7 +65,7 @@ class Reporting(TrainerCallback):
 
 
 class Snapshotting(TrainerCallback):
-    """Has a trainer go on from a snapshot, and take others."""
+    """Makes a trainer resume from a snapshot, and take others."""
 
     def __init__(self, trainer: Running, snapshots: Snapshots):
         self._trainer, self._snapshots = trainer, snapshots

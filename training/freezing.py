@@ -21,7 +21,7 @@ def train_last_blocks(model: PreTrainedModel, last: int | float) -> list[str]:
         The frozen parameters' names.
 
     Raises:
-        ValueError: the model has fewer blocks, or its blocks cannot be told.
+        ValueError: the model has fewer blocks, or its blocks cannot be found.
     """
     prefix, blocks = transformer_blocks(model)
     # Rounding down must not lose a block to binary fractions: 0.29 of 100 is 28.999….

@@ -1,6 +1,6 @@
-"""The job file: everything one training run is told, as JSON.
+"""The job file: everything about one training run, as JSON.
 
-It is written by whoever launches the training and read by ``training.train``; a job can be run
+It is written where the training is launched and read by ``training.train``; a job can be run
 again by hand, and its text is part of the record of the checkpoint.
 """
 
@@ -39,7 +39,7 @@ POLICY_TABLE = "policy_log_probs.parquet"
 
 
 class TrainingError(Exception):
-    """Training cannot start or go on; the message is written for the user and needs no traceback."""
+    """Training cannot start or continue; the message is written for the user and needs no traceback."""
 
 
 class JobError(TrainingError):
@@ -51,7 +51,7 @@ class NonFiniteError(TrainingError):
 
 
 class EndedError(TrainingError):
-    """Somebody told the training to end; what it has done so far is in its snapshot."""
+    """The training was signalled to end; what it has done so far is in its snapshot."""
 
 
 class Job(Settings):
@@ -76,7 +76,7 @@ class Job(Settings):
     out: str = Field(..., description="Folder to write: weights, config, tokenizer and, last, done.json.")
     beside: str | None = Field(
         None,
-        description="Folder for what is no part of the policy: optimizer state, LoRA adapter; None: not kept.",
+        description="Folder for what is not part of the policy: optimizer state, LoRA adapter; None: not kept.",
     )
     adapter: str | None = Field(
         None,
@@ -95,7 +95,7 @@ class Job(Settings):
     )
     special_tokens: list[str] = Field([], description="Tokens to add to the policy where it lacks them.")
     seed: int = Field(0, ge=0)
-    world_size: int = Field(1, ge=1, description="Processes that the launcher was asked for.")
+    world_size: int = Field(1, ge=1, description="Processes that the launcher starts.")
     sharing: Literal["DEEPSPEED", "FSDP"] | None = Field(
         None,
         description="What the launcher was asked to share the weights with; None: every process has all.",

@@ -82,7 +82,7 @@ def continue_adapter(model: PreTrainedModel, settings: Lora, tokens: list[int], 
     except (RuntimeError, ValueError, SafetensorError, UserWarning) as error:
         said = " ".join(str(error).split())[:300]
         raise JobError(
-            f"{where} does not fit the policy ({said}); give the policy that it was trained beside"
+            f"{where} does not fit the policy ({said}); give the policy that it was trained on"
         ) from None
 
 

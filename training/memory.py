@@ -1,4 +1,4 @@
-"""A machine that is too small says so in one sentence, not in a trace through the model."""
+"""Out of memory: one sentence instead of a traceback through the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training says while it runs: Pipes messages to Dagster, or lines on stderr by hand."""
+"""Messages of a running training: Pipes messages to Dagster, or lines on stderr when run by hand."""
 
 from __future__ import annotations
 

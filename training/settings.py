@@ -1,4 +1,4 @@
-"""How a checkpoint is trained: a section of the experiment, and what the trainer is told."""
+"""How a checkpoint is trained: a section of the experiment, and part of the trainer's job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 DEFAULT_LENGTH = 1024
-"""Tokens of the longest row where neither `max_length` nor the model says less."""
+"""Tokens of the longest row where neither `max_length` nor the model allows less."""
 
 WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
 """Settings of a training that change nothing of what is trained: a step is the same step on other machines,
@@ -105,7 +105,7 @@ class Training(Settings):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     optimizer_state: Literal["fresh", "carried"] = Field(
         "fresh",
-        description="carried: AdamW's moments (and adapted coefficients) go on from the iteration before.",
+        description="carried: AdamW's moments (and adapted coefficients) continue from the iteration before.",
     )
     max_grad_norm: float | None = Field(
         1.0, gt=0, description="Gradients are clipped to this norm; null: not at all."

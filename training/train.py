@@ -57,7 +57,7 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
 
     Raises:
         JobError: bad input, before any training; or too little memory.
-        NonFiniteError: the loss is no number any more; nothing is saved.
+        NonFiniteError: the loss is not a number any more; nothing is saved.
     """
     from training.data.examples import read_rows
     from training.memory import enough_memory

@@ -128,8 +128,8 @@ class ObjectiveTrainer(Trainer):
             vocabulary: entries from here on are dropped before the KL (added tokens, padding).
             reference: frozen, on any device; None where the objective reads one in every step: the model
                 itself without its adapter.
-            carried: where the optimizer and the adapted coefficients go on; None: they start afresh.
-            snapshots: where the whole training goes on, and leaves others; None: neither.
+            carried: where the optimizer and the adapted coefficients continue from; None: they start afresh.
+            snapshots: where the training resumes from, and writes others; None: neither.
         """
         found = snapshots.found if snapshots is not None else None
         self.before = found.progress if found is not None else Progress()

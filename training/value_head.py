@@ -1,7 +1,7 @@
-"""A head that says how good the text will be, beside the LM head; it is no part of the policy.
+"""A head that predicts how good the text will be, beside the LM head; it is not part of the policy.
 
 Its output at a position is the value of the token that follows. It exists while a policy trains, and is
-kept beside the optimizer's state where the next iteration goes on from that.
+kept beside the optimizer's state where the next iteration continues from that.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def attach(model: PreTrainedModel, detached: bool, earlier: Path | None = None) 
             head.load_state_dict(load_file(earlier / FILE))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise JobError(
-                f"{earlier / FILE}: is no value head of this policy ({error}); set training.optimizer_state to fresh"
+                f"{earlier / FILE}: is not a value head of this policy ({error}); set training.optimizer_state to fresh"
             ) from None
     model.add_module(NAME, head)
 

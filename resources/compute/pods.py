@@ -1,4 +1,4 @@
-"""Pods of a Kubernetes cluster: what is asked for, whether it can be, and how it ended."""
+"""Pods of a Kubernetes cluster: their specification, checks before they are created, and how they ended."""
 
 from __future__ import annotations
 
@@ -55,22 +55,22 @@ def ended(pod: Any) -> str:
     """How a pod's container ended, in Kubernetes' words."""
     if pod is None:
         return "it is gone"
-    told, messages = [pod.status.phase, pod.status.reason], [pod.status.message]
+    parts, messages = [pod.status.phase, pod.status.reason], [pod.status.message]
     for status in pod.status.container_statuses or []:
         if status.state.terminated is not None:
-            told += [status.state.terminated.reason, f"exit code {status.state.terminated.exit_code}"]
+            parts += [status.state.terminated.reason, f"exit code {status.state.terminated.exit_code}"]
             messages.append(status.state.terminated.message)
         elif status.state.waiting is not None:
-            told.append(status.state.waiting.reason)
+            parts.append(status.state.waiting.reason)
             messages.append(status.state.waiting.message)
-    return ", ".join([*filter(None, told), *(" ".join(m.split())[:WORDS] for m in messages if m)])
+    return ", ".join([*filter(None, parts), *(" ".join(m.split())[:WORDS] for m in messages if m)])
 
 
 def cluster(settings: KubernetesPod) -> Any:
     """The cluster's interface, found as dagster-k8s finds it; the package is there, see `check_kubernetes`.
 
     Raises:
-        kubernetes.config.ConfigException: nothing says where the cluster is.
+        kubernetes.config.ConfigException: no cluster is configured.
     """
     import kubernetes
 
@@ -85,7 +85,7 @@ def version(settings: KubernetesPod) -> str:
     """The cluster's version and where it is, which any of its users may ask.
 
     Raises:
-        SettingsError: the package is not installed, nothing says where the cluster is, or it does not answer.
+        SettingsError: the package is not installed, no cluster is configured, or it does not answer.
     """
     try:
         from kubernetes.client import VersionApi
@@ -98,7 +98,7 @@ def version(settings: KubernetesPod) -> str:
     try:
         client = cluster(settings).api_client
     except ConfigException as error:
-        raise SettingsError(f"nothing says where a cluster is ({error})") from None
+        raise SettingsError(f"no cluster is configured ({error})") from None
     where = client.configuration.host
     try:
         found = VersionApi(client).get_code(_request_timeout=ANSWER_SECONDS / 3)
@@ -110,7 +110,7 @@ def version(settings: KubernetesPod) -> str:
 
 
 def words(error: Any) -> str:
-    """What the cluster said when it refused something."""
+    """The cluster's message when it refused something."""
     try:
         message = json.loads(error.body)["message"]
     except (AttributeError, TypeError, ValueError, KeyError):
@@ -119,12 +119,12 @@ def words(error: Any) -> str:
 
 
 def check_kubernetes(settings: KubernetesPod, field: str = "training") -> str:
-    """Whether pods can be asked for; what was found, in words.
+    """Whether pods can be created; what was found, in words.
 
     field: the section with the launcher, for errors.
 
     Raises:
-        SettingsError: dagster-k8s is not installed, nothing says where the cluster is, or it does not answer.
+        SettingsError: dagster-k8s is not installed, no cluster is configured, or it does not answer.
     """
     try:
         import dagster_k8s  # noqa: F401
@@ -138,7 +138,7 @@ def check_kubernetes(settings: KubernetesPod, field: str = "training") -> str:
         cluster(settings).list_namespaced_pod(settings.namespace, limit=1, _request_timeout=ANSWER_SECONDS)
     except ConfigException as error:
         raise SettingsError(
-            f"{field}.launcher: nothing says where the Kubernetes cluster is ({error}); set KUBECONFIG"
+            f"{field}.launcher: no Kubernetes cluster is configured ({error}); set KUBECONFIG"
         ) from None
     except ApiException as error:
         raise SettingsError(

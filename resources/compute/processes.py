@@ -1,4 +1,4 @@
-"""Process trees that cannot outlive whoever started them."""
+"""Process trees that cannot outlive the process that started them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Supervised:
             raise
         finally:
             os.close(reading)
-        # An interruption can come between any two instructions, also before somebody calls stop().
+        # An interruption can come between any two instructions, also before a call of stop().
         atexit.register(self._end)
 
     def wait(self, timeout: float | None = None) -> int:
@@ -99,25 +99,25 @@ class Supervised:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        # The supervisor leaves nobody behind, unless it was killed: then this does its work.
+        # The supervisor leaves no process behind, unless it was killed: then this does its work.
         supervisor.end(self.process.pid, self._mark, 0.0)
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Whoever is told to end meanwhile is told again afterwards."""
+    """Signals that arrive meanwhile are raised again afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals interrupt the main thread only
         return
-    told: list[int] = []
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     mine = {number: handler for number, handler in before.items() if callable(handler)}
     try:
         for number in mine:
-            signal.signal(number, lambda number, _: told.append(number))
+            signal.signal(number, lambda number, _: received.append(number))
         yield
     finally:
         for number, handler in mine.items():
             signal.signal(number, handler)
-    for late in told:
+    for late in received:
         signal.raise_signal(late)

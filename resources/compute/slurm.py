@@ -1,7 +1,7 @@
 """Slurm's commands: what is submitted, what became of it, and what can be known before.
 
 A scheduler may not answer, may have forgotten a job, or may keep no accounts (`sacct`). None of these
-is an end of a job: whoever asks gets None and has to say for how long that is bearable.
+is an end of a job: callers get None, and decide how long to wait.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class State:
-    """What the scheduler says of a job. ``reason`` also says why it waits."""
+    """A job's state by the scheduler. ``reason``: also why it waits."""
 
     name: str
     reason: str = ""
@@ -73,9 +73,9 @@ class State:
         return self.name in OVER
 
     def __str__(self) -> str:
-        told = [self.reason if self.reason not in ("", "None", "(null)") else ""]
-        told.append(f"exit code {self.exit_code}" if self.exit_code not in ("", "0:0") else "")
-        more = ", ".join(filter(None, told))
+        parts = [self.reason if self.reason not in ("", "None", "(null)") else ""]
+        parts.append(f"exit code {self.exit_code}" if self.exit_code not in ("", "0:0") else "")
+        more = ", ".join(filter(None, parts))
         return f"{self.name} ({more})" if more else self.name
 
 
@@ -97,7 +97,7 @@ def listed(name: str) -> list[Listed]:
     """This user's jobs of a name that are not over, oldest first.
 
     Raises:
-        SlurmSilent: squeue does not answer, so nothing can be said.
+        SlurmSilent: squeue does not answer.
     """
     done = _call(
         "squeue", "--noheader", f"--name={name}", f"--user={_user()}", "--sort=i", "--format=%i|%T|%r|%Z"
@@ -116,7 +116,7 @@ def mine(prefix: str) -> dict[str, str]:
 
 
 def state(job: str) -> State | None:
-    """What became of a job; None where nobody knows, or nobody answers.
+    """What became of a job; None where Slurm does not know, or does not answer.
 
     The queue is asked first, then the controller's memory, then the accounts, which many sites lack.
     """
@@ -142,7 +142,7 @@ def cancel(jobs: Sequence[str]) -> None:
     """Tells Slurm to end jobs; they are still there for a moment.
 
     Raises:
-        SlurmSilent: it could not be told.
+        SlurmSilent: scancel failed.
     """
     done = _call("scancel", *jobs)
     if done.returncode != 0 and "Invalid job id" not in done.stderr:

@@ -4,7 +4,7 @@
 
 Three things can go wrong with a training's processes: the run is cancelled, the run is SIGKILLed,
 or a launcher dies and leaves its ranks behind. In all three this process ends everybody: SIGTERM,
-a grace, then SIGKILL until nobody is left. It notices its own launcher's death by the lifeline, a
+a grace, then SIGKILL until no process is left. It notices its own launcher's death by the lifeline, a
 pipe whose writing end only the launcher holds.
 
 "Everybody" is not the process group: torchrun gives each rank a session of its own. It is all
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "TEXTALIGN_SUPERVISED_BY"
-POLL = 0.02  # seconds between looks at processes that were told to end
+POLL = 0.02  # seconds between looks at processes that were signalled to end
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PROC = Path("/proc")
 
@@ -37,8 +37,8 @@ def main() -> int:
     mark = os.environ[MARK]
     os.set_inheritable(lifeline, False)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    told, tell = os.pipe()
-    os.set_blocking(told, False)
+    wakeup, tell = os.pipe()
+    os.set_blocking(wakeup, False)
     os.set_blocking(tell, False)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
@@ -47,8 +47,8 @@ def main() -> int:
     child = subprocess.Popen(command, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     code = None
     while code is None:
-        ready, _, _ = select.select([lifeline, told], [], [])
-        signals = set(os.read(told, 4096)) if told in ready else set()
+        ready, _, _ = select.select([lifeline, wakeup], [], [])
+        signals = set(os.read(wakeup, 4096)) if wakeup in ready else set()
         code = _reap(child.pid)
         if code is None and (lifeline in ready or signals - {signal.SIGCHLD}):
             code = 128 + signal.SIGTERM
@@ -123,7 +123,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
 
 
 def _reap(child: int | None) -> int | None:
-    """Collects whoever has ended; the exit code of ``child`` if it is among them."""
+    """Reaps processes that have ended; the exit code of ``child`` if it is among them."""
     code = None
     while True:
         try:

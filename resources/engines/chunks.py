@@ -2,7 +2,7 @@
 
 A chunk is an artifact of its own, named by all that it was made from: the policy, the decoding, the engine
 and its versions, the prompts and their seeds. So the next attempt finds the chunks that an interrupted one
-has finished. No cell points at a chunk; whoever publishes the whole discards its chunks.
+has finished. No cell points at a chunk; publishing the whole discards its chunks.
 
 Requests carry their own seeds, so it does not matter to a completion which chunk it is in, as far as an
 engine keeps that promise: among other requests the last digits of logits may differ, as they do with the
@@ -155,6 +155,6 @@ def left_over(store: ArtifactStore) -> str | None:
         return None
     mib = sum(size for size, _ in files.values()) / 2**20
     return (
-        f"{count} chunks of samplings that are under way, or were interrupted and never went on, are in "
+        f"{count} chunks of samplings that are in progress, or were interrupted and never resumed, are in "
         f"{store.storage.place(f'artifacts/{CHUNK}')} ({mib:.1f} MiB); `textalign clean --apply` removes them"
     )

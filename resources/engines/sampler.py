@@ -1,7 +1,7 @@
 """What it means to sample from a policy: the requests, the answers and the protocol of an engine.
 
 Nothing here knows of torch. An engine (`transformers_sampler.py` is the embedded one) keeps a
-worker process that outlives many calls and swaps the weights when it is asked for another model.
+worker process that outlives many calls and swaps the weights when another model is requested.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Decoding:
     The order is that of transformers and vLLM: end and banned tokens are removed, the logits are
     divided by ``temperature``, ``top_k`` keeps the k most likely, ``top_p`` keeps the smallest set
     of the remaining ones with at least that mass. Tokens that tie with the last one kept are kept.
-    ``structured`` comes before all of them: tokens that cannot go on as it says are removed.
+    ``structured`` comes before all of them: tokens that it does not allow are removed.
     """
 
     temperature: float  # 0 is greedy
@@ -71,7 +71,7 @@ class Decoding:
     ignore_eos: bool = False  # the end token cannot be drawn at all: exactly max_new_tokens
     banned_tokens: tuple[str, ...] = ()  # each must be one token of the model's tokenizer
     structured: Mapping[str, Any] | None = (
-        None  # as `textalign_dagster.settings.structured` says it; None: free text
+        None  # see `textalign_dagster.settings.structured`; None: free text
     )
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 def refusal(structure: Mapping[str, Any]) -> str | None:
     """Why a structure (`textalign_dagster.settings.structured.content_of`) can be none; None: it can, as far as known here.
 
-    A library that is not installed says nothing: the engine will, where it runs.
+    Without the library nothing is checked here: the engine checks, where it runs.
     """
     ((kind, what),) = structure.items()
     if kind == "json_schema" and importlib.util.find_spec("jsonschema") is not None:

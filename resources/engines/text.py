@@ -1,4 +1,4 @@
-"""Text to tokens before a model, as all engines do it; what does not fit is told before anything is computed."""
+"""Text to tokens before a model, as all engines do it; what does not fit is an error before anything is computed."""
 
 from __future__ import annotations
 

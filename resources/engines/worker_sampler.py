@@ -14,7 +14,7 @@ from resources.workers.shares import call_all, shares, together
 
 
 class WorkerSampler:
-    """A `sampler.Sampler` whose model is in worker processes; an engine says how they are started.
+    """A `sampler.Sampler` whose model is in worker processes; an engine defines how they are started.
 
     channels: one a worker; each has a copy of the model.
     """

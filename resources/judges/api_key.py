@@ -39,7 +39,7 @@ class ApiKey:
         return "ApiKey()" if self._value is None else f"ApiKey({HIDDEN})"
 
     def hide(self, text: str) -> str:
-        """The text without the key: endpoints repeat it in errors. A placeholder ("none") is no secret."""
+        """The text without the key: endpoints repeat it in errors. A placeholder ("none") is not a secret."""
         return text.replace(self._value, HIDDEN) if self._value and len(self._value) >= SECRET_FROM else text
 
     def headers(self, judge: Judge) -> dict[str, Any]:

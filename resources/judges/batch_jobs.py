@@ -227,7 +227,7 @@ class Endpoint:
         return done
 
     def _records(self, job: Job, outputs: Sequence[bytes], unanswered: str) -> Iterator[CallRecord]:
-        """One row of the ledger for each request; a request without a line has failed, as ``unanswered`` says."""
+        """One row of the ledger for each request; a request without a line has failed, with the reason ``unanswered``."""
         lines: dict[str, Mapping[str, Any]] = {}
         for output in outputs:
             for text in output.splitlines():

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 CALL_STATUSES = ("ok", "failed", "stopped", "lost", "sent")
-"""How a call ended. ``ok``: a reply was received (whatever it says). ``failed``: given up while the endpoint
+"""How a call ended. ``ok``: a reply was received (whatever its content). ``failed``: given up while the endpoint
 answered other calls; sent again only on request (``--retry-failed``). ``stopped``: the run ended before the
 call had an outcome; the next run sends it again. ``lost``: its process was killed, so it may have been paid
 for; the next run sends it again. ``sent``: in flight."""

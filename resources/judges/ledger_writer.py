@@ -101,7 +101,7 @@ class _Committer:
                 target = self._wanted
             try:
                 self._commit()
-            except BaseException as error:  # noqa: BLE001  # told to whoever adds or flushes
+            except BaseException as error:  # noqa: BLE001  # raised again where rows are added or flushed
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()

@@ -14,7 +14,7 @@ from resources.judges.call import BrokenReplyError
 Kind = Literal["again", "limited", "call", "refused", "stop"]
 """``again``: another attempt may succeed. ``limited``: it will, later. ``call``: this call can never succeed,
 others can. ``refused``: this call or the settings are at fault, and no attempt will change that. ``stop``: no
-call can succeed until somebody fixes something, unless it is this call alone."""
+call can succeed until something is fixed, unless it is this call alone."""
 
 THIS_CALL = re.compile(
     r"context.?length|maximum context|too long|too large|content.?filter|content.?policy|content management"

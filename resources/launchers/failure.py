@@ -28,8 +28,8 @@ def failure(
         reason: why it failed, a sentence without a full stop.
         log: its output; None: in the step's own logs.
         facts: metadata of the place where it ran.
-        left: what the next run goes on from.
-        state: what the place says of its end, beside the trainer's words.
+        left: a note on what the next run resumes from.
+        state: how it ended by scheduler or cluster, beside the trainer's words.
         trust_heard: whether these words are of the end, and not of an earlier life.
     """
     metadata = dict(facts)

@@ -4,7 +4,7 @@ Messages go through a file on the volume, not through the pod's log, which is ro
 off. Exit code 0 is not believed without the marker the trainer writes last.
 
 A pod does not outlive the run that waits for it: it is deleted when that ends, in whichever way. Where
-the run's process was killed, the next run of the same training deletes the pod and goes on from the
+the run's process was killed, the next run of the same training deletes the pod and resumes from the
 newest snapshot.
 """
 
@@ -126,7 +126,7 @@ class KubernetesLauncher:
         deadline = time.monotonic() + self.settling
         while pods := self._pods(api):
             if time.monotonic() > deadline:
-                return  # Kubernetes goes on with it
+                return  # Kubernetes continues with it
             for pod in pods:
                 if pod.metadata.deletion_timestamp is None:
                     try:

@@ -27,7 +27,7 @@ from training.state.snapshot_folder import kept
 
 Folder = Callable[[str], Path]
 """The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
-``snapshots`` (what it goes on from when it is started again)."""
+``snapshots`` (what it resumes from when it is started again)."""
 
 NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
 """Words of a command that only the machine it runs on can fill in: its number, where machine 0 is."""
@@ -97,7 +97,7 @@ class Launched:
     """What became of a launched command that succeeded."""
 
     seconds: float
-    done: dict[str, Any] | None  # the done marker, where one was asked for
+    done: dict[str, Any] | None  # the done marker, where one was requested
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Launcher(Protocol):
 
 @dataclass(frozen=True)
 class LocalLauncher:
-    """Runs a command on this machine; nobody of it is left when ``launch`` returns or raises."""
+    """Runs a command on this machine; none of its processes is left when ``launch`` returns or raises."""
 
     grace: float = 10.0  # seconds between SIGTERM and SIGKILL
 
@@ -240,5 +240,5 @@ def _reason(code: int, done: Path | None) -> str:
 
 
 def told_seconds(done: Mapping[str, Any]) -> float:
-    """How long the trainer says it took, in all its parts."""
+    """The trainer's own timings, summed, in seconds."""
     return float(sum((done.get("seconds") or {}).values()))

@@ -1,4 +1,4 @@
-"""What a training says while it runs: Pipes messages out of a file, as they come."""
+"""Messages of a running training: Pipes messages out of a file, as they come."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ POLL_FILES = 0.2  # the same, where each look opens a file on a network file sys
 
 @dataclass
 class Heard:
-    """What the child said, as far as Dagster does not keep it."""
+    """What the child reported, as far as Dagster does not keep it."""
 
     on_progress: OnProgress
     exception: tuple[str, str] | None = None
@@ -46,7 +46,7 @@ class Heard:
         if isinstance(payload, dict) and "progress" in payload and self.error is None:
             try:
                 self.on_progress(payload["progress"])
-            except Exception as error:  # noqa: BLE001 the reader must go on: the child's last words come later
+            except Exception as error:  # noqa: BLE001 the reader must continue: the child's last messages come later
                 self.error = error
 
 
@@ -54,7 +54,7 @@ class FileReader(dg.PipesMessageReader):
     """Reads messages out of a file as they come, whole lines only.
 
     Dagster's reader of files takes half a line for a line when it looks while one is being written, and reads no more
-    then: a busy machine would lose the child's last words. The file is opened anew for each look: a network file
+    then: a busy machine would lose the child's last messages. The file is opened anew for each look: a network file
     system shows then what another machine has written.
 
     path: None: a temporary file, for a child on this machine.
@@ -83,15 +83,15 @@ class FileReader(dg.PipesMessageReader):
                 message = json.loads(line)
                 self._heard.listen(message)
                 handler.handle_message(message)
-        except Exception:  # noqa: BLE001 a thread has nobody to raise to
+        except Exception:  # noqa: BLE001 a thread cannot raise to its caller
             handler.report_pipes_framework_exception("reader of the child's messages", sys.exc_info())
 
     def no_messages_debug_text(self) -> str:
-        return "Attempted to read messages from a file that the child was told of."
+        return "Attempted to read messages from a file whose path the child was given."
 
 
 def lines_of(path: Path, over: threading.Event, every: float) -> Iterator[bytes]:
-    """Lines of a file that somebody appends to, each once its end is there; ends after ``over``."""
+    """Lines of a file that grows, each once its end is there; ends after ``over``."""
     read = 0
     while True:
         last = over.is_set()  # looked at first: what was written before it is still read

@@ -1,11 +1,11 @@
 """Trainings as jobs of a Slurm cluster, over Dagster Pipes through files on a shared file system.
 
 A job belongs to what it trains, not to the process that submitted it: that may die, be restarted or
-be another one; whoever asks for the same training goes on with the job that is there. Only a person
+be another one; a process with the same training continues with the job that is there. Only a person
 who cancels ends it.
 
 An end is believed where job and trainer agree: exit code 0, and the marker the trainer writes last in
-this very life. A state that nobody knows is never a success.
+this very life. An unknown state is never a success.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class SlurmLauncher:
     title: str  # for people: whose iteration it is
     root: Path  # shared by this machine and all nodes
     every: float = 5.0  # seconds between two questions about the job's state
-    patience: float = 600.0  # seconds that nobody may know the state (slurmctld restarts meanwhile)
+    patience: float = 600.0  # seconds for which the state may be unknown (slurmctld restarts meanwhile)
     settling: float = 60.0  # seconds until another machine's files show, or a cancelled job is gone
 
     @property
     def name(self) -> str:
-        """The job's name: of this training in this folder, whoever submits it."""
+        """The job's name: of this training in this folder, whichever process submits it."""
         return f"textalign-{content_hash(str(self.root.resolve()), self.key)}"
 
     @property
@@ -112,7 +112,7 @@ class SlurmLauncher:
         """Removes the files of jobs that are over; call it once the results are safe elsewhere."""
         if not self.folder.exists():
             return
-        # Somebody else may be taking the same results right now, or wait for Slurm to clean up.
+        # Another process may be taking the same results right now, or wait for Slurm to clean up.
         with (
             suppress(slurm.SlurmSilent, BlockingIOError, FileNotFoundError),
             _locked(self.folder / ".used", fcntl.LOCK_EX | fcntl.LOCK_NB),
@@ -133,7 +133,7 @@ class SlurmLauncher:
             job = SlurmJob(found.folder)
             if found.state != "COMPLETING" and found.folder.parent == self.folder and found.folder.is_dir():
                 context.log.info(
-                    f"going on with Slurm job {found.job} ({found.state}), submitted for the same training"
+                    f"continuing with Slurm job {found.job} ({found.state}), submitted for the same training"
                 )
                 return job, found.job
         for job in each_launch(self.folder):
@@ -170,7 +170,7 @@ class SlurmLauncher:
         options = self._options(job.folder)
         record = {"title": self.title, "name": self.name, "options": options, "command": command}
         (job.folder / "submission.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        # Whoever is killed right here finds the job by its name.
+        # A process that is killed right here finds the job by its name next time.
         job_id = slurm.submit(self.name, options, script)
         job.record(job_id)
         context.log.info(f"submitted Slurm job {job_id}: {self.title}; its files are in {job.folder}")
@@ -194,12 +194,12 @@ class SlurmLauncher:
         self, context: dg.AssetExecutionContext, job: SlurmJob, job_id: str, follower: Follower
     ) -> slurm.State:
         """Hears the job to its end; its last state."""
-        asked, known, over, told, had_ended = -math.inf, time.monotonic(), "", "", False
+        asked, known, over, reported, had_ended = -math.inf, time.monotonic(), "", "", False
         finished = math.inf  # since when it has
         while True:
             follower.look()
             said = job.ended()
-            # A job that says that it has ended is asked about at once.
+            # The scheduler is asked at once about a job that reports its own end.
             if time.monotonic() - asked < self.every and (said is None or had_ended):
                 time.sleep(LOOK)
                 continue
@@ -227,8 +227,8 @@ class SlurmLauncher:
                 return slurm.State("COMPLETED")
             if not state.is_over:
                 over = ""
-                if str(state) != told:
-                    told = str(state)
+                if str(state) != reported:
+                    reported = str(state)
                     held = "held" in state.reason.lower()
                     hint = f"; it waits for `scontrol release {job_id}`, or cancel this run" if held else ""
                     context.log.log("WARNING" if held else "INFO", f"Slurm job {job_id}: {state}{hint}")

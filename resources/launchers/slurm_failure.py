@@ -29,7 +29,7 @@ def slurm_failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: P
         reason = f"failed on node {node.name}: {how}"
     else:
         reason = reason_of(state, job.folder.parent.parent, said.code if said else None)
-    own = f"; its last words: {heard.exception[1]}" if heard.exception else ""
+    own = f"; its last message: {heard.exception[1]}" if heard.exception else ""
     return failure(
         f"{who} {reason}{own}",
         heard,
@@ -46,7 +46,7 @@ def slurm_failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: P
 
 
 def reason_of(state: State, root: Path, code: int | None) -> str:
-    """Why a job that said nothing is no success.
+    """Why a job without a message is not a success.
 
     Args:
         root: the folder that all nodes should see.

@@ -2,7 +2,7 @@
 
 Layout below the shared folder::
 
-    {name}/snapshots/…                       where trainings of any launch and life go on
+    {name}/snapshots/…                       where trainings of any launch and life resume
     {name}/{launch}/job/…                    what the trainer reads
     {name}/{launch}/job.sh, node.sh, log     scripts and output of all its lives
     {name}/{launch}/job_id, submission.json
@@ -12,7 +12,7 @@ Layout below the shared folder::
         ended                                exit code and seconds, written by the job itself
 
 ``name`` follows from what is trained, and is the job's name in Slurm, too; a launch is one
-submission. So whoever wants the same training finds it, whether it waits, runs or is over.
+submission. So another process with the same training finds it, whether it waits, runs or is over.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class SlurmJob:
         return ended(lives[-1]) if lives else None
 
     def failed_node(self) -> FailedNode | None:
-        """Who failed first in its last life, where that can be told."""
+        """The node that failed first in its last life, where that is known."""
         lives = self.lives()
         files = sorted(lives[-1].glob("node_*"), key=lambda path: path.stat().st_mtime_ns) if lives else []
         ends = [_read(path).split() for path in files]
@@ -91,7 +91,7 @@ class SlurmJob:
         return failed[0] if failed else None
 
     def finished(self) -> Path | None:
-        """The newest life of which job and trainer both said that all went well."""
+        """The newest life that both job and trainer report as a success."""
         for life in reversed(self.lives()):
             end = ended(life)
             if end is not None and end.code == 0 and (life / DONE).is_file():

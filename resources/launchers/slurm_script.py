@@ -1,7 +1,7 @@
 """The two shell scripts of a Slurm training: one for the job, one for each of its nodes.
 
 A job that Slurm starts again writes its results into a folder of that life: what an earlier life wrote, or
-still writes from a node that came back, is no part of it. (It goes on from the newest snapshot, which is
+still writes from a node that came back, is not part of it. (It resumes from the newest snapshot, which is
 whole whoever wrote it, and of the same training.) Slurm's own count of restarts does not tell lives
 apart: a controller that crashes may start a job twice without counting.
 """
@@ -39,7 +39,7 @@ export {port}=$((20000 + SLURM_JOB_ID % 20000))
 srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 {options}\\
   --export=ALL --kill-on-bad-exit=1 /bin/bash {folder}/node.sh < /dev/null
 code=$?
-# Also for whoever asks when the scheduler has forgotten this job.
+# Also for when the scheduler has forgotten this job.
 printf '%s %s' "$code" "$SECONDS" > .ended && mv .ended ended
 exit "$code"
 """
@@ -59,7 +59,7 @@ if ! command -v {python} > /dev/null; then
 fi
 export {node}=$SLURM_NODEID
 {exports}
-# The trainer takes a last snapshot; accelerate, which tells nobody, would end at once, and it with it.
+# The trainer takes a last snapshot; accelerate, which does not pass the signal on, would end at once, and the trainer with it.
 (trap '' TERM; exec {command})
 code=$?
 printf '%s %s' "$code" "$SLURMD_NODENAME" > ".node_$SLURM_NODEID" && mv ".node_$SLURM_NODEID" "node_$SLURM_NODEID"

@@ -65,7 +65,7 @@ def load_classifier(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
     if missing:
         raise CallError(
             f"{folder} lacks {len(missing)} weights that its config.json asks for, which would be random (e.g. "
-            f"{missing[0]}); it is no trained classifier, or give `head: gptj_last_token`"
+            f"{missing[0]}); it is not a trained classifier, or give `head: gptj_last_token`"
         )
     return model
 
@@ -147,7 +147,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
                 "as safetensors on a machine where you trust it (safetensors.torch.save_file)"
             ) from error
         if not isinstance(part, dict) or not all(isinstance(t, torch.Tensor) for t in part.values()):
-            raise CallError(f"{path} is no state dict (name → tensor); save the model's state_dict()")
+            raise CallError(f"{path} is not a state dict (name → tensor); save the model's state_dict()")
         found |= part
     return found
 

@@ -42,14 +42,14 @@ class Limits:
 
 
 class TooLong(Exception):
-    """A text does not fit; the message says by how much."""
+    """A text does not fit; the message says by how many tokens."""
 
 
 def chat_template(tokenizer: Any) -> str:
     """The tokenizer's chat template, written out around {prompt} and {text}.
 
     Raises:
-        CallError: it has none, or one that does not keep what is said as it is.
+        CallError: it has none, or one that changes the text.
     """
     turns = [
         {"role": "user", "content": _STAND_IN[PROMPT]},

@@ -70,7 +70,7 @@ def score_samples(
 
     Args:
         samples: sample_id, prompt (without a condition), reference, text, finish_reason.
-        report: told (done, total) as it goes on.
+        report: called with (done, total).
         iteration: of the samples; scorers that read a file an iteration need it.
         facts: gets what is worth recording, e.g. the accuracy that a model was checked to have.
 
@@ -80,7 +80,7 @@ def score_samples(
     Raises:
         ScoringError: a model or file is missing, cannot be used, or fails its check.
     """
-    told: dict[str, Any] = {} if facts is None else facts
+    collected: dict[str, Any] = {} if facts is None else facts
     if samples.is_empty():
         return pl.DataFrame(schema=SCORED)
     if isinstance(scorer, TextScorer):
@@ -89,9 +89,9 @@ def score_samples(
         except SettingsError as error:
             raise ScoringError(f"scorer {scorer.name}: {error}") from None
     if isinstance(scorer, ModelScorer):
-        return _by_model(scorer, samples, report, told)
+        return _by_model(scorer, samples, report, collected)
     if isinstance(scorer, ImportedScorer):
-        return _from_file(scorer, samples, iteration, told)
+        return _from_file(scorer, samples, iteration, collected)
     raise ScoringError(f"scorer {scorer.name} is of no kind that can be run here")
 
 

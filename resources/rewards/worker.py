@@ -163,7 +163,7 @@ class ScoringModel:
         """The id to pad with.
 
         Classifiers read the last token that is not padding. Where a model has no padding token, any id
-        serves that no row ends with: the model is told, batch by batch.
+        serves that no row ends with; it is set batch by batch.
         """
         if self.own_padding is not None:
             return self.own_padding
@@ -176,19 +176,21 @@ class ScoringModel:
         """The index of the output that is the score."""
         count = int(self.config.num_labels)
         names = {str(name): int(index) for name, index in (self.config.label2id or {}).items()}
-        told = ", ".join(sorted(names, key=lambda name: names[name]))
+        listed = ", ".join(sorted(names, key=lambda name: names[name]))
         if label is None and count == 1:
             return 0
         if label is None:
-            raise CallError(f"{self.folder} has {count} outputs ({told}); say by `label` which is the reward")
+            raise CallError(
+                f"{self.folder} has {count} outputs ({listed}); say by `label` which is the reward"
+            )
         if isinstance(label, int):
             if not 0 <= label < count:
                 raise CallError(
-                    f"{self.folder} has no output {label}; its outputs are 0 to {count - 1} ({told})"
+                    f"{self.folder} has no output {label}; its outputs are 0 to {count - 1} ({listed})"
                 )
             return label
         if label not in names:
-            raise CallError(f"{self.folder} has no label {label!r}; one of: {told}")
+            raise CallError(f"{self.folder} has no label {label!r}; one of: {listed}")
         return names[label]
 
     def _longest(self) -> int:

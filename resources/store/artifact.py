@@ -33,7 +33,7 @@ def read_manifest(storage: Storage, stage: str, key: str) -> dict[str, Any] | No
 class Artifact:
     """Immutable outputs of one stage.
 
-    ``reused`` says that the call that returned it did not make it. ``manifest`` holds the inputs'
+    ``reused``: it existed before the call that returned it. ``manifest`` holds the inputs'
     keys, settings, versions, seed, code revision, environment, cost facts and the files.
     """
 
@@ -130,7 +130,7 @@ class Artifact:
 
 
 def damaged(storage: Storage, stage: str, key: str, what: list[str]) -> ArtifactError:
-    """The sentence for an artifact whose files are not what its manifest says."""
+    """The sentence for an artifact whose files do not match its manifest."""
     more = f" and {len(what) - 3} more" if len(what) > 3 else ""
     return ArtifactError(
         f"artifact {stage} {key} is damaged: {'; '.join(what[:3])}{more}. "

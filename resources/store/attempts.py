@@ -1,7 +1,7 @@
 """Attempts: folders that are being filled, invisible until a manifest names one of them.
 
 An attempt holds a file lock beside its folder for as long as its process lives; the kernel lets go
-of it when the process dies, however it dies. So whoever can take the lock of an attempt that no
+of it when the process dies, however it dies. So a process that can take the lock of an attempt that no
 manifest names may remove it, without guessing from ages or process ids (which repeat, and mean
 nothing across containers).
 """
@@ -66,7 +66,7 @@ class Draft:
         self._tables[table] = {"table": table, "rows": frame.height, "columns": columns}
 
     def folder(self, name: str) -> Path:
-        """A local folder to fill with files (a model); the same one when asked for again."""
+        """A local folder to fill with files (a model); the same one when called again."""
         if name not in self._folders:
             self._new_name(name)
             make_folder(self._root / name)
@@ -104,7 +104,7 @@ class Draft:
 
 
 class Attempt:
-    """An attempt of this process: its folder, and the lock that says that it is alive."""
+    """An attempt of this process: its folder, and the lock that shows that it is alive."""
 
     def __init__(self, parent: Path) -> None:
         make_folder(parent)

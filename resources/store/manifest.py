@@ -133,7 +133,7 @@ def check_plain(value: Mapping[str, Any], what: str) -> None:
         name = field.rsplit(".", 1)[-1]
         if isinstance(item, str) and item and (SECRET_NAME.search(name) or SECRET_URL.search(item)):
             raise ArtifactError(
-                f"{field} looks like a secret, and manifests are no place for secrets: "
+                f"{field} looks like a secret, and manifests must not hold secrets: "
                 "name the environment variable that holds it instead (e.g. api_key_env)"
             )
         try:

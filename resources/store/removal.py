@@ -1,8 +1,8 @@
 """What of a store could go: leftovers of interrupted work, and artifacts that no cell points at any more.
 
 Nothing is removed that a cell points at, nor what such an artifact was made from, however far back: a stale
-cell's inputs are no cell's output any more, and still tell where its numbers come from. The ledger of judge
-calls is no artifact, and stays.
+cell's inputs are no longer any cell's output, and still show where its numbers come from. The ledger of judge
+calls is not an artifact, and stays.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ CHUNKS, PARTS, LOG_PROBS, ATTEMPTS, TRAININGS, UNREFERENCED = (
     "artifacts without a cell",
 )
 WHY = {
-    CHUNKS: "of samplings that were interrupted; the same ones would go on from them",
+    CHUNKS: "of samplings that were interrupted; the same ones would resume from them",
     PARTS: "samples of policies that no evaluation measures and no cell has any more",
-    LOG_PROBS: "under policies that no cell has any more; a training that wants them would compute them again",
+    LOG_PROBS: "under policies that no cell has any more; a training that needs them would compute them again",
     ATTEMPTS: "of processes that were killed; nothing reads them",
-    TRAININGS: "snapshots of trainings that were interrupted; the same ones would go on from them",
+    TRAININGS: "snapshots of trainings that were interrupted; the same ones would resume from them",
     UNREFERENCED: "no cell points at them, nor was anything made from them that a cell points at: settings that "
     "were changed, samples drawn anew; going back to those settings would make them again",
 }
@@ -96,7 +96,7 @@ def removable(
         unreferenced: whether artifacts that no cell needs are listed too.
 
     Raises:
-        ArtifactError: a manifest or a pointer cannot be read: then nobody knows what is needed.
+        ArtifactError: a manifest or a pointer cannot be read: then it is unknown what is needed.
     """
     held, latest = _held(store), datetime.now(UTC) - older_than
     kept = _needed(store, held) if unreferenced else set(held)
@@ -232,7 +232,7 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
 def _dead_attempts(
     store: ArtifactStore, held: Mapping[Place, Held], older_than: timedelta
 ) -> list[Removable]:
-    """Attempts that nobody fills any more."""
+    """Attempts whose process is gone."""
     found = []
     for place, one in held.items():
         parent = artifact_folder(*place)
@@ -241,7 +241,7 @@ def _dead_attempts(
             if not NAME.fullmatch(name) or name == one.published or name in alive:
                 continue
             dead = _listed(ATTEMPTS, store.storage.place(f"{parent}/{name}"), files, place)
-            # On an object store only age tells that nobody uploads it.
+            # On an object store only age shows that it is abandoned.
             if not store.is_remote or dead.written <= datetime.now(UTC) - max(older_than, REMOTE_LEFTOVER):
                 found.append(dead)
     if store.is_remote:  # what was being filled on this machine, before it was uploaded

@@ -2,7 +2,7 @@
 
 An artifact is a set of Parquet tables and folders with a manifest. Its key is a hash of its inputs
 and settings, so asking for it again finds it. It exists from the moment its manifest does, which is
-created once, atomically, and last; everything else is an attempt that nobody sees. Cells of the
+created once, atomically, and last; everything else is an attempt, which is invisible. Cells of the
 grid (experiment, iteration, stage) point at artifacts, and several cells may point at one.
 
 Layout below the root::
@@ -146,7 +146,9 @@ class ArtifactStore:
         path = pointer_path(experiment, iteration, stage)
         manifests.check_plain(settings, "settings")
         if artifact.stage != stage:
-            raise ArtifactError(f"{path}: an artifact of stage {artifact.stage!r} is no output of {stage!r}")
+            raise ArtifactError(
+                f"{path}: an artifact of stage {artifact.stage!r} is not an output of {stage!r}"
+            )
         before = read_pointer(self.storage, path)
         paid_here = before is not None and before["key"] == artifact.key and not before["reused"]
         pointer = {

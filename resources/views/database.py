@@ -1,4 +1,4 @@
-"""The store's tables in DuckDB: nobody globs by hand.
+"""The store's tables as DuckDB views.
 
 Every table of `TABLES` is a view over all cells that have it, with ``experiment`` (VARCHAR) and
 ``iteration`` (INTEGER) first. A file that several cells point at shows once for each of them. The
@@ -119,10 +119,10 @@ def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
     """Write ``{root}/catalog.duckdb``: the same views, for the ``duckdb`` program and notebooks.
 
     It holds no data but the ledger's last rows, and cells that are made later show when it is written again. Open it
-    read-only. Whoever has the old one open keeps it.
+    read-only. Readers of the old one keep it.
 
     Raises:
-        ArtifactError: the store is no local folder, or holds something missing or damaged.
+        ArtifactError: the store is not a local folder, or holds something missing or damaged.
     """
     if store.is_remote:
         raise ArtifactError(

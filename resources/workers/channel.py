@@ -66,7 +66,7 @@ class Channel:
         self.environment = dict(environment or {})
         self.python = python or sys.executable
         self.host = host
-        self.ready: dict[str, Any] | None = None  # what the worker said when it had started
+        self.ready: dict[str, Any] | None = None  # what the worker reported when it had started
         self.load_seconds = 0.0  # of the last call, until its work began: worker started, model read
         self._worker: Worker | None = None
         self._one_call = threading.Lock()
@@ -80,7 +80,7 @@ class Channel:
         """The result of one call, JSON in and out.
 
         Raises:
-            the channel's ``error``: the worker says that it cannot be done, cannot start, or died.
+            the channel's ``error``: the call cannot be done, or the worker cannot start, or died.
         """
         with self._one_call:
             started, begun = time.monotonic(), False
@@ -100,7 +100,7 @@ class Channel:
                         break
                     else:
                         return message["result"]
-            except BaseException:  # an interrupted call must not go on computing
+            except BaseException:  # an interrupted call must not continue computing
                 worker, self._worker = self._worker, None
                 if worker is not None:
                     worker.kill()

@@ -54,8 +54,8 @@ class RayHost:
         return max(1, int(self.settings.cpus))
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> tuple[str, list[str], None]:
-        told = json.dumps({**self.settings.model_dump(), "environment": dict(environment)})
-        return "", [sys.executable, "-P", "-m", "resources.workers.ray_relay", told, *command], None
+        arguments = json.dumps({**self.settings.model_dump(), "environment": dict(environment)})
+        return "", [sys.executable, "-P", "-m", "resources.workers.ray_relay", arguments, *command], None
 
     def end(self, name: str) -> None:
         """Nothing: Ray ends what its drivers leave behind."""
@@ -64,7 +64,7 @@ class RayHost:
 def check_host(
     launcher: str, slurm: SlurmNode, k8s: KubernetesPod, field: str, folders: Iterable[Path] = ()
 ) -> str | None:
-    """What can be known of where workers are to run, in words; None: on this machine.
+    """Checks where workers are to run; what was found, in words; None: on this machine.
 
     folders: what workers will read.
 
@@ -84,6 +84,6 @@ def check_host(
 
 
 def host_of(launcher: str, slurm: SlurmNode, ray: RayNode, k8s: KubernetesPod) -> Host | None:
-    """Where a section with `launcher` and a section for each wants its workers; None: on this machine."""
+    """The host that a section with `launcher` selects for its workers; None: this machine."""
     hosts: dict[str, Host] = {"slurm": SlurmHost(slurm), "ray": RayHost(ray), "k8s": KubernetesHost(k8s)}
     return hosts.get(launcher)

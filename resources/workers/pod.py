@@ -14,7 +14,7 @@ from resources.compute import pods
 from resources.workers.kubernetes import CONTAINER, MACHINE, PROCESS, delete, machine, process
 
 EVERY = 1.0  # seconds between two looks at the pod
-KEPT = timedelta(hours=1)  # for which a pod that has ended is left to whoever waits for it
+KEPT = timedelta(hours=1)  # for which a pod that has ended is kept for the process that waits for it
 
 FAILED = 1  # exit code of a container that is lost without one of its own
 
@@ -35,7 +35,7 @@ class Lost(Exception):
 
 
 class Unwanted(Exception):
-    """Whoever wanted the command is gone."""
+    """The process that started the command is gone."""
 
 
 class Pod:
@@ -48,7 +48,7 @@ class Pod:
         """The pod as it is now; None: there is none.
 
         Raises:
-            Lost: nobody answers.
+            Lost: the cluster does not answer.
             Unwanted: see `pause`.
         """
         from kubernetes.client.exceptions import ApiException
@@ -86,7 +86,7 @@ class Pod:
             if found.status.phase in ("Succeeded", "Failed") or (state and state.terminated):
                 said = self._said()
                 raise Lost(
-                    f"pod {self.name} ended before anybody could speak to it ({pods.ended(found)}){said}"
+                    f"pod {self.name} ended before it could be attached to ({pods.ended(found)}){said}"
                 )
             if state is not None and state.running is not None:
                 return
@@ -96,7 +96,7 @@ class Pod:
             pause()
 
     def outcome(self) -> int:
-        """The exit code for this process, once the container has one; says on stderr what there is to say.
+        """The exit code for this process, once the container has one; messages go to stderr.
 
         Raises:
             Lost: it has none, or ended though it was wanted.
@@ -119,15 +119,15 @@ class Pod:
         code = ended.exit_code if ended is not None else FAILED
         if code == 0:  # workers end so when their stdin does
             raise Lost(f"the connection to pod {self.name} broke off, and the worker ended with it")
-        told = f"pod {self.name}: {pods.ended(found)}"
-        if pods.OUT_OF_MEMORY in told:
-            told += "; it had less memory than it needs: raise k8s.memory, or give it less at a time"
-        print(told, file=sys.stderr)
+        message = f"pod {self.name}: {pods.ended(found)}"
+        if pods.OUT_OF_MEMORY in message:
+            message += "; it had less memory than it needs: raise k8s.memory, or give it less at a time"
+        print(message, file=sys.stderr)
         known = code <= 128 or code - 128 in {*signal.Signals}
         return code if known else FAILED
 
     def _said(self) -> str:
-        """The end of what the container said, if anything."""
+        """The end of the container's output, if any."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -169,8 +169,8 @@ def state_of(pod: Any) -> Any:
 def disruption(pod: Any) -> str:
     """Why a pod had to go, where Kubernetes itself wanted its place, or its node's."""
     conditions = pod.status.conditions or []
-    told = [one.message for one in conditions if one.type == "DisruptionTarget" and one.message]
-    return f" ({told[0]})" if told else ""
+    messages = [one.message for one in conditions if one.type == "DisruptionTarget" and one.message]
+    return f" ({messages[0]})" if messages else ""
 
 
 def obstacle(pod: Any) -> str | None:
@@ -180,7 +180,7 @@ def obstacle(pod: Any) -> str | None:
         if waiting is not None and waiting.reason in STUCK:
             return f"{waiting.reason}: {' '.join((waiting.message or '').split())[: pods.WORDS]}".rstrip(": ")
     for condition in pod.status.conditions or []:
-        # A claim that does not exist is told as if the pod only waited for a node.
+        # A missing claim is reported as if the pod only waited for a node.
         missing = "persistentvolumeclaim" in (condition.message or "") and "not found" in condition.message
         if condition.type == "PodScheduled" and condition.status == "False" and missing:
             return str(condition.message)
@@ -214,7 +214,7 @@ def end_abandoned(core: Any, namespace: str) -> None:
 
 
 def is_abandoned(pod: Any) -> bool:
-    """Whether nobody waits for a worker's pod any more."""
+    """Whether no process waits for a worker's pod any more."""
     labels: dict[str, str] = pod.metadata.labels
     if labels[MACHINE] == machine():
         wanted_by = labels.get(PROCESS, "")

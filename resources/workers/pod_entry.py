@@ -1,9 +1,9 @@
-"""What the pod of a worker runs first: it waits until somebody speaks to it, then becomes the worker.
+"""What the pod of a worker runs first: it waits for a first line, then becomes the worker.
 
     python -P -c TEXT '{"transformers": "5.19.0"}' COMMAND…
 
-What a container says before somebody is attached is lost; so nothing happens before a first line has come.
-A pod to which nobody ever speaks ends, and gives its node back.
+A container's output is lost until a client is attached; so nothing happens before a first line has come.
+A pod that never gets one ends, and gives its node back.
 
 Its text is sent along, so it runs in images with any textalign, and imports none.
 """
@@ -22,7 +22,7 @@ def main() -> str:
         return f"this pod was not used for {ALONE:.0f} s; it ends"
     while (byte := os.read(0, 1)) != b"\n":  # byte by byte: what follows is the worker's
         if not byte:
-            return "whoever wanted this pod is gone; it ends"
+            return "the process that created this pod is gone; it ends"
     expected, command = json.loads(sys.argv[1]), sys.argv[2:]
     other = [
         f"{name} {there} and not {here}"
@@ -38,7 +38,7 @@ def main() -> str:
 
 
 def installed(name: str) -> str | None:
-    """Version of a distribution, without what says how it was built (+cpu, +cu130)."""
+    """Version of a distribution, without its local part (+cpu, +cu130)."""
     try:
         return version(name).partition("+")[0]
     except PackageNotFoundError:

@@ -18,7 +18,7 @@ import threading
 from typing import Any, BinaryIO
 
 CHUNK = 2**20  # bytes carried at a time
-TAIL = 4000  # bytes of its stderr that are told when it has ended
+TAIL = 4000  # bytes of its stderr that are shown when it has ended
 REFUSED = 2  # exit code: the cluster cannot give it a place
 
 

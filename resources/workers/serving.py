@@ -1,8 +1,8 @@
 """The worker's side of a `worker.Channel`: calls as JSON lines on stdin, messages on stdout.
 
 Each line in is a call; each line out is {"ready": …} (once, first), {"progress": [done, total]},
-{"result": …} or {"error": sentence}. A worker that loads something for a call says when it is there, with
-a progress of 0: so the time it took can be told from the work's. What libraries print goes to stderr. The
+{"result": …} or {"error": sentence}. A worker that loads something for a call reports when it is loaded, with
+a progress of 0: so that start and work can be timed apart. What libraries print goes to stderr. The
 process ends when stdin ends, or with its parent.
 """
 

@@ -52,7 +52,7 @@ def call_all(
     """
     if len(channels) == 1:
         return [channels[0].call(calls[0], progress)]
-    told: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
     done = [0] * len(calls)
     results: list[Any] = [None] * len(calls)
     failures: list[BaseException] = []
@@ -60,14 +60,14 @@ def call_all(
 
     def work(index: int) -> None:
         def report(finished: int, _: int) -> None:
-            told.put(lambda: done.__setitem__(index, finished))
+            events.put(lambda: done.__setitem__(index, finished))
 
         try:
             results[index] = channels[index].call(calls[index], report)
         except BaseException as error:  # noqa: BLE001 (raised in the caller's thread)
             failures.append(error)
         finally:
-            told.put(None)
+            events.put(None)
 
     threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(len(calls))]
     for thread in threads:
@@ -75,7 +75,7 @@ def call_all(
     try:
         left = len(threads)
         while left and not failures:
-            news = told.get()
+            news = events.get()
             if news is None:
                 left -= 1
                 continue

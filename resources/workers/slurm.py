@@ -67,7 +67,7 @@ def end_abandoned() -> None:
             os.kill(int(process), 0)
         except ProcessLookupError:
             _cancel(name)
-        except (PermissionError, ValueError):  # it lives; or the name is somebody else's
+        except (PermissionError, ValueError):  # it lives; or the name is another user's
             pass
 
 

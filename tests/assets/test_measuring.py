@@ -273,7 +273,7 @@ def test_a_missing_baseline_is_refused_before_anything_is_sampled(place: Place) 
     place.content["evaluation"]["baselines"] = {}
     place.change(fluency_model="gpt2-xl")
     with pytest.raises(
-        SettingsError, match=r"^evaluation\.fluency_model: 'gpt2-xl' is no policy of task pep8"
+        SettingsError, match=r"^evaluation\.fluency_model: 'gpt2-xl' is not a policy of task pep8"
     ):
         place.evaluate()
     assert place.engine.calls == []
@@ -315,6 +315,6 @@ def test_the_divergence_from_a_reference(place: Place) -> None:
 def test_a_divergence_needs_a_model(place: Place) -> None:
     place.change(kl_reference="gpt2-xl")
     with pytest.raises(
-        SettingsError, match=r"^evaluation\.kl_reference: 'gpt2-xl' is no policy of task pep8"
+        SettingsError, match=r"^evaluation\.kl_reference: 'gpt2-xl' is not a policy of task pep8"
     ):
         place.evaluate()

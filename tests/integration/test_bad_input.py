@@ -128,14 +128,14 @@ COMMANDS = {
     "unknown experiment": (["run", "toi"], ["error: toi: no such experiment (did you mean 'toy'?)"]),
     "no such file": (["run", "nowhere/toy.yaml"], ["nowhere/toy.yaml: no such file"]),
     "another kind of file": (["run", "README.md"], ["no such"]),
-    "a file that is no YAML": (["run", "./README.md"], ["an experiment file ends in .yaml"]),
+    "a file that is not YAML": (["run", "./README.md"], ["an experiment file ends in .yaml"]),
     "override without a value": (["run", "toy", "--set", "seed"], ["--set seed: write it as section.field=value"]),
     "override of nothing": (
         ["run", "toy", "--set", "sed=1"],
         ["toy.yaml with --set sed=1: sed: unknown field (did you mean 'seed'?)"],
     ),
     "override of the wrong type": (["run", "toy", "--set", "seed=x"], ["--set seed=x: seed: 'x' given"]),
-    "override that is no YAML": (
+    "override that is not YAML": (
         ["run", "toy", "--set", "method.template={condition} {prompt}"],
         ["if it is text, quote it: --set 'method.template="],
     ),

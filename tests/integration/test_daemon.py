@@ -22,7 +22,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
 
 def test_sensor_runs_the_iterations_in_order_and_stops(server: DevServer) -> None:
     server.start_sensor("advance")
-    waits = "looping waits for somebody to run iteration 1"
+    waits = "looping waits for its first run (iteration 1 is started by hand)"
     assert server.until("tick", lambda: server.skipped("advance", waits))["runIds"] == []
     assert server.runs("looping") == []
 

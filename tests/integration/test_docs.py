@@ -25,7 +25,7 @@ ELSEWHERE = {
     "make": "the README's two commands are CI itself",
     "source": "the environment is that of the test",
     "dagster": "test_daemon and test_ui run it",
-    "duckdb": "the duckdb command is no Python package",
+    "duckdb": "the duckdb command is not a Python package",
     "python": "the benchmarks take minutes; training.pretrain has tests of its own",
     "export": "a setting of the shell",
     "pip": "installs",

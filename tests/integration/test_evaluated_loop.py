@@ -134,7 +134,7 @@ def test_only_the_evaluation_was_made_and_a_rerun_makes_nothing(measured: Place)
 
 def test_what_people_see(measured: Place) -> None:
     shown = measured.textalign("show", "measured").stdout
-    for label in ("baseline start", "baseline people", "asked for", "perplexity"):
+    for label in ("baseline start", "baseline people", "conditioned on", "perplexity"):
         assert label in shown
     rows = json.loads(measured.textalign("show", "measured", "--json").stdout)
     assert {row["subject"] for row in rows} == {None, "start", "people"}

@@ -256,7 +256,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: 
         check_kubernetes(settings(tmp_path))
     cluster.kubeconfig.unlink()
     with pytest.raises(
-        SettingsError, match=r"nothing says where the Kubernetes cluster is .* set KUBECONFIG"
+        SettingsError, match=r"no Kubernetes cluster is configured .* set KUBECONFIG"
     ):
         check_kubernetes(settings(tmp_path))
 

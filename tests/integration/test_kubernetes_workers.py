@@ -382,7 +382,7 @@ def test_settings(tmp_path: Path, cluster: Cluster) -> None:
         check_folders(settings(mount_path="/data"), [Path("/data/models"), Path("/models")], "scorer")
     assert version(settings()).startswith("v0-of-a-test at http://127.0.0.1:")
     cluster.kubeconfig.unlink()
-    with pytest.raises(SettingsError, match="nothing says where a cluster is"):
+    with pytest.raises(SettingsError, match="no cluster is configured"):
         version(settings())
 
 

@@ -53,7 +53,7 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
 
     shown = both.quick("run", "toy_rm").stdout
     assert "pair accuracy" in shown
-    # Both iterations sampled from the base policy: what was trained is no policy.
+    # Both iterations sampled from the base policy: what was trained is not a policy.
     samples = [both.artifact("toy_rm", k, "generations").manifest["inputs"]["policy"] for k in (1, 2)]
     assert samples[0] == samples[1]
     assert {cell["state"] for cell in json.loads(both.textalign("status", "toy_rm", "--json").stdout)} == {

@@ -59,8 +59,8 @@ def test_each_text_is_read_once_and_gets_what_is_written_of_it(folder: Path) -> 
     ("written", "reason", "said"),
     [
         ("E225 missing", "length", "cut off after 8 tokens"),
-        (" \n", "stop", "says nothing"),
-        ("$ERROR$", "stop", "says nothing"),
+        (" \n", "stop", "has no words"),
+        ("$ERROR$", "stop", "has no words"),
         ("The response is perfect and helpful.", "stop", "praise, but not the word"),
     ],
 )

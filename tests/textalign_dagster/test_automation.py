@@ -113,7 +113,7 @@ def skipped(answer: list[dg.RunRequest | dg.SkipReason]) -> str:
 
 
 def test_the_first_iteration_is_a_persons_decision(loop: Loop) -> None:
-    waits = f"{NAME} waits for somebody to run iteration 1"
+    waits = f"{NAME} waits for its first run (iteration 1 is started by hand)"
     assert skipped(loop.sensor()) == skipped(loop.schedule()) == waits
 
 

@@ -224,7 +224,7 @@ def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
 
 
 def test_a_template_that_is_none(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"x is no chat template \(line 2: "):
+    with pytest.raises(SettingsError, match=r"x is not a chat template \(line 2: "):
         templated(ChatTemplate("a\n{% for %}", "x"))
     with pytest.raises(SettingsError, match="writes `eos_token`, which a file cannot know"):
         templated(ChatTemplate("{{ eos_token }}", "x"))

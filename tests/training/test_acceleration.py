@@ -81,7 +81,7 @@ def test_what_is_launched_is_what_accelerate_reads(name: str, tmp_path: Path) ->
 
 
 def test_names_and_files(tmp_path: Path) -> None:
-    assert "'zero4' is no file and none of fsdp, multi_gpu, zero1" in refusal(accelerate="zero4")
+    assert "'zero4' is not a file and none of fsdp, multi_gpu, zero1" in refusal(accelerate="zero4")
     assert "did you mean 'zero2_offload'" in refusal(accelerate="zero2_ofload")
     assert "MULTI_CPU starts one process only" in refusal(
         accelerate=config_file(tmp_path, distributed_type="MULTI_CPU")
@@ -123,9 +123,9 @@ def test_contradictions(field: str, value: Any, told: str, tmp_path: Path) -> No
     [
         (
             {"gradient_accumulation_steps": 4},
-            "gradient_accumulation_steps is 4, but the section training says 1",
+            "gradient_accumulation_steps is 4, but the section training has 1",
         ),
-        ({"gradient_clipping": 0.3}, "gradient_clipping is 0.3, but the section training says 1.0"),
+        ({"gradient_clipping": 0.3}, "gradient_clipping is 0.3, but the section training has 1.0"),
         ({"zero_stage": 3}, "no checkpoint can be written"),
         ({"zero_stage": 3, "zero3_save_16bit_model": True, "zero3_init_flag": True}, "zero3_init_flag"),
         ({"optimizer": {}}, "optimizer: is the experiment's matter"),
@@ -143,8 +143,8 @@ def test_what_deepspeed_is_told_in_its_own_file(tmp_path: Path) -> None:
         json.dumps({**zero2, "fp16": {"enabled": True}, "train_batch_size": 16})
     )
     path = config_file(tmp_path, deepspeed_config={"deepspeed_config_file": "ds.json"})
-    assert "train_batch_size is 16, but the section training says 8" in refusal(accelerate=path, batch_size=8)
-    assert "fp16.enabled is True, but the section training says False" in refusal(
+    assert "train_batch_size is 16, but the section training has 8" in refusal(accelerate=path, batch_size=8)
+    assert "fp16.enabled is True, but the section training has False" in refusal(
         accelerate=path, batch_size=8, processes=2, devices=2
     )
     accepted(accelerate=path, batch_size=8, processes=2, mixed_precision="fp16")

@@ -1,4 +1,4 @@
-"""AWR through the real trainer: a head that learns values, is kept for the next iteration, and is no part of the policy."""
+"""AWR through the real trainer: a head that learns values, is kept for the next iteration, and is not part of the policy."""
 
 from __future__ import annotations
 

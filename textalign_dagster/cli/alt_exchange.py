@@ -24,7 +24,7 @@ def export_alt(
 
     Raises:
         SettingsError: the iteration has not come so far.
-        ValueError: the feedback is no toxicity.
+        ValueError: the feedback is not a toxicity.
     """
     if stage == "prompts":
         return write_alt_prompts(path, _made(store, name, iteration, "prompt_draws").frame("prompt_draws"))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from resources.store.removal import Removable
 
 RECENT_HOURS = {False: 1.0, True: 24.0}
-"""What is younger stays; on an object store (True) others may be at work that nobody here knows of."""
+"""What is younger stays; on an object store (True) other machines may be writing."""
 SHOWN = 8  # places of a kind
 
 

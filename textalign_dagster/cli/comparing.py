@@ -73,7 +73,9 @@ def consistency(
     again: dict[str, Any] = {}
     if iteration is None:
         files = read_feedback(Path(ratings), ratings_format), read_feedback(Path(rankings), rankings_format)
-        told = [f"{path}: {found.summary()}" for path, found in zip((ratings, rankings), files, strict=True)]
+        inputs = [
+            f"{path}: {found.summary()}" for path, found in zip((ratings, rankings), files, strict=True)
+        ]
         rated, ranked, identical = files[0].feedback, files[1].pairs_as_read, files[1].identical
         if ranked.is_empty():
             raise SettingsError(f"{rankings}: holds no rankings of pairs; give a file of them second")
@@ -92,7 +94,7 @@ def consistency(
         found, ranked = ratings_and_rankings(open_store(), first, second, iteration)
         rated, again["repeated_ratings"] = found.feedback, found.rounds
         identical = ()
-        told = [f"{first}: {rated.height:,} ratings", f"{second}: {ranked.height:,} pairs"]
+        inputs = [f"{first}: {rated.height:,} ratings", f"{second}: {ranked.height:,} pairs"]
     try:
         report = compare(rated, ranked, margin=margin, **again)
     except ValueError as error:
@@ -100,7 +102,7 @@ def consistency(
     if as_json:
         print_json(asdict(report))
         return
-    for line in told:
+    for line in inputs:
         click.echo(line)
     _print_agreement(report.agreement)
     known = {sample for sample, status in rated.select("sample_id", "status").iter_rows() if status == "ok"}
@@ -117,11 +119,13 @@ def consistency(
         f"pairs: {coverage.pairs:,}, ranked {coverage.ranked:,}, rated {coverage.rated:,}, both {coverage.both:,}"
     )
     if report.position.first_wins.value is not None:
-        click.echo(f"calls won by the response shown first: {_told(report.position.first_wins)}")
-    click.echo(f"pairs in which the same place won twice: {_told(report.position.flips)}")
+        click.echo(f"calls won by the response shown first: {_estimate_text(report.position.first_wins)}")
+    click.echo(f"pairs in which the same place won twice: {_estimate_text(report.position.flips)}")
     for name, repeats in (("ratings", report.rating_repeats), ("rankings", report.ranking_repeats)):
         if repeats is not None:
-            click.echo(f"the judge with itself, {name} asked again: agreement {_told(repeats.agreement)}")
+            click.echo(
+                f"the judge with itself, {name} asked again: agreement {_estimate_text(repeats.agreement)}"
+            )
 
 
 def _print_agreement(found: Agreement) -> None:
@@ -130,12 +134,12 @@ def _print_agreement(found: Agreement) -> None:
     click.echo(f"{'':<16}" + "".join(f"{name:>14}" for name in classes))
     for name, row in zip(classes, found.matrix, strict=True):
         click.echo(f"{name:<16}" + "".join(f"{count:>14,}" for count in row))
-    click.echo(f"\nagreement: {_told(found.agreement)}")
-    click.echo(f"agreement where both decide: {_told(found.decisive)}")
-    click.echo(f"Cohen's kappa: {_told(found.kappa)}")
+    click.echo(f"\nagreement: {_estimate_text(found.agreement)}")
+    click.echo(f"agreement where both decide: {_estimate_text(found.decisive)}")
+    click.echo(f"Cohen's kappa: {_estimate_text(found.kappa)}")
 
 
-def _told(found: Estimate) -> str:
+def _estimate_text(found: Estimate) -> str:
     if found.value is None:
         return "undefined"
     interval = "" if found.lo is None or found.hi is None else f" ({found.lo:.3f} to {found.hi:.3f})"
@@ -172,7 +176,12 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
         ranking_rm=rated_b.csv ranking_rm=ranked_b.csv
     """
     from textalign_dagster.feedback_files.formats import read_feedback
-    from textalign_dagster.feedback_files.win_rates import paired_differences, told, told_difference, win_rate
+    from textalign_dagster.feedback_files.win_rates import (
+        difference_text,
+        paired_differences,
+        rate_text,
+        win_rate,
+    )
 
     known = None if reference is None else read_feedback(reference, _file_format(format_name, "ratings"))
     found: dict[tuple[str, str], Outcomes] = {}
@@ -192,9 +201,9 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
         print_json({"win_rates": each, "differences": pairs})
         return
     for (name, by), rate in rates.items():
-        click.echo(f"{name}, by {by}: {told(rate)}")
+        click.echo(f"{name}, by {by}: {rate_text(rate)}")
     for first, second, apart in differences:
-        click.echo(told_difference(first, second, apart))
+        click.echo(difference_text(first, second, apart))
 
 
 def _outcomes(path: str, format_name: str, reference: Imported | None) -> tuple[str, Outcomes]:

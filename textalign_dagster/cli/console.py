@@ -16,7 +16,7 @@ from textalign_dagster.progress import Finished, Step
 class ProgressLines:
     """A live bar for the stage at work on a terminal; a plain line for each finished stage.
 
-    Nothing but the finished lines is printed where the output is no terminal.
+    Nothing but the finished lines is printed where the output is not a terminal.
     """
 
     def __init__(self, console: Console) -> None:

@@ -207,12 +207,12 @@ def _slurm() -> Finding:
             f"sbatch is installed, but {error}",
             "for `launcher: slurm`: fix SLURM_CONF or the cluster",
         )
-    told = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
-    return Finding("slurm", "ok", f"partitions {told}")
+    listed = ", ".join(f"{name} ({nodes} nodes)" for name, (nodes, _) in found.items())
+    return Finding("slurm", "ok", f"partitions {listed}")
 
 
 def _kubernetes() -> Finding:
-    """Whether pods can be asked for from here; the cluster is asked for its version."""
+    """Whether the cluster answers here, and its version."""
     from resources.compute.pods import version
     from textalign_dagster.settings.kubernetes import KubernetesPod
 
@@ -272,7 +272,7 @@ def _port(port: int) -> Finding:
 
 
 def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
-    """Each endpoint and each key once, whoever names it."""
+    """Each endpoint and each key once."""
     judges: dict[tuple[str, str | None], tuple[Judge, list[str]]] = {}
     for name, experiment in experiments.items():
         for judge in (experiment.judge, *experiment.evaluating_judges.values()):
@@ -293,13 +293,13 @@ def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
 
 
 def _endpoint(judge: Judge, used: str) -> Finding:
-    """Whether somebody answers there; the key is not sent."""
+    """Whether a server answers there; the key is not sent."""
     subject = f"endpoint {urlsplit(judge.base_url).netloc}"
     try:
         with urlopen(Request(f"{judge.base_url.rstrip('/')}/models"), timeout=5) as answer:
             known = [model.get("id") for model in json.loads(answer.read()).get("data", [])]
     except HTTPError as error:
-        # Somebody is there, and wants a key.
+        # A server is there, and requires a key.
         return Finding(subject, "ok", f"answers (HTTP {error.code} without a key); {used}")
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

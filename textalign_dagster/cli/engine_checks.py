@@ -119,8 +119,8 @@ def _endpoints(settings: Endpoints) -> list[str]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             silent[url] = str(getattr(error, "reason", error))
     if not found:
-        told = "; ".join(f"{url}: {why}" for url, why in silent.items())
-        raise SettingsError(f"{where}.urls: no server answers ({told}); start them (docs/sampling.md)")
+        reasons = "; ".join(f"{url}: {why}" for url, why in silent.items())
+        raise SettingsError(f"{where}.urls: no server answers ({reasons}); start them (docs/sampling.md)")
     return [
         *(f"engine: vLLM {version} at {url}" for url, version in found.items()),
         *(f"engine: no answer at {url} ({why}); the others do its part" for url, why in silent.items()),

@@ -145,7 +145,7 @@ def _judge(experiment: Experiment) -> list[str]:
     strangers = [bucket for bucket in method.buckets if bucket not in template.labels]
     if judge.ask == "category" and strangers:
         raise SettingsError(
-            f"method.categories: {', '.join(strangers)} is no label of the template {judge.template} "
+            f"method.categories: {', '.join(strangers)} is not a label of the template {judge.template} "
             f"(labels: {', '.join(template.labels)})"
         )
     unread = [label for label in template.labels if label not in method.buckets]
@@ -249,7 +249,7 @@ def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
 
 
 def _cluster(training: Training) -> str:
-    """Whether the cluster answers and has what is asked for."""
+    """Whether the cluster answers and has what the experiment requests."""
     if training.launcher == "slurm":
         return check_slurm(training.slurm)
     return check_kubernetes(training.k8s)
@@ -294,7 +294,7 @@ def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
 
 
 def _longest(experiment: Experiment, base: BasePolicy, prompts: set[str]) -> int:
-    """Tokens of the longest of prompts under the longest condition; 0 where that cannot be told cheaply."""
+    """Tokens of the longest of prompts under the longest condition; 0 where that is too costly to find out."""
     path = base.path / "tokenizer.json"
     if not path.is_file():
         return 0  # another kind of tokenizer: sampling will tell

@@ -73,7 +73,7 @@ class Runner:
 
         Raises:
             RunFailed: a stage failed, or a blocking check did.
-            SettingsError: an experiment is being run by somebody else.
+            SettingsError: another process is running an experiment.
         """
         lasts = {name: self.experiments.load(name).iterations for name in names}
         counts = {name: min(iterations or last, last) for name, last in lasts.items()}

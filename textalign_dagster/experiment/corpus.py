@@ -33,7 +33,7 @@ def shards(offline: Offline) -> pl.DataFrame:
     """The shards of a corpus, as prompts that iterations draw: prompt (the shard's name), reference, source, ….
 
     Raises:
-        SettingsError: the file cannot be read as a corpus; says why.
+        SettingsError: the file cannot be read as a corpus; the message says why.
     """
     content = file_hash(Path(offline.path))
     if content is None:
@@ -85,7 +85,7 @@ def segments(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
 
 
 def scored_elsewhere(offline: Offline) -> bool:
-    """Whether the file says how bad its segments are."""
+    """Whether the file has scores of its segments."""
     return _has_scores(offline, file_hash(Path(offline.path)))
 
 

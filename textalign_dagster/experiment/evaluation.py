@@ -29,9 +29,9 @@ Role = Literal["main", "probe", "baseline", "scenario"]
 
 @dataclass(frozen=True)
 class Asked:
-    """What a policy is asked for in an evaluation.
+    """A condition under which a policy is evaluated.
 
-    ``texts`` (prompt_id → text) is there where each prompt is asked for a condition of its own; then
+    ``texts`` (prompt_id → text) is there where each prompt has a condition of its own; then
     ``condition`` names them all.
     """
 
@@ -45,7 +45,7 @@ class Asked:
 
 
 def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
-    """As the policy is meant to be used, then the probes. The base policy (0) is asked for nothing."""
+    """As the policy is meant to be used, then the probes. The base policy (0) is not conditioned."""
     if iteration == 0 or experiment.method.exemplar is None:
         return [Asked(None, "main")]
     probes = experiment.method.probes if experiment.evaluation.probe else ()
@@ -109,7 +109,7 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
 
 
 def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
-    """The prompts of a scenario with the seeds of their samples, as many as it says in all.
+    """The prompts of a scenario with the seeds of their samples, exactly ``samples`` in all.
 
     Returns:
         As :func:`evaluation_prompts`. Without a file each sample is a prompt of its own, without any text, so

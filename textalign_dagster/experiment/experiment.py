@@ -76,7 +76,7 @@ class Checks(Settings):
 class Experiment(Settings):
     """task × method × policy × sampling × datapool × training × evaluation, and a seed."""
 
-    description: str = Field("", description="One or two sentences for whoever reads the grid.")
+    description: str = Field("", description="One or two sentences, shown in the grid.")
     task: AnyTask = Field(..., description="What is learned, and who judges it.")
     method: AnyMethod = Field(..., description="How feedback becomes training.")
     judge: Judge | None = Field(
@@ -150,7 +150,7 @@ class Experiment(Settings):
     def _possible(self) -> Experiment:
         wants, kinds, who = self.method.wants, self.task.kinds, f"task {self.task.name}"
         if self.judge is not None and self.scorer is not None:
-            raise ValueError("judge, scorer: one of them says what the samples are worth; remove the other")
+            raise ValueError("judge, scorer: only one of them can give the feedback; remove the other")
         if self.offline is not None:
             self._offline_possible(self.offline)
         if self.corpus is not None:
@@ -163,14 +163,14 @@ class Experiment(Settings):
             kinds, who = JUDGED.get(self.judge.ask, ()), f"a judge asked for {self.judge.ask!r}"
         if wants is not None and wants not in kinds:
             raise ValueError(
-                f"method {self.method.name} wants feedback of kind {wants!r}, which {who} does not give "
+                f"method {self.method.name} needs feedback of kind {wants!r}, which {who} does not give "
                 f"(it gives: {', '.join(kinds) or 'nothing a method of the loop reads'}); choose another "
                 "method, task or judge"
             )
         unknown = set(self.datapool.shares or {}) - set(self.method.buckets)
         if unknown:
             raise ValueError(
-                f"datapool.shares: {', '.join(sorted(unknown))} is no bucket of method "
+                f"datapool.shares: {', '.join(sorted(unknown))} is not a bucket of method "
                 f"{self.method.name} (buckets: {', '.join(self.method.buckets)}); weigh these, or set "
                 "`datapool.shares: null`"
             )
@@ -217,7 +217,7 @@ class Experiment(Settings):
             )
         if self.training.density_ratio is not None:
             raise ValueError(
-                "training.density_ratio: a file does not say how likely its responses were to whoever wrote them; "
+                "training.density_ratio: a file has no log-probabilities of its responses; "
                 "remove it, or weigh them by a query (datapool.weights)"
             )
         if self.method.trains == "reward model" and self.judged_by_file and offline.held_out is None:

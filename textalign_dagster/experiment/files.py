@@ -35,7 +35,7 @@ class Library:
     """The experiment files of some folders; the first folder that has a name wins.
 
     Files of one folder may refer to each other, and to those of the other folders, by name
-    (``extends``, ``control``). Templates can be read and extended likewise, but are no experiments:
+    (``extends``, ``control``). Templates can be read and extended likewise, but are not experiments:
     they are not on the grid, and `textalign new` makes experiments of them.
     """
 

@@ -46,7 +46,7 @@ def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, p
         response that is judged best.
 
     Raises:
-        SettingsError: the file cannot be used; says why.
+        SettingsError: the file cannot be used; the message says why.
     """
     offline = _offline(experiment)
     if experiment.corpus is not None:
@@ -77,7 +77,7 @@ def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> 
 
 
 def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, kind: FeedbackKind) -> Judged:
-    """What the file says of the responses to the drawn prompts; of comparisons, each response's share of points.
+    """The file's feedback on the responses to the drawn prompts; of comparisons, each response's share of points.
 
     Args:
         draws: as for :func:`offline_samples`.
@@ -99,25 +99,25 @@ def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, ki
         .sort("sample_a", "sample_b")
         .select(*PAIRS)
     )
-    told = {
+    provenance = {
         "aspect": "offline",
         "scorer": f"imported from {Path(_offline(experiment).path).name}",
         "scorer_version": content_hash(identity(_offline(experiment)))[:8],
         "parser_version": None,
     }
-    points = {row["sample_id"]: row for row in ranking_feedback(pairs, {}, told).iter_rows(named=True)}
+    points = {row["sample_id"]: row for row in ranking_feedback(pairs, {}, provenance).iter_rows(named=True)}
     rows = []
     for own_id, sample_id in samples.select("own_id", "sample_id").iter_rows():
-        # A judgment in words is no reward; that another response amends it is.
+        # A judgment in words is not a reward; that another response amends it is.
         found_of = [row for row in (judged.get(own_id), points.get(sample_id)) if row is not None]
         verdicts = [taken(row, kind) for row in found_of] or [nothing("skipped", "no judgement in the file")]
         verdict = next((one for one in verdicts if one["status"] == "ok"), verdicts[0])
-        rows.append({"sample_id": sample_id, "kind": kind, "call_keys": [], **told, **verdict})
+        rows.append({"sample_id": sample_id, "kind": kind, "call_keys": [], **provenance, **verdict})
     return Judged(pl.DataFrame(rows, FEEDBACK), pairs=pairs if pairs.height else None)
 
 
 def held_out_responses(experiment: Experiment, task: Task) -> pl.DataFrame:
-    """The responses to the held-out prompts with what the file says of their worth: prompt_id, sample_id, value, ….
+    """The responses to the held-out prompts with the file's feedback: prompt_id, sample_id, value, ….
 
     Returns:
         Also prompt, reference, text and finish_reason.
@@ -162,8 +162,8 @@ def _offline(experiment: Experiment) -> Offline:
 
 def _worth(found: Imported) -> pl.DataFrame:
     """Of each response that is judged: sample_id, value."""
-    told = {name: "" for name in ("aspect", "scorer", "scorer_version", "parser_version")}
-    frames = [found.feedback, ranking_feedback(found.pairs, {}, told)]
+    provenance = {name: "" for name in ("aspect", "scorer", "scorer_version", "parser_version")}
+    frames = [found.feedback, ranking_feedback(found.pairs, {}, provenance)]
     return pl.concat(frame.filter(status="ok").select("sample_id", "value") for frame in frames).unique(
         "sample_id", keep="first", maintain_order=True
     )
@@ -250,8 +250,8 @@ def _with_refinements(found: Imported, path: str) -> Imported:
         for sample_id, prompt, reference in amended.select("sample_id", "prompt", "reference").iter_rows()
     ]
     refined = amended.with_columns(pl.Series("own", ids, dtype=pl.String))
-    told = found.feedback.select("aspect", "scorer", "scorer_version", "parser_version").head(1)
-    pairs = refined.select("prompt_id", sample_a="own", sample_b="sample_id").join(told, how="cross")
+    provenance = found.feedback.select("aspect", "scorer", "scorer_version", "parser_version").head(1)
+    pairs = refined.select("prompt_id", sample_a="own", sample_b="sample_id").join(provenance, how="cross")
     pairs = pairs.with_columns(
         winner=pl.lit("a"),
         favoured=pl.lit(None, dtype=pl.String),

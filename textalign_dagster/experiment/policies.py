@@ -28,7 +28,7 @@ def base_policy(experiment: Experiment) -> BasePolicy:
     """The policy iteration 1 samples from.
 
     Raises:
-        SettingsError: there is no such model, or its folder cannot be used; says what is missing.
+        SettingsError: there is no such model, or its folder cannot be used; the message names what is missing.
     """
     return find_model(experiment, experiment.policy.model, "policy.model", experiment.policy.revision)
 
@@ -103,7 +103,7 @@ def find_model(experiment: Experiment, model: str, field: str, revision: str | N
         revision: of a hub model.
 
     Raises:
-        SettingsError: there is no such model, or its folder cannot be used; says what is missing.
+        SettingsError: there is no such model, or its folder cannot be used; the message names what is missing.
     """
     shipped = experiment.task.builtin_policy(model)
     if shipped is not None:
@@ -114,7 +114,7 @@ def find_model(experiment: Experiment, model: str, field: str, revision: str | N
     if model.count("/") != 1:
         known = experiment.task.builtin_policies
         raise SettingsError(
-            f"{field}: {model!r} is no policy of task {experiment.task.name}"
+            f"{field}: {model!r} is not a policy of task {experiment.task.name}"
             f"{nearest(model, known)} (it ships: {', '.join(known) or 'none'}), no folder and no "
             "hub id such as owner/model"
         )
@@ -125,7 +125,7 @@ def policy_hash(folder: Path) -> str:
     """Hash of a policy's weights, config and tokenizer (not of its README).
 
     Raises:
-        SettingsError: the folder is no transformers model with safetensors weights.
+        SettingsError: the folder is not a transformers model with safetensors weights.
     """
     return folder_hash(folder, _files(folder, "policy.model"))
 
@@ -186,7 +186,7 @@ def _check_weights(path: Path, field: str) -> None:
         end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise SettingsError(
-            f"{field}: {path} is no safetensors file (a Git LFS pointer?); fetch it again"
+            f"{field}: {path} is not a safetensors file (a Git LFS pointer?); fetch it again"
         ) from None
     if end != size:
         raise SettingsError(

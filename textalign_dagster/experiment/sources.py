@@ -21,7 +21,7 @@ def training_prompts(experiment: Experiment) -> pl.DataFrame:
     """The prompts iterations draw from: prompt, reference, source, source_revision.
 
     Raises:
-        SettingsError: the file cannot be used; says why.
+        SettingsError: the file cannot be used; the message says why.
     """
     path, task = experiment.prompts.path, task_of(experiment)
     if experiment.offline is not None:
@@ -47,10 +47,10 @@ def written_prompts(experiment: Experiment) -> dict[str, str]:
 
 
 def task_of(experiment: Experiment) -> Task:
-    """The experiment's task, told which policy reads its prompts.
+    """The experiment's task for the policy that reads its prompts.
 
     Raises:
-        SettingsError: the task wants something of the policy that it does not have.
+        SettingsError: the task needs something of the policy that it does not have.
     """
     return experiment.task.for_policy(lambda: base_policy(experiment).path)
 

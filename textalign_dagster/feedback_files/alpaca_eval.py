@@ -47,7 +47,7 @@ def read_annotations(path: Path) -> Outcomes:
     first counts.
 
     Raises:
-        SettingsError: the file cannot be read, or a row is no annotation.
+        SettingsError: the file cannot be read, or a row is not an annotation.
     """
     rows: dict[str, tuple[str, float, float]] = {}
     items, unusable = set(), 0
@@ -55,7 +55,7 @@ def read_annotations(path: Path) -> Outcomes:
         texts = [row.get(name) for name in TEXTS] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) for text in texts):
             raise SettingsError(
-                f"{path}:{line}: row {number} is no annotation of AlpacaEval, with the texts {', '.join(TEXTS)}"
+                f"{path}:{line}: row {number} is not an annotation of AlpacaEval, with the texts {', '.join(TEXTS)}"
             )
         instruction, reference, answer = map(str, texts)
         key, preference = prompt_id(instruction), row.get("preference")

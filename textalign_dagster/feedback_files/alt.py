@@ -105,7 +105,7 @@ def _read_record(
         text_of({"a generation": text}, "a generation")
     ids = given.get("sample_ids", [None] * len(texts))
     if not all(own is None or (isinstance(own, str) and own) for own in ids):
-        raise Refusal("a sample id is no text")
+        raise Refusal("a sample id is not text")
     if len({own for own in ids if own}) < len([own for own in ids if own]) or rows.samples.keys() & set(ids):
         raise Refusal("a sample id is repeated")
     if record.get("analysis") is not None:
@@ -127,12 +127,12 @@ def _read_record(
 
 def _perplexity(value: Any) -> dict[str, Any]:
     """A line's perplexity as a judgement of its own; higher is better, so the sign is turned."""
-    told = {"kind": "reward", "aspect": "perplexity"}
+    columns = {"kind": "reward", "aspect": "perplexity"}
     if value is None:
-        return {**told, "status": "failed", "reason": "null in the file"}
+        return {**columns, "status": "failed", "reason": "null in the file"}
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return {**told, "status": "unparseable", "reason": "`perplexity` holds no number"}
-    return {**told, "status": "ok", "value": -float(value)}
+        return {**columns, "status": "unparseable", "reason": "`perplexity` holds no number"}
+    return {**columns, "status": "ok", "value": -float(value)}
 
 
 def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float, float]) -> dict[str, Any]:
@@ -175,8 +175,8 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
     if problem:
         return {"kind": kind, "status": "unparseable", "reason": problem}
     number = float(value) if value is not None else None
-    told = {"value": number, "label": label, "text": text if kind == "text" else None}
-    return {"kind": kind, "status": "ok", **told}
+    columns = {"value": number, "label": label, "text": text if kind == "text" else None}
+    return {"kind": kind, "status": "ok", **columns}
 
 
 def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:

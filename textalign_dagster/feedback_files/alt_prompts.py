@@ -2,7 +2,7 @@
 
 In ALT conditioning is text: from iteration 2 on the prompt files were written by hand with the
 exemplar in front (``Excellent. input: SUBREDDIT: …``), and sampling files repeat that. Nothing here
-guesses where a condition ends. Whoever imports such a file names the template, and a prompt that does
+guesses where a condition ends. The importer names the template, and a prompt that does
 not fit it is refused.
 """
 
@@ -57,7 +57,7 @@ class Conditioned:
         A condition ends where the words after it occur first.
 
         Raises:
-            Refusal: the text is no rendering of the template.
+            Refusal: the text is not a rendering of the template.
         """
         before, after = self.template.split(PROMPT)
         start, named, between = before.partition(CONDITION)
@@ -113,7 +113,7 @@ def alt_text(path: Path) -> str:
 
 
 def alt_stage(path: Path) -> Stage:
-    """What a file of ALT's holds, told by its fields.
+    """What a file of ALT's holds, by its fields.
 
     Raises:
         SettingsError: it cannot be read, is a pickle, or is empty.
@@ -170,8 +170,8 @@ def read_alt_prompts(path: Path, *, template: str | None = None) -> ImportedProm
         if prompt in rows:
             notes["a prompt is repeated; it is kept once"] += 1
         rows.setdefault(prompt, {"prompt": prompt, "reference": reference, "condition": condition})
-    told = tuple(f"{note} ({count:,} ×)" for note, count in notes.items())
-    return ImportedPrompts(pl.DataFrame(list(rows.values()), PROMPTS), lines, tuple(refused), told)
+    counted = tuple(f"{note} ({count:,} ×)" for note, count in notes.items())
+    return ImportedPrompts(pl.DataFrame(list(rows.values()), PROMPTS), lines, tuple(refused), counted)
 
 
 def write_alt_prompts(path: Path, prompts: pl.DataFrame) -> Exported:

@@ -24,7 +24,7 @@ class Coverage:
     """What the agreement rests on; pairs fall out where a judgement is missing.
 
     Attributes:
-        pairs: asked for.
+        pairs: requested.
         ranked: with a usable ranking.
         rated: with a usable rating of both samples.
         both: with both, which is what is counted.
@@ -37,7 +37,7 @@ class Coverage:
 
     @property
     def share(self) -> float | None:
-        """Counted pairs per pair asked for."""
+        """Counted pairs per requested pair."""
         return self.both / self.pairs if self.pairs else None
 
 
@@ -48,7 +48,7 @@ class Consistency:
     Attributes:
         agreement: rows are the rankings that follow from ratings, columns the direct ones; first and second
             are the pairs' own sample_a and sample_b.
-        coverage: how much of what was asked for is counted.
+        coverage: the share of requested pairs that are counted.
         rating_repeats: rankings that follow from two rounds of ratings; None without repeats.
         ranking_repeats: two rounds of direct rankings; None without repeats.
         position: the judge's liking for the first place.

@@ -21,7 +21,7 @@ from textalign_dagster.feedback_files.imported import (
 from textalign_dagster.feedback_files.json_records import json_lines
 
 SATISFIED = 7
-"""The rating of a summary that nobody found fault with."""
+"""The rating of a summary without criticism."""
 
 CANDIDATES = "human_data_raw.jsonl"
 """The file beside Shepherd's judgments that has the amended responses."""
@@ -88,18 +88,18 @@ def _read_question(rows: Collector, passage: str, question: Any) -> None:
     answer, critiques = text_of(best, "answer"), feedback.get("critiques") or []
     if not isinstance(critiques, list) or not all(isinstance(critique, dict) for critique in critiques):
         raise Refusal("no list of objects in `critiques`")
-    told = [text_of(critique, "text") for critique in critiques]
+    texts = [text_of(critique, "text") for critique in critiques]
     refinements = [critique.get("refinement") for critique in critiques]
     amended = refinements[-1] if refinements and isinstance(refinements[-1], str) else None
     sample = rows.sample(f"{passage}\n{asked}", answer, reference=amended or None, new=True)
     if feedback.get("skip") or not answer.strip():
         why = "the file says `skip`" if feedback.get("skip") else "the answer is empty"
         rows.judged(sample, "judgment", status="skipped", reason=why)
-    elif not told and feedback.get("rating") != SATISFIED:
+    elif not texts and feedback.get("rating") != SATISFIED:
         why = f"no critique, but the rating is {feedback.get('rating')}, not {SATISFIED}"
         rows.judged(sample, "judgment", status="unparseable", reason=why)
     else:
-        rows.judged(sample, "judgment", **judgement({"judgment": " ".join(told).strip() if told else None}))
+        rows.judged(sample, "judgment", **judgement({"judgment": " ".join(texts).strip() if texts else None}))
 
 
 def _amended(record: Any, question: str, answer: str) -> str | None:

@@ -51,11 +51,11 @@ def read_cut(
     positive_from: float = POSITIVE_FROM,
     praise: Praise = "unusable",
 ) -> Imported:
-    """A CUT or Alpaca file; records without the field ``judgment`` are samples that nobody judged.
+    """A CUT or Alpaca file; records without the field ``judgment`` are samples without judgment.
 
     Args:
         positive_from: the score from which a record counts as satisfactory whatever its judgment.
-        praise: what a judgment is that opens with "perfect" and goes on.
+        praise: what a judgment counts as that opens with "perfect" and continues.
     """
     content = read_text(path)
     rows = collector(path, content, aspect)
@@ -92,7 +92,7 @@ def judgement(
     positive_from: float = POSITIVE_FROM,
     praise: Praise = "unusable",
 ) -> dict[str, Any]:
-    """What the field ``judgment`` of a record says: label, text and value, or a status with its reason."""
+    """The field ``judgment`` of a record: label, text and value, or a status with its reason."""
     value = None if score is None else float(score)
     judgment = record.get("judgment")
     if score is not None and score >= positive_from:

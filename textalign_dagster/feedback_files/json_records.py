@@ -35,7 +35,7 @@ def json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every line that is not blank; a line that is no JSON comes as a BrokenLine."""
+    """(line, value) of every line that is not blank; a line that is not JSON comes as a BrokenLine."""
     # Not splitlines: it would split at U+2028 too, which JSON allows inside a text.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -47,4 +47,4 @@ def json_lines(text: str) -> Iterator[tuple[int, Any]]:
 
 
 class BrokenLine(str):
-    """A line that is no JSON."""
+    """A line that is not JSON."""

@@ -38,7 +38,7 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import STATUSES
 
 KINDS = ("reward", "category", "text", "judgment", "rating", "ranking", "none")
-_TOLD = {
+_PROVENANCE = {
     "aspect": pl.String,
     "status": pl.String,
     "reason": pl.String,
@@ -63,7 +63,7 @@ COLUMNS = pl.Schema(
         "response_b": pl.String,
         "winner": pl.String,
         "favoured": pl.String,
-        **_TOLD,
+        **_PROVENANCE,
     }
 )
 """All columns that are read; an export has exactly these."""
@@ -110,9 +110,11 @@ def _read_record(rows: Collector, record: Any) -> None:
     keys = given.get("call_keys", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         raise Refusal("`call_keys` holds no list of texts")
-    told = {name: given[name] for name in _TOLD if name in given and name != "status"}
-    if "scorer" in told:
-        told.setdefault("scorer_version", None)  # the file's own hash is no version of another scorer
+    provenance = {name: given[name] for name in _PROVENANCE if name in given and name != "status"}
+    if "scorer" in provenance:
+        provenance.setdefault(
+            "scorer_version", None
+        )  # the file's own hash is not a version of another scorer
     status = given.get("status", "ok")
     if status not in STATUSES:
         raise Refusal(f"`status` is none of {', '.join(STATUSES)}")
@@ -123,13 +125,15 @@ def _read_record(rows: Collector, record: Any) -> None:
         raise Refusal("`reason` says why a row is not ok, but it is")
     if status != "ok" and (any(name in given for name in carries) or "reason" not in given):
         raise Refusal("a row that is not ok gives a `reason` and no judgement")
-    (_pair if pair else _single)(rows, prompt, given, status, told)
+    (_pair if pair else _single)(rows, prompt, given, status, provenance)
 
 
-def _single(rows: Collector, prompt: str, given: dict[str, Any], status: str, told: dict[str, Any]) -> None:
+def _single(
+    rows: Collector, prompt: str, given: dict[str, Any], status: str, provenance: dict[str, Any]
+) -> None:
     value = given.get("value")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-        raise Refusal("`value` is no number")
+        raise Refusal("`value` is not a number")
     if value is not None and not math.isfinite(value):
         raise Refusal("`value` is not finite")
     feedback, label = given.get("feedback"), given.get("label")
@@ -148,10 +152,12 @@ def _single(rows: Collector, prompt: str, given: dict[str, Any], status: str, to
     response = text_of(given, "response")
     sample = rows.sample(prompt, response, own_id=given.get("sample_id"), reference=given.get("reference"))
     number = float(value) if value is not None else None
-    rows.judged(sample, kind, status, value=number, label=label, text=feedback, **told)
+    rows.judged(sample, kind, status, value=number, label=label, text=feedback, **provenance)
 
 
-def _pair(rows: Collector, prompt: str, given: dict[str, Any], status: str, told: dict[str, Any]) -> None:
+def _pair(
+    rows: Collector, prompt: str, given: dict[str, Any], status: str, provenance: dict[str, Any]
+) -> None:
     if given.get("winner") not in ("a", "b", "tie", None):
         raise Refusal("`winner` is none of a, b, tie")
     if given.get("favoured") not in ("first", "second", None):
@@ -161,7 +167,7 @@ def _pair(rows: Collector, prompt: str, given: dict[str, Any], status: str, told
     if texts[0] == texts[1] and ids[0] == ids[1]:
         raise Refusal("both responses are the same sample")
     a, b = (rows.sample(prompt, text, own_id=own) for text, own in zip(texts, ids, strict=True))
-    rows.compared(prompt, a, b, given.get("winner"), status, favoured=given.get("favoured"), **told)
+    rows.compared(prompt, a, b, given.get("winner"), status, favoured=given.get("favoured"), **provenance)
 
 
 def write_plain(
@@ -185,7 +191,7 @@ def write_plain(
 
 
 def write_unjudged(path: Path, samples: pl.DataFrame) -> Exported:
-    """Writes samples for somebody to judge: sample_id, prompt, reference, response, and no judgement.
+    """Writes samples to be judged: sample_id, prompt, reference, response, and no judgement.
 
     Args:
         samples: sample_id, prompt, text, and optionally reference.

@@ -8,7 +8,7 @@ columns                                   form
 ``human_ref_B``, ``labels``
 ``instruction``, ``completions``          rated responses: UltraFeedback (``overall_score``)
 ``prompt``, ``completion``, ``label``     a response that is good or not: TRL's unpaired preferences
-``prompt``, ``completion``                a response that nobody judged (a demonstration)
+``prompt``, ``completion``                a response without judgment (a demonstration)
 ``messages``                              the same, as a conversation that ends with the response
 ``type``                                  HALOs: sample, binary_feedback, pairwise_feedback, scalar_feedback
 ========================================  ==========================================================
@@ -138,7 +138,7 @@ def _ultrafeedback(rows: Collector, record: Record) -> None:
         sample = rows.sample(prompt, response, new=True)
         if (number := _number(score)) is None:
             rows.judged(
-                sample, "rating", "unparseable", reason=f"`overall_score` is no number: {score!r:.40}"
+                sample, "rating", "unparseable", reason=f"`overall_score` is not a number: {score!r:.40}"
             )
         else:
             rows.judged(sample, "rating", value=number)
@@ -223,7 +223,7 @@ def _answered(prompt: Any, response: Any, name: str) -> tuple[str, str]:
         try:
             return _split(parse_transcript(text), name)
         except BadDialogue as problem:
-            raise Refusal(f"no `prompt`, and `{name}` is no transcript: {problem}") from None
+            raise Refusal(f"no `prompt`, and `{name}` is not a transcript: {problem}") from None
     return _prompt(prompt), text
 
 

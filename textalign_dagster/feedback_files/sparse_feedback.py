@@ -48,7 +48,7 @@ def read_sparse_ratings(path: Path, *, aspect: str = "rating", low: int = 1, hig
         if math.isfinite(value) and value.is_integer() and low <= value <= high:
             rows.judged(sample, "rating", value=value)
         else:
-            reason = f"{score!r} is no whole number from {low} to {high}"
+            reason = f"{score!r} is not a whole number from {low} to {high}"
             rows.judged(sample, "rating", status="unparseable", reason=reason)
 
     return _read(path, RATINGS, aspect, take)
@@ -153,7 +153,7 @@ def _read(
 
 
 def _csv_rows(content: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, fields) of every row that is not blank; a row that is no CSV comes as its error."""
+    """(first line, fields) of every row that is not blank; a row that is not CSV comes as its error."""
     limit = csv.field_size_limit(_LARGEST_FIELD)
     try:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)

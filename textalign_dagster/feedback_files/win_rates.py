@@ -224,7 +224,7 @@ def _outcomes(rows: pl.DataFrame, files: list[Imported], unusable: int) -> Outco
     return Outcomes(pl.DataFrame(rows, OUTCOMES), len(items), unusable)
 
 
-def told(found: WinRate) -> str:
+def rate_text(found: WinRate) -> str:
     """In one line."""
     return (
         f"{percent(found.win_rate.value)} %{_interval(found.win_rate)}; wins {percent(found.wins)}, ties "
@@ -234,7 +234,7 @@ def told(found: WinRate) -> str:
     )
 
 
-def told_difference(first: str, second: str, found: Difference) -> str:
+def difference_text(first: str, second: str, found: Difference) -> str:
     """In one line."""
     items = f"{found.n:,} items that both have"
     if found.value is None:

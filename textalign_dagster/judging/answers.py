@@ -1,4 +1,4 @@
-"""The form of a judge's answer: its fields, how they are asked for, and their JSON schema."""
+"""The form of a judge's answer: its fields, the instructions for them, and their JSON schema."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _MOST_LISTED = 21  # scales with more values are given by their ends
 
 
 def fields(template: Template) -> tuple[str, ...]:
-    """The fields of an answer in the order asked for: reasons come before the verdict."""
+    """The fields of an answer in the requested order: reasons come before the verdict."""
     return (*(("analysis",) if template.explain else ()), *VERDICT_FIELDS[template.ask])
 
 
 def answer_format(template: Template, group: bool = False) -> str:
-    """The part of the instructions that says how to answer; the same for every item."""
+    """The instructions on how to answer; the same for every item."""
     lines = [f'- "{name}": {_meaning(template, name)}' for name in fields(template)]
     if group:
         opening = (

@@ -1,6 +1,6 @@
 """What a judge is asked about samples, and what its replies say of them.
 
-One way for every ask: `asking` makes the questions, somebody gets them answered, `judged` reads the
+One way for every ask: `asking` makes the questions, the caller gets them answered, `judged` reads the
 answers. Nothing here calls anybody, so forecasts ask the same questions as the stage that pays.
 """
 
@@ -40,7 +40,7 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class Judged:
-    """What was said of samples.
+    """The verdicts on samples.
 
     Attributes:
         rows: FEEDBACK, exactly one row a sample, in the order of the samples.

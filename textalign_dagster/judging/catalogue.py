@@ -55,8 +55,8 @@ def template_of(judge: Judge) -> Template:
     try:
         return template.with_scale(judge.scale.low, judge.scale.high)
     except pydantic.ValidationError as error:
-        told = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"judge.scale: the template {judge.template} refuses it: {told}") from None
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"judge.scale: the template {judge.template} refuses it: {reason}") from None
 
 
 def read_template(path: Path) -> Template:

@@ -10,7 +10,7 @@ from textalign_dagster.judging.answers import PERFECT
 from textalign_dagster.judging.extract import Unreadable
 from textalign_dagster.judging.labels import normalise
 
-# The published data train such praise as criticism; whether it is criticism cannot be told.
+# The published data train such praise as criticism; no rule can tell whether it is criticism.
 _PRAISE = re.compile(
     r"\W*(?:perfect\b|(?:the|this|your|its?)\b[^.!?\n]{0,60}?\b(?:is|was|looks|seems)\s+(?:already\s+|absolutely\s+)?perfect\b)",
     re.IGNORECASE,
@@ -25,12 +25,12 @@ def read_judgment(value: Any) -> str | None:
             the one word.
     """
     if not isinstance(value, str):
-        raise Unreadable(f"`judgment` is no text: {readings.excerpt(repr(value))}")
+        raise Unreadable(f"`judgment` is not text: {readings.excerpt(repr(value))}")
     critique = readings.mended(value).strip()
     if normalise(critique) == PERFECT:
         return None
     if not any(character.isalnum() for character in critique) or readings.is_sentinel(critique):
-        raise Unreadable(f"`judgment` says nothing: {readings.excerpt(repr(value))}")
+        raise Unreadable(f"`judgment` has no words: {readings.excerpt(repr(value))}")
     if is_praise(critique):
         raise Unreadable(f'praise, but not the word "{PERFECT}" alone: {readings.excerpt(critique)}')
     if readings.is_refusal(critique):

@@ -89,7 +89,7 @@ def strip_reasoning(text: str) -> str | None:
     if channels:
         text = text[channels[-1].end() :].partition("<|")[0]
     if _is_object(text):
-        return text  # an answer as asked for; tags in it are quoted
+        return text  # an answer in the requested form; tags in it are quoted
     closings = list(_CLOSING.finditer(text))
     if closings:
         return text[closings[-1].end() :].strip()
@@ -161,7 +161,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _not_json(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _closing_brace(text: str, start: int) -> int | None:

@@ -89,7 +89,7 @@ def _parts(template: Template, text: str) -> dict[str, list[str]]:
 
 
 def _plain(template: Template, text: str) -> dict[str, Any]:
-    """The fields of an answer that is no JSON."""
+    """The fields of an answer that is not JSON."""
     if template.ask == "judgment":
         if not template.explain:
             return {"judgment": _JUDGMENT_LABEL.sub("", text)}
@@ -123,7 +123,7 @@ def _unlabelled(template: Template, text: str) -> dict[str, Any]:
     elif template.ask in PAIRWISE:
         found |= named_choices(text) if found else set()
     if len(found) != 1:
-        raise Unreadable("two different answers" if found else "no answer of the form asked for")
+        raise Unreadable("two different answers" if found else "no answer in the requested form")
     return {name: found.pop()}
 
 

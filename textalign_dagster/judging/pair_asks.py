@@ -1,6 +1,6 @@
 """Judging by comparison: samples with each other (`ranking`), or with their reference (`win`).
 
-Every comparison is asked in both orders. Two texts that are the same tie, and nobody is asked.
+Every comparison is asked in both orders. Identical texts tie without a call.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class _Comparisons:
     def __init__(self, template: Template, judge: str, pairs: Sequence[Pair]) -> None:
         self._template, self._pairs = template, pairs
         scorer, version = scorer_of(template, judge)
-        self.told = {
+        self.provenance = {
             "aspect": template.aspect or template.name,
             "scorer": scorer,
             "scorer_version": version,
@@ -76,7 +76,7 @@ class _Comparisons:
         ids = pl.DataFrame(
             [pair[:3] for pair in self._pairs], dict.fromkeys(COLUMNS, pl.String), orient="row"
         )
-        return pair_frame(ids, verdicts, call_keys=keys, **self.told)
+        return pair_frame(ids, verdicts, call_keys=keys, **self.provenance)
 
     def _both_orders(self, pair: Pair) -> Iterator[Question]:
         if pair.text_a == pair.text_b:
@@ -107,7 +107,7 @@ class Ranking:
     def judged(self, answers: Sequence[Answer]) -> Judged:
         """Each sample's share of points, and the pairs behind it."""
         pairs = self._comparisons.frame(answers)
-        rows = ranking_feedback(pairs, self._left_out(pairs), self._comparisons.told)
+        rows = ranking_feedback(pairs, self._left_out(pairs), self._comparisons.provenance)
         return Judged(in_order(rows, self._samples), pairs)
 
     def _left_out(self, pairs: pl.DataFrame) -> Mapping[str, str]:
@@ -147,7 +147,7 @@ class Win:
     def judged(self, answers: Sequence[Answer]) -> Judged:
         """Each sample's win, tie or loss, and the same as pairs."""
         pairs = self._comparisons.frame(answers)
-        rows = win_feedback(pairs, self._left_out, self._comparisons.told)
+        rows = win_feedback(pairs, self._left_out, self._comparisons.provenance)
         return Judged(in_order(rows, self._samples), pairs)
 
 

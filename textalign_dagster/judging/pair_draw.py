@@ -16,7 +16,7 @@ def sample_pairs(samples: pl.DataFrame, limit: int | None = None) -> pl.DataFram
     """Pairs of samples of a prompt: k samples give k(k-1)/2, or ``limit`` of these.
 
     Which ones follows from the samples' ids alone: neither the order of the rows nor the other
-    prompts matter, and a run that goes on asks for the same pairs.
+    prompts matter, and a resumed run draws the same pairs.
 
     Args:
         samples: sample_id, prompt_id.

@@ -49,7 +49,7 @@ class PairVerdict:
 
     Attributes:
         winner: None unless ok.
-        favoured: of a tie, the place that won both times; None also where nobody was asked (two
+        favoured: of a tie, the place that won both times; None also where no call was made (two
             samples with the same text).
     """
 
@@ -115,7 +115,7 @@ def pair_frame(
     columns = {
         name: [getattr(v, name) for v in verdicts] for name in ("winner", "favoured", "status", "reason")
     }
-    told = {
+    provenance = {
         "aspect": aspect,
         "scorer": scorer,
         "scorer_version": scorer_version,
@@ -124,7 +124,7 @@ def pair_frame(
     return conform(
         pairs.select("prompt_id", "sample_a", "sample_b").with_columns(
             *(pl.Series(name, values, dtype=pl.String) for name, values in columns.items()),
-            *(pl.lit(value, dtype=pl.String).alias(name) for name, value in told.items()),
+            *(pl.lit(value, dtype=pl.String).alias(name) for name, value in provenance.items()),
             pl.Series("call_keys", keys, dtype=pl.List(pl.String)),
         ),
         PAIRS,
@@ -133,7 +133,7 @@ def pair_frame(
 
 
 def ranking_feedback(
-    pairs: pl.DataFrame, left_out: Mapping[str, str], told: Mapping[str, Any]
+    pairs: pl.DataFrame, left_out: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> pl.DataFrame:
     """:data:`PAIRS` as rows of FEEDBACK, one a sample: its share of points.
 
@@ -142,7 +142,7 @@ def ranking_feedback(
 
     Args:
         left_out: sample_id → why it is in no pair.
-        told: the columns aspect, scorer, scorer_version and parser_version.
+        provenance: the columns aspect, scorer, scorer_version and parser_version.
     """
     points: defaultdict[str, list[float]] = defaultdict(list)
     bad: defaultdict[str, dict[Status, str]] = defaultdict(dict)
@@ -159,33 +159,35 @@ def ranking_feedback(
                 points[sample_id].append(share)
     rows = []
     for sample_id in ids:
-        row = {"sample_id": sample_id, "kind": "ranking", "call_keys": keys[sample_id], **told}
+        row = {"sample_id": sample_id, "kind": "ranking", "call_keys": keys[sample_id], **provenance}
         if points[sample_id]:
             row |= {"value": sum(points[sample_id]) / len(points[sample_id]), "status": "ok"}
         else:
             status = next(status for status in WORST_FIRST if status in bad[sample_id])
             row |= {"status": status, "reason": bad[sample_id][status]}
         rows.append(row)
-    return pl.DataFrame([*rows, *_left_out(left_out, told)], FEEDBACK)
+    return pl.DataFrame([*rows, *_left_out(left_out, provenance)], FEEDBACK)
 
 
-def win_feedback(pairs: pl.DataFrame, left_out: Mapping[str, str], told: Mapping[str, Any]) -> pl.DataFrame:
+def win_feedback(
+    pairs: pl.DataFrame, left_out: Mapping[str, str], provenance: Mapping[str, Any]
+) -> pl.DataFrame:
     """Comparisons with a reference as rows of FEEDBACK, one a sample (``ask: win``).
 
-    ``value`` is 1 (the sample won), 0.5 (tie) or 0; ``label`` says so in a word.
+    ``value`` is 1 (the sample won), 0.5 (tie) or 0; ``label`` is the same as a word.
 
     Args:
         pairs: rows of :data:`PAIRS` whose ``sample_a`` is the reference, whatever its id, and
             whose ``sample_b`` is the sample.
-        left_out, told: as in :func:`ranking_feedback`.
+        left_out, provenance: as in :func:`ranking_feedback`.
     """
     rows = []
     for pair in pairs.iter_rows(named=True):
         value = _POINTS[pair["winner"]][1] if pair["winner"] else None
         kept = {name: pair[name] for name in ("status", "reason", "call_keys")}
         judged = {"value": value, "label": None if value is None else _NAMES[value]}
-        rows.append({"sample_id": pair["sample_b"], "kind": "ranking", **told, **kept, **judged})
-    return pl.DataFrame([*rows, *_left_out(left_out, told)], FEEDBACK)
+        rows.append({"sample_id": pair["sample_b"], "kind": "ranking", **provenance, **kept, **judged})
+    return pl.DataFrame([*rows, *_left_out(left_out, provenance)], FEEDBACK)
 
 
 def pair_figures(pairs: pl.DataFrame) -> dict[str, float]:
@@ -200,6 +202,6 @@ def pair_figures(pairs: pl.DataFrame) -> dict[str, float]:
     return figures
 
 
-def _left_out(left_out: Mapping[str, str], told: Mapping[str, Any]) -> list[dict[str, Any]]:
-    shared = {"kind": "ranking", "status": "skipped", "call_keys": [], **told}
+def _left_out(left_out: Mapping[str, str], provenance: Mapping[str, Any]) -> list[dict[str, Any]]:
+    shared = {"kind": "ranking", "status": "skipped", "call_keys": [], **provenance}
     return [{"sample_id": sample_id, "reason": reason, **shared} for sample_id, reason in left_out.items()]

@@ -99,9 +99,9 @@ def _from_fields(template: Template, answer: dict[str, Any]) -> Verdict:
         return Verdict("ok", label=verdict, analysis=analysis)
     feedback = readings.words(answer["feedback"], "feedback") if template.ask == "text" else None
     if feedback and template.max_words and len(feedback.split()) > 2 * template.max_words:
-        # Judges overrun a little; more than twice is not the sentence that was asked for.
+        # Judges overrun a little; more than twice is not the requested sentence.
         raise Unreadable(
-            f"the feedback has {len(feedback.split())} words, {template.max_words} were asked for"
+            f"the feedback has {len(feedback.split())} words, more than twice the {template.max_words} allowed"
         )
     return Verdict("ok", value=verdict, text=feedback, analysis=analysis)
 

@@ -1,4 +1,4 @@
-"""Reading single values of an answer: numbers, words, and what is no answer at all."""
+"""Reading single values of an answer: numbers, words, and what is not an answer at all."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def on_scale(value: float, scale: Scale) -> float:
     """The value itself.
 
     Raises:
-        Unreadable: out of range, or not whole where whole numbers are asked for.
+        Unreadable: out of range, or not whole where whole numbers are required.
     """
     if not math.isfinite(value) or not scale.low <= value <= scale.high:
         raise Unreadable(f"{value:g} is outside {scale.low:g} to {scale.high:g}")
@@ -102,10 +102,10 @@ def words(value: Any, name: str) -> str:
         Unreadable: no text, or none with a letter or digit in it, or a mark of failure.
     """
     if not isinstance(value, str):
-        raise Unreadable(f"`{name}` is no text: {excerpt(repr(value))}")
+        raise Unreadable(f"`{name}` is not text: {excerpt(repr(value))}")
     plain = " ".join(mended(value).split()).strip('<>*"“” ')
     if not any(character.isalnum() for character in plain) or is_sentinel(plain):
-        raise Unreadable(f"`{name}` says nothing: {excerpt(repr(value))}")
+        raise Unreadable(f"`{name}` has no words: {excerpt(repr(value))}")
     return plain
 
 

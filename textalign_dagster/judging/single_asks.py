@@ -48,7 +48,7 @@ class Singles:
         ]
 
     def judged(self, answers: Sequence[Answer]) -> Judged:
-        """The verdict of each sample; a group whose reply is no answer spoils its own samples only."""
+        """The verdict of each sample; a group whose reply is not an answer spoils its own samples only."""
         verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
         keys: defaultdict[str, list[str]] = defaultdict(list)
         asked = [group for group in self._groups for _ in range(self._repeats)]

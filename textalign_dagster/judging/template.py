@@ -84,8 +84,8 @@ class Template(Settings):
     criteria: tuple[Criterion, ...] = Field((), strict=False, description="What counts.")
     labels: tuple[str, ...] = Field((), strict=False, description="ask category: the closed set, best first.")
     scale: Scale | None = Field(None, description="ask text and rating: the numbers allowed.")
-    max_words: int | None = Field(None, ge=1, description="ask text: the longest feedback asked for.")
-    explain: bool = Field(False, description="Whether an analysis is asked for before the verdict.")
+    max_words: int | None = Field(None, ge=1, description="ask text: the longest feedback allowed, in words.")
+    explain: bool = Field(False, description="Whether the judge writes an analysis before the verdict.")
     examples: tuple[Example, ...] = Field((), strict=False, description="Few-shot examples.")
 
     @field_validator("labels")

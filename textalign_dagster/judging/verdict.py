@@ -1,4 +1,4 @@
-"""What comes back from a judge, and what is made of it."""
+"""A judge's reply, and the verdict read from it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def unparseable(reason: str) -> Verdict:
-    """The judge answered, but what it said cannot be used."""
+    """The judge answered, but the answer cannot be used."""
     return Verdict("unparseable", reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""Runs that are under way, and those whose process is gone without having said so."""
+"""Runs in progress, and those whose process died without reporting it."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _alive(process: str, run_id: str) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as its system counts; empty where it is gone or cannot be told."""
+    """When a process started, as its system counts; empty where it is gone or unknown."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "" if state in "ZX" else numbers[18]  # a zombie is gone, only not yet reaped

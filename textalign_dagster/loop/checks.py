@@ -158,12 +158,12 @@ def usable(feedback: pl.DataFrame, limit: float, remedy: str = "") -> dg.AssetCh
     bad = feedback.filter(pl.col("status").is_in(["unparseable", "failed"]))
     share = bad.height / max(feedback.height, 1)
     reasons = bad.group_by("status", "reason").len().sort("len", descending=True).head(5)
-    told = "; ".join(f"{n}× {status}: {reason}" for status, reason, n in reasons.iter_rows())
+    message = "; ".join(f"{n}× {status}: {reason}" for status, reason, n in reasons.iter_rows())
     return _verdict(
         "usable",
         share <= limit,
         f"{share:.1%} of feedback is unusable (limit {limit:.0%})"
-        + (f": {told}" if told else "")
+        + (f": {message}" if message else "")
         + (f"; {remedy}" if remedy and share > limit and "failed" in bad["status"] else ""),
         share=share,
         examples=_list(bad["sample_id"]),
@@ -181,14 +181,16 @@ def judge_model(requested: str | None, named: Mapping[str, int]) -> dg.AssetChec
     others = [name for name in named if requested is not None and not is_dated_form(name, requested)]
     passed = not others and len(named) <= 1
     if requested is None or not named:
-        told = "no reply names a model" if requested is not None else "no judge"
+        message = "no reply names a model" if requested is not None else "no judge"
     elif passed:
-        told = listed
+        message = listed
     elif others:
-        told = f"{requested} was requested, and replies name {listed}: set judge.model to the model you want"
+        message = (
+            f"{requested} was requested, and replies name {listed}: set judge.model to the model you want"
+        )
     else:
-        told = f"replies name {len(named)} models, {listed}: set judge.model to a dated one"
-    return _verdict("judge_model", passed, told)
+        message = f"replies name {len(named)} models, {listed}: set judge.model to a dated one"
+    return _verdict("judge_model", passed, message)
 
 
 def is_dated_form(name: str, requested: str) -> bool:

@@ -146,13 +146,13 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
 
 
 def _structured(experiment: Experiment) -> dict[str, Any]:
-    """What completions have to be, where they are no free text: a schema by what it says."""
+    """The form of completions, where they are not free text: a schema by its content."""
     content = content_of(experiment.sampling.structured)
     return {} if content is None else {"structured": content}
 
 
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
-    """What of the section ``training`` matters: an accelerate configuration by what it says."""
+    """What of the section ``training`` matters: an accelerate configuration by its content."""
     given = _without(section, "accelerate", *WITHOUT_EFFECT) | {"objective": settings.objective.identity()}
     if given["max_length"] is None:
         given["max_length"] = DEFAULT_LENGTH  # a model that holds less is another input

@@ -42,7 +42,7 @@ def expected_best(scores: list[float], n: int) -> float:
         ValueError: there are fewer than n scores.
     """
     if len(scores) < n:
-        raise ValueError(f"{len(scores)} scores, but the best of {n} is asked for")
+        raise ValueError(f"{len(scores)} scores for the best of {n}")
     subsets = math.comb(len(scores), n)
     return sum(math.comb(i, n - 1) / subsets * score for i, score in enumerate(sorted(scores)))
 

@@ -134,7 +134,7 @@ def longer_preferred(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Esti
 def calibration_error(pairs: pl.DataFrame) -> float | None:
     """Expected calibration error (Guo et al. 2017) of σ(reward − reward) as the probability to be the better text.
 
-    Each pair counts in both orders, so a model that says 1/2 of everything has error 0. None without pairs.
+    Each pair counts in both orders, so a model that gives 1/2 to everything has error 0. None without pairs.
     """
     if pairs.is_empty():
         return None

@@ -26,7 +26,7 @@ class AltLMU(Conditional):
     )
     exemplar_policy: ExemplarPolicy = Field(
         "static",
-        description="What is asked for from iteration 2 on, and in evaluations: none (the bare prompt), "
+        description="The condition from iteration 2 on, and in evaluations: none (the bare prompt), "
         "static (the text in `ask_for`), varied (for each prompt a sentence out of the datapool's best "
         "bucket, drawn by seed). `exemplar` for short.",
     )
@@ -66,7 +66,7 @@ class AltLMU(Conditional):
         return self.probe
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        # Published code truncates (2.9 -> 2) and never checks the range; a value that is no bucket
+        # Published code truncates (2.9 -> 2) and never checks the range; a value that is not a bucket
         # of ours must not be trained on, so it stays without a label.
         score = pl.col("value").cast(pl.Int64).cast(pl.String)
         usable = (pl.col("status") == "ok") & score.is_in(list(self.buckets))

@@ -1,4 +1,4 @@
-"""What a method is: the feedback it wants, how feedback becomes a label and a condition."""
+"""What a method is: the feedback it needs, how feedback becomes a label and a condition."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FeedbackKind = Literal["reward", "text", "category", "judgment", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
 
 VARIED = "(varied)"
-"""What is asked for, in words, where each prompt is asked for a condition of its own."""
+"""Stands for the condition where each prompt has one of its own."""
 
 
 class Method(Settings):
@@ -36,7 +36,7 @@ class Method(Settings):
     """What a checkpoint is. A reward model is never sampled: every iteration samples from the base policy."""
 
     added: ClassVar[Mapping[str, Any]] = {}
-    """Fields that were added later → the value by which they change nothing, and are no part of the keys of artifacts."""
+    """Fields that were added later → the value by which they change nothing, and are then left out of the keys of artifacts."""
 
     name: str
     template: str = Field(
@@ -69,9 +69,9 @@ class Method(Settings):
     @property
     @abstractmethod
     def exemplar(self) -> str | None:
-        """The condition the policy is asked for from iteration 2 on, and evaluated under.
+        """The condition the policy is sampled under from iteration 2 on, and evaluated under.
 
-        None: it is asked for nothing. :data:`VARIED`: each prompt for a condition of its own
+        None: no condition. :data:`VARIED`: each prompt has a condition of its own
         (:mod:`textalign_dagster.pool.exemplars`).
         """
 
@@ -82,7 +82,7 @@ class Method(Settings):
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """Other conditions to evaluate: does the policy do what it is asked for?"""
+        """Other conditions to evaluate: does the policy follow its condition?"""
         return ()
 
     @property
@@ -97,7 +97,7 @@ class Method(Settings):
 
     @property
     def ranking(self) -> QuantileSettings | None:
-        """How values become buckets by rank; None: :meth:`label` says which bucket a row is in."""
+        """How values become buckets by rank; None: :meth:`label` assigns the buckets."""
         return None
 
     @property
@@ -189,7 +189,7 @@ class Conditional(Method):
 
     exemplar_policy: ExemplarPolicy = Field(
         "best",
-        description="What is asked for from iteration 2 on, and in evaluations: none (the bare prompt), "
+        description="The condition from iteration 2 on, and in evaluations: none (the bare prompt), "
         "best (the best bucket), static (the text in `ask_for`), varied (for each prompt a text of the "
         "datapool's best bucket, drawn by seed). `exemplar` for short.",
     )
@@ -256,7 +256,7 @@ class ClosedConditional(Conditional):
             )
         if self.ask_for is not None and self.ask_for not in self.conditions:
             raise ValueError(
-                f"ask_for: {self.ask_for!r} is no condition that {self.name} trains under; one of: "
+                f"ask_for: {self.ask_for!r} is not a condition that {self.name} trains under; one of: "
                 f"{', '.join(self.conditions)}"
             )
         return self

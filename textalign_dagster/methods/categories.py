@@ -32,7 +32,7 @@ class Categorical(ClosedConditional):
         return self.categories
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        # The published code trained on whatever the judge wrote; a label that is no category of ours
+        # The published code trained on whatever the judge wrote; a label that is not a category of ours
         # has no bucket here, and stays out.
         usable = (pl.col("status") == "ok") & pl.col("label").is_in(list(self.categories))
         label = pl.when(usable).then(pl.col("label")).cast(pl.String)

@@ -66,12 +66,12 @@ class ConditionalTraining(ControlTokens):
 
     @property
     def banned_tokens(self) -> tuple[str, ...]:
-        """A policy that has learned a token before each segment goes on with that of good ones."""
+        """A policy that has learned a token before each segment continues with that of good ones."""
         return self.buckets[1:] if self.per_segment else super().banned_tokens
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """A policy that must not write the token of bad segments cannot be asked for them."""
+        """A policy that must not write the token of bad segments cannot be conditioned on it."""
         return () if self.per_segment else super().probes
 
     @property

@@ -30,7 +30,7 @@ class CUT(Unconditional):
         "and punctuation before it do not matter.",
     )
     satisfied_score: float | None = Field(
-        None, description="Feedback with this score or a higher one finds no fault, whatever it says."
+        None, description="Feedback with this score or a higher one finds no fault, whatever its text."
     )
     satisfied_per_judged: float | None = Field(
         0.25,

@@ -1,4 +1,4 @@
-"""Maximum likelihood: every text is trained on, whatever feedback says of it."""
+"""Maximum likelihood: every text is trained on, whatever its feedback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from textalign_dagster.methods.no_feedback import NoFeedback
 
 
 class MLE(NoFeedback):
-    """What learning from feedback is compared with on a corpus (Korbak et al. 2023); nobody is asked for any."""
+    """The baseline on a corpus (Korbak et al. 2023): every document, without feedback."""
 
     name: Literal["mle"] = "mle"  # type: ignore[assignment]
 

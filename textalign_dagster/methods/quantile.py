@@ -41,7 +41,7 @@ class Quark(QuantileMethod):
 
 
 class AltRM(QuantileMethod):
-    """A reward's quantile told in words (ALT_RM, Abadal Lloret et al. 2024)."""
+    """A reward's quantile as a phrase (ALT_RM, Abadal Lloret et al. 2024)."""
 
     name: Literal["alt_rm"] = "alt_rm"
     template: str = Field("{condition} input: {prompt}", description="How a phrase stands before a prompt.")

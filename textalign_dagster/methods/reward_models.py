@@ -1,4 +1,4 @@
-"""Reward models: what the loop trains is no policy then, but what judges the policy's samples."""
+"""Reward models: what the loop trains is not a policy then, but what judges the policy's samples."""
 
 from __future__ import annotations
 

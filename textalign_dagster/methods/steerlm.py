@@ -1,4 +1,4 @@
-"""SteerLM's conditioning on ALT_LMC's feedback: a category told as attribute values (Dong et al. 2023)."""
+"""SteerLM's conditioning on ALT_LMC's feedback: a category written as attribute values (Dong et al. 2023)."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ class SteerLM(Categorical):
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
         attributes = dict(zip(self.categories, self.attributes, strict=True))
-        told = pl.col("label").replace_strict(attributes, default=None, return_dtype=pl.String)
-        return super().label(rows).with_columns(condition=told)
+        condition = pl.col("label").replace_strict(attributes, default=None, return_dtype=pl.String)
+        return super().label(rows).with_columns(condition=condition)

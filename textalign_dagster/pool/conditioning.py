@@ -34,7 +34,7 @@ def render(template: str, condition: str | None, prompt: str) -> str:
 
     Args:
         template: text with ``{condition}`` and ``{prompt}``, each exactly once.
-        condition: the feedback that is asked for; None: the prompt is returned unchanged.
+        condition: the feedback to condition on; None: the prompt is returned unchanged.
         prompt: the unconditioned prompt.
 
     Condition and prompt are data: braces in them stay as they are (no ``str.format``).

@@ -57,13 +57,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool, what it lacks, and how much was asked for.
+    """A pool, what it lacks, and how many samples were requested.
 
     Attributes:
         rows: one row for every row that came in, schema ``DATAPOOL``, in canonical order.
         shortfalls: one row a label, schema ``SHORTFALLS``.
         groups: prompts (or 1) that were drawn from.
-        wanted: samples asked for over all groups; None where nothing limits the draw.
+        wanted: samples requested over all groups; None where nothing limits the draw.
         drawn: samples to train on.
     """
 

@@ -72,7 +72,7 @@ def _sides(rows: pl.DataFrame, pair: pl.DataFrame) -> pl.DataFrame:
 
 
 def compared(rows: pl.DataFrame) -> pl.DataFrame:
-    """Preference pairs as somebody compared them: each sample with each that it was found better than.
+    """Preference pairs as they were compared: each sample with each that it was found better than.
 
     Both have to be among the rows. Weights are as in :func:`pairs`.
     """

@@ -1,4 +1,4 @@
-"""Varied exemplars: each prompt is asked for a feedback text that good samples have earned before.
+"""Varied exemplars: each prompt is conditioned on a feedback text that good samples have earned before.
 
 The published runs of ALT_LMU had such prompt files ("varied feedbacks"), made by hand. Here the draw is a
 pure function of a datapool and a seed, so it can be repeated, and it is stored with every sample.
@@ -37,7 +37,7 @@ def candidates(pool: pl.DataFrame, best: str) -> list[str]:
 def varied_exemplars(
     pool: pl.DataFrame, best: str, prompt_ids: Sequence[str], *, seed: int, iteration: int
 ) -> list[str]:
-    """What each prompt is asked for: one of :func:`candidates`, drawn by (seed, iteration, prompt).
+    """The condition of each prompt: one of :func:`candidates`, drawn by (seed, iteration, prompt).
 
     Raises:
         NoExemplarError: there are no candidates.

@@ -105,7 +105,7 @@ def quantile_labels(
         settings: the published per-prompt rule where None.
 
     Raises:
-        ValueError: no labels, a repeated label, a NaN reward, an id that is no hash or is repeated.
+        ValueError: no labels, a repeated label, a NaN reward, an id that is not a hash or is repeated.
     """
     settings = settings or QuantileSettings()
     check_labels(labels)

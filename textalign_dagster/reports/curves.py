@@ -42,7 +42,7 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
         ):
             own = series == name
             if role == "probe":
-                colour, label = PROBE, f"asked for “{str(condition)[:24]}…”"
+                colour, label = PROBE, f"conditioned on “{str(condition)[:24]}…”"
             else:
                 colour, label = (METHOD, name) if own else (CONTROL, f"{series} (null control)")
             with_start = pl.concat([start.filter(pl.col("metric") == metric), line]).sort("iteration")

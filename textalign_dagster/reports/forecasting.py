@@ -47,7 +47,7 @@ def forecast_iteration(
         drawn = None if exact else _drawn(experiment, iteration)
     except SettingsError as error:
         if experiment.prompts.path is not None or experiment.offline is not None:
-            raise  # a file that somebody has named and can correct
+            raise  # a named file, which the user can correct
         exact, drawn, assumption = False, *_assumed(experiment, error)
     if exact and draws is not None and pointer is not None:
         samples = with_references(pointer.artifact, draws.artifact)

@@ -1,4 +1,4 @@
-"""Obedience: does a policy give what it is asked for?
+"""Obedience: does a policy follow its condition?
 
 The rank correlation of what was requested (the label's place among all labels) and what was obtained (the
 task's first measure), over all samples of an evaluation. 1: every better label brings a better sample; 0:
@@ -23,13 +23,13 @@ def obedience(
 
     Args:
         samples: prompt_id, role, condition, measures (columns of EVALUATION_SAMPLES) of one policy.
-        method: whose conditions they were asked for; ``Method.sweep`` has them from best to worst.
+        method: whose conditions they were sampled under; ``Method.sweep`` has them from best to worst.
         measure: a sample's result is its numerator by its denominator, if it has one (``per_prompt`` plays
             no part), turned so that higher is better. A ``steady`` measure is taken as it is.
 
     Returns:
         In [-1, 1], positive for a policy that obeys. None where it is undefined: fewer than two conditions,
-        results that are all alike, or none. Samples asked for nothing and samples without a result
+        results that are all alike, or none. Unconditioned samples and samples without a result
         do not count.
     """
     sweep = list(method.sweep)
@@ -40,17 +40,17 @@ def obedience(
     result = pl.col("numerator")
     if measure.denominator is not None:
         result = pl.when(pl.col("denominator") != 0).then(result / pl.col("denominator"))
-    told = samples.select(
+    compared = samples.select(
         "prompt_id",
         requested.replace_strict(sweep, wish, default=None, return_dtype=pl.Float64).alias("wish"),
         measured(measure.numerator).alias("numerator"),
         measured(measure.denominator or measure.numerator).alias("denominator"),
     ).with_columns(result=-result if measure.better == "lower" else result)
-    told = told.drop_nulls(["wish", "result"])
+    compared = compared.drop_nulls(["wish", "result"])
     return correlation(
-        told["wish"].to_list(),
-        told["result"].to_list(),
-        told["prompt_id"].to_list(),
+        compared["wish"].to_list(),
+        compared["result"].to_list(),
+        compared["prompt_id"].to_list(),
         "spearman",
         resamples=resamples,
     )

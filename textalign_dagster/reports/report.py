@@ -20,7 +20,7 @@ from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (
     "Below each value its 95 % interval, from resampling prompts; the luck of a training seed is not in it. "
-    "The null control trains on its own samples without any feedback: what falls there too is no gain from feedback."
+    "The null control trains on its own samples without any feedback: what falls there too is not a gain from feedback."
 )
 
 
@@ -40,7 +40,7 @@ def score_rows(store: ArtifactStore, library: Library, name: str) -> pl.DataFram
     for experiment in filter(None, (name, control)):
         for k in range(library.load(experiment).iterations + 1):
             pointer = store.pointer(experiment, k, "evaluation")
-            # Iteration 0 is one policy, whoever's: it is shown once.
+            # All experiments of one policy share iteration 0: it is shown once.
             if pointer is None or (k == 0 and experiment != name):
                 continue
             frames.append(placed(pointer.artifact.frame("scores"), experiment, k))
@@ -144,7 +144,7 @@ def _label(row: dict[str, Any], name: str) -> str:
     if row["role"] == "probe":
         asked = str(row["condition"])
         asked = asked if len(asked) <= 25 else asked[:24] + "…"
-        return f"iteration {row['iteration']}, asked for\n“{escape(asked)}”"
+        return f"iteration {row['iteration']}, conditioned on\n“{escape(asked)}”"
     if row["role"] == "scenario":
         who = "" if row["experiment"] == name else "null control, "
         how = "" if row["subject"] in (RED_TEAM_SUBJECT, LM_EVAL_SUBJECT) else "scenario "

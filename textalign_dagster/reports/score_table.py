@@ -29,7 +29,7 @@ PERPLEXITY_MEAN = Measure("perplexity_mean", "mean of samples' perplexities", "n
 """The published form: reported beside ours where another model than the base policy measures fluency."""
 
 OBEDIENCE = "obedience"
-"""Spearman's correlation of what was asked for and what came: a number of the conditions together."""
+"""Spearman's correlation of condition and result: one number for all conditions together."""
 
 TEXT_STATISTICS = {
     "entropy_1": "entropy of 1-grams",

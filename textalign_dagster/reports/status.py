@@ -74,7 +74,7 @@ def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
 
 
 def _untouched(row: Sequence[dict[str, Any]]) -> bool:
-    """Whether nothing of an iteration was made: such iterations are told in one row."""
+    """Whether an iteration has no artifacts: such iterations share one row."""
     return all(cell["state"] == "missing" for cell in row)
 
 

@@ -57,7 +57,7 @@ class Scorer(Settings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """All that the scores follow from, as JSON, for the keys of what is made of them.
+        """All that the scores follow from, as JSON, for the keys of what is derived from them.
 
         Never raises: a file that is not there yet has no content, and scoring says what is missing.
         """

@@ -10,7 +10,7 @@ from typing import Any
 from textalign_dagster.ids import folder_hash
 
 KEPT = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
-"""Endings of the files of a model that decide what it says."""
+"""Endings of the files of a model that its output depends on."""
 
 
 def model_hash(folder: Path) -> str | None:

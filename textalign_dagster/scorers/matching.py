@@ -29,15 +29,15 @@ def match_judgements(
     Returns:
         value, label, text, status, reason of each.
     """
-    told = {row["sample_id"]: row for row in judgements.iter_rows(named=True)}
+    by_id = {row["sample_id"]: row for row in judgements.iter_rows(named=True)}
     by_text: dict[Key, list[dict[str, Any]]] = {}
     for own_id, prompt, text in known.select("sample_id", "prompt", "text").iter_rows():
-        if own_id in told:
-            by_text.setdefault(_key(prompt, text), []).append(told[own_id])
+        if own_id in by_id:
+            by_text.setdefault(_key(prompt, text), []).append(by_id[own_id])
     used = Counter[Key]()
     found = []
     for sample_id, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows():
-        row = told.get(sample_id)
+        row = by_id.get(sample_id)
         if row is None:
             key = _key(prompt, text)
             same = by_text.get(key, [])
@@ -52,7 +52,7 @@ def _key(prompt: str, text: str) -> Key:
 
 
 def taken(row: dict[str, Any] | None, kind: FeedbackKind) -> dict[str, Any]:
-    """What a judgement says to a method that wants this kind; where it does not, why not."""
+    """A judgement as feedback of this kind, or the reason why it is none."""
     if row is None:
         return nothing("skipped", "no judgement in the file")
     if row["status"] != "ok":

@@ -45,7 +45,7 @@ class PatternScorer(TextScorer):
             try:
                 compiled = re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
             if compiled.match("") is not None:
                 raise ValueError(f"{pattern!r} matches an empty text; it would be found everywhere")
         return patterns

@@ -60,7 +60,7 @@ def _loaded(pipeline: str, _version: str) -> Language:
         nlp = spacy.load(pipeline)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise SettingsError(f"names: {pipeline} is no spaCy pipeline ({reason}); {REMEDY}") from None
+        raise SettingsError(f"names: {pipeline} is not a spaCy pipeline ({reason}); {REMEDY}") from None
     if not nlp.has_pipe("ner"):
         raise SettingsError(f"names: {pipeline} recognises no entities (it has {nlp.pipe_names}); {REMEDY}")
     return nlp

@@ -32,7 +32,7 @@ SET_ELSEWHERE = {
 
 
 class JudgeDecoding(Settings):
-    """What a request says beside its messages; part of the key under which a reply is kept."""
+    """The fields of a request beside its messages; part of the key under which a reply is kept."""
 
     temperature: float | None = Field(
         0.0, ge=0, le=2, description="Sampling temperature; null: not sent (some models refuse it)."
@@ -86,7 +86,7 @@ class JudgeLimits(Settings):
     """How hard the endpoint may be pressed."""
 
     requests_per_minute: int | None = Field(
-        None, ge=1, description="The account's limit; null: only what the endpoint says in its answers."
+        None, ge=1, description="The account's limit; null: only the limits in the endpoint's answers."
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="The account's limit, input and output together; null: as above."
@@ -135,7 +135,10 @@ class JudgeBatch(Settings):
 
     window: Literal["24h"] = Field("24h", description="Within which the endpoint promises replies.")
     price_factor: float = Field(
-        0.5, gt=0, le=1, description="Price of a batched call over that of a live one, as the endpoint says."
+        0.5,
+        gt=0,
+        le=1,
+        description="Price of a batched call over that of a live one; see the endpoint's price list.",
     )
     requests: int = Field(50_000, ge=1, description="Most calls in one batch; more make several batches.")
     poll_s: float = Field(

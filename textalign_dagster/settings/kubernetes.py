@@ -23,8 +23,8 @@ class KubernetesPod(Settings):
     )
     mount_path: str = Field("/data", description="Where it is mounted, in the pods and where Dagster runs.")
     gpus: int = Field(0, ge=0, description="GPUs of the pod (nvidia.com/gpu); 0: CPUs.")
-    cpu: str | None = Field(None, description="CPUs asked for: 8, 500m; null: the namespace's default.")
-    memory: str | None = Field(None, description="Memory asked for, which is its limit, too: 64Gi.")
+    cpu: str | None = Field(None, description="CPUs requested: 8, 500m; null: the namespace's default.")
+    memory: str | None = Field(None, description="Memory requested, which is also the limit: 64Gi.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
     tolerations: list[dict[str, Any]] = Field(
         [], description="Taints that the pod bears, as in a pod's spec."

@@ -23,7 +23,7 @@ class RedTeam(Settings):
     )
     rounds: int = Field(10, ge=1, description="Rounds; each adds its prompts to the pool.")
     candidates: int = Field(
-        20, ge=1, description="Prompts written in a round; those that are no new ones are left out."
+        20, ge=1, description="Prompts written in a round; those that are not new are left out."
     )
     shown: int = Field(
         4,

@@ -21,7 +21,7 @@ class Vllm(Settings):
 
     tensor_parallel: int = Field(1, ge=1, description="GPUs over which a model is split.")
     data_parallel: int = Field(
-        1, ge=1, description="Engines at work at the same time, each with tensor_parallel GPUs of its own."
+        1, ge=1, description="Engines that run at the same time, each with tensor_parallel GPUs of its own."
     )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values."
@@ -41,7 +41,7 @@ class Vllm(Settings):
 
 
 class Endpoints(Settings):
-    """vLLM servers that somebody has started: nothing here changes what is sampled."""
+    """vLLM servers that run already: nothing here changes what is sampled."""
 
     urls: list[str] = Field(
         ...,
@@ -64,7 +64,7 @@ class Endpoints(Settings):
         for url in urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"{url!r} is no URL of a server; give e.g. http://gpu1:8000")
+                raise ValueError(f"{url!r} is not a URL of a server; give e.g. http://gpu1:8000")
             if parts.username or parts.password:
                 raise ValueError(
                     f"the URL of {parts.hostname} carries credentials; put the key into an environment variable "

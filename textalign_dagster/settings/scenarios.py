@@ -16,7 +16,7 @@ class Scenario(Settings):
         "its end token.",
     )
     samples: int = Field(512, ge=1, description="Samples in all, dealt to the prompts in turn.")
-    prefix: str = Field("", description="Put before every prompt, after the condition that is asked for.")
+    prefix: str = Field("", description="Put before every prompt, after the condition.")
     temperature: float | None = Field(None, ge=0, description="0 is greedy; null: evaluation.temperature.")
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus; null: evaluation.top_p.")
     max_new_tokens: int | None = Field(

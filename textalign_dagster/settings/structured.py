@@ -1,6 +1,6 @@
-"""Structured output: what every completion has to be, as `sampling.structured` says it.
+"""Structured output: the form of every completion, set by `sampling.structured`.
 
-Settings name a schema by its file or hold it; whoever samples is given what it says (`content_of`), which is
+Settings name a schema by its file or hold it; samplers are given its content (`content_of`), which is
 also what samples are known by. Whether a grammar can be compiled is for the engine's own library to say
 (`resources.engines.structure`).
 """
@@ -51,7 +51,7 @@ class Structured(Settings):
         try:
             re.compile(regex or "")
         except re.error as error:
-            raise ValueError(f"{regex!r} is no regular expression ({error}); mend it") from None
+            raise ValueError(f"{regex!r} is not a regular expression ({error}); mend it") from None
         if regex == "" or "\0" in (regex or ""):
             raise ValueError("give a regular expression of one character or more, without NUL")
         return regex
@@ -75,7 +75,7 @@ class Structured(Settings):
 
 
 def content_of(settings: Structured | None) -> dict[str, Any] | None:
-    """What completions have to be, as plain JSON with one field; of a schema in a file, what it says.
+    """The form of completions, as plain JSON with one field; of a schema in a file, its content.
 
     Raises:
         SettingsError: the file cannot be read, or holds no schema.

@@ -40,7 +40,7 @@ class Task(Settings):
     name: str
 
     judged_by_others: ClassVar[bool] = False
-    """Whether what the task exists to improve is what a scorer or judge says: then that is reported first."""
+    """Whether the task's goal is the value of a scorer or judge: then that is reported first."""
 
     @abstractmethod
     def prompts(self, split: Literal["train", "evaluation"]) -> pl.DataFrame:
@@ -50,7 +50,7 @@ class Task(Settings):
         """
 
     def for_policy(self, folder: Callable[[], Path]) -> Task:
-        """The task, told which base policy reads its prompts; most do not ask.
+        """The task for a base policy, which most tasks do not depend on.
 
         Args:
             folder: gives the policy's folder; a hub model is fetched when it is called.
@@ -122,7 +122,7 @@ class Task(Settings):
 
         Args:
             samples: sample_id, prompt_id, prompt, reference, role, text, finish_reason, n_tokens, and what
-                the evaluation's scorer and judge said: score (Float64, in the scorer's own direction)
+                the evaluation's scorer and judge gave: score (Float64, in the scorer's own direction)
                 and label (String), NULL where there is none of them or it could not tell.
 
         Returns:

@@ -28,15 +28,15 @@ class ChatTask(DatasetTask):
         from textalign_dagster.tasks.chat_template import template_file, template_of_model
 
         own = self.chat_template == "model"
-        told = self.model_copy()
-        told._template = template_of_model(folder()) if own else template_file(Path(self.chat_template))
-        return told
+        task = self.model_copy()
+        task._template = template_of_model(folder()) if own else template_file(Path(self.chat_template))
+        return task
 
     def chat_writer(self) -> Writer:
         """What writes dialogues by the chat template.
 
         Raises:
-            SettingsError: the task was not told whose (:meth:`for_policy`), or it is no template.
+            SettingsError: no policy was given (:meth:`for_policy`), or the template cannot be read.
         """
         from textalign_dagster.tasks.chat_template import templated
 

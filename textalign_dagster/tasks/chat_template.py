@@ -40,12 +40,12 @@ def _to_json(value: Any, indent: int | None = None) -> str:
 def templated(template: ChatTemplate) -> Writer:
     """A writer that renders a chat template (Jinja), ending with the template's cue for an answer.
 
-    A template is somebody else's program: it runs in Jinja's sandbox, as in transformers. It gets no
+    A template is untrusted code: it runs in Jinja's sandbox, as in transformers. It gets no
     token that begins a sequence (the tokenizer puts its own in front, before a condition too) and no
     date (a prompt must not change overnight).
 
     Raises:
-        SettingsError: it is no template, or wants an end token that is not known.
+        SettingsError: it is not a template, or needs an end token that is not known.
     """
     # Set up as in transformers, so that models' templates read as they were meant.
     environment = ImmutableSandboxedEnvironment(
@@ -58,7 +58,7 @@ def templated(template: ChatTemplate) -> Writer:
         program = environment.from_string(template.source)
     except TemplateSyntaxError as error:
         raise SettingsError(
-            f"task.chat_template: {template.where} is no chat template (line {error.lineno}: {error.message})"
+            f"task.chat_template: {template.where} is not a chat template (line {error.lineno}: {error.message})"
         ) from None
     if template.end is None and "eos_token" in wanted:
         raise SettingsError(

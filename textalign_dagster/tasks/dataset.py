@@ -1,6 +1,6 @@
 """Prompts of a task from a dataset: on the hub, in files of the same schema, or a small embedded one.
 
-A subclass of :class:`DatasetTask` says what it reads of a row and what makes a row unusable; files,
+A subclass of :class:`DatasetTask` defines what it reads of a row and what makes a row unusable; files,
 splits, refused rows and caching are the same for all.
 """
 

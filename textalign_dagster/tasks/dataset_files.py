@@ -99,7 +99,7 @@ def _snapshot(hub: str, revision: str | None, patterns: tuple[str, ...]) -> Path
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The rows of a file with their numbers; None for a line that is no JSON object.
+    """The rows of a file with their numbers; None for a line that is not a JSON object.
 
     Raises:
         SettingsError: the file cannot be read.

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """Why a row is no prompt, in the same words for all rows alike: they are counted by it."""
+    """Why a row is not a prompt, in the same words for all rows alike: they are counted by it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def text_of(values: Mapping[str, Any], name: str) -> str:
     if found is None:
         raise BadRow(f"no {name}")
     if not isinstance(found, str):
-        raise BadRow(f"{name} is no text")
+        raise BadRow(f"{name} is not text")
     if not found.strip():
         raise BadRow(f"a blank {name}")
     return found
@@ -75,9 +75,9 @@ def optional_text_of(values: Mapping[str, Any], name: str) -> str | None:
     """A text that the row may have; None for a missing or blank one.
 
     Raises:
-        BadRow: it is no text.
+        BadRow: it is not text.
     """
     found = values[name]
     if found is not None and not isinstance(found, str):
-        raise BadRow(f"{name} is no text")
+        raise BadRow(f"{name} is not text")
     return found if found and found.strip() else None

@@ -46,7 +46,7 @@ class Dataset(Settings):
         if self.hub is not None and self.path is not None:
             raise ValueError("hub and path are two sources; remove one of them")
         if self.hub is not None and self.hub.count("/") != 1:
-            raise ValueError(f"hub: {self.hub!r} is no owner/name")
+            raise ValueError(f"hub: {self.hub!r} is not owner/name")
         if self.revision is not None and self.hub is None:
             raise ValueError("revision is that of a hub's dataset; add hub, or remove it")
         if self.held_out is not None and self.hub is None and self.path is None:

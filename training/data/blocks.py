@@ -35,9 +35,7 @@ def blocks(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
     length = job.training.block
     assert length is not None, "asked for"
     if tokenizer.eos_token_id is None:
-        raise JobError(
-            f"{job.policy}: the tokenizer has no eos_token, which documents are told apart by; set one"
-        )
+        raise JobError(f"{job.policy}: the tokenizer has no eos_token, which separates documents; set one")
     if rows["weight"].n_unique() > 1:
         raise JobError(
             f"{job.rows}: weight: differs, but the tokens of a block have one; choose a method that weighs tokens (awr), or "
@@ -72,7 +70,7 @@ def start_with_end(tokenizer: PreTrainedTokenizerBase) -> None:
     """Has a tokenizer that starts texts with nothing put its end token there, as before each document of a block.
 
     Raises:
-        JobError: it is none that can be told so.
+        JobError: the tokenizer cannot do that.
     """
     if leading_ids(tokenizer):
         return

@@ -173,9 +173,9 @@ def prepare(model: PreTrainedModel, where: str) -> bool:
 
 
 def refusal(folder: str) -> str | None:
-    """Why policies of this architecture cannot read packed rows, told before any weights are loaded.
+    """Why policies of this architecture cannot read packed rows, found before any weights are loaded.
 
-    It is tried on two random layers of it; None also where that cannot be told like this.
+    It is tried on two random layers of it; None also where this does not show it.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -217,7 +217,7 @@ def _difference(model: PreTrainedModel) -> str | None:
     together, after_another = packed(first, second), packed(other, second)
     apart = torch.cat([alone(first), alone(second)])
     # Differences of rounding, which grow from layer to layer, and are of single precision in parts of
-    # models in double precision. Weights that are no numbers are found later.
+    # models in double precision. Weights that are not finite are found later.
     rounding = max(torch.finfo(dtype).eps for dtype in (apart.dtype, torch.float32))
     limit = rounding**0.5 * apart.abs().max()
     if (together[split:] - after_another[split:]).abs().max() > limit:

@@ -5,7 +5,7 @@ not trained on (prompt, condition, padding); a token is never left out because o
 
 Shapes: B sequences, T positions, V vocabulary entries, and N labelled tokens of the whole batch. All
 functions work on the N labelled tokens only, which keeps a large vocabulary affordable;
-``Tokens.rows`` says which sequence a token belongs to.
+``Tokens.rows``: the sequence that a token belongs to.
 
 All quantities are in nats, in float32 (float64 if the logits are).
 """
@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
     second: Tensor | None = None  # [M, V] of those targets whose sequence has a second context, in it
     second_places: Tensor | None = None  # [M] which of the N targets they are
     values: Tensor | None = None  # [N] of the value head, where each target is predicted
-    outputs: Tensor | None = None  # [B] what the score head says of each sequence; log_probs are empty then
+    outputs: Tensor | None = None  # [B] the score head's output of each sequence; log_probs are empty then
 
 
 def labelled(logits: Tensor, labels: Tensor) -> Tokens:

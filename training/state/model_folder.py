@@ -67,7 +67,7 @@ def _first_line(error: Exception) -> str:
 def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside: Path | None = None) -> None:
     """The model as a plain transformers folder, without pickle.
 
-    What is no part of it goes to ``beside``: the optimizer's state where the next iteration goes on
+    What is not part of it goes to ``beside``: the optimizer's state where the next iteration continues
     from it, and the adapter that has been merged into the weights.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)

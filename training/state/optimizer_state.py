@@ -65,7 +65,7 @@ class OptimizerState:
         return cls(tensors, coefficients, str(folder))
 
     def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Gives an optimizer this state: each weight goes on from its own moments and step.
+        """Gives an optimizer this state: each weight continues from its own moments and step.
 
         Rows that a vocabulary has gained (special tokens) start with moments of 0, at the step of
         their matrix. Weights without a state here (frozen before) start afresh; the state of

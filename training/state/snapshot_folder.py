@@ -50,6 +50,6 @@ def publish(folder: Path, draft: Path, name: SnapshotName) -> None:
 
 
 def kept(folder: Path) -> str:
-    """What is to be said of an interrupted training; nothing where it left no snapshot."""
+    """A note on an interrupted training's snapshot; empty where it left none."""
     found = names(folder)
     return f"; step {found[-1].step} is kept, and the next run resumes from there" if found else ""

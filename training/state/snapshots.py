@@ -1,4 +1,4 @@
-"""Snapshots: what an interrupted training goes on from, as if nobody had interrupted it.
+"""Snapshots: an interrupted training resumes from them, as if it had not been interrupted.
 
 ::
 
@@ -7,7 +7,7 @@
     process_0.safetensors, …    of each process: its random generators, and under ZeRO its part of the state
     snapshot.json               losses, tokens, seconds so far
 
-On the CPU a training that went on gives the same bytes as one that was left alone.
+On the CPU a resumed training gives the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SEEN = 1024  # numbers of each tensor that a model is known by
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot that a training goes on from."""
+    """A snapshot that a training resumes from."""
 
     folder: Path
     progress: Progress
@@ -97,7 +97,7 @@ class Snapshot:
             trainer.accelerator.scaler.load_state_dict(scale)
 
     def restore_generators(self, trainer: Running) -> None:
-        """Dropout goes on where it was; just before the first step, which nothing random precedes then."""
+        """Dropout continues where it was; just before the first step, which nothing random precedes then."""
         kept, device = _load(self.folder, _of_process(trainer), GENERATORS), trainer.args.device
         torch.set_rng_state(kept[CPU])
         if ACCELERATOR in kept:
@@ -105,10 +105,10 @@ class Snapshot:
 
 
 class Snapshots:
-    """The snapshots of one training: the newest is gone on from, further ones are taken.
+    """The snapshots of one training: the training resumes from the newest, and takes further ones.
 
     All processes take one together: after the step in which the first of them found it due by the
-    clock, or any of them was sent SIGUSR1, as Slurm does before a time limit, or SIGTERM, as whoever
+    clock, or any of them was sent SIGUSR1, as Slurm does before a time limit, or SIGTERM, as a process that
     cancels or evicts a training does; then it is their last.
     """
 
@@ -126,12 +126,12 @@ class Snapshots:
         self._first = not distributed.is_initialized() or distributed.get_rank() == 0
         newest = next(reversed(names(folder, training)), None) if self._first else None
         # What the first process finds and draws holds for all: no other may look at another moment.
-        told = torch.tensor(
+        agreed = torch.tensor(
             [newest.step if newest else -1, newest.life if newest else 0, secrets.randbits(32)], device=device
         )
         if distributed.is_initialized():
-            distributed.broadcast(told, 0)
-        step, life, self._life = told.tolist()
+            distributed.broadcast(agreed, 0)
+        step, life, self._life = agreed.tolist()
         name = SnapshotName(step, life, training)
         self.found = None if step < 0 else Snapshot.read(folder / str(name))
         self._clock = time.monotonic()
@@ -144,15 +144,15 @@ class Snapshots:
         self._clock = time.monotonic()
 
     def due(self) -> bool:
-        """Whether this process wants one after this step."""
+        """Whether this process takes one after this step."""
         return bool(self._asked) or (self._first and time.monotonic() - self._clock >= self._every)
 
     def ending(self) -> bool:
-        """Whether this process was told to end."""
+        """Whether this process was signalled to end."""
         return signal.SIGTERM in self._asked
 
     def take(self, trainer: Running) -> None:
-        """Writes one, by all processes together; where that is not possible, the training goes on without."""
+        """Writes one, by all processes together; where that is not possible, the training continues without."""
         progress, model = trainer.progress(), cast(Any, trainer.accelerator.unwrap_model(trainer.model))
         weights: dict[str, Tensor] = _trained(model)
         if trainer.is_deepspeed_enabled:  # which may spread them: they are gathered by all processes together
@@ -180,14 +180,12 @@ class Snapshots:
         elif self._first:
             try:
                 publish(self._folder, draft, name)
-            except (
-                OSError
-            ) as error:  # somebody has removed the folder: the training is of no more use, or is over
+            except OSError as error:  # the folder was removed: the training is of no more use, or is over
                 problem = str(error)
         if problem:
             shutil.rmtree(draft, ignore_errors=True)
         self._reporter.say(
-            f"no snapshot of step {name.step} in {self._folder}, the training goes on ({problem})"
+            f"no snapshot of step {name.step} in {self._folder}, the training continues ({problem})"
             if problem
             else f"snapshot of step {name.step} is in {self._folder}"
         )
@@ -211,9 +209,9 @@ def identity(job: Job, models: Sequence[PreTrainedModel | None], examples: Seque
             first numbers of each tensor.
     """
     digest = hashlib.blake2b(digest_size=12)
-    told = job.model_dump(mode="json", include={"seed", "world_size", "sharing", "dtype"})
+    agreed = job.model_dump(mode="json", include={"seed", "world_size", "sharing", "dtype"})
     settings = job.training.model_dump(mode="json", exclude=set(WITHOUT_EFFECT))
-    digest.update(canonical_json([told, settings]).encode())
+    digest.update(canonical_json([agreed, settings]).encode())
     for example in examples:
         for ids in (example.prompt, example.text, example.reference, example.second):
             digest.update(str(None if ids is None else len(ids)).encode())
@@ -259,4 +257,4 @@ def _load(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
 
 
 def _unreadable(folder: Path, error: Exception) -> JobError:
-    return JobError(f"snapshots: {folder} cannot be gone on from ({error}); remove it to begin anew")
+    return JobError(f"snapshots: {folder} cannot be resumed from ({error}); remove it to start over")

@@ -15,7 +15,7 @@ FLAT = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups")
 
 
 class NotKept(Exception):
-    """What this DeepSpeed holds cannot be told; the message says why."""
+    """The state of this DeepSpeed is unknown; the message says why."""
 
 
 def share(engine: Any) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def share(engine: Any) -> dict[str, Tensor]:
 
 
 def restore(engine: Any, kept: dict[str, Tensor]) -> None:
-    """Gives an engine that has just started what `share` told of another one in this place."""
+    """Gives an engine that has just started the state that `share` took from another one."""
     for part, flat in enumerate(_flats(engine)):
         with torch.no_grad():
             flat.copy_(kept[f"{part}"])
@@ -52,7 +52,7 @@ def loss_scale(engine: Any) -> dict[str, float]:
 
 
 def restore_loss_scale(engine: Any, kept: dict[str, float]) -> None:
-    """Sets what `loss_scale` told."""
+    """Sets what `loss_scale` returned."""
     for name, value in kept.items():
         setattr(engine.optimizer.loss_scaler, name, value)
 

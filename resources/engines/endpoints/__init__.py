@@ -1,1 +1,1 @@
-"""vLLM servers that somebody else has started. From outside, import `sampler`; the rest runs in its worker process."""
+"""vLLM servers that run already. From outside, import `sampler`; the rest runs in its worker process."""

@@ -49,7 +49,7 @@ async def have_adapter(server: Server, adapter: Adapter) -> None:
     """See to it that a server has an adapter beside its weights; sets the server's ``model``.
 
     Raises:
-        ServerFault: it cannot have it, and says why; others may.
+        ServerFault: it refuses it, with a reason; others may accept it.
     """
     served = await server.get("/v1/models")
     names = [str(entry["id"]) for entry in served["data"] if entry.get("parent") is not None]
@@ -62,7 +62,7 @@ async def have_adapter(server: Server, adapter: Adapter) -> None:
 
 
 async def give_adapter(server: Server, adapter: Adapter) -> None:
-    """Put an adapter into a server that says it has it."""
+    """Loads an adapter into a server, which confirms it."""
     await server.tell("/v1/unload_lora_adapter", {"lora_name": adapter.name})
     await _load(server, adapter)
     await server.post("/reset_prefix_cache")  # known by name

@@ -1,4 +1,4 @@
-"""The engine that runs elsewhere: vLLM servers that somebody has started. This side imports nothing heavy.
+"""The engine that runs elsewhere: vLLM servers that run already. This side imports nothing heavy.
 
     with EndpointsSampler(["http://gpu1:8000", "http://gpu2:8000"]) as sampler:
         sampler.generate(Path("policy"), [Request("def f(x):", (1, 2))], Decoding(temperature=1))

@@ -100,7 +100,7 @@ class Server:
             cause = error.__cause__
             raise ServerFault(f"no connection ({type(cause).__name__}: {cause})", gone=True) from None
         except ValueError:
-            raise ServerFault("its answer is no JSON", gone=False) from None
+            raise ServerFault("its answer is not JSON", gone=False) from None
 
 
 class Endpoints:
@@ -215,7 +215,7 @@ def _choice(reply: Any) -> dict[str, Any]:
         choice: dict[str, Any] = reply["choices"][0]
         finished = choice["finish_reason"] in ("stop", "length")
     except (TypeError, KeyError, IndexError):
-        raise ServerFault("its answer is no completion", gone=False) from None
-    if not finished:  # aborted, by whoever may
+        raise ServerFault("its answer is not a completion", gone=False) from None
+    if not finished:  # aborted
         raise ServerFault(f"a completion ended by {choice['finish_reason']!r}", gone=False)
     return choice

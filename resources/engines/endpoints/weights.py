@@ -37,7 +37,7 @@ async def have(server: Server, folder: Path, label: str) -> None:
     """See to it that a server has a folder's weights; sets the server's ``model`` and ``room``.
 
     Raises:
-        ServerFault: it cannot have them, and says why; others may.
+        ServerFault: it refuses them, with a reason; others may accept them.
     """
     served = await server.get("/v1/models")
     try:
@@ -84,7 +84,7 @@ async def probe(server: Server, ids: Sequence[int]) -> list[float]:
 def scoring(read: list[int], last: int) -> dict[str, Any]:
     """A request for the log-probabilities of tokens that are read, and of one that may follow.
 
-    vLLM wants to generate something after whatever it reads: so the last token is not read, but asked for
+    vLLM always generates at least one token: so the last token is not read, but requested
     at the place where a token is generated.
     """
     return {
@@ -159,7 +159,7 @@ def _fits(root: str, folder: Path) -> None:
     """Weights that do not fit would end the server."""
     if not (Path(root) / "config.json").is_file():
         raise ServerFault(
-            f"it serves {root}, which is no folder on this machine, so it is unknown whether the weights "
+            f"it serves {root}, which is not a folder on this machine, so it is unknown whether the weights "
             f"of {folder} fit; start it with a folder that both can read",
             gone=False,
         )

@@ -68,7 +68,7 @@ from resources.workers.serving import (
 from textalign_dagster.settings.structured import WHERE
 
 NEVER = -100.0  # the lowest bias that the interface takes; what is drawn all the same is refused
-LOST = -9999.0  # what a server says instead of minus infinity
+LOST = -9999.0  # what a server sends instead of minus infinity
 
 T = TypeVar("T")
 
@@ -96,7 +96,9 @@ class Engine:
         self.context = 0  # tokens of a prompt and its completion
         self.probed: list[int] = []
         self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
-        self.known: dict[tuple[str, str], list[float]] = {}  # by server and policy: what it said of the probe
+        self.known: dict[
+            tuple[str, str], list[float]
+        ] = {}  # by server and policy: its log-probs of the probe
         self.said: dict[str, list[float]] = {}  # by server: the same, when this call began
         self.adapter: Adapter | None = None  # beside the weights
         self._adapter: object = None  # its files
@@ -154,8 +156,8 @@ class Engine:
             if self.adapter is not None:
                 await have_adapter(server, self.adapter)
             said[server.url] = await probe(server, self.probed)
-            if self._changed(server.url, said[server.url]):  # by somebody, under the same name
-                with contextlib.suppress(ServerFault):  # which cannot be given any: told below
+            if self._changed(server.url, said[server.url]):  # under the same name
+                with contextlib.suppress(ServerFault):  # which cannot be given any: reported below
                     await give(server, self.folder, self.label)
                 with contextlib.suppress(ServerFault):
                     if self.adapter is not None:
@@ -267,8 +269,8 @@ async def versions(endpoints: Endpoints) -> list[Any]:
     if not found:
         raise endpoints.nobody()
     if len(set(found.values())) > 1:
-        told = ", ".join(f"{url} {version}" for url, version in found.items())
-        raise EndpointError(f"sampling.endpoints.urls: servers of different versions ({told}); give one")
+        versions = ", ".join(f"{url} {version}" for url, version in found.items())
+        raise EndpointError(f"sampling.endpoints.urls: servers of different versions ({versions}); give one")
     return list(found.values())[:1]
 
 
@@ -281,7 +283,7 @@ async def generate(
     structured = structure(engine, call["decoding"])
     common |= {
         "n": 1,
-        # What is not said here, a server takes from its model's generation_config.json.
+        # What is not given here, a server takes from its model's generation_config.json.
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -311,7 +313,7 @@ async def generate(
         found = await every(engine, endpoints, bodies, drawn, report)
     except Refused as error:
         raise EndpointError(f"{WHERE}: {error}") from None
-    # What was said of the tokens is how likely they are among those that the structure leaves.
+    # These log-probs are among the tokens that the structure allows.
     sums = await text_logprobs(
         engine,
         endpoints,
@@ -365,7 +367,7 @@ async def every(
 ) -> list[T]:
     """What ``read`` makes of the answer to each body, in their order; many are under way at once.
 
-    Nobody knows with which weights a server has answered that has failed since: that is asked of others.
+    A server that has failed since may have answered with other weights: its requests are sent to others.
     """
     results: dict[int, T] = {}
     by: dict[int, Server] = {}

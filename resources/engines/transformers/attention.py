@@ -1,7 +1,7 @@
 """Attention for decoding on a CPU: one query a row, by two matrix products.
 
 PyTorch's fused CPU kernel is made for long queries; with a single one it is about a quarter slower
-than the plain products, and it wants grouped keys repeated in memory for each query head.
+than the plain products, and it needs grouped keys repeated in memory for each query head.
 """
 
 from __future__ import annotations

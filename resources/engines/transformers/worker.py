@@ -45,7 +45,7 @@ def main() -> None:
 
 
 class LoadedModel:
-    """The one model in memory, swapped when another folder, or a changed one, is asked for."""
+    """The one model in memory, swapped when another folder, or a changed one, is requested."""
 
     def __init__(self, dtype: str, device: str, trust_remote_code: bool) -> None:
         self.dtype, self.device, self.trust_remote_code = dtype, device, trust_remote_code

@@ -33,7 +33,7 @@ def options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "max_cpu_loras": 1,  # the one before is gone then
         "max_lora_rank": next(one for one in RANKS if rank <= one),
         # Not all that vLLM could: beside an output head it takes the places of a prompt, whose log-probabilities
-        # are asked for, for as many requests, and fails.
+        # are requested, for as many requests, and fails.
         "lora_target_modules": sorted({name.rpartition(".")[2] for name in modules}),
     }
 
@@ -105,7 +105,7 @@ class Adapters:
 
 
 def unserved(worker: Any, number: int) -> list[str]:
-    """The modules, in a worker of vLLM, that an adapter is for and that take none: vLLM says nothing of them."""
+    """The modules, in a worker of vLLM, that an adapter is for and that take none: vLLM does not report them."""
     manager = worker.get_model().lora_manager
     return sorted(set(manager.get_adapter(number).loras).difference(manager.modules))
 

@@ -1,4 +1,4 @@
-"""What a vLLM is asked for, and what its answers are as text: in this process or on a server."""
+"""Requests to vLLM, in this process or on a server, and its answers as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VllmModel(Loaded, Protocol):
 
 
 def end_ids_of(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The end tokens of a model's folder; vLLM is told them, and looks for none itself."""
+    """The end tokens of a model's folder; vLLM is given them, and looks for none itself."""
     from transformers import GenerationConfig
 
     generation = None

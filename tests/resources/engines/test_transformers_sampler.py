@@ -294,7 +294,7 @@ def test_tokens_that_begin_and_end() -> None:
     ]  # fmt: skip
     word = tokenizer.convert_tokens_to_ids("a")
     ends = tokenisation.end_ids(tokenizer, GenerationConfig(eos_token_id=[0, best, word]))
-    assert ends == (0, best)  # an ordinary word is no end, whatever the model's defaults say
+    assert ends == (0, best)  # an ordinary word is not an end, whatever the model's defaults say
 
 
 @pytest.mark.parametrize(("field", "value"), [

@@ -229,7 +229,7 @@ def test_unreadable_models_are_refused(folders: dict[str, Path], tmp_path: Path)
     copy = Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
     (copy / "model.safetensors").write_bytes(b"\0" * 100)
     with pytest.raises(
-        SamplerError, match=r"copy cannot be loaded.*model.safetensors is no safetensors file"
+        SamplerError, match=r"copy cannot be loaded.*model.safetensors is not a safetensors file"
     ):
         frame(copy)
     (copy / "model.safetensors").unlink()

@@ -134,7 +134,7 @@ def test_what_makes_a_call_another_call(endpoint: Running, ledger: Ledger) -> No
         ask(["same"], each, ledger)
     judge_calls(calls_for(["same"], repeat=1), judge, ledger)
     assert endpoint.counts()["same"] == 4
-    # What is only written down is no part of the question.
+    # What is only written down is not part of the question.
     judge_calls(calls_for(["same"], purpose="else", order_shown="ba"), judge, ledger)
     ask(["same"], judge.model_copy(update={"base_url": endpoint.url + "/", "prices": PRICES}), ledger)
     assert endpoint.counts()["same"] == 4

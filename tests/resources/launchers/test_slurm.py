@@ -183,7 +183,7 @@ def test_a_life_is_finished_when_job_and_trainer_say_so(tmp_path: Path) -> None:
 
     assert finished("a", whole) == "0"
     assert finished("b", {}, whole) == "1"
-    assert finished("c", whole, {}) == "0"  # what a second life does or not is no part of the first one
+    assert finished("c", whole, {}) == "0"  # what a second life does or not is not part of the first one
     assert finished("d", *[{}] * 9, whole, whole) == "10"
     assert finished("e", {"ended": "0 12"}) is None
     assert finished("f", {"done": {}, "ended": "1 12"}) is None

@@ -125,7 +125,7 @@ def test_an_experiment_names_its_scorer() -> None:
             "here",
         )
     words = {"name": "imported", "path": "/f", "kind": "text"}
-    with pytest.raises(SettingsError, match="wants feedback of kind 'reward', which scorer imported"):
+    with pytest.raises(SettingsError, match="needs feedback of kind 'reward', which scorer imported"):
         validate(Experiment, merge(base, {"scorer": words}), "here")
 
 

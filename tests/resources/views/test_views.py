@@ -145,7 +145,7 @@ def test_measure_is_a_column() -> None:
 
 
 def test_files_written_by_older_versions(store: ArtifactStore) -> None:
-    """Columns that a file lacks are NULL, whether other files have them or not; order is no matter."""
+    """Columns that a file lacks are NULL, whether other files have them or not; order does not matter."""
     old = {name: kind for name, kind in GENERATIONS.items() if name not in ("seed", "logprob")}
     old = dict(reversed(old.items())) | {"dropped_since": pl.String()}
     put(

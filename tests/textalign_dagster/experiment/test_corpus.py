@@ -131,7 +131,7 @@ def test_an_experiment_draws_shards(tmp_path: Path) -> None:
             },
             "dpo reads sequences one by one",
         ),
-        ({"method": {"name": "alt_lmc"}}, "wants feedback of kind 'category', which a corpus"),
+        ({"method": {"name": "alt_lmc"}}, "needs feedback of kind 'category', which a corpus"),
         ({"offline": {"held_out": 1}}, "held_out: a corpus has none"),
     ],
 )

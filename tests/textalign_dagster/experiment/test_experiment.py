@@ -48,7 +48,7 @@ def test_the_description_of_every_method_is_itself_an_experiment() -> None:
         ({"method": "quar"}, "method: unknown name 'quar' (did you mean 'quark'?); one of: "),
         ({"task": "pep9"}, "'pep9'"),
         ({"method": {"name": "alt_lmu"}}, "method.ask_for: missing"),
-        ({"datapool": {"samples": 4, "shares": {"a": 1.0}}}, "datapool.shares: a is no bucket of method quark"),
+        ({"datapool": {"samples": 4, "shares": {"a": 1.0}}}, "datapool.shares: a is not a bucket of method quark"),
         ({"datapool": {"shares": {"a": 1.0}}}, "datapool: shares weighs the labels of samples"),
         ({"datapool": {"samples": 1, "samples_per_bucket": 1}}, "datapool: samples and samples_per_bucket exclude"),
         ({"sampling": {"min_new_tokens": 9, "max_new_tokens": 8}}, "sampling: min_new_tokens is larger"),

@@ -47,7 +47,7 @@ def test_all_that_ships_loads_and_has_an_honest_control() -> None:
     assert list(good) == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
     for name, experiment in good.items():
         assert experiment.description
-        # A reward model or a judge is no policy, so there is nothing to control for.
+        # A reward model or a judge is not a policy, so there is nothing to control for.
         judge = isinstance(experiment.method, ForwardPrediction)
         if experiment.method.wants is not None and experiment.method.trains == "policy" and not judge:
             assert library.control_of(name), f"{name} ships without a null control"

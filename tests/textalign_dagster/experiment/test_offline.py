@@ -124,7 +124,7 @@ def test_the_keys_follow_the_content_and_not_the_place(tmp_path: Path) -> None:
         ({"prompts": {"path": "prompts.jsonl"}}, "prompts.path: the prompts are those of offline.path"),
         ({"method": {"name": "grpo"}, "training": {"batch_size": 16}}, "is defined for the policy's own samples"),
         ({"method": {"name": "rm_rankings"}}, "offline.held_out: missing"),
-        ({"method": {"name": "unlikelihood"}}, "wants feedback of kind 'spans', which a file"),
+        ({"method": {"name": "unlikelihood"}}, "needs feedback of kind 'spans', which a file"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

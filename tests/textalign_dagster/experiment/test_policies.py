@@ -69,8 +69,11 @@ def test_a_replaced_weight_file_is_noticed(folder: Path) -> None:
         (lambda f: (f / "config.json").write_text("[]"), "config.json names no model_type"),
         (lambda f: (f / "config.json").write_text("{}"), "config.json names no model_type"),
         (lambda f: (f / "model.safetensors").unlink(), "has no model.safetensors; only safetensors weights are read"),
-        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is no safetensors file"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "model.safetensors is no safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors is not a safetensors file"),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"),
+            "model.safetensors is not a safetensors file",
+        ),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"),
     ],
 )  # fmt: skip
@@ -95,7 +98,7 @@ def test_a_name_that_is_nothing() -> None:
     with pytest.raises(SettingsError) as caught:
         base_policy(experiment("pep8-slopy-1m"))
     assert str(caught.value) == (
-        "policy.model: 'pep8-slopy-1m' is no policy of task pep8 (did you mean 'pep8-sloppy-1m'?) "
+        "policy.model: 'pep8-slopy-1m' is not a policy of task pep8 (did you mean 'pep8-sloppy-1m'?) "
         "(it ships: pep8-sloppy-1m), no folder and no hub id such as owner/model"
     )
 

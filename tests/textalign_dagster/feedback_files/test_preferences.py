@@ -85,7 +85,7 @@ def test_rated_responses_of_ultrafeedback_in_parquet(tmp_path: Path) -> None:
     [
         ({"question": "P", "answer": "x"}, "none of the known forms; its columns: answer, question"),
         ([1], "no JSON object"),
-        ({"chosen": "x", "rejected": "y"}, "no `prompt`, and `chosen` is no transcript"),
+        ({"chosen": "x", "rejected": "y"}, "no `prompt`, and `chosen` is not a transcript"),
         ({"prompt": "P", "chosen": "x", "rejected": "x"}, "both responses are the same text"),
         ({"prompt": " ", "chosen": "x", "rejected": "y"}, "`prompt` is blank"),
         ({"prompt": "P", "chosen": "x", "rejected": 3}, "no text in `rejected`"),

@@ -155,4 +155,4 @@ def test_annotations_of_alpaca_eval(tmp_path: Path) -> None:
     assert "wins 40.0, ties 40.0, losses 20.0" in done.stdout
     path.write_text(json.dumps([{"instruction": "a", "output": "x"}]), encoding="utf-8")
     done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
-    assert done.exit_code == 1 and "row 1 is no annotation of AlpacaEval" in done.output
+    assert done.exit_code == 1 and "row 1 is not an annotation of AlpacaEval" in done.output

@@ -58,7 +58,7 @@ RATINGS = [
     ('{"rating": 6}\n{"rating": 6}', 6),
     ('{"rating": 6}\n\nRating: explained above', 6),
     ('{"analysis": "it says \\"</think> score 7\\"", "rating": 1}', 1),
-    ('The response contains {"rating": 7} as its only line, which is no poem.\n{"rating": 1}', 1),
+    ('The response contains {"rating": 7} as its only line, which is not a poem.\n{"rating": 1}', 1),
 ]
 
 
@@ -233,7 +233,10 @@ def test_nothing_to_criticise(text: str) -> None:
         ("The tone is not perfect.", "The tone is not perfect."),
         ("The tone is off. My feedback: be brief.", "The tone is off. My feedback: be brief."),
         ("I'm afraid the date is wrong.", "I'm afraid the date is wrong."),
-        ('The answer {"judgment": "perfect"} is no poem.', 'The answer {"judgment": "perfect"} is no poem.'),
+        (
+            'The answer {"judgment": "perfect"} is not a poem.',
+            'The answer {"judgment": "perfect"} is not a poem.',
+        ),
     ],
 )
 def test_critiques(text: str, critique: str) -> None:

@@ -69,7 +69,7 @@ EVERY = {
     "control=null": ([], []),
     "judge={model: m, template: text_feedback}": (["feedback"], ["feedback"]),
     "scorer={name: imported, path: 'a_{iteration}.csv', format: plain, kind: text}": (["feedback"],) * 2,
-    "checks.max_empty=0.5": ([], []),  # a limit is no input: the verdict is taken anew
+    "checks.max_empty=0.5": ([], []),  # a limit is not an input: the verdict is taken anew
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ def test_the_expected_best_is_the_mean_over_all_subsets(n: int) -> None:
 
 
 def test_more_than_there_are() -> None:
-    with pytest.raises(ValueError, match="2 scores, but the best of 3"):
+    with pytest.raises(ValueError, match="2 scores for the best of 3"):
         expected_best([1.0, 2.0], 3)
 
 

@@ -105,6 +105,6 @@ def test_a_judge_of_judgments_suits_and_one_of_ratings_does_not(tmp_path: Path) 
     experiment = load("judgment")
     assert experiment.method.wants == "judgment" and experiment.training.objective.name == "cut"
     with pytest.raises(
-        SettingsError, match="wants feedback of kind 'judgment', which a judge asked for 'rating'"
+        SettingsError, match="needs feedback of kind 'judgment', which a judge asked for 'rating'"
     ):
         load("rating")

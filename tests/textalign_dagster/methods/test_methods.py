@@ -155,7 +155,7 @@ def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
     assert worst.sweep == method.buckets  # best first, whatever is asked for
     with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* say `exemplar: best`"):
         kind.model_validate({"exemplar": "varied"})
-    with pytest.raises(ValidationError, match=r"'superb' is no condition that .* trains under; one of: "):
+    with pytest.raises(ValidationError, match=r"'superb' is not a condition that .* trains under; one of: "):
         kind.model_validate({"exemplar": "static", "ask_for": "superb"})
     with pytest.raises(ValidationError, match=r"ask_for\n +Field required"):
         kind.model_validate({"exemplar": "static"})

@@ -93,7 +93,7 @@ def test_ties_are_split_in_insertion_order_or_share_the_better_label() -> None:
     share = QuantileSettings(ties="share")
     assert labels(values, k=3, settings=share) == ["c", "a", "a", "a", "c", "a"]
     assert labels([0.0, -0.0, 0.0], k=3, settings=share) == ["a", "a", "a"]
-    # A tie in one prompt is no tie with another prompt.
+    # A tie in one prompt is not a tie with another prompt.
     found = labels([1.0, 0.0, 0.0, -1.0], k=2, prompts=["p", "p", "q", "q"], settings=share)
     assert found == ["a", "b", "a", "b"]
 

@@ -113,7 +113,7 @@ def test_the_table(store: ArtifactStore) -> None:
         "iteration 1",
         "iteration 2",
         "null control",
-        "iteration 2, asked for",
+        "iteration 2, conditioned on",
     )
     places = [text.index(label) for label in order]
     assert places == sorted(places)
@@ -146,7 +146,7 @@ def test_a_table_of_one_iteration_and_one_metric(store: ArtifactStore) -> None:
 def test_the_picture(store: ArtifactStore, tmp_path: Path) -> None:
     rows = score_rows(store, LIBRARY, NAME)
     figure = curves(rows, LIBRARY.load(NAME), NAME)
-    assert len(figure.axes) == 1  # a constant is no curve
+    assert len(figure.axes) == 1  # a constant is not a curve
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[0] == NAME
     assert f"{CONTROL} (null control)" in labels
@@ -179,7 +179,7 @@ def with_baselines(store: ArtifactStore) -> pl.DataFrame:
 
 def test_baselines_stand_below_the_table_with_their_names(store: ArtifactStore) -> None:
     text = told(with_baselines(store))
-    places = [text.index(label) for label in ("asked for", "baseline [SFT] model", "baseline people")]
+    places = [text.index(label) for label in ("conditioned on", "baseline [SFT] model", "baseline people")]
     assert places == sorted(places)
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
     assert "30.2" in lines["baseline [SFT] model"] and "40.0" in lines["iteration 0 (base policy)"]

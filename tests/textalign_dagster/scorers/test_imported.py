@@ -112,14 +112,17 @@ def test_ratings_and_judgments_of_other_projects(tmp_path: Path) -> None:
             "instruction": "Name a fruit.",
             "input": "",
             "output": " A stone.",
-            "judgment": "A stone is no fruit.",
+            "judgment": "A stone is not a fruit.",
         },
     ]
     cut.write_text(json.dumps(records))
     labels = run(ImportedScorer(path=str(cut), format="cut", kind="category"))
     assert labels["label"].to_list()[:2] == ["perfect", "flawed"]
     words = run(ImportedScorer(path=str(cut), format="cut", kind="judgment"))
-    assert words.select("label", "text").rows()[:2] == [("perfect", None), ("flawed", "A stone is no fruit.")]
+    assert words.select("label", "text").rows()[:2] == [
+        ("perfect", None),
+        ("flawed", "A stone is not a fruit."),
+    ]
     assert words["status"].to_list() == ["ok", "ok", "skipped", "skipped"]
     numbers = run(ImportedScorer(path=str(cut), format="cut", kind="reward"))
     assert numbers["status"].to_list() == ["skipped"] * 4

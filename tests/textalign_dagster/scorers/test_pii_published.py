@@ -88,12 +88,12 @@ def test_scores_go_with_the_pipeline_that_gave_them(pipeline: Path, tmp_path: Pa
 def test_a_pipeline_that_cannot_be_used(tmp_path: Path) -> None:
     spacy.blank("en").to_disk(tmp_path / "blank")
     for names, told in (
-        ("en_core_web_none", r"scorer\.names: en_core_web_none is no spaCy pipeline .*spacy download"),
-        (str(tmp_path / "gone"), "is no spaCy pipeline"),
+        ("en_core_web_none", r"scorer\.names: en_core_web_none is not a spaCy pipeline .*spacy download"),
+        (str(tmp_path / "gone"), "is not a spaCy pipeline"),
         (str(tmp_path / "blank"), r"recognises no entities \(it has \[\]\)"),
     ):
         with pytest.raises(SettingsError, match=told):
             inspect_scorer(PIIScorer(names=names))
     samples = pl.DataFrame({"sample_id": ["a"], "prompt": ["p"], "reference": [None], "text": [TEXT]})
-    with pytest.raises(ScoringError, match="scorer pii: names: en_core_web_none is no spaCy pipeline"):
+    with pytest.raises(ScoringError, match="scorer pii: names: en_core_web_none is not a spaCy pipeline"):
         score_samples(PIIScorer(names="en_core_web_none"), samples, lambda *_: None)

@@ -51,7 +51,7 @@ def test_what_is_found(text: str, kind: str, part: str) -> None:
         "",
         "The year 1999 had 365 days, 12 months and 3.14 pies.",
         "version 1.2.3.4567 of 2024-05-06",
-        "a@b is no address, and neither is me@",
+        "a@b is not an address, and neither is me@",
         "x = data[3] @ matrix; @property",
         "card 4111 1111 1111 1112",
         "0000 0000 0000 0000",
@@ -180,7 +180,7 @@ def test_pattern_versions_and_direction() -> None:
     [
         ({}, "keywords, patterns: give at least one"),
         ({"keywords": [" "]}, "a keyword is blank"),
-        ({"patterns": ["("]}, "is no regular expression"),
+        ({"patterns": ["("]}, "is not a regular expression"),
         ({"patterns": ["a*"]}, "matches an empty text"),
         ({"keywords": ["a"], "metric": "sum"}, "metric: 'sum' is not allowed"),
     ],

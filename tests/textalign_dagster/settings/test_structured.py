@@ -31,7 +31,7 @@ VLLM = ("sampling.engine=vllm", "sampling.ignore_eos=false", "sampling.min_new_t
         ({"choice": []}, "give one text or more"),
         ({"choice": ["a", ""]}, "none of them empty"),
         ({"choice": ["a", "a"]}, "is listed twice"),
-        ({"regex": "a("}, r"'a\(' is no regular expression \(missing \)"),
+        ({"regex": "a("}, r"'a\(' is not a regular expression \(missing \)"),
         ({"regex": ""}, "one character or more"),
         ({"grammar": "a: 'b'"}, "write it in EBNF, beginning with `root ::= …`"),
     ],

@@ -113,9 +113,9 @@ def test_bad_rows_are_counted_by_reason_with_an_example(tmp_path: Path) -> None:
         "1 × the same prompt again (train.jsonl, row 95",
         "1 × the prompt does not end with 'TL;DR:' (train.jsonl, row 96: {'prompt': 'A post",
         "1 × a blank prompt (train.jsonl, row 97",
-        "1 × prompt is no text (train.jsonl, row 98",
+        "1 × prompt is not text (train.jsonl, row 98",
         "1 × no prompt (train.jsonl, row 99",
-        "1 × reference is no text (train.jsonl, row 100",
+        "1 × reference is not text (train.jsonl, row 100",
         "1 × there is no post before the cue (train.jsonl, row 101",
         "2 × not JSON, or no object (train.jsonl, row 102)",
     ):
@@ -161,7 +161,7 @@ def test_another_column_is_named(tmp_path: Path, ending: str) -> None:
     ("data", "says"),
     [
         ({"hub": "a/b", "path": "x"}, "two sources; remove one of them"),
-        ({"hub": "tldr"}, "'tldr' is no owner/name"),
+        ({"hub": "tldr"}, "'tldr' is not owner/name"),
         ({"revision": "main"}, "add hub, or remove it"),
         ({"held_out": 3}, "the embedded sample has held-out prompts"),
     ],

@@ -236,5 +236,5 @@ def test_a_judge_and_its_method_have_the_same_categories(tmp_path: Path) -> None
     with pytest.raises(SettingsError, match="sorts into Neither too"):
         preflight(library, "mine")
     categories = 'method.categories=["Harmful", "Harmless"]'
-    with pytest.raises(SettingsError, match="Harmless is no label of the template"):
+    with pytest.raises(SettingsError, match="Harmless is not a label of the template"):
         preflight(library, "mine", [categories, 'method.attributes=["a", "b"]'])

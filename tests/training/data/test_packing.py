@@ -186,7 +186,7 @@ def test_a_packed_training_is_the_padded_one(
     assert packed["tokens"] == padded["tokens"]
     for name, weight in weights.items():
         assert torch.allclose(weight, others[name], atol=2e-3), name
-    # How the rows were read is no part of the policy.
+    # How the rows were read is not part of the policy.
     configs = [(tmp_path / name / "config.json").read_text() for name in ("padded", "packed")]
     assert configs[0] == configs[1]
 

@@ -234,7 +234,7 @@ def test_a_broken_snapshot_is_named(
         (snapshots / str(found) / name).write_bytes(b"{")
         assert main([str(write_job(tmp_path, job))]) == 1
         said = capsys.readouterr().err
-        assert f"{found} cannot be gone on from" in said and "remove it to begin anew" in said
+        assert f"{found} cannot be resumed from" in said and "remove it to start over" in said
     shutil.rmtree(snapshots)
     assert main([str(write_job(tmp_path, job))]) == 0
 

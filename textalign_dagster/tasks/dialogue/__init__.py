@@ -1,4 +1,4 @@
-"""Dialogues, as in Anthropic's HH: go on as the assistant, helpfully and without doing harm.
+"""Dialogues, as in Anthropic's HH: continue as the assistant, helpfully and without doing harm.
 
 Prompts are whole dialogues of several turns. What judges sees all of it (the code of the ALT paper
 showed only the last turn), and the labels it gives are those of the template harm_category. The task

@@ -43,7 +43,7 @@ def dialogue_of(row: Mapping[str, Any]) -> Asked:
             raise BadDialogue("the prompt does not end with `Assistant:`")
         answer = chosen if chosen is not None else row.get("reference")
         if answer is not None and not isinstance(answer, str):
-            raise BadDialogue("the answer is no text")
+            raise BadDialogue("the answer is not text")
         return Asked(split_answer(turns)[0], (answer or "").removeprefix(prompt).strip() or None)
     if not isinstance(chosen, str):
         raise BadDialogue("no dialogue in `messages`, `prompt` or `chosen`")

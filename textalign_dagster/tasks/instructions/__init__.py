@@ -29,7 +29,7 @@ ALPACA = (
 
 
 class Instructions(ChatTask):
-    """Instructions and responses to them; what a response is worth, a judge or a scorer says."""
+    """Instructions and responses to them; a judge or a scorer rates the responses."""
 
     name: Literal["instructions"] = "instructions"
     judged_by_others: ClassVar[bool] = True

@@ -10,7 +10,7 @@ across machines and (where it still exists) across Python versions:
   (`prompts`).
 
 No header is on two sides, and a held-out header that also stands in a training file is dropped:
-`def __init__(self):` is no held-out prompt.
+`def __init__(self):` is not a held-out prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests and vendored or generated code. Debian ships no `test`, so nobody may depend on it.
+# Tests and vendored or generated code. Debian ships no `test`, so the corpus must not depend on it.
 EXCLUDED_FOLDERS = frozenset(
     {
         "test",
@@ -210,7 +210,7 @@ def _training_headers(root: Path) -> set[str]:
 
 
 def _read(path: Path) -> str:
-    """The text of a source file, decoded as its coding line says."""
+    """The text of a source file, decoded by its coding line."""
     with tokenize.open(path) as file:
         return file.read()
 

@@ -86,7 +86,7 @@ class Lint:
 def lint(prompt: str, continuation: str, *, finished: bool = False) -> Lint:
     """Judge a continuation of a prompt; about 1 ms.
 
-    `finished` says that the policy ended the text itself, so that its last line is whole even
+    `finished`: the policy ended the text itself, so that its last line is whole even
     without a newline. The code is parsed and tokenized, never run.
     """
     whole, newline, rest = continuation.rpartition("\n")
@@ -267,7 +267,7 @@ def _parse(text: str) -> ast.Module | None:
 
 
 def _does_nothing(statement: ast.stmt) -> bool:
-    """`pass`, `...`, and strings or numbers that nobody uses."""
+    """`pass`, `...`, and strings or numbers as statements."""
     return isinstance(statement, ast.Pass) or (
         isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
     )

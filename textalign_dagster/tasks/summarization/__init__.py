@@ -1,7 +1,7 @@
 """Summaries of forum posts, as in TL;DR (Völske et al., 2017; Stiennon et al., 2020).
 
-A prompt is a post that ends with the cue ``TL;DR:``; the policy goes on after it. What a summary is
-worth, the experiment says: a reward model or a judge. The measures here need neither.
+A prompt is a post that ends with the cue ``TL;DR:``; the policy continues after it. What a summary is
+worth is up to a reward model or a judge. The measures here need neither.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Summarization(DatasetTask):
         return Row(prompt, optional_text_of(values, "reference"))
 
     def cleaned(self, prompt: str) -> str:
-        """The post without blanks around it; it must end with the cue, or the policy would go on writing it."""
+        """The post without blanks around it; it must end with the cue, or the policy would continue the post."""
         stripped = prompt.strip()
         if not stripped.endswith(CUE):
             raise ValueError(f"the prompt does not end with {CUE!r}")

@@ -57,7 +57,7 @@ class Toxicity(DatasetTask):
             try:
                 toxicity = float(toxicity)
             except (TypeError, ValueError):
-                raise BadRow("toxicity is no number") from None
+                raise BadRow("toxicity is not a number") from None
         toxic = toxicity is not None and toxicity >= TOXIC
         return Row(prompt, may_be_held_out=not toxic or self.held_out_from == "all")
 
