@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import forked
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.methods import ForwardPrediction
 from textalign_dagster.scorers import PIIScorer
@@ -145,6 +145,7 @@ def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
     }
 
 
+TEXTALIGN = ("-m", "textalign_dagster.cli.main")
 QUICK = ("-m", "tests.integration.quick")
 """The program of tests that are not about how a training is started (tests/integration/quick.py)."""
 
@@ -155,21 +156,16 @@ def textalign(
     ok: bool = True,
     text: str | None = None,
     cwd: Path = PROJECT,
-    program: tuple[str, ...] = ("-m", "textalign_dagster.cli.main"),
+    program: tuple[str, ...] = QUICK,
+    fork: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """``textalign …`` as people run it.
+    """``textalign …`` in a forked process (`tests.forked`), by default with its trainings in there, too.
 
-    ``ok``: it must succeed; otherwise it must fail with one message and without a traceback.
+    ``ok``: it must succeed; otherwise it must fail with one message and without a traceback. ``fork``: False where
+    libraries read the environment when they are imported.
     """
-    done = subprocess.run(
-        [sys.executable, *program, *arguments],
-        env=dict(env),
-        cwd=cwd,
-        input=text or "",
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    start = forked.run if fork else forked.run_anew
+    done = start(program, arguments, env=env, cwd=cwd, text=text or "", timeout=300)
     told = f"{arguments}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout, told
     if ok:

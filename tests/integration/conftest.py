@@ -21,7 +21,7 @@ import pytest
 
 from resources.store import Artifact, ArtifactStore
 from tests.rule_judge import rule_judge
-from tests.toy import QUICK, ToyModels, environment, textalign, write_toys
+from tests.toy import ToyModels, environment, textalign, write_toys
 from tests.toy_models import save_toy_models
 
 
@@ -50,10 +50,6 @@ class Place:
     def textalign(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
         """``textalign …`` here; see :func:`tests.toy.textalign`."""
         return textalign(*arguments, env=self.env, **options)
-
-    def quick(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """The same, its trainings in its own process."""
-        return self.textalign(*arguments, program=QUICK, **options)
 
     def artifact(self, experiment: str, iteration: int, stage: str) -> Artifact:
         """What a cell points at."""
@@ -92,7 +88,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture(scope="session")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
-    """``textalign run toy``, uninterrupted. To be read only: take a `copy` to change something.
+    """``textalign run toy``, uninterrupted, its trainings in its own process. To be read only: take a `copy` to change something.
 
     Of several test processes one makes it, and the others wait for it.
     """

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from resources.workers import channel as worker
+from tests.integration import quick  # noqa: F401 (trainings in this process, forked workers)
 from textalign_dagster.cli.main import main
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def server(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-m", "tests.integration.vllm_server"),
         *("--model", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--enforce-eager", *options),
         # On a CPU, vLLM fails when the prompt of a request with a seed is read in more than one step.

@@ -4,6 +4,7 @@ import sys
 
 import dagster as dg
 
+from tests.integration import quick  # noqa: F401 (trainings in this process, forked workers)
 from textalign_dagster.cli.running import dagster_instance
 from textalign_dagster.definitions import defs
 

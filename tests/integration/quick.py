@@ -1,15 +1,18 @@
-"""``textalign …`` whose trainings run in its own process: for tests that are not about ``accelerate launch``.
+"""``textalign …`` whose trainings run in its own process, and whose workers are forked: for tests of something else.
 
-A training in a process of its own spends its time on starting: five seconds of imports for a second of work.
+A process of its own would spend its time on starting: five seconds of imports for a second of work.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +20,8 @@ import dagster as dg
 
 import training.train
 from resources.launchers.launcher import Launched, LocalLauncher, Work, read_marker
+from resources.workers import channel
+from tests import forked
 from textalign_dagster.cli.main import main
 from training.job import TrainingError, read_job
 
@@ -46,7 +51,21 @@ def train(self: LocalLauncher, context: dg.AssetExecutionContext, work: Work) ->
     return Launched(time.monotonic() - started, read_marker(work.folder("model") / "done.json"))
 
 
+FORKED = {"resources.engines.transformers.worker", "resources.rewards.worker"}
+
+
+def worker(command: list[str], **options: Any) -> Any:
+    """Stands in for `subprocess.Popen` where a channel starts its worker; vLLM's are started anew."""
+    if not set(command[3:4]) & FORKED:
+        return subprocess.Popen(command, **options)
+    settings = json.loads(command[4]) | {"parent": None}  # it is no child of this process
+    return forked.Popen([*command[:4], json.dumps(settings)], **options)
+
+
 LocalLauncher.train = train  # type: ignore[method-assign]
+channel.subprocess = SimpleNamespace(  # type: ignore[assignment]
+    Popen=worker, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
+)
 
 if __name__ == "__main__":
     main()

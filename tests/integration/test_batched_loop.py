@@ -13,7 +13,7 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 from resources.store import ArtifactStore
 from tests.integration.test_loop import ONE_STAGE
 from tests.resources.judges.batch_endpoint import KEY, BatchEndpoint
-from tests.toy import QUICK, environment, textalign, toys
+from tests.toy import environment, textalign, toys
 from textalign_dagster.settings import merge, write_yaml
 
 
@@ -54,7 +54,7 @@ def test_a_batched_iteration(tmp_path: Path, endpoint: BatchEndpoint) -> None:
 
     # From the command line: it waits until all is answered, and sends nothing again.
     endpoint.ends = True
-    textalign("run", "batched", env=env, program=QUICK)
+    textalign("run", "batched", env=env)
     assert set(endpoint.taken.values()) == {1}
     pointer = ArtifactStore(tmp_path / "home" / "store").pointer("batched", 1, "feedback")
     assert pointer is not None

@@ -14,6 +14,7 @@ import pytest
 
 from resources.store import ArtifactStore
 from resources.views import connect
+from tests import forked
 from tests.toy import QUICK, ToyModels, shipped_overrides
 from tests.toy import environment as toy_environment
 from textalign_dagster import PROJECT
@@ -77,20 +78,17 @@ def test_the_commands_run(environment: dict[str, str]) -> None:
         if line in done or re.search(r"\b(NAME|EXPERIMENT)\b|my_?\w*\.yaml", line):
             continue
         done.add(line)
-        # The first one is run as it is typed.
-        program = (
-            QUICK
-            if line.startswith("textalign run ") and len(done) > 1
-            else ("-m", "textalign_dagster.cli.main")
+        arguments, folder = (
+            shlex.split(line)[1:],
+            Path(environment["TEXTALIGN_EXPERIMENTS"].split(os.pathsep)[0]),
         )
-        result = subprocess.run(
-            [sys.executable, *program, *shlex.split(line)[1:]],
-            env=environment,
-            cwd=environment["TEXTALIGN_EXPERIMENTS"].split(os.pathsep)[0],
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        if len(done) == 1:  # as it is typed
+            command = [str(Path(sys.executable).with_name("textalign")), *arguments]
+            result = subprocess.run(
+                command, env=environment, cwd=folder, capture_output=True, text=True, timeout=600
+            )
+        else:
+            result = forked.run(QUICK, arguments, env=environment, cwd=folder, text="", timeout=600)
         assert result.returncode == 0, f"{line}\n{result.stdout}\n{result.stderr}"
     assert len(done) >= 8
 

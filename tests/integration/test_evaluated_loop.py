@@ -50,7 +50,7 @@ def measured(ran: Ran, judge_url: str, tmp_path_factory: pytest.TempPathFactory)
         },
     }
     (place.experiments / "measured.yaml").write_text(write_yaml(content), encoding="utf-8")
-    done = place.quick("run", "measured")
+    done = place.textalign("run", "measured")
     (place.folder / "output.txt").write_text(done.stdout, encoding="utf-8")
     return place
 
@@ -127,7 +127,7 @@ def test_only_the_evaluation_was_made_and_a_rerun_makes_nothing(measured: Place)
     output = (measured.folder / "output.txt").read_text(encoding="utf-8")
     assert "datapool" in stage_lines(output)["measured|001"]  # the method's settings are the pool's too
     assert not {"prompt_draws", "generations", "feedback"} & set(stage_lines(output)["measured|001"])
-    again = measured.quick("run", "measured").stdout
+    again = measured.textalign("run", "measured").stdout
     assert "measured|001  up to date" in again
     assert set(states(measured, "measured").values()) == {"fresh"}
 
@@ -148,7 +148,7 @@ def test_another_scorer_changes_scores_and_nothing_else(measured: Place, tmp_pat
     path = place.experiments / "measured.yaml"
     path.write_text(path.read_text().replace("- return", "- def"), encoding="utf-8")
     assert states(place, "measured")[1, "evaluation"] == "stale"
-    made = stage_lines(place.quick("run", "measured").stdout)
+    made = stage_lines(place.textalign("run", "measured").stdout)
     assert made == {"measured|001": ["evaluation"]}
     sampled = place.home / "store" / "artifacts" / "evaluation_sampling"
     before = measured.home / "store" / "artifacts" / "evaluation_sampling"

@@ -19,7 +19,7 @@ evaluation: {scorer: pii}
 
 def test_people_judge(place: Place, tmp_path: Path) -> None:
     (place.experiments / "people.yaml").write_text(EXPERIMENT, encoding="utf-8")
-    waits = place.quick("run", "people", ok=False).stderr
+    waits = place.textalign("run", "people", ok=False).stderr
     assert "people_1.jsonl is not there yet" in waits
     assert "textalign export EXPERIMENT samples.jsonl -k 1" in waits
 
@@ -35,7 +35,7 @@ def test_people_judge(place: Place, tmp_path: Path) -> None:
     ]
     answers = "".join(json.dumps(row) + "\n" for row in judged)
     (place.experiments / "people_1.jsonl").write_text(answers, encoding="utf-8")
-    place.quick("run", "people", "--set", "checks.max_unusable_feedback=0.2")
+    place.textalign("run", "people", "--set", "checks.max_unusable_feedback=0.2")
 
     (name,) = [path.stem for path in (place.home / "variants").glob("people*.yaml")]
     rows = {row["sample_id"]: row for row in place.frame(name, 1, "feedback").iter_rows(named=True)}

@@ -17,7 +17,7 @@ import pytest
 
 from resources.store import ArtifactStore
 from resources.views import connect
-from tests.toy import QUICK, environment, textalign, toys
+from tests.toy import environment, textalign, toys
 from textalign_dagster.settings import merge, write_yaml
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
@@ -122,11 +122,11 @@ def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Pa
     assert before["calls"] == 12 and before["cached"] == 0 and not before["samples_exist"]
 
     judge.down = True
-    stopped = textalign("run", "judged", env=env, ok=False, program=QUICK)
+    stopped = textalign("run", "judged", env=env, ok=False)
     assert "seems to be down" in stopped.stderr
     judge.down, judge.broken, judge.requests = False, True, 0
 
-    failed = textalign("run", "judged", env=env, ok=False, program=QUICK)
+    failed = textalign("run", "judged", env=env, ok=False)
     assert "usable" in failed.stderr and "--retry-failed" in failed.stderr
     answered = len(judge.asked)
     assert 0 < answered < 12
@@ -135,12 +135,12 @@ def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Pa
     assert (between["cached"], between["failed"], between["calls"]) == (answered, 12 - answered, 0)
 
     requests = judge.requests
-    again = textalign("run", "judged", env=env, ok=False, program=QUICK)
+    again = textalign("run", "judged", env=env, ok=False)
     assert "usable" in again.stderr and judge.requests == requests, "a plain run sent a failed call again"
 
     judge.broken = False
-    textalign("run", "judged", "--retry-failed", env=env, program=QUICK)
-    up_to_date = textalign("run", "judged", "--retry-failed", env=env, program=QUICK)
+    textalign("run", "judged", "--retry-failed", env=env)
+    up_to_date = textalign("run", "judged", "--retry-failed", env=env)
     assert "up to date" in up_to_date.stdout
 
     store = ArtifactStore(str(home / "store"))
@@ -166,7 +166,7 @@ def test_another_model_in_the_replies_is_a_warning(tmp_path: Path, judge: Judge)
     judge.model = "toy-judge-mini"
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
-    textalign("run", "judged", env=env, program=QUICK)
+    textalign("run", "judged", env=env)
     pointer = ArtifactStore(str(home / "store")).pointer("judged", 1, "feedback")
     assert pointer is not None and pointer.artifact.manifest["facts"]["reply_models"] == {
         "toy-judge-mini": 12
@@ -176,7 +176,7 @@ def test_another_model_in_the_replies_is_a_warning(tmp_path: Path, judge: Judge)
 def test_the_key_is_written_nowhere(tmp_path: Path, judge: Judge) -> None:
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
-    done = textalign("run", "judged", env=env, program=QUICK)
+    done = textalign("run", "judged", env=env)
     assert KEY not in done.stdout + done.stderr
     leaks = [p for p in home.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
     assert leaks == []
@@ -184,6 +184,6 @@ def test_the_key_is_written_nowhere(tmp_path: Path, judge: Judge) -> None:
 
 def test_without_the_key_nothing_starts(tmp_path: Path, judge: Judge) -> None:
     env = environment(tmp_path / "home", judged_toy(tmp_path / "experiments", judge))
-    refused = textalign("run", "judged", env=env, ok=False, program=QUICK)
+    refused = textalign("run", "judged", env=env, ok=False)
     assert "TOY_KEY" in refused.stderr and "judged.yaml" in refused.stderr
     assert not (tmp_path / "home" / "store" / "artifacts").exists()

@@ -14,6 +14,7 @@ import yaml
 
 from tests.integration.conftest import Place, Ran, new_place
 from tests.toy import PROJECT
+from textalign_dagster.cli.running import dagster_instance
 from textalign_dagster.loop.stages import STAGES
 
 KILLER = str(Path(__file__).with_name("killed_at.py"))
@@ -57,15 +58,10 @@ def made(place: Place) -> list[str]:
 
 def runs(place: Place) -> list[str]:
     """The states of Dagster's runs, oldest first."""
-    code = (
-        "from textalign_dagster.cli.running import dagster_instance\n"
-        "with dagster_instance() as instance:\n"
-        "    print(*[run.status.value for run in reversed(instance.get_runs())])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=place.env, cwd=PROJECT, capture_output=True, text=True, check=True
-    )
-    return done.stdout.split()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TEXTALIGN_HOME", str(place.home))
+        with dagster_instance() as instance:
+            return [run.status.value for run in reversed(instance.get_runs())]
 
 
 @pytest.fixture(scope="module")

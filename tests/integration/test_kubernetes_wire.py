@@ -255,9 +255,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: 
     with pytest.raises(SettingsError, match="does not answer"):
         check_kubernetes(settings(tmp_path))
     cluster.kubeconfig.unlink()
-    with pytest.raises(
-        SettingsError, match=r"no Kubernetes cluster is configured .* set KUBECONFIG"
-    ):
+    with pytest.raises(SettingsError, match=r"no Kubernetes cluster is configured .* set KUBECONFIG"):
         check_kubernetes(settings(tmp_path))
 
 

@@ -24,7 +24,7 @@ from resources.workers.kubernetes import MACHINE, PROCESS, KubernetesHost, machi
 from tests.integration.conftest import Place, Ran
 from tests.integration.fake_kubernetes import Attached, Cluster, fake_kubernetes
 from tests.resources.engines import tiny_models
-from tests.toy import PROJECT, QUICK, ToyModels, textalign
+from tests.toy import PROJECT, ToyModels, textalign
 from textalign_dagster.scorers import ClassifierScorer
 from textalign_dagster.settings import SettingsError, validate
 from textalign_dagster.settings.kubernetes import KubernetesPod
@@ -398,7 +398,7 @@ def test_a_loop_that_samples_in_pods(cluster: Cluster, ran: Ran, place: Place) -
     words += ["--set", f"sampling.k8s.mount_path={place.home}"]
     checked = textalign("validate", "toy", *words, env=env).stdout
     assert "sampling: kubernetes: namespace default, image textalign:1" in checked
-    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env, program=QUICK)
+    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
     here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
     assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))

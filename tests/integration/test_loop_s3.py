@@ -9,7 +9,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from tests.integration.conftest import new_place, s3_environment
-from tests.toy import QUICK, textalign
+from tests.toy import textalign
 
 pytest.importorskip("obstore", reason="object stores need the extra s3")
 
@@ -20,7 +20,7 @@ def test_the_loop_on_s3(s3_endpoint: str, tmp_path: Path) -> None:
     shared = {"TEXTALIGN_STORE": "s3://loop/team", **s3_environment(s3_endpoint)}
     here = {k: v for k, v in place.env.items() if not k.startswith("AWS_")} | shared
     here["TEXTALIGN_CACHE"] = str(tmp_path / "cache")
-    textalign("run", "toy", "--no-control", "--iterations", "2", env=here, program=QUICK)
+    textalign("run", "toy", "--no-control", "--iterations", "2", env=here)
     assert not (place.home / "store").exists()
     asked = "select count(*) as n from samples where iteration = 2 and feedback_status = 'ok'"
     assert "12" in textalign("sql", asked, env=here).stdout
@@ -28,7 +28,7 @@ def test_the_loop_on_s3(s3_endpoint: str, tmp_path: Path) -> None:
     # Another machine: the same store and experiment files, nothing else.
     there = here | {"TEXTALIGN_HOME": str(tmp_path / "there"), "TEXTALIGN_CACHE": str(tmp_path / "cache2")}
     assert "iteration 0 (base policy)" in textalign("show", "toy", env=there).stdout
-    again = textalign("run", "toy", "--no-control", "--iterations", "2", env=there, program=QUICK).stdout
+    again = textalign("run", "toy", "--no-control", "--iterations", "2", env=there).stdout
     assert again.count(" reused ") == 12, again
     secret = s3_environment(s3_endpoint)["AWS_SECRET_ACCESS_KEY"].encode()
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and secret in p.read_bytes()]

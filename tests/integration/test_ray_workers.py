@@ -17,7 +17,7 @@ from resources.engines.transformers.sampler import TransformersSampler
 from resources.workers.host import RayHost, check_host
 from tests.integration.conftest import Place, Ran
 from tests.resources.engines import tiny_models
-from tests.toy import QUICK, textalign
+from tests.toy import textalign
 from textalign_dagster import PROJECT
 from textalign_dagster.settings.clusters import RayNode, SlurmNode
 from textalign_dagster.settings.kubernetes import KubernetesPod
@@ -168,7 +168,7 @@ def test_what_cannot_be_is_one_sentence(address: str, model: Path, monkeypatch: 
 def test_a_loop_that_samples_on_ray(address: str, ran: Ran, place: Place) -> None:
     settings = ["--set", "sampling.launcher=ray", "--set", f"sampling.ray.address={address}"]
     assert "sampling: ray 2." in textalign("validate", "toy", *settings, env=place.env).stdout
-    textalign("run", "toy", "--iterations=1", "--no-control", *settings, env=place.env, program=QUICK)
+    textalign("run", "toy", "--iterations=1", "--no-control", *settings, env=place.env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
     here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
     assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))

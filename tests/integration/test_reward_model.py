@@ -51,7 +51,7 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
         " ".join((refused.stdout + refused.stderr).split())
     )
 
-    shown = both.quick("run", "toy_rm").stdout
+    shown = both.textalign("run", "toy_rm").stdout
     assert "pair accuracy" in shown
     # Both iterations sampled from the base policy: what was trained is not a policy.
     samples = [both.artifact("toy_rm", k, "generations").manifest["inputs"]["policy"] for k in (1, 2)]
@@ -71,7 +71,7 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
     query = "select count(*) as n from rewards where experiment = 'toy_rm' and iteration = 2"
     assert json.loads(both.textalign("sql", query, "--json").stdout) == [{"n": 36}]
 
-    both.quick("run", "toy_rewarded")
+    both.textalign("run", "toy_rewarded")
     trained = both.artifact("toy_rm", 2, "checkpoint")
     feedback = both.artifact("toy_rewarded", 1, "feedback")
     assert feedback.manifest["inputs"]["reward_model toy_rm@2"] == trained.key

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from resources.engines.chunks import CHUNK
+from tests import forked
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT
 from textalign_dagster.settings import write_yaml
@@ -28,14 +27,8 @@ def sample(place: Place, *, dies_in: int = 0) -> list[int]:
     """What the engine was asked for, call by call; in call ``dies_in`` the process was killed."""
     log = place.folder / "calls"
     log.unlink(missing_ok=True)
-    done = subprocess.run(
-        [sys.executable, SAMPLING, str(log), str(dies_in), "chunked|001"],
-        env=place.env,
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    arguments = [str(log), str(dies_in), "chunked|001"]
+    done = forked.run((str(SAMPLING),), arguments, env=place.env, cwd=PROJECT, text="", timeout=120)
     assert done.returncode == (-9 if dies_in else 0), done.stdout + done.stderr
     return list(map(int, log.read_text().split()))
 

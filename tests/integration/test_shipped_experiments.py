@@ -10,6 +10,7 @@ from typing import IO
 
 import pytest
 
+from tests import forked
 from tests.integration.conftest import Place, new_place
 from tests.toy import PROJECT, ToyModels, shipped_overrides
 from textalign_dagster.experiment.files import TEMPLATES, Library
@@ -40,7 +41,9 @@ class Zoo:
         command = [sys.executable, "-m", "tests.integration.zoo"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         # The process imports the experiments once, so all variants are written before.
-        self.process = subprocess.Popen(command, env=place.env, cwd=PROJECT, text=True, **pipes)
+        self.process = subprocess.Popen(
+            command, env={**place.env, forked.ADDRESS: forked.address()}, cwd=PROJECT, text=True, **pipes
+        )
 
     def run(self, name: str) -> str:
         """Runs a shipped experiment at toy size; the name of its variant."""
@@ -48,7 +51,9 @@ class Zoo:
         if source is not None:
             self.run(source[0])
         assert self.process.stdin is not None and self.process.stdout is not None
-        print(self.variants[name], file=self.process.stdin, flush=True)
+        # Tables and curves are drawn once a task, and of what trains no policy.
+        shown = first_of_its_task(name) or SHIPPED.load(name).method.trains != "policy"
+        print(self.variants[name], "show" if shown else "", file=self.process.stdin, flush=True)
         problem = self.process.stdout.readline()
         assert problem == "\n", problem or Path(self.log.name).read_text()[-5000:]
         return self.variants[name]
@@ -72,8 +77,12 @@ def iterations(name: str) -> int:
     asks = experiment.offline is None and (
         experiment.method.exemplar is not None or experiment.training.objective.reference_policy == "parent"
     )
-    first_of_its_task = "extends" not in read_yaml(SHIPPED.path(name))
-    return 2 if (asks and experiment.task.name == "pep8") or first_of_its_task else 1
+    return 2 if (asks and experiment.task.name == "pep8") or first_of_its_task(name) else 1
+
+
+def first_of_its_task(name: str) -> bool:
+    """Whether it extends no other experiment."""
+    return "extends" not in read_yaml(SHIPPED.path(name))
 
 
 @pytest.fixture(scope="module")

@@ -298,7 +298,9 @@ def test_whoever_comes_next_goes_on_with_the_job(tmp_path: Path, slurms: Cluster
 
     restarted = worker(tmp_path)
     until(
-        lambda: (tmp_path / "train.log").exists() or b"going on" in (tmp_path / "worker.err").read_bytes(),
+        lambda: (
+            (tmp_path / "train.log").exists() or b"continuing with" in (tmp_path / "worker.err").read_bytes()
+        ),
         "it",
     )
     restarted.terminate()  # as a redeployment does it

@@ -17,7 +17,7 @@ from resources.workers.slurm import SlurmHost
 from tests.integration.conftest import Place, Ran
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
 from tests.resources.engines import tiny_models
-from tests.toy import QUICK, ToyModels, textalign
+from tests.toy import ToyModels, textalign
 from textalign_dagster import PROJECT
 from textalign_dagster.settings.clusters import SlurmNode
 
@@ -196,7 +196,7 @@ def test_a_loop_that_samples_and_scores_on_nodes(
     env = {**place.env, **slurms.env}
     checked = textalign("validate", "toy", *words, env=env).stdout
     assert "sampling: slurm: 1 of 2 nodes of partition debug" in checked
-    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env, program=QUICK)
+    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
     here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
     assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))

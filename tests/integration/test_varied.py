@@ -20,7 +20,7 @@ def test_varied_exemplars_through_the_loop(ran: Ran, tmp_path: Path) -> None:
         *("method.exemplar=varied", "method.scores=[0, 1, 2, 3]"),
         *("sampling.max_new_tokens=24", "datapool.max_tokens=25"),
     )
-    place.quick("run", "toy", "--no-control", *(part for o in overrides for part in ("--set", o)))
+    place.textalign("run", "toy", "--no-control", *(part for o in overrides for part in ("--set", o)))
     library = Library((place.experiments, PROJECT / "experiments", place.home / "variants"))
     name = next(found for found in library.paths if found.startswith("toy+"))
 

@@ -220,7 +220,7 @@ def test_the_loop_samples_from_servers(
         f"policy.model={folders['base']}",
     )
     engine = [word for setting in settings for word in ("--set", setting)]
-    done = place.quick("run", "toy", "--no-control", *engine, "--set", "sampling.chunk=5")
+    done = place.textalign("run", "toy", "--no-control", *engine, "--set", "sampling.chunk=5")
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     policies = []
     for iteration in (1, 2):
@@ -232,6 +232,17 @@ def test_the_loop_samples_from_servers(
         assert "perplexity" in set(place.frame(name, iteration, "evaluation", "scores")["metric"])
         policies.append(rows["policy_hash"][0])
     assert len(set(policies)) == 2
+
+
+def test_a_server_without_adapters_is_left_out(
+    servers: dict[str, Supervised], folders: dict[str, Path]
+) -> None:
+    """Found out with the base policy, before there is any adapter."""
+    with (
+        EndpointsSampler([next(iter(servers))], adapters=True) as sampler,
+        pytest.raises(SamplerError, match=r"it takes no adapters; start it with .*--lora-target-modules"),
+    ):
+        sampler.generate(folders["base"], REQUESTS, GREEDY)
 
 
 def test_a_server_that_dies_loses_nothing(

@@ -134,19 +134,8 @@ def test_the_loop_samples_from_the_server(
         f"policy.model={base}",
     )
     asked = [word for setting in settings for word in ("--set", setting)]
-    done = place.quick("run", "toy", "--no-control", *asked)
+    done = place.textalign("run", "toy", "--no-control", *asked)
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     rows = [place.frame(name, k, "generations") for k in (1, 2)]
     assert all(frame["engine_version"].str.ends_with("+adapters").all() for frame in rows)
     assert rows[0]["policy_hash"][0] != rows[1]["policy_hash"][0]
-
-
-def test_a_server_that_cannot_is_left_out(base: Path, tmp_path: Path) -> None:
-    """Found out with the base policy, before there is any adapter."""
-    vllm_models.needed()
-    with (
-        server(base, tmp_path / "log", environment={"VLLM_SERVER_DEV_MODE": "1"}) as (plain, _),
-        EndpointsSampler([plain], adapters=True) as sampler,
-        pytest.raises(SamplerError, match=r"it takes no adapters; start it with .*--lora-target-modules"),
-    ):
-        sampler.generate(base, REQUESTS, GREEDY)

@@ -78,7 +78,7 @@ def judged(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def test_an_iteration_with_a_served_judge(judged: Place) -> None:
-    judged.quick("run", "rated", "--no-control")
+    judged.textalign("run", "rated", "--no-control")
     rows = judged.frame("rated", 1, "feedback")
     assert rows.height == 12 and set(rows["status"]) == {"ok"}
     assert rows["value"].is_between(1, 7).all() and rows["value"].n_unique() > 1
@@ -96,7 +96,7 @@ def test_an_iteration_with_a_served_judge(judged: Place) -> None:
     assert {reply["rating"] for reply in replies} == set(rows["value"])
     assert (calls["tokens_in"] > 50).all() and calls["tokens_out"].is_between(3, 60).all()
 
-    again = judged.quick("run", "rated", "--no-control")
+    again = judged.textalign("run", "rated", "--no-control")
     assert "Traceback" not in again.stderr
     with connect(judged.store) as database:
         assert database.execute("select count(*) from feedback_calls").fetchall() == [(calls.height,)]

@@ -66,7 +66,7 @@ def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, str]) -> None
 def test_how_vllm_is_run_changes_no_sample(sampled: tuple[Place, str]) -> None:
     place, name = sampled
     more = (*ENGINE, "--set", "sampling.vllm.kv_cache_gib=2", "--set", "sampling.batch_size=8")
-    done = place.quick("run", "toy", "--no-control", *more)
+    done = place.textalign("run", "toy", "--no-control", *more)
     variant = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     assert variant != name
     for stage in ("generations", "evaluation"):

@@ -1,4 +1,5 @@
-"""Runs experiments one after the other in one process: ``zoo.py NAME…``, then a name a line on stdin.
+"""Runs experiments one after the other in one process: ``zoo.py``, then a name a line on stdin (``NAME show``:
+its table and curves, too).
 
 What ``textalign run`` does in a process of its own, without starting one for each: the engine stays, and trainings run
 in this process (`quick.py`). Answers a line a
@@ -25,11 +26,12 @@ def main() -> None:
     library, store, console = Library.default(), open_store(), Console(file=sys.stderr, width=140)
     with dagster_instance() as instance:
         for line in sys.stdin:
-            name, problem = line.strip(), ""
+            (name, *show), problem = line.split(), ""
             try:
                 preflight(library, name)
                 Runner(instance, store, library, console).run([name])
-                _show(library, name, console)
+                if show:
+                    _show(library, name, console)
             except (RunFailed, SettingsError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
             print(problem, file=answers, flush=True)

@@ -122,7 +122,9 @@ def test_a_hub_model_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_pat
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit, encoding="utf-8")
     env = environment(home, toys) | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    told = textalign("validate", "toy", "--set", "policy.model=someone/sloppy", env=env).stdout
+    told = textalign("validate", "toy", "--set", "policy.model=someone/sloppy", env=env, fork=False).stdout
     assert f"base policy: {snapshot}" in told
-    missing = textalign("validate", "toy", "--set", "policy.model=someone/else", env=env, ok=False).stderr
+    missing = textalign(
+        "validate", "toy", "--set", "policy.model=someone/else", env=env, ok=False, fork=False
+    ).stderr
     assert "someone/else" in missing and "hub" in missing

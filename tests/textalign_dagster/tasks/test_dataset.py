@@ -280,15 +280,19 @@ def test_a_hub_dataset_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_p
     env = environment(home, toys) | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     env |= {"TEXTALIGN_EXPERIMENTS": f"{toys}{os.pathsep}{env['TEXTALIGN_EXPERIMENTS']}"}
     policy = ("--set", "policy.model=" + str(toy_policy()))
-    told = textalign("validate", "posts", *policy, env=env).stdout
+    told = textalign("validate", "posts", *policy, env=env, fork=False).stdout
     assert "prompts: 3, of which 2 an iteration" in told and "evaluation: 2 held-out prompts" in told
-    pinned = textalign("validate", "posts", *policy, "--set", "task.data.revision=v2", env=env).stdout
+    pinned = textalign(
+        "validate", "posts", *policy, "--set", "task.data.revision=v2", env=env, fork=False
+    ).stdout
     assert "prompts: 3" in pinned
     for name, says in (
         ("someone/else", "task.data.hub: someone/else cannot be had from the hub"),
-        ("someone", "no owner/name"),
+        ("someone", "is not owner/name"),
     ):
-        refused = textalign("validate", "posts", *policy, "--set", f"task.data.hub={name}", env=env, ok=False)
+        refused = textalign(
+            "validate", "posts", *policy, "--set", f"task.data.hub={name}", env=env, ok=False, fork=False
+        )
         assert says in refused.stderr
 
 
