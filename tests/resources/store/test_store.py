@@ -531,7 +531,7 @@ def test_cells_refuse_what_is_no_cell(store: ArtifactStore) -> None:
     for experiment, iteration, stage, message in [
         ("../exp", 1, "numbers", "experiment '../exp'"),
         ("exp", -1, "numbers", "count from 0"),
-        ("exp", 1, "scores", "no output of 'scores'"),
+        ("exp", 1, "scores", "is not an output of 'scores'"),
     ]:
         with pytest.raises(ArtifactError, match=message):
             store.assign(experiment, iteration, stage, made, settings={}, checks={})
