@@ -2,8 +2,7 @@
 its table and curves, too).
 
 What ``textalign run`` does in a process of its own, without starting one for each: the engine stays, and trainings run
-in this process (`quick.py`). Answers a line a
-name: empty, or what went wrong.
+in this process (`quick.py`). Answers a line a name: empty, or what went wrong.
 """
 
 from __future__ import annotations
