@@ -1,6 +1,6 @@
 """Metadata that people read: numbers without noise, tables, samples as they were written.
 
-The UI renders Markdown without HTML, so a line break cannot be had in a table; samples stand in
+The UI renders Markdown without HTML, so a table cannot have line breaks; samples stand in
 fenced blocks instead.
 """
 

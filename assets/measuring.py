@@ -103,7 +103,7 @@ class Measuring:
     """What the evaluations of one cell have in common; everything they need is looked for at once.
 
     Raises:
-        SettingsError: a model cannot be had, or settings do not go together.
+        SettingsError: a model is not available, or settings do not go together.
     """
 
     def __init__(self, stage: Stage, sampler: SamplerResource) -> None:

@@ -94,7 +94,7 @@ class Stage:
                 + {
                     "missing": f"materialize iteration {at} first",
                     "stale": "materialize that again first (`textalign run` does, in order)",
-                    "blocked": "see its check, mend the cause (or the limit under `checks`), and materialize it again",
+                    "blocked": "see its check, fix the cause (or the limit under `checks`), and materialize it again",
                 }[state.kind]
             )
         return pointer.artifact

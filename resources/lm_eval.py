@@ -33,7 +33,7 @@ def run(settings: LMEval, model: Path, dtype: str, *, trust_remote_code: bool, s
     """The metrics of a model: a table of LM_EVAL.
 
     Raises:
-        LMEvalError: a task is unknown, its data cannot be had, or the model cannot be run.
+        LMEvalError: a task is unknown, its data are not available, or the model cannot be run.
     """
     arguments = {"pretrained": str(model), "dtype": dtype, **settings.model_args}
     with tempfile.TemporaryDirectory(prefix="lm_eval-") as scratch:

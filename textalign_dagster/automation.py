@@ -70,7 +70,7 @@ def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -
     return Next(
         None,
         f"{experiment} halts: run {last[0].run_id[:8]} of iteration {following.cell.iteration} {how}; "
-        "mend the cause, then re-execute it or materialize the iteration again",
+        "fix the cause, then re-execute it or materialize the iteration again",
     )
 
 

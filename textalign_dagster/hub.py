@@ -40,7 +40,7 @@ def snapshot(
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SettingsError(
-            f"{field}: {repository} cannot be had from the hub ({type(error).__name__}); check the name, the "
+            f"{field}: {repository} cannot be loaded from the hub ({type(error).__name__}); check the name, the "
             f"revision, the network and your login, or {instead}"
         ) from None
     return Path(folder)

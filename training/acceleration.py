@@ -167,7 +167,7 @@ def check_training(
             )
         if kind in ("DEEPSPEED", "FSDP"):
             raise SettingsError(
-                f"training.optimizer: adamw_8bit cannot be had with {training.accelerate}, which keeps the optimizer in "
+                f"training.optimizer: adamw_8bit is not supported with {training.accelerate}, which keeps the optimizer in "
                 "a form of its own; set it to adamw"
             )
     if training.mixed_precision == "fp16" and dtype == "bfloat16":
@@ -215,7 +215,7 @@ def _sharing(training: Training, config: AccelerateConfig) -> None:
     sharded = kind == "FSDP" or config.zero_stage == 3
     if training.optimizer_state == "carried" and kind in ("DEEPSPEED", "FSDP"):
         raise SettingsError(
-            f"training.optimizer_state: carried cannot be had with {name}, which keeps the optimizer in a form of "
+            f"training.optimizer_state: carried is not supported with {name}, which keeps the optimizer in a form of "
             "its own; set it to fresh"
         )
     if training.lora is not None and sharded:

@@ -10,7 +10,7 @@ class JudgeError(Exception):
 
 
 class JudgeStoppedError(JudgeError):
-    """No further call can succeed before what the message names has been mended."""
+    """No further call can succeed before what the message names has been fixed."""
 
 
 class BudgetExceededError(JudgeError):

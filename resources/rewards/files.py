@@ -33,7 +33,7 @@ def from_file(
         raise ScoringError(f"scorer imported: {error}") from None
     if found.refused and not scorer.skip_refused:
         raise ScoringError(
-            f"scorer imported: {path}: {len(found.refused)} of {found.rows} rows cannot be read; mend them, or set "
+            f"scorer imported: {path}: {len(found.refused)} of {found.rows} rows cannot be read; fix them, or set "
             f"skip_refused\n{found.summary()}"
         )
     judgements = _one_aspect(scorer, path, found)

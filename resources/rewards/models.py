@@ -143,7 +143,7 @@ def read_pairs(path: Path) -> list[tuple[str, str, str]]:
             texts = ()
         if len(texts) != 3 or not all(isinstance(text, str) for text in texts):
             raise ScoringError(
-                f"check.path: {path}:{number}: no object with the texts prompt, chosen and rejected; mend the line"
+                f"check.path: {path}:{number}: no object with the texts prompt, chosen and rejected; fix the line"
             )
         rows.append((texts[0], texts[1], texts[2]))
     if not rows:

@@ -69,7 +69,7 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     A hub model is fetched. A file of judgements may be missing: people write it after the sampling.
 
     Raises:
-        SettingsError: its model, the pairs that check it, or the cluster it is to run on cannot be had.
+        SettingsError: its model, the pairs that check it, or the cluster it is to run on is not available.
     """
     found = f"{field}: {scorer.name} ({scorer.version})"
     if isinstance(scorer, ImportedScorer):

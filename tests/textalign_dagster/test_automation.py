@@ -139,7 +139,7 @@ def test_halts_on_a_failed_stage_and_goes_on_once_it_is_mended(after_one: Loop) 
     (after_one.home / "fail").touch()
     assert not after_one.run(2)
     assert "halts: run " in skipped(after_one.sensor())
-    assert "of iteration 2 failed; mend the cause" in skipped(after_one.schedule())
+    assert "of iteration 2 failed; fix the cause" in skipped(after_one.schedule())
     (after_one.home / "fail").unlink()
     assert after_one.run(2)
     assert requested(after_one.sensor()) == [f"{NAME}|003"]

@@ -252,7 +252,7 @@ def _store() -> Finding:
         store.storage.ready()
         return Finding("store", "ok", f"{store.root}, takes files and refuses to overwrite them")
     except (ArtifactError, SettingsError) as error:
-        return Finding("store", "problem", str(error), "mend TEXTALIGN_STORE or its credentials")
+        return Finding("store", "problem", str(error), "fix TEXTALIGN_STORE or its credentials")
 
 
 def _port(port: int) -> Finding:
@@ -304,7 +304,7 @@ def _endpoint(judge: Judge, used: str) -> Finding:
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         return Finding(
-            subject, "missing", f"cannot be reached ({reason}); {used}", "start it, or mend judge.base_url"
+            subject, "missing", f"cannot be reached ({reason}); {used}", "start it, or fix judge.base_url"
         )
     if known and judge.model not in known:
         return Finding(

@@ -1,4 +1,4 @@
-"""Whether the engine that an experiment samples with can be had, and does what is wanted of it."""
+"""Whether the engine that an experiment samples with is available, and does what is wanted of it."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def check_structured(experiment: Experiment) -> list[str]:
     # Takes seconds. Where it cannot be known here, or is too long for a command line, the engine will tell.
     why = probe(code).get("why") if len(code) < LONGEST_PROBE else None
     if why:
-        raise SettingsError(f"{WHERE}.{kind}: cannot be compiled ({why}); mend it")
+        raise SettingsError(f"{WHERE}.{kind}: cannot be compiled ({why}); fix it")
     return [f"samples: structured output by a {kind}"]
 
 

@@ -197,7 +197,7 @@ def import_feedback(
     click.echo(found.summary())
     if found.refused and not skip_refused:
         raise SettingsError(
-            f"{path}: {len(found.refused)} of {found.rows} rows are refused and nothing was written; mend them, or "
+            f"{path}: {len(found.refused)} of {found.rows} rows are refused and nothing was written; fix them, or "
             "give --skip-refused"
         )
     if isinstance(found, ImportedPrompts):

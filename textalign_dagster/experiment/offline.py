@@ -193,7 +193,7 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
         raise SettingsError(f"offline.path: {error}") from None
     if found.refused and not offline.skip_refused:
         raise SettingsError(
-            f"offline.path: {offline.path}: {len(found.refused)} of {found.rows} rows cannot be read; mend them, or set "
+            f"offline.path: {offline.path}: {len(found.refused)} of {found.rows} rows cannot be read; fix them, or set "
             f"offline.skip_refused\n{found.summary()}"
         )
     if offline.refinements:
@@ -209,7 +209,7 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
         example = next(iter(refused.items()), ("", "the file holds no response"))
         raise SettingsError(
             f"offline.path: {offline.path}: task {task.name} cannot use {len(refused)} of its prompts, e.g. "
-            f"{example[0]!r:.80}: {example[1]}; mend them, or set offline.skip_refused"
+            f"{example[0]!r:.80}: {example[1]}; fix them, or set offline.skip_refused"
         )
     samples = found.samples.filter(pl.col("prompt").is_in(list(cleaned))).with_columns(
         prompt=pl.col("prompt").replace_strict(cleaned, return_dtype=pl.String)

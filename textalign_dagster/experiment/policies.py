@@ -64,7 +64,7 @@ def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:
     """The models evaluated beside the policy, by name; None: the source's human answers.
 
     Raises:
-        SettingsError: one cannot be had, or stands there twice; the message names it.
+        SettingsError: one is not available, or stands there twice; the message names it.
     """
     found: dict[str, BasePolicy | None] = {}
     for name, model in experiment.evaluation.baselines.items():
@@ -82,7 +82,7 @@ def evaluation_models(experiment: Experiment) -> dict[str, str | None]:
     """Field → hash of each model that only the evaluation needs: they are known before it starts.
 
     Raises:
-        SettingsError: one cannot be had; the message names its field.
+        SettingsError: one is not available; the message names its field.
     """
     found = {f"baselines.{name}": model for name, model in baselines(experiment).items()}
     if experiment.evaluation.fluency_model is not None:

@@ -51,7 +51,7 @@ class Structured(Settings):
         try:
             re.compile(regex or "")
         except re.error as error:
-            raise ValueError(f"{regex!r} is not a regular expression ({error}); mend it") from None
+            raise ValueError(f"{regex!r} is not a regular expression ({error}); fix it") from None
         if regex == "" or "\0" in (regex or ""):
             raise ValueError("give a regular expression of one character or more, without NUL")
         return regex
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{where}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except ValueError as error:
-        raise SettingsError(f"{where}: not JSON ({error}); mend it") from None
+        raise SettingsError(f"{where}: not JSON ({error}); fix it") from None
     if not isinstance(schema, dict):
-        raise SettingsError(f"{where}: holds {schema!r:.40}, but a schema is an object; mend it")
+        raise SettingsError(f"{where}: holds {schema!r:.40}, but a schema is an object; fix it")
     return schema

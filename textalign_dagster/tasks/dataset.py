@@ -85,7 +85,7 @@ class DatasetTask(Task):
     def _loaded(self, split: Split) -> Loaded:
         """
         Raises:
-            SettingsError: the dataset cannot be had, read or used; names field and remedy.
+            SettingsError: the dataset is not available, read or used; names field and remedy.
         """
         files = files_of(self.data, self.embedded)
         if not files.of(split):
@@ -118,7 +118,7 @@ def _load(task: DatasetTask, split: Split, files: Files) -> Loaded:
     if refused.count > data.max_refused * total or not rows:
         raise SettingsError(
             f"task.data: {note or f'{files.source}, {split}: there are no rows'}. "
-            f"At most {data.max_refused:.3g} of them may be (task.data.max_refused): mend the rows, name the "
+            f"At most {data.max_refused:.3g} of them may be (task.data.max_refused): fix the rows, name the "
             f"right columns in task.data.columns (there are: {_some(fields)}), or raise the limit"
         )
     if data.held_out is not None:

@@ -167,7 +167,7 @@ class Endpoints:
         """The sentence for: all servers are left out."""
         why = "; ".join(f"{url}: {reason}" for url, reason in self.left_out.items())
         return EndpointError(
-            f"no server of sampling.endpoints.urls can be used ({why}); mend or start them and run this "
+            f"no server of sampling.endpoints.urls can be used ({why}); fix or start them and run this "
             "again: chunks that were finished are kept"
         )
 

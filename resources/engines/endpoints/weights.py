@@ -141,7 +141,7 @@ def reference(
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise EndpointError(
-            f"{adapter or folder} cannot be loaded to compare it with what is served ({said}); mend it, or set "
+            f"{adapter or folder} cannot be loaded to compare it with what is served ({said}); fix it, or set "
             "sampling.endpoints.verify: false"
         ) from error
     with torch.inference_mode():

@@ -298,7 +298,9 @@ def test_a_hub_model_is_read_from_the_hubs_cache(
     assert numbers(scorer) == pytest.approx(
         numbers(RewardModelScorer(model=str(folders["gptj"]), head="gptj_last_token")), abs=1e-4
     )
-    with pytest.raises(SettingsError, match=r"evaluation\.scorer: .*someone/else cannot be had from the hub"):
+    with pytest.raises(
+        SettingsError, match=r"evaluation\.scorer: .*someone/else cannot be loaded from the hub"
+    ):
         inspect_scorer(RewardModelScorer(model="someone/else"), "evaluation.scorer")
 
 

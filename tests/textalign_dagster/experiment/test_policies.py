@@ -108,7 +108,7 @@ def test_a_hub_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(SettingsError, match=r"policy\.model: owner/model cannot be had from the hub"):
+    with pytest.raises(SettingsError, match=r"policy\.model: owner/model cannot be loaded from the hub"):
         base_policy(experiment("owner/model"))
 
 

@@ -152,6 +152,6 @@ def test_what_cannot_be_compiled_is_known_beforehand(toys: Path, monkeypatch: py
     good = preflight.preflight(library, "toy", [*VLLM, "sampling.structured.regex=a+"])
     assert "samples: structured output by a regex" in good
     with pytest.raises(
-        SettingsError, match=r"toy.yaml: sampling.structured.regex: cannot be compiled .*; mend it"
+        SettingsError, match=r"toy.yaml: sampling.structured.regex: cannot be compiled .*; fix it"
     ):
         preflight.preflight(library, "toy", [*VLLM, "sampling.structured.regex='a(?=b)'"])

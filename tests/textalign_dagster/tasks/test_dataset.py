@@ -287,7 +287,7 @@ def test_a_hub_dataset_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_p
     ).stdout
     assert "prompts: 3" in pinned
     for name, says in (
-        ("someone/else", "task.data.hub: someone/else cannot be had from the hub"),
+        ("someone/else", "task.data.hub: someone/else cannot be loaded from the hub"),
         ("someone", "is not owner/name"),
     ):
         refused = textalign(
