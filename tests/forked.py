@@ -16,6 +16,8 @@ import importlib
 import json
 import os
 import runpy
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -44,8 +46,17 @@ def run(
     cwd: Path,
     text: str,
     timeout: float,
+    fork: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """As ``subprocess.run([python, *program, *arguments])``; ``program`` is a file, or -m and a module."""
+    """As ``subprocess.run([python, *program, *arguments])``; ``program`` is a file, or -m and a module.
+
+    fork: False: the process imports everything itself.
+    """
+    if not fork:
+        command = [sys.executable, *program, *arguments]
+        return subprocess.run(
+            command, env=env, cwd=cwd, input=text, capture_output=True, text=True, timeout=timeout
+        )
     with contextlib.ExitStack() as files:
         given, out, error = (files.enter_context(tempfile.TemporaryFile("w+")) for _ in range(3))
         given.write(text)
@@ -59,27 +70,6 @@ def run(
         out.seek(0)
         error.seek(0)
         return subprocess.CompletedProcess([*program, *arguments], code, out.read(), error.read())
-
-
-def run_anew(
-    program: Sequence[str],
-    arguments: Sequence[str],
-    *,
-    env: Mapping[str, str],
-    cwd: Path,
-    text: str,
-    timeout: float,
-) -> subprocess.CompletedProcess[str]:
-    """The same, in a process that imports everything itself."""
-    return subprocess.run(
-        [sys.executable, *program, *arguments],
-        env=env,
-        cwd=cwd,
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
 
 
 class Process:
@@ -105,18 +95,15 @@ class Process:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(place)
         data = json.dumps(request).encode()
-        socket.send_fds(self._socket, [len(data).to_bytes(8, "big")], [file.fileno() for file in files])
+        socket.send_fds(self._socket, [_number(len(data))], [file.fileno() for file in files])
         self._socket.sendall(data)
-        self._answers = self._socket.makefile("r")
-        self.pid = int(self._answers.readline())
+        self.pid = _received(self._socket)
 
     def wait(self, timeout: float | None = None) -> int:
         """Its exit code, as ``Popen.wait`` gives it."""
-        self._socket.settimeout(timeout)
-        try:
-            return int(self._answers.readline())
-        except TimeoutError:
-            raise subprocess.TimeoutExpired("a forked process", timeout or 0) from None
+        if not select.select([self._socket], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+        return _received(self._socket)
 
 
 class Popen(Process):
@@ -135,24 +122,29 @@ class Popen(Process):
         return self._code
 
 
+_servers: list[subprocess.Popen[bytes]] = []  # kept: the stdin of one that is collected would close
+
+
 @functools.cache
 def address() -> str:
-    """The socket of the server, which is started by the first that needs it and ends with it."""
+    """The socket of the server, which is started by the first that needs it, and ends with it: its stdin closes."""
     if ADDRESS in os.environ:
         return os.environ[ADDRESS]
     path = Path(tempfile.mkdtemp(prefix="forks")) / "socket"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.forked", str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
-    )
-    assert server.stdout is not None and server.stdout.readline() == b"ready\n", (
-        "the fork server did not start"
-    )
-    atexit.register(server.kill)
+    command, pipe = [sys.executable, "-m", "tests.forked", str(path)], subprocess.PIPE
+    server = subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[1])
+    assert server.stdout is not None and server.stdout.readline() == b"ready\n", "no fork server"
+    _servers.append(server)
     os.environ[ADDRESS] = str(path)
     return str(path)
+
+
+def _number(value: int) -> bytes:
+    return value.to_bytes(8, signed=True)
+
+
+def _received(connection: socket.socket) -> int:
+    return int.from_bytes(connection.recv(8, socket.MSG_WAITALL), signed=True)
 
 
 def _serve(path: str) -> None:
@@ -166,12 +158,13 @@ def _serve(path: str) -> None:
     gc.freeze()  # no forked process looks through it for garbage
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait for a process are waited for by nobody
     print("ready", flush=True)
-    while True:
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
         connection, _ = listener.accept()
         if os.fork() == 0:
             listener.close()
             _answer(connection)
         connection.close()
+    shutil.rmtree(Path(path).parent)
 
 
 def _answer(connection: socket.socket) -> None:
@@ -179,15 +172,15 @@ def _answer(connection: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, files, _, _ = socket.recv_fds(connection, 8, 3)
     with connection.makefile("rb") as stream:
-        request = json.loads(stream.read(int.from_bytes(size, "big")))
+        request = json.loads(stream.read(int.from_bytes(size)))
     pid = os.fork()
     if pid == 0:
         connection.close()
         os._exit(_main(files, **request))
     with contextlib.suppress(BrokenPipeError):  # it is no longer wanted
-        connection.sendall(f"{pid}\n".encode())
+        connection.sendall(_number(pid))
         _, status = os.waitpid(pid, 0)
-        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        connection.sendall(_number(os.waitstatus_to_exitcode(status)))
     os._exit(0)
 
 

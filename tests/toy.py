@@ -145,7 +145,6 @@ def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
     }
 
 
-TEXTALIGN = ("-m", "textalign_dagster.cli.main")
 QUICK = ("-m", "tests.integration.quick")
 """The program of tests that are not about how a training is started (tests/integration/quick.py)."""
 
@@ -164,8 +163,7 @@ def textalign(
     ``ok``: it must succeed; otherwise it must fail with one message and without a traceback. ``fork``: False where
     libraries read the environment when they are imported.
     """
-    start = forked.run if fork else forked.run_anew
-    done = start(program, arguments, env=env, cwd=cwd, text=text or "", timeout=300)
+    done = forked.run(program, arguments, env=env, cwd=cwd, text=text or "", timeout=300, fork=fork)
     told = f"{arguments}\n{done.stdout}\n{done.stderr}"
     assert "Traceback" not in done.stderr + done.stdout, told
     if ok:

@@ -14,8 +14,8 @@ from resources.workers.channel import processors
 from textalign_dagster.scorers.base import TextScorer
 
 PARALLEL_FROM = 20_000_000
-"""Characters from which worker processes pay: they start in 2 to 5 s, and one processor takes 8 s (PII) to 12 s
-(toxicity) for that many (measured on two cores; counting patterns takes 1 s and hardly gains)."""
+"""Characters from which worker processes pay: they start in 2 to 5 s, and one processor takes 6 s (toxicity in code) to
+39 s (PII in prose that is full of numbers) for that many; counting patterns takes 1 s and hardly gains."""
 
 CHUNK = 1_000_000
 """Characters that a worker process is given at a time."""

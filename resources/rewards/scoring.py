@@ -19,8 +19,6 @@ from resources.rewards.rows import SCORED, Report, ScoringError
 from resources.workers.host import check_host
 from textalign_dagster.scorers import ImportedScorer, ModelScorer, Scorer
 from textalign_dagster.scorers.base import TextScorer
-from textalign_dagster.scorers.pii import PIIScorer
-from textalign_dagster.scorers.pii_names import load_pipeline
 from textalign_dagster.settings import SettingsError
 
 __all__ = ["SCORED", "ScoringError", "inspect_scorer", "score_samples"]
@@ -74,9 +72,9 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     found = f"{field}: {scorer.name} ({scorer.version})"
     if isinstance(scorer, ImportedScorer):
         return f"{found}, from {scorer.path}"
-    if isinstance(scorer, PIIScorer) and scorer.names is not None:
+    if isinstance(scorer, TextScorer):
         try:
-            load_pipeline(scorer.names)
+            scorer.check_usable()
         except SettingsError as error:
             raise SettingsError(f"{field}.{error}") from None
     if not isinstance(scorer, ModelScorer) or scorer.trained is not None:

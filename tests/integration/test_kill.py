@@ -60,6 +60,7 @@ def runs(place: Place) -> list[str]:
     """The states of Dagster's runs, oldest first."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TEXTALIGN_HOME", str(place.home))
+        patch.delenv("DAGSTER_HOME", raising=False)
         with dagster_instance() as instance:
             return [run.status.value for run in reversed(instance.get_runs())]
 

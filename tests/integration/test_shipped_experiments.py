@@ -51,9 +51,7 @@ class Zoo:
         if source is not None:
             self.run(source[0])
         assert self.process.stdin is not None and self.process.stdout is not None
-        # Tables and curves are drawn once a task, and of what trains no policy.
-        shown = first_of_its_task(name) or SHIPPED.load(name).method.trains != "policy"
-        print(self.variants[name], "show" if shown else "", file=self.process.stdin, flush=True)
+        print(self.variants[name], file=self.process.stdin, flush=True)
         problem = self.process.stdout.readline()
         assert problem == "\n", problem or Path(self.log.name).read_text()[-5000:]
         return self.variants[name]
@@ -77,12 +75,8 @@ def iterations(name: str) -> int:
     asks = experiment.offline is None and (
         experiment.method.exemplar is not None or experiment.training.objective.reference_policy == "parent"
     )
-    return 2 if (asks and experiment.task.name == "pep8") or first_of_its_task(name) else 1
-
-
-def first_of_its_task(name: str) -> bool:
-    """Whether it extends no other experiment."""
-    return "extends" not in read_yaml(SHIPPED.path(name))
+    first_of_its_task = "extends" not in read_yaml(SHIPPED.path(name))
+    return 2 if (asks and experiment.task.name == "pep8") or first_of_its_task else 1
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,4 @@
-"""Runs experiments one after the other in one process: ``zoo.py``, then a name a line on stdin (``NAME show``:
-its table and curves, too).
+"""Runs experiments one after the other in one process: ``zoo.py``, then a name a line on stdin.
 
 What ``textalign run`` does in a process of its own, without starting one for each: the engine stays, and trainings run
 in this process (`quick.py`). Answers a line a name: empty, or what went wrong.
@@ -27,12 +26,11 @@ def main() -> None:
     library, store, console = Library.default(), open_store(), Console(file=sys.stderr, width=140)
     with dagster_instance() as instance:
         for line in sys.stdin:
-            (name, *show), problem = line.split(), ""
+            name, problem = line.strip(), ""
             try:
                 preflight(library, name)
                 Runner(instance, store, library, console).run([name])
-                if show:
-                    _show(library, name, console)
+                _show(library, name, console)
             except (RunFailed, SettingsError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
             print(problem, file=answers, flush=True)

@@ -80,6 +80,13 @@ class Scorer(Settings):
 class TextScorer(Scorer):
     """A pure function of its settings and the text, cheap enough to run anywhere."""
 
+    def check_usable(self) -> None:
+        """Loads what it needs beside its settings.
+
+        Raises:
+            SettingsError: that is missing; names the scorer's field.
+        """
+
     @abstractmethod
     def score(self, texts: Sequence[str]) -> list[float | None]:
         """One number a text, in order; None where it is undefined (mostly: nothing to score)."""

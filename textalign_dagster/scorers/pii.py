@@ -15,7 +15,7 @@ from pydantic import Field
 from textalign_dagster.ids import content_hash
 from textalign_dagster.scorers.base import Span, TextScorer, merge_spans
 from textalign_dagster.scorers.pii_detectors import DETECTORS, DETECTORS_VERSION
-from textalign_dagster.scorers.pii_names import names_in, pipeline_version
+from textalign_dagster.scorers.pii_names import load_pipeline, names_in, pipeline_version
 
 Metric = Literal["per_character", "per_character_twice", "word_share"]
 Detector = Literal[
@@ -50,6 +50,10 @@ class PIIScorer(TextScorer):
     @property
     def better(self) -> Literal["lower", "higher"]:
         return "lower"
+
+    def check_usable(self) -> None:
+        if self.names is not None:
+            load_pipeline(self.names)
 
     def spans(self, text: str) -> list[Span]:
         """Parts that overlap or touch are one, and count as one."""

@@ -96,9 +96,8 @@ class Engine:
         self.context = 0  # tokens of a prompt and its completion
         self.probed: list[int] = []
         self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
-        self.known: dict[
-            tuple[str, str], list[float]
-        ] = {}  # by server and policy: its log-probs of the probe
+        # By server and policy: its log-probs of the probe.
+        self.known: dict[tuple[str, str], list[float]] = {}
         self.said: dict[str, list[float]] = {}  # by server: the same, when this call began
         self.adapter: Adapter | None = None  # beside the weights
         self._adapter: object = None  # its files
