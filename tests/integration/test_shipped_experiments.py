@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -38,11 +36,9 @@ class Zoo:
                 overrides.append(f"scorer.model={self.variants[source[0]]}@{source[1]}")
             self.variants[name] = SHIPPED.variant(name, overrides, place.home / "variants")
         self.library = Library((PROJECT / "experiments", place.home / "variants"))
-        command = [sys.executable, "-m", "tests.integration.zoo"]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
         # The process imports the experiments once, so all variants are written before.
-        self.process = subprocess.Popen(
-            command, env={**place.env, forked.ADDRESS: forked.address()}, cwd=PROJECT, text=True, **pipes
+        self.process = forked.Popen(
+            ["python", "-P", "-m", "tests.integration.zoo"], stderr=log, env=place.env
         )
 
     def run(self, name: str) -> str:
@@ -50,14 +46,12 @@ class Zoo:
         source = trained_by(name)
         if source is not None:
             self.run(source[0])
-        assert self.process.stdin is not None and self.process.stdout is not None
         print(self.variants[name], file=self.process.stdin, flush=True)
         problem = self.process.stdout.readline()
         assert problem == "\n", problem or Path(self.log.name).read_text()[-5000:]
         return self.variants[name]
 
     def close(self) -> None:
-        assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(60) == 0
 
