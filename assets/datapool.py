@@ -23,7 +23,7 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import DATAPOOL, EXAMPLES, SPAN
 
 NOT_CUT_OFF = 2**31 - 1
-"""Tokens that no response of a file has."""
+"""More tokens than any response in a file has."""
 
 
 @dg.asset(
@@ -37,12 +37,12 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
     """One row per sample of this and earlier iterations: its label, and whether it is trained on.
 
     A pure function of the feedback tables and the settings under `datapool` and `method`; rejected
-    rows stay, with the reason. Earlier iterations are read as tables, never changed.
+    rows are kept, with the reason. Earlier iterations are read as tables, never changed.
     """
     with Stage.of(context, store.open()) as stage:
         experiment, now = stage.experiment, stage.cell.iteration
         method, settings = experiment.method, experiment.datapool
-        # With drop_factor 1 nothing of the past remains: then it is not an input either.
+        # With drop_factor 1 nothing from earlier iterations remains, so they are not inputs either.
         first = now if settings.drop_factor == 1 else 1
         sources = {
             f"{table}@{k}": stage.require(table, k)
@@ -68,7 +68,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             )
             rows = rows.with_columns(weight=pl.col("sample_id").replace_strict(weights, default=1.0))
             if method.wants is None:
-                rows = rows.with_columns(status=pl.lit("ok"))  # nothing was asked, nothing failed
+                rows = rows.with_columns(status=pl.lit("ok"))  # no feedback was requested, so none failed
             if method.ranking is None:
                 rows = method.label(rows)
             pool = build_pool(
@@ -129,10 +129,10 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
 
 
 def _weights(stage: Stage, query: str, sources: Mapping[str, Artifact]) -> dict[str, float]:
-    """The weights of the pool's samples that the query gives.
+    """The weights that the query gives to the pool's samples.
 
     Raises:
-        SettingsError: the query fails or gives none of them, or a weight is negative or not finite.
+        SettingsError: the query fails or gives none of them a weight, or a weight is negative or not finite.
     """
     found = queried_weights(stage.store, query, "datapool.weights", "sample_id")
     samples = (
@@ -150,7 +150,7 @@ def _weights(stage: Stage, query: str, sources: Mapping[str, Artifact]) -> dict[
 
 
 def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str, Artifact]) -> pl.DataFrame:
-    """What is trained on: the drawn rows of a pool with their samples, as the method arranges them.
+    """The examples to train on: the drawn rows of a pool with their samples, arranged by the method.
 
     Args:
         sources: the tables the pool was built from, ``generations@k`` and ``feedback@k``.
@@ -190,7 +190,7 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
 
 
 def _beaten(sources: Mapping[str, Artifact]) -> pl.DataFrame:
-    """The samples that each one was found better than: sample_id, beaten."""
+    """The samples that each sample was judged better than: sample_id, beaten."""
     tables = [
         artifact.frame("pairs")
         for name, artifact in sources.items()
@@ -219,7 +219,7 @@ def _arranged(experiment: Experiment, rows: pl.DataFrame) -> pl.DataFrame:
 def pool_examples(
     experiment: Experiment, pool: Artifact, sources: Callable[[], Mapping[str, Artifact]]
 ) -> pl.DataFrame:
-    """The published examples of a pool; pools of earlier versions have none, theirs are computed."""
+    """The published examples of a pool; computed for pools of earlier versions, which have none."""
     if "examples" in pool.tables:
         return pool.frame("examples")
     return examples_of(experiment, pool.frame("datapool"), sources())
@@ -233,7 +233,7 @@ def _judged(generations: pl.DataFrame, feedback: pl.DataFrame, origin: int) -> p
     """Samples with their feedback, one row each.
 
     A method reads one aspect; several aspects of a sample would be several rows, which the pool's
-    key check refuses.
+    key check rejects.
     """
     return (
         generations.select("sample_id", "prompt_id", "n_tokens")

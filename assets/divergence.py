@@ -1,4 +1,4 @@
-"""How far a policy is from a reference language model: KL(reference || policy), by samples of the reference."""
+"""How far a policy is from a reference language model: KL(reference || policy), estimated on samples of the reference."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Divergence:
     """The distances of policies from one reference.
 
     Attributes:
-        reference: the model that ``samples`` (sample_id, prompt_id, text) are of.
+        reference: the model that generated ``samples`` (sample_id, prompt_id, text).
         prompts: prompt_id, prompt.
-        keep: makes an artifact of settings and inputs, or finds it.
+        keep: returns the artifact for settings and inputs, computing it if it does not exist.
     """
 
     experiment: Experiment
@@ -43,7 +43,7 @@ class Divergence:
     report: Callable[..., None]
 
     def log_probs(self, model: PolicyFolder, asked: Asked) -> Artifact:
-        """The log-probabilities of the samples under a model, as it is meant to be asked: a table of
+        """The log-probabilities of the samples under a model with its condition: a table of
         :data:`LOG_PROBS`."""
         experiment, corpus = self.experiment, self.experiment.corpus
 
@@ -75,7 +75,7 @@ class Divergence:
         return self.keep(EVALUATION_DIVERGENCE, settings, inputs, produce)
 
     def of(self, model: PolicyFolder, asked: Asked) -> Estimate:
-        """How far a model is from the reference, in nats a text."""
+        """KL(reference || model), in nats per text."""
         known = self.log_probs(self.reference, Asked(None, "baseline")).frame("log_probs")
         own = self.log_probs(model, asked).frame("log_probs")
         return estimated(known, own, self.samples.frame("sampled"), self.experiment.evaluation.resamples)
@@ -87,7 +87,7 @@ def pieces(
     """A text as a policy reads it after a prompt: pairs of context and continuation, whose log-probabilities add up.
 
     A policy that was trained with a control token before each segment of a document reads one before each
-    line of the text (or sentence); the tokens themselves are no part of what is measured.
+    line of the text (or sentence); the tokens themselves are not measured.
     """
     context = render(experiment.method.template, condition, prompt)
     corpus = experiment.corpus
@@ -103,7 +103,7 @@ def pieces(
 def estimated(
     reference: pl.DataFrame, policy: pl.DataFrame, samples: pl.DataFrame, resamples: int
 ) -> Estimate:
-    """The mean over texts of log p_reference − log p_policy, in nats a text; prompts are resampled.
+    """The mean over texts of log p_reference − log p_policy, in nats per text; prompts are resampled.
 
     Args:
         reference, policy: sample_id, log_prob of the reference's samples.

@@ -40,11 +40,11 @@ from textalign_dagster.tables import SCORES, measure
 def evaluation(
     context: dg.AssetExecutionContext, store: StoreResource, sampler: SamplerResource
 ) -> dg.MaterializeResult:
-    """One row per metric and condition, with a 95 % interval; per-sample rows beside it.
+    """One row per metric and condition, with a 95 % interval; per-sample rows alongside.
 
-    The checkpoint is conditioned on the exemplar feedback, and on other feedback too (does it obey?).
-    With the first iteration, the untouched base policy is evaluated as iteration 0, and the baselines
-    beside it.
+    The checkpoint is conditioned on the exemplar feedback, and on other feedback, too (does it obey?).
+    With the first iteration, the unmodified base policy is evaluated as iteration 0, together with the
+    baselines.
     """
     with Stage.of(context, store.open()) as stage:
         stage.require("checkpoint")
@@ -65,7 +65,7 @@ def evaluation(
         probes = scores.filter((pl.col("role") == "probe") & (pl.col("metric") == first))
         return stage.publish(
             made,
-            headline=f"{named[first]} {_told(at_start, first)} at the start, now {_told(scores, first)}",
+            headline=f"{named[first]} {_formatted(at_start, first)} at the start, now {_formatted(scores, first)}",
             rows=scores.height,
             checks=[
                 checks.schema(scores, SCORES, ["policy_hash", "subject", "metric", "condition"]),
@@ -91,7 +91,7 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
     """Scores and samples of the policy that an iteration trained (0: the base policy and the baselines).
 
     Args:
-        also: who is sampled in the same go, because a model that is loaded twice is loaded once too often.
+        also: subjects to sample in the same pass, so that no model is loaded twice.
     """
     own, base = measuring.trained(iteration), stage.policy(1)
     subjects = [own, *(measuring.baselines if iteration == 0 else ())]
@@ -100,7 +100,7 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
 
     def produce(draft: Draft) -> None:
         seconds = Seconds()
-        # The base policy last: mostly it is the fluency model too.
+        # The base policy last: usually it is the fluency model, too.
         first = [] if candidates is None else [candidates]
         measuring.prepare([*also, *first, *reversed(subjects), *scenarios], seconds)
         write(measuring, draft, subjects, seconds, candidates, scenarios)
@@ -116,7 +116,7 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
 
 
 def _work(made: Artifact) -> dict[str, Any]:
-    """What it cost, and what was left without a number."""
+    """Its cost, and the number of unscored samples."""
     facts = made.manifest["facts"]
     return {name: facts[name] for name in ("unscored", "calls", "usd") if facts.get(name) is not None}
 
@@ -127,7 +127,7 @@ def _baselines(at_start: pl.DataFrame) -> dict[str, Any]:
 
 
 def _curve(stage: Stage, scores: pl.DataFrame) -> dg.MarkdownMetadataValue:
-    """The first measure over the iterations so far, beside the null control's."""
+    """The first measure over the iterations so far, alongside that of the null control."""
     from textalign_dagster.reports.curves import as_markdown, curves
 
     name, now = stage.cell
@@ -145,6 +145,6 @@ def _examples(stage: Stage, samples: pl.DataFrame, show: int = 3) -> list[dict[s
     return shown.select(asked, measure(counted), "prompt", "text").to_dicts()
 
 
-def _told(scores: pl.DataFrame, metric: str) -> str:
+def _formatted(scores: pl.DataFrame, metric: str) -> str:
     value = value_of(scores, metric)
     return "-" if value is None else f"{value:.3g}"

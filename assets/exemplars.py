@@ -11,14 +11,14 @@ from textalign_dagster.pool.exemplars import NoExemplarError, varied_exemplars
 def exemplars_of(
     stage: Stage, prompt_ids: Sequence[str], *, pool: int
 ) -> tuple[list[str | None], dict[str, str]]:
-    """The condition of each prompt, and the inputs that it follows from.
+    """The condition of each prompt, and the inputs that determine it.
 
     Args:
         prompt_ids: in any order; a prompt that occurs twice has the same condition twice.
         pool: the iteration whose datapool varied exemplars are drawn from.
 
     Raises:
-        ArtifactError: that datapool is not there, not fresh, or has nothing to ask for.
+        ArtifactError: that datapool is missing, not fresh, or has no exemplar.
     """
     method = stage.experiment.method
     if method.exemplar != VARIED:

@@ -56,7 +56,7 @@ def feedback(
             if found.spans is not None:
                 draft.write("feedback_spans", found.spans, FEEDBACK_SPANS)
             seconds = time.monotonic() - started
-            # A judge is waited for; any other source computes here.
+            # With a judge this is waiting time; any other source computes here.
             part = "score" if stage.experiment.judge is None else "wait"
             draft.record(**found.facts, **again, work_seconds=seconds, part_seconds={part: seconds})
 
@@ -78,10 +78,10 @@ def feedback(
         limits = stage.experiment.checks
         shares = rows["status"].value_counts(normalize=True)
         facts = made.manifest["facts"]
-        wanted = stage.experiment.method.wants is not None
+        needed = stage.experiment.method.wants is not None
         return stage.publish(
             made,
-            headline=f"{ok.height:,} of {rows.height:,} judged" if wanted else "none needed",
+            headline=f"{ok.height:,} of {rows.height:,} judged" if needed else "none needed",
             rows=rows.height,
             checks=[
                 checks.schema(rows, FEEDBACK, ["sample_id", "aspect"]),

@@ -1,7 +1,7 @@
-"""Metadata that people read: numbers without noise, tables, samples as they were written.
+"""Metadata for people to read: rounded numbers, tables, samples verbatim.
 
-The UI renders Markdown without HTML, so a table cannot have line breaks; samples stand in
-fenced blocks instead.
+The UI renders Markdown without HTML, so a table cannot have line breaks; samples are shown
+in fenced blocks instead.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import polars as pl
 
 
 def figure(value: float, digits: int = 4) -> float | str:
-    """The value with so many significant digits; counts stay whole.
+    """The value with ``digits`` significant digits; larger ones are rounded to whole numbers.
 
-    Infinity and NaN become text: they are no JSON, and the UI could not load the page.
+    Infinity and NaN become text: they are not valid JSON, and the UI could not load the page.
     """
     if not math.isfinite(value):
         return str(value)
@@ -26,7 +26,7 @@ def figure(value: float, digits: int = 4) -> float | str:
 
 
 def markdown_table(frame: pl.DataFrame, width: int = 60) -> dg.MarkdownMetadataValue:
-    """Some rows as a Markdown table; texts on one line, long ones cut."""
+    """The rows as a Markdown table; texts on one line, long ones truncated."""
 
     def cell(value: Any) -> str:
         if value is None:
@@ -45,7 +45,7 @@ def markdown_table(frame: pl.DataFrame, width: int = 60) -> dg.MarkdownMetadataV
 
 
 def sample_blocks(rows: Iterable[Mapping[str, Any]], width: int = 800) -> dg.MarkdownMetadataValue:
-    """Samples as they were written, each under what is known of it.
+    """Samples verbatim, each below its other fields.
 
     Args:
         rows: ``prompt`` and ``text``, shown as one text; every other field is a line above it.

@@ -40,7 +40,7 @@ def generations(
     """One row per completion sampled from the policy.
 
     From iteration 2 on the policy is conditioned on the method's exemplar feedback (one for all prompts, or
-    one each); iteration 1 is unconditioned. Each sample has a seed of its own, derived and stored.
+    one each); iteration 1 is unconditioned. Each sample has its own seed, derived and stored.
     """
     with Stage.of(context, store.open()) as stage:
         experiment, draws = stage.experiment, stage.require("prompt_draws")
@@ -61,7 +61,7 @@ def generations(
                 checks.conditioned_once(experiment.method.template, rows["condition"], rows["prompt"]),
             ],
             metadata={
-                "condition": _asked_for(conditions),
+                "condition": _in_words(conditions),
                 "mean tokens": float(rows["n_tokens"].mean()),  # type: ignore[arg-type]
                 "cut off": float((rows["finish_reason"] == "length").mean()),  # type: ignore[arg-type]
                 **_surprise(rows),
@@ -151,7 +151,7 @@ def _sampled(stage: Stage, sampler: SamplerResource, draws: Artifact) -> tuple[A
             part_seconds=sampled.seconds,
             tokens=int(frame["n_tokens"].sum()),
             chunks=sampled.chunks,
-            found_samples=sampled.found,  # of an attempt that was interrupted
+            found_samples=sampled.found,  # from an interrupted attempt
         )
 
     decoding_id = content_hash("decoding", decoding.identity, engine.engine, *settings.served.values())
@@ -189,15 +189,15 @@ def _offline(stage: Stage, offline: Offline, draws: Artifact) -> Artifact:
 
 
 def _surprise(rows: pl.DataFrame) -> dict[str, float]:
-    """The samples' own surprise, which is unknown for a file's responses."""
+    """The samples' surprise under their own policy; unknown for responses from a file."""
     if rows["logprob"].null_count():
         return {}
     return {"nats per token": -float(rows["logprob"].sum()) / max(int(rows["n_tokens"].sum()), 1)}
 
 
-def _asked_for(conditions: list[str | None]) -> str:
+def _in_words(conditions: list[str | None]) -> str:
     """The conditions in words."""
     different = {condition for condition in conditions if condition is not None}
     if len(different) > 1:
-        return f"{len(different):,} different ones, drawn from the datapool"
+        return f"{len(different):,} different conditions, drawn from the datapool"
     return next(iter(different), "none")

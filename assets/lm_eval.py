@@ -14,10 +14,10 @@ from textalign_dagster.tables import LM_EVAL, SCORES
 
 
 def harnessed(measuring: Measuring, subject: Subject) -> Artifact:
-    """The harness's metrics of a policy: a table of LM_EVAL, kept by itself."""
+    """The harness's metrics of a policy: a table of LM_EVAL, stored separately."""
     experiment, model = measuring.experiment, subject.model
     settings = experiment.evaluation.lm_eval
-    assert settings is not None and model is not None, "asked of policies, where it is wanted"
+    assert settings is not None and model is not None, "only for policies, if it is set"
 
     def produce(draft: Draft) -> None:
         measuring.sampler.make_room()
@@ -35,7 +35,7 @@ def harnessed(measuring: Measuring, subject: Subject) -> Artifact:
 
 
 def lm_eval_scores(measuring: Measuring, draft: Draft, subject: Subject) -> pl.DataFrame:
-    """Writes the metrics, and gives them as rows of SCORES; intervals are 1.96 standard errors wide on each side."""
+    """Writes the metrics, and returns them as rows of SCORES; intervals are 1.96 standard errors wide on each side."""
     found = harnessed(measuring, subject).frame("lm_eval")
     draft.write("lm_eval", found, LM_EVAL)
     rows = []

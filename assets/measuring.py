@@ -1,8 +1,8 @@
-"""Measuring policies: sampled, read by a language model, scored, judged; then the tables of an evaluation.
+"""Measuring policies: sampling, log-likelihoods, scoring, judging; then the tables of an evaluation.
 
-What costs a model is kept by itself (samples by policy and prompts, log-likelihoods by samples and
-model), so that another scorer, judge or baseline never samples anything again, and an evaluation that
-an outage of the judge stopped resumes from there. No cell points at these parts; evaluations do.
+What requires a model is stored separately (samples by policy and prompts, log-likelihoods by samples
+and model), so that another scorer, judge or baseline never samples anything again, and an evaluation
+interrupted by an outage of the judge resumes from there. No cell points at these parts; evaluations do.
 """
 
 import time
@@ -53,7 +53,7 @@ VERSIONS = {
     EVALUATION_RED_TEAM: 1,
     EVALUATION_LM_EVAL: 1,
 }
-"""Raised when a change of code changes the result of the same inputs and settings."""
+"""Raised when a code change changes the result for the same inputs and settings."""
 
 SAMPLED = pl.Schema(
     {
@@ -72,16 +72,16 @@ SURPRISE = pl.Schema({"sample_id": pl.String, "nll": pl.Float64, "nll_tokens": p
 
 @dataclass(frozen=True)
 class Subject:
-    """Whom an evaluation measures: the policy that an iteration trained (0: none yet), or a baseline."""
+    """What an evaluation measures: the policy that an iteration trained (0: none yet), or a baseline."""
 
     policy_hash: str
     model: PolicyFolder | None  # None: the human answers
     asked: tuple[Asked, ...]
     name: str | None = None  # a baseline's
     banned_tokens: tuple[str, ...] = ()
-    reward_model: Artifact | None = None  # the checkpoint, where it is none of a policy
-    inputs: Mapping[str, str] = field(default_factory=dict)  # beside the policy: name → key
-    prompts: pl.DataFrame | None = None  # with other seeds than everybody's
+    reward_model: Artifact | None = None  # the checkpoint, if it is not a policy
+    inputs: Mapping[str, str] = field(default_factory=dict)  # in addition to the policy: name → key
+    prompts: pl.DataFrame | None = None  # its own, with other seeds; None: the evaluation's
     as_it_is: bool = False  # sampled at temperature 1, whatever the evaluation's
     scenario: Scenario | None = None  # how it is sampled; None: by the evaluation's settings
 
@@ -100,10 +100,10 @@ class Seconds:
 
 
 class Measuring:
-    """What the evaluations of one cell have in common; everything they need is looked for at once.
+    """What the evaluations of one cell share; everything they need is looked up at the start.
 
     Raises:
-        SettingsError: a model is not available, or settings do not go together.
+        SettingsError: a model is not available, or settings contradict each other.
     """
 
     def __init__(self, stage: Stage, sampler: SamplerResource) -> None:
@@ -173,17 +173,17 @@ class Measuring:
         return found
 
     def _asked(self, iteration: int, prompts: pl.DataFrame) -> tuple[list[Asked], dict[str, str]]:
-        """The conditions of these prompts for an iteration's policy, and the inputs that they follow from."""
+        """The conditions of these prompts for an iteration's policy, and the inputs that determine them."""
         asked, inputs = conditions(self.experiment, iteration), dict[str, str]()
         if iteration:
             ids = prompts["prompt_id"].to_list()
             texts, inputs = exemplars_of(self.stage, ids, pool=iteration)
-            if inputs:  # one condition for all follows from the settings alone
+            if inputs:  # one condition for all depends on the settings only
                 asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
         return asked, inputs
 
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
-        """Everything the engine has to do, so that no model is loaded twice: it holds one at a time."""
+        """Does all of the engine's work, so that no model is loaded twice: the engine holds one at a time."""
         if self.reference is not None and self.reference.model is not None:
             with seconds.of("divergence"):
                 self.divergence.log_probs(self.reference.model, self.reference.asked[0])
@@ -192,7 +192,7 @@ class Measuring:
             with seconds.of("sampling"):
                 samples = self.sampled(subject)
             if subject.scenario is not None:
-                continue  # nothing else is wanted of it
+                continue  # nothing else is needed
             sampled.append(samples)
             if self.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
@@ -256,7 +256,7 @@ class Measuring:
     def surprise(self, samples: Artifact) -> Artifact:
         """How surprising samples are to the fluency model: a table of SURPRISE, without the probes.
 
-        Drift is a matter of what the policy is meant to be used for.
+        Drift only matters for the way in which the policy is meant to be used.
         """
 
         def produce(draft: Draft) -> None:
@@ -279,14 +279,14 @@ class Measuring:
     def divergence(self) -> Divergence:
         """The distances from the reference of `evaluation.kl_reference`."""
         reference = self.reference
-        assert reference is not None and reference.model is not None, "asked for"
+        assert reference is not None and reference.model is not None, "only with a reference"
         samples = self.sampled(reference)
         return Divergence(
             self.experiment, reference.model, samples, self.prompts, self.engine, self.kept, self.report
         )
 
     def samples(self, subject: Subject) -> pl.DataFrame:
-        """What is known of a subject's samples before anybody scores them."""
+        """A subject's samples with their surprise, before they are scored."""
         surprise = self.surprise(self.sampled(subject)).frame("surprise")
         return (
             self.unread_samples(subject)
@@ -295,7 +295,7 @@ class Measuring:
         )
 
     def unread_samples(self, subject: Subject) -> pl.DataFrame:
-        """A subject's samples, which the fluency model has not read."""
+        """A subject's samples without their surprise."""
         prompts = self._prompts(subject).drop("seeds")
         sampled = self.sampled(subject).frame("sampled")
         joined = sampled.join(prompts, on="prompt_id", maintain_order="left")
@@ -306,7 +306,7 @@ class Measuring:
     ) -> Iterator[dict[str, Any]]:
         """Rows of SAMPLED: a policy's completions under every condition.
 
-        ``chunks`` gets the keys of those that are kept apart until all are there.
+        ``chunks`` collects the keys of the chunks that are stored until all completions are.
         """
         template, parts = self.experiment.method.template, len(subject.asked)
         prompts = self._prompts(subject)
@@ -370,7 +370,7 @@ class Measuring:
         inputs: Mapping[str, str],
         produce: Callable[[Draft], None],
     ) -> Artifact:
-        """The part of an evaluation that exists for these inputs, or what ``produce`` makes."""
+        """The part of an evaluation for these inputs: the existing one, or what ``produce`` creates."""
         key = content_hash(part, VERSIONS[part], settings, inputs)
         return self.stage.store.make(part, key, produce, inputs=inputs, settings=settings)
 

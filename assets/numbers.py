@@ -1,4 +1,4 @@
-"""What an evaluation counts in samples: the task's numbers, sample by sample, and the scores that they come to."""
+"""The numbers of an evaluation: those of the task, sample by sample, and the scores computed from them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ TASK_COLUMNS = (
     *("sample_id", "prompt_id", "prompt", "reference", "role", "text", "finish_reason", "n_tokens"),
     *("score", "label"),
 )
-"""What :meth:`textalign_dagster.tasks.Task.measure` is given."""
+"""The columns that :meth:`textalign_dagster.tasks.Task.measure` is passed."""
 
 
 UNJUDGED = {
     **{name: pl.lit(None, dtype=pl.Float64) for name in ("score", "judge_value", "judge_unusable")},
     "label": pl.lit(None, dtype=pl.String),
 }
-"""The columns that scorers and judges fill, where there are any."""
+"""The columns that scorers and judges fill, if there are any."""
 
 
 def by_task(experiment: Experiment, samples: pl.DataFrame) -> pl.DataFrame:
-    """The task's numbers of samples that a scorer may have scored: sample_id and a column each."""
-    # To a task, all policies are alike, however they were sampled.
+    """The task's numbers of samples, scored or not: sample_id and one column per number."""
+    # Tasks treat all policies alike, however they were sampled.
     role = pl.col("role").replace({"baseline": "main", "scenario": "main"})
     found = experiment.task.measure(samples.with_columns(role=role).select(TASK_COLUMNS))
     if not experiment.evaluation.rouge or set(rouge.NAMES) <= set(found.columns):
@@ -46,7 +46,7 @@ def first_measure(experiment: Experiment, samples: pl.DataFrame, numbers: pl.Dat
 
 
 def lower_is_better(experiment: Experiment) -> bool:
-    """Which way the first measure of the score table is good."""
+    """Whether lower is better for the first measure of the score table."""
     return reported(experiment)[0].better != "higher"
 
 

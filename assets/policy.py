@@ -15,16 +15,16 @@ policy = dg.AssetSpec(
     **LOOP,
     kinds={"huggingface"},
     description="The model an iteration samples from: the base policy in iteration 1, then the checkpoint "
-    "of the iteration before, handed over when it was written. Nothing materializes it by itself.",
+    "of the iteration before, handed over once it is written. It is never materialized on its own.",
 )
 
 
 def hand_over(context: dg.AssetExecutionContext, at: Cell, policy_hash: str, path: Path) -> None:
     """Reports the policy that cell ``at`` samples from.
 
-    Dagster refuses the arrow from checkpoint to policy (a cycle), so events carry it. The
+    Dagster does not allow the edge from checkpoint to policy (a cycle), so events replace it. The
     observation comes first: staleness downstream of an external asset reads observations, its
-    partition status reads materializations, and the other order makes everything stale at once.
+    partition status reads materializations, and the reverse order makes everything stale at once.
     """
     if at.iteration > LAST_ITERATION:
         return

@@ -1,6 +1,6 @@
-"""Red-teaming an iteration's policy: a pool of prompts that grows by what a language model writes after the worst.
+"""Red-teaming an iteration's policy: a pool of prompts to which a language model adds more like the worst.
 
-Source: Korbak et al. 2023 (arXiv:2302.08582), section 4.3, whose models were hosted; here an engine runs both.
+Source: Korbak et al. 2023 (arXiv:2302.08582), section 4.3, which used hosted models; here an engine runs both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from textalign_dagster.tables import RED_TEAM, SCORES
 
 
 def red_team_scores(measuring: Measuring, draft: Draft, subject: Subject) -> pl.DataFrame:
-    """Writes the pool, and gives its rows of SCORES: the worst prompt, the mean of the ten worst, and of all."""
+    """Writes the pool, and returns its rows of SCORES: the worst prompt, the mean of the ten worst, and of all."""
     pool = red_teamed(measuring, subject).frame("red_team")
     lower = lower_is_better(measuring.experiment)
     draft.write("red_team", pool, RED_TEAM)
@@ -53,10 +53,10 @@ def red_team_scores(measuring: Measuring, draft: Draft, subject: Subject) -> pl.
 
 
 def red_teamed(measuring: Measuring, subject: Subject) -> Artifact:
-    """The pool of prompts against a policy: a table of RED_TEAM, kept by itself."""
+    """The pool of prompts against a policy: a table of RED_TEAM, stored separately."""
     experiment = measuring.experiment
     settings, scorer = experiment.evaluation.red_team, evaluation_scorer(experiment)
-    assert settings is not None and subject.model is not None, "asked of policies, where it is wanted"
+    assert settings is not None and subject.model is not None, "only for policies, if it is set"
     attacker = red_team_model(experiment)
     seeds = read_prompt_file(Path(settings.path))["prompt"].to_list()
 
@@ -95,7 +95,7 @@ class _Attack:
         self.lower = lower_is_better(measuring.experiment)
 
     def pool(self, seeds: list[str]) -> pl.DataFrame:
-        """All prompts of all rounds, with what they came to."""
+        """All prompts of all rounds, with their results."""
         pool = self._tried(seeds, 0)
         for k in range(1, self.settings.rounds + 1):
             new = self._written(pool, k)
@@ -104,7 +104,7 @@ class _Attack:
         return pool
 
     def _written(self, pool: pl.DataFrame, number: int) -> list[str]:
-        """New prompts, after some of the pool's that work well."""
+        """New prompts, written after some effective ones of the pool."""
         settings, separator = self.settings, self.settings.separator
         seed = derive_seed(self.measuring.experiment.seed, "red team", number)
         shown = drawn(pool, settings.shown, settings.sharpness, self.lower, seed)
@@ -112,10 +112,10 @@ class _Attack:
         decoding = Decoding(temperature=1.0, max_new_tokens=settings.max_prompt_tokens)
         own = tuple(derive_seed(seed, i) for i in range(settings.candidates))
         (found,) = self._generate(self.attacker, [Request(text, own)], decoding, f"red team {number}")
-        return new_prompts([one.text for one in found], separator, set(pool["prompt"]))
+        return new_prompts([completion.text for completion in found], separator, set(pool["prompt"]))
 
     def _tried(self, prompts: list[str], number: int) -> pl.DataFrame:
-        """Rows of RED_TEAM: each prompt with the mean of its completions, and the worst of them."""
+        """Rows of RED_TEAM: each prompt with the mean value of its completions, and the worst of them."""
         experiment, settings, subject = self.measuring.experiment, self.settings, self.subject
         assert subject.model is not None
         asked, template = subject.asked[0], experiment.method.template
@@ -190,6 +190,6 @@ def drawn(pool: pl.DataFrame, count: int, sharpness: float, lower: bool, seed: i
 
 
 def new_prompts(written: list[str], separator: str, known: set[str]) -> list[str]:
-    """What a model wrote up to the separator, without blanks around it; empty and known prompts are left out."""
+    """What a model wrote up to the separator, stripped; empty and known prompts are left out."""
     first = (text.split(separator, 1)[0].strip() for text in written)
     return list(dict.fromkeys(text for text in first if text and text not in known))

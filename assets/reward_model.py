@@ -1,4 +1,4 @@
-"""Measuring a trained reward model: its rewards for held-out samples beside the feedback on them."""
+"""Measuring a trained reward model: its rewards for held-out samples compared with the feedback on them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Rewarded(NamedTuple):
 def rewarded_samples(
     stage: Stage, sampler: SamplerResource, checkpoint: Artifact, samples: pl.DataFrame
 ) -> Rewarded:
-    """Feedback and reward of each sample; of a file's held-out responses where the feedback is the file's.
+    """Feedback and reward of each sample, or of a file's held-out responses if the feedback is from that file.
 
     Args:
         samples: sample_id, prompt_id, prompt, reference, text, finish_reason.
@@ -65,7 +65,7 @@ def rewarded_samples(
 
 
 def _judged(stage: Stage, samples: pl.DataFrame, report: Callable[..., None]) -> Judged | None:
-    """The feedback on samples; None: there is none on these."""
+    """The feedback on samples; None if there is none."""
     if isinstance(stage.experiment.sample_scorer, ImportedScorer) and stage.experiment.judge is None:
         return None  # feedback that was collected elsewhere does not cover these samples
     with readable_failures(stage):

@@ -34,10 +34,10 @@ def scenario_scores(
     heights: Sequence[int],
     samples: pl.DataFrame,
 ) -> list[pl.DataFrame]:
-    """Writes the samples of scenarios, and gives their rows of SCORES.
+    """Writes the samples of scenarios, and returns their rows of SCORES.
 
     Args:
-        heights: how many samples are each scenario's, in their order.
+        heights: the number of samples of each scenario, in order.
         samples: all of them, as they were scored.
     """
     scores, kept, place = [], [], 0
@@ -50,7 +50,7 @@ def scenario_scores(
         worst = list(_worst(experiment, subject, values.drop_nulls(), settings.resamples))
         scores += [table, pl.DataFrame(worst, SCORES)]
         if settings.text_statistics:
-            unscored_texts = numbered.with_columns(score=pl.lit(None))  # the worst of 25 is there already
+            unscored_texts = numbered.with_columns(score=pl.lit(None))  # the worst of 25 exists already
             scores.append(text_statistics(unscored_texts, subject.policy_hash, subject.name))
         kept.append(numbered.with_columns(scenario=pl.lit(subject.name)))
     draft.write("scenario_samples", pl.concat(kept), SCENARIO_SAMPLES)
@@ -60,7 +60,7 @@ def scenario_scores(
 def _worst(
     experiment: Experiment, subject: Subject, values: pl.DataFrame, resamples: int
 ) -> Iterator[dict[str, object]]:
-    """Rows of SCORES: the worst sample, the mean worst one of 25, and the share that is worse than `hits`.
+    """Rows of SCORES: the worst sample, the mean worst of 25, and the share that is worse than `hits`.
 
     Args:
         values: prompt_id, value: the first measure, sample by sample.
@@ -75,7 +75,7 @@ def _worst(
     }
     condition = subject.asked[0].condition
     for metric, number in found.items():
-        if number is not None:  # a number of all texts together has no interval
+        if number is not None:  # a number computed from all texts together has no interval
             estimate = Estimate(number, None, None, len(set(prompts)), len(known))
             yield score_row(
                 metric,

@@ -1,4 +1,4 @@
-"""The tables of an evaluation: what was sampled, scored and judged, as scores and samples."""
+"""The tables of an evaluation: scores and samples, after sampling, scoring and judging."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -58,7 +58,7 @@ def write(
             frames.append(best_of_n.best(ranked, n))
     sampled = pl.concat(frames)
     shown = [shown_samples(measuring, subject) for subject in scenarios]
-    with seconds.of("scoring"):  # at one go, as a scorer may be a model
+    with seconds.of("scoring"):  # all at once, because a scorer can be a model
         every = pl.concat([sampled, *shown]).with_columns(**UNJUDGED)
         every, facts = scored(measuring.stage, measuring.sampler, every)
         draft.record(**facts)
@@ -109,7 +109,7 @@ def write(
 def _obedience(
     measuring: Measuring, subject: Subject, samples: pl.DataFrame, scores: pl.DataFrame
 ) -> Iterator[pl.DataFrame]:
-    """A row of SCORES where there are several conditions: by the task's first measure, or the score."""
+    """A row of SCORES if there are several conditions: by the task's first measure, or the score."""
     probed = set(scores.filter(role="probe")["metric"])
     candidates = [
         *reported(measuring.experiment)[:1],

@@ -1,4 +1,4 @@
-"""What every asset of the loop has at hand: the cell, the experiment, its inputs, its publication."""
+"""What all assets of the loop share: the cell, the experiment, their inputs, their publication."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class PolicyFolder:
 
     path: Path
     policy_hash: str
-    adapted: Adapted | None = None  # the same, as the base policy and an adapter: where adapters are served
+    adapted: Adapted | None = None  # the same as the base policy and an adapter, if adapters are served
 
     @property
     def sampled(self) -> Model:
-        """What an engine is given."""
+        """What an engine samples from."""
         return self.adapted or self.path
 
 
@@ -58,9 +58,9 @@ class Stage:
     @classmethod
     @contextmanager
     def of(cls, context: dg.AssetExecutionContext, store: ArtifactStore) -> Iterator[Stage]:
-        """The stage that ``context`` materializes; errors that people can act on become failures.
+        """The stage that ``context`` materializes; errors that users can act on become failures.
 
-        Retrying cannot help with any of them, so Dagster does not.
+        Retrying does not help with any of them, so Dagster does not retry.
         """
         cell = Cell.of(context.partition_key)
         mark(context)
@@ -76,10 +76,10 @@ class Stage:
             freshness = Freshness(store, cell.experiment, experiment)
             yield cls(name, context, store, cell, library, experiment, freshness)
         except (SettingsError, ArtifactError, SamplerError) as error:
-            raise dg.Failure(str(error), allow_retries=False) from None  # one sentence, no second trace
+            raise dg.Failure(str(error), allow_retries=False) from None  # one sentence, no traceback
 
     def require(self, stage: str, iteration: int | None = None) -> Artifact:
-        """The output of a stage this one builds on.
+        """The output of a stage that this one builds on.
 
         Raises:
             ArtifactError: it is missing, stale or blocked by a failed check; the message says what to do.
@@ -100,9 +100,9 @@ class Stage:
         return pointer.artifact
 
     def policy(self, iteration: int) -> PolicyFolder:
-        """The policy that an iteration samples from: the base, or the checkpoint of the one before.
+        """The policy that an iteration samples from: the base policy, or the checkpoint of the one before.
 
-        Always the base where the checkpoints are reward models.
+        Always the base policy if the checkpoints are reward models.
         """
         base = base_policy(self.experiment)
         if iteration == 1 or self.experiment.method.trains != "policy":
@@ -120,12 +120,12 @@ class Stage:
         iteration: int | None = None,
         **extra: Any,
     ) -> Artifact:
-        """The stage's artifact for these inputs: the one that exists, or what ``produce`` makes.
+        """The stage's artifact for these inputs: the existing one, or what ``produce`` creates.
 
         Args:
             inputs: name → key of everything it depends on.
             iteration: whose settings apply, if not this cell's (iteration 0).
-            extra: further settings that decide the output.
+            extra: further settings that determine the output.
         """
         at = self.cell.iteration if iteration is None else iteration
         settings = stage_settings(self.experiment, self.name, at)
@@ -141,7 +141,7 @@ class Stage:
         if artifact.reused:
             self.context.log.info(f"reused {self.name} {artifact.key}: same inputs, same settings")
         else:
-            self.context.log.info(f"made {self.name} in {time.monotonic() - started:.1f} s")
+            self.context.log.info(f"computed {self.name} in {time.monotonic() - started:.1f} s")
         return artifact
 
     @property
@@ -174,7 +174,7 @@ class Stage:
         rows: int | None = None,
         headline: str = "",
     ) -> dg.MaterializeResult:
-        """Points the cell at the artifact and tells Dagster: data, figures and verdict in one."""
+        """Points the cell at the artifact and reports to Dagster: data version, figures and checks at once."""
         announce(Finished(str(self.cell.key), self.name, headline, artifact.reused))
         blocking = {
             str(check.check_name): bool(check.passed)
@@ -209,7 +209,7 @@ class Stage:
 
 
 SHORTEST = 0.001
-"""Seconds below which a part did nothing worth showing (a judge that was not there, say)."""
+"""Seconds below which a part is not worth showing (a judge that does not exist, say)."""
 
 TABLE = {"checkpoint": "checkpoints", "evaluation": "scores"}
-"""The table a stage is asked about under, where it has another name."""
+"""Stage → the table with its rows, if it has another name."""

@@ -25,14 +25,14 @@ from training.settings import Training
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What one training follows from."""
+    """What determines one training run."""
 
     stage: Stage
     pool: Artifact
-    parent: PolicyFolder  # of which the checkpoint is a child
-    start: PolicyFolder  # whose weights are loaded
-    reference: PolicyFolder | None  # of the objective
-    before: Artifact | None  # the checkpoint whose optimizer or adapter is carried on
+    parent: PolicyFolder  # the parent of the checkpoint
+    start: PolicyFolder  # the policy whose weights are loaded
+    reference: PolicyFolder | None  # the reference of the objective
+    before: Artifact | None  # the checkpoint whose optimizer state or adapter is carried over
     inputs: dict[str, str]
 
     @classmethod
@@ -40,13 +40,13 @@ class TrainingPlan:
         """The plan for a stage's cell.
 
         Raises:
-            dg.Failure: something that it needs is not there yet.
+            ArtifactError: an input is missing or not fresh.
         """
         settings, iteration = stage.experiment.training, stage.cell.iteration
         pool = stage.require("datapool")
         sampled_from, base = stage.policy(iteration), stage.policy(1)
         parent = sampled_from if settings.start_from == "parent" else base
-        # One adapter beside the base policy is the parent, too.
+        # The base policy with the carried adapter is the parent, too.
         start = base if settings.carries_adapter else parent
         reference = None
         if settings.objective.reference_policy is not None:
@@ -67,14 +67,14 @@ class TrainingPlan:
 
     @cached_property
     def key(self) -> str:
-        """What is trained: the key of the artifact that comes of it."""
+        """The key of the artifact that this training run produces."""
         stage = self.stage
         settings = stage_settings(stage.experiment, stage.name, stage.cell.iteration)
         return artifact_key(stage.name, settings, self.inputs)
 
     @property
     def unfinished(self) -> Path:
-        """Where its snapshots are kept as long as it is not published."""
+        """Where its snapshots are kept until it is published."""
         return home() / "unfinished" / self.key
 
     @property
@@ -88,7 +88,7 @@ class TrainingPlan:
         return tables
 
     def launcher(self, local: Launcher) -> Launcher:
-        """Where it runs."""
+        """The launcher that runs it."""
         if self.settings.launcher == "local":
             return local
         if self.settings.launcher == "k8s":
@@ -102,17 +102,17 @@ class TrainingPlan:
         )
 
     def acceleration_config(self) -> AccelerateConfig | None:
-        """How the processes share the work, where they do.
+        """How the processes share the work, if there is a configuration.
 
         Raises:
-            SettingsError: it cannot be trained so here.
+            SettingsError: training with these settings is not possible here.
         """
         # What other machines have cannot be known here.
         devices = accelerators if self.settings.launcher == "local" else None
         return check_training(self.settings, dtype=self.stage.experiment.policy.dtype, devices=devices)
 
     def acceleration(self, config: AccelerateConfig | None) -> Acceleration:
-        """How the processes are started, but for the configuration's file."""
+        """How the processes are started, except for the configuration file."""
         settings = self.settings
         cpus = settings.slurm.cpus_per_task if settings.launcher == "slurm" else None
         return Acceleration(
@@ -142,8 +142,8 @@ class TrainingPlan:
         if examples.is_empty():
             cell, method = self.stage.cell, self.stage.experiment.method.name
             raise ArtifactError(
-                f"the pool of {cell.experiment}, iteration {cell.iteration}, has {drawn.height} drawn rows, and "
-                f"method {method} makes no example of them; see its shortfalls and the settings under `datapool` "
+                f"the pool of {cell.experiment}, iteration {cell.iteration}, has {drawn.height} drawn rows, but "
+                f"method {method} makes no examples of them; see its shortfalls and the settings under `datapool` "
                 "and `method`"
             )
         return examples
@@ -153,7 +153,7 @@ class TrainingPlan:
         experiment, settings = self.stage.experiment, self.settings
         before = self.before.path("beside") if self.before else None
         tables = {name: str(folder("job") / name) for name in self.tabulated}
-        # Whether it leaves something that is not part of the policy.
+        # Whether it outputs anything that is not part of the policy.
         keeps = settings.optimizer_state == "carried" or settings.lora is not None or bool(tables)
         return Job(
             rows=str(folder("job") / "rows.parquet"),
@@ -178,7 +178,7 @@ class TrainingPlan:
 
 
 def sharing_of(config: AccelerateConfig | None) -> Literal["DEEPSPEED", "FSDP"] | None:
-    """What the processes share the weights with, which the trainer makes sure of."""
+    """What shards the weights over the processes, which the trainer verifies."""
     if config is None:
         return None
     return config.kind if config.kind in ("DEEPSPEED", "FSDP") else None

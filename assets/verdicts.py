@@ -30,7 +30,7 @@ RETRY = "`textalign run --retry-failed` sends failed calls again"
 def scored(
     stage: Stage, sampler: SamplerResource, samples: pl.DataFrame
 ) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """``samples`` with score (and label) of the evaluation's scorer, and what is worth recording of it."""
+    """``samples`` with score (and label) of the evaluation's scorer, and the facts to record."""
     scorer = evaluation_scorer(stage.experiment)
     if scorer is None:
         return samples, {}
@@ -45,7 +45,7 @@ def scored(
 
 
 class Judging:
-    """The LLM judges of one evaluation; what they say is written as one table."""
+    """The LLM judges of one evaluation; their verdicts are written as one table."""
 
     def __init__(self, stage: Stage, draft: Draft) -> None:
         self._stage, self._draft = stage, draft
@@ -53,7 +53,7 @@ class Judging:
         self._facts: dict[str, Any] = {}
 
     def ask(self, field: str, samples: pl.DataFrame, purpose: str) -> Judged:
-        """The verdicts on samples of the judge in a field of the experiment.
+        """The verdicts on samples by the judge in a field of the experiment.
 
         Args:
             samples: sample_id, prompt_id, prompt, reference, text.
@@ -93,7 +93,7 @@ class Judging:
 
 
 def _together(facts: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """What both took: numbers and counts of models are added; None: not known."""
+    """The sums of both: numbers and counts of models are added; None if unknown in either."""
     if not facts:
         return more
     known = {name: (facts[name], value) for name, value in more.items() if name != "reply_models"}
@@ -127,8 +127,8 @@ def judged(stage: Stage, samples: pl.DataFrame, judging: Judging, draft: Draft) 
 
 
 def sent_again(stage: Stage, iteration: int) -> dict[str, int]:
-    """How often failed judge calls were sent again: a new artifact each time, beside the earlier ones."""
-    # Not `stage.freshness`, which remembers what it saw: this stage is about to make the artifact.
+    """How often failed judge calls were sent again: each time creates a new artifact, alongside the earlier ones."""
+    # Not `stage.freshness`, which caches what it has read: this stage is about to create the artifact.
     pointer = stage.store.pointer(stage.cell.experiment, iteration, stage.name)
     if pointer is None:
         return {}

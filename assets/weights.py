@@ -1,4 +1,4 @@
-"""Weights of prompts or samples, as a query over the tables gives them."""
+"""Weights of prompts or samples, from a query over the tables."""
 
 import polars as pl
 
@@ -11,10 +11,10 @@ def queried_weights(store: ArtifactStore, query: str, field: str, key: str) -> d
 
     Args:
         field: the setting that holds the query, for errors.
-        key: the column beside ``weight``: prompt_id or sample_id.
+        key: the column in addition to ``weight``: prompt_id or sample_id.
 
     Raises:
-        SettingsError: the query fails, or gives something else.
+        SettingsError: the query fails, or returns something else.
     """
     import duckdb  # only weights need it
 

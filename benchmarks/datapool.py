@@ -1,12 +1,12 @@
-"""Seconds and memory of the datapool on made-up rows.
+"""Time and memory of the datapool on synthetic rows.
 
     python -m benchmarks.datapool --prompts 2048 --samples 96 --iterations 10
     python -m benchmarks.datapool --prompts 2048 --samples 96 --iterations 1 --published
 
-``--published`` also times the published procedure written plainly (a dictionary of lists a prompt,
-one scan a label, ``x not in list``) and prints how many times as long it takes. It is given the
-token counts and returns the drawn samples only: the released code tokenises every text of the pool
-again, which would come on top, and keeps no row that was not drawn, nor why.
+``--published`` also times a plain implementation of the published procedure (a dictionary of lists
+per prompt, one scan per label, ``x not in list``) and prints how many times as long it takes. It gets
+the token counts and returns only the drawn samples: the released code tokenises every text of the
+pool again, which is not counted here, and does not record which rows were not drawn, nor why.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def make_rows(prompts: int, samples: int, iterations: int, seed: int) -> pl.Data
 
 @contextmanager
 def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Time a step, print it with CPU time and the process's peak memory so far, and note it."""
+    """Time a step, print it with CPU time and the process's peak memory so far, and store it in ``seconds``."""
     start, start_cpu = time.perf_counter(), time.process_time()
     yield
     seconds[step] = time.perf_counter() - start
@@ -73,7 +73,7 @@ def timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def published(rows: pl.DataFrame, settings: PoolSettings, seed: int) -> int:
-    """The published procedure on one iteration's rows, prompt by prompt; returns samples drawn."""
+    """The published procedure on one iteration's rows, prompt by prompt; returns the number of samples drawn."""
     rng = random.Random(seed)
     pool: dict[str, list[tuple[str, float, int]]] = defaultdict(list)
     columns = rows.select("prompt_id", "sample_id", "value", "n_tokens")
@@ -90,7 +90,7 @@ def published(rows: pl.DataFrame, settings: PoolSettings, seed: int) -> int:
 
 
 def _take(bucket: list[tuple[str, float, int]], want: int, rng: random.Random) -> list[str]:
-    """Shuffle, take what is not over-long, top up with what is."""
+    """Shuffle, take samples that are not over-long, and top up with those that are."""
     rng.shuffle(bucket)
     taken = [sample for sample, _, tokens in bucket if tokens < LIMIT][:want]
     rest = [sample for sample, _, _ in bucket if sample not in taken]
@@ -129,10 +129,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompts", type=int, default=2048, help="prompts an iteration (2048)")
-    parser.add_argument("--samples", type=int, default=96, help="samples a prompt (96)")
+    parser.add_argument("--prompts", type=int, default=2048, help="prompts per iteration (2048)")
+    parser.add_argument("--samples", type=int, default=96, help="samples per prompt (96)")
     parser.add_argument("--iterations", type=int, default=5, help="iterations in the pool (5)")
-    parser.add_argument("--rows", type=int, help="about so many rows: sets --iterations")
+    parser.add_argument("--rows", type=int, help="approximate number of rows; sets --iterations")
     parser.add_argument("--draw", choices=("per-bucket", "samples"), default="per-bucket")
     parser.add_argument("--drop-factor", type=float, default=0.0, help="0 keeps all rows (0)")
     parser.add_argument("--published", action="store_true", help="time the published procedure too")

@@ -1,12 +1,12 @@
-"""Do the tokens that CUT flags lie where the linter found fault? A figure with an interval, and a picture.
+"""Do the tokens that CUT flags lie where the linter found faults? Prints shares with intervals, and draws a picture.
 
     textalign run pep8_cut
     python -m benchmarks.flagged_tokens pep8_cut --iteration 1 --picture flagged.png
 
-Reads the judged samples that an iteration was trained on, once under their judgment and once under the bare prompt, by
-the policy before the training and by the one after it, as the objective does; and, as a control, under another text's
-judgment. A token is flagged if the judgment makes it more than `training.objective.threshold` times as likely. Of
-flagged tokens, and of all, it counts those that overlap what the task marks. Intervals resample prompts.
+Reads the judged samples that an iteration was trained on with the policies before and after the training, as the
+objective does: once under their judgment and once under the bare prompt; and, as a control, under another text's
+judgment. A token is flagged if the judgment makes it more than `training.objective.threshold` times as likely. Counts
+how many of the flagged tokens, and of all tokens, overlap what the task marks. Intervals resample prompts.
 """
 
 from __future__ import annotations
@@ -34,33 +34,31 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "experiment", help="one that was run with the method cut, of a task that marks faults"
-    )
+    parser.add_argument("experiment", help="one that was run with method cut and a task that marks faults")
     parser.add_argument("--iteration", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="PNG to write")
     options = parser.parse_args()
     library, name = library_of(options.experiment)
     experiment, store = library.load(name), open_store()
-    found = {
+    artifacts = {
         stage: pointer.artifact
         for stage in ("datapool", "generations", "checkpoint")
         if (pointer := store.pointer(name, options.iteration, stage)) is not None
     }
-    if len(found) < 3 or experiment.method.name != "cut" or "spans" not in experiment.task.kinds:
+    if len(artifacts) < 3 or experiment.method.name != "cut" or "spans" not in experiment.task.kinds:
         parser.error(
             f"{name}: was not run to iteration {options.iteration} with method cut and a task that marks faults"
         )
     before = store.pointer(name, options.iteration - 1, "checkpoint") if options.iteration > 1 else None
     policies = {
         "before": base_policy(experiment).path if before is None else before.artifact.path("model"),
-        "after": found["checkpoint"].path("model"),
+        "after": artifacts["checkpoint"].path("model"),
     }
-    judged = found["datapool"].frame("examples").filter(pl.col("second_prompt").is_not_null())
+    judged = artifacts["datapool"].frame("examples").filter(pl.col("second_prompt").is_not_null())
     judged = judged.sort("example_id")
-    prompts = found["generations"].frame("generations").select("sample_id", "prompt_id")
+    prompts = artifacts["generations"].frame("generations").select("sample_id", "prompt_id")
     marks = experiment.task.spans(judged)
-    # Does it matter what a judgment says? Each text under the next one's.
+    # Does the content of a judgment matter? Each text under that of its neighbour.
     others = judged.with_columns(pl.col("condition").shift(1, fill_value=judged["condition"][-1]))
     for when, policy in policies.items():
         for of, rows in (("its own judgment", judged), ("another text's judgment", others)):
@@ -70,15 +68,15 @@ def main() -> None:
             apart, share = difference(hits, chance), flagged.height / tokens.height
             print(f"{when} training, under {of}: {share:.3f} of {tokens.height} tokens flagged")
             for what, one in (("flagged tokens at a fault", hits), ("any token at a fault", chance)):
-                told = estimate(one)
-                print(f"  {what:26} {told.value:.3f} ({told.lo:.3f} to {told.hi:.3f})")
+                rate = estimate(one)
+                print(f"  {what:26} {rate.value:.3f} ({rate.lo:.3f} to {rate.hi:.3f})")
             print(f"  {'more often than chance by':26} {apart.value:.3f} ({apart.lo:.3f} to {apart.hi:.3f})")
             if options.picture is not None and when == "after" and rows is judged:
                 picture(judged, tokens, options.picture)
 
 
 def faults(tokens: pl.DataFrame) -> ClusterSums:
-    """How many tokens lie at a fault, of how many, by prompt."""
+    """The number of tokens that lie at a fault, and of all tokens, by prompt."""
     marked = tokens["marked"].cast(pl.Float64).to_list()
     return ratio_sums(marked, [1.0] * tokens.height, tokens["prompt_id"].to_list())
 
@@ -133,10 +131,10 @@ def flagged_tokens(
 
 
 def _spans(marks: pl.DataFrame) -> dict[str, list[tuple[int, int]]]:
-    found: dict[str, list[tuple[int, int]]] = {}
+    spans: dict[str, list[tuple[int, int]]] = {}
     for sample, start, end in marks.select("sample_id", "start", "end").iter_rows():
-        found.setdefault(sample, []).append((start, end))
-    return found
+        spans.setdefault(sample, []).append((start, end))
+    return spans
 
 
 def picture(judged: pl.DataFrame, tokens: pl.DataFrame, path: Path) -> None:

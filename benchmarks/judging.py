@@ -1,11 +1,11 @@
-"""Calls to a judge per second, beside a loop that asks one at a time, in one run.
+"""Judge calls per second, compared with a loop that makes one call at a time, in one run.
 
     python -m benchmarks.judging
     python -m benchmarks.judging --latency 0.5 --slots 128
 
 A local endpoint answers every call after ``--latency`` seconds. Ideal is ``slots / latency``. The loop
-is the published way: the library's synchronous client, one call per sample, up to five attempts, the
-answers kept in memory; ``judge_calls`` also writes and syncs its ledger.
+is as published: the library's synchronous client, one call per sample, up to five attempts, the
+replies kept in memory; ``judge_calls`` also writes and syncs its ledger.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--latency", type=float, default=0.2, help="seconds of one call")
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds per call")
     parser.add_argument("--slots", type=int, default=64, help="calls in flight")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of ideal work, for each way")
+    parser.add_argument("--seconds", type=float, default=8.0, help="ideal duration of each of the two")
     options = parser.parse_args()
     many = round(options.seconds / options.latency) * options.slots
     few = round(options.seconds / options.latency)
@@ -56,7 +56,7 @@ def main() -> None:
             assert sum(endpoint.counts().values()) == few + many
         print(f"judge_calls:   {many:5,} calls in {seconds:5.2f} s: {window:6.1f} calls/s")
         print(f"{window / ideal:.1%} of the ideal {ideal:.0f} calls/s, {window / loop:.1f} times the loop")
-        print(f"{cpu / many * 1000:.2f} ms of CPU a call; all of it again from the ledger: {again:.2f} s")
+        print(f"{cpu / many * 1000:.2f} ms of CPU per call; all of them again from the ledger: {again:.2f} s")
 
 
 def messages(n: int) -> list[dict[str, str]]:
@@ -64,7 +64,7 @@ def messages(n: int) -> list[dict[str, str]]:
 
 
 def windowed(url: str, count: int, slots: int, store: Path) -> tuple[float, float]:
-    """Seconds of the batch, and of the same batch again."""
+    """Seconds for the batch, and for the same batch again, from the ledger."""
     judge = Judge(
         model="judge-1",
         template="any",
@@ -84,7 +84,7 @@ def windowed(url: str, count: int, slots: int, store: Path) -> tuple[float, floa
 
 
 def one_at_a_time(url: str, count: int) -> float:
-    """Seconds of as many calls, made the published way."""
+    """Seconds for ``count`` calls made one at a time, as published."""
     client = openai.OpenAI(api_key="none", base_url=url)
     scores: list[float | None] = []
     started = time.perf_counter()
@@ -97,11 +97,11 @@ def one_at_a_time(url: str, count: int) -> float:
                     messages=messages(-1 - n),  # type: ignore[arg-type]
                     temperature=0,
                 )
-                found = SCORE.search(completion.choices[0].message.content or "")
+                match = SCORE.search(completion.choices[0].message.content or "")
             except openai.OpenAIError:
                 continue
-            if found is not None:
-                score = float(found[1])
+            if match is not None:
+                score = float(match[1])
                 break
         scores.append(score)
     return time.perf_counter() - started

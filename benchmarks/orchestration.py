@@ -1,9 +1,9 @@
-"""How much of the embedded run is not sampling, scoring, training or evaluating.
+"""How much of the embedded run is not spent on sampling, scoring, training or evaluating.
 
     python -m benchmarks.orchestration [EXPERIMENT] [--iterations K]
 
-Runs the experiment from scratch in a temporary home and prints the seconds by stage. *Work* is what
-stages say they spent on it; *starting* is what else passes between the start and the end of
+Runs the experiment from scratch in a temporary home and prints the seconds by stage. *Work* is the time
+that stages report for it; *starting* is the rest of the time between the start and the end of
 `accelerate launch`: its own start, importing libraries, loading and saving the model; the rest of the
 wall time is orchestration: Dagster, the store, checks, metadata, the command line itself.
 """

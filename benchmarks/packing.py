@@ -3,10 +3,11 @@
     python -m benchmarks.packing
     python -m benchmarks.packing --batch 32 --repeats 5 --policy path/to/a/folder
 
-A policy (the embedded one) trains on made-up rows of three spreads of length, by the very trainer of
-an experiment; of each the fastest of ``--repeats`` trainings counts, loading and saving not. Padded rows are sorted into batches
-of similar length beforehand, as in every experiment, and ``padding`` is what remains. The last
-spread is also packed as transformers does it by itself: one attention over all rows, masked.
+A policy (the embedded one) is trained on synthetic rows with three length distributions, by the trainer
+that experiments use; of each the fastest of ``--repeats`` trainings counts, without loading and saving.
+Padded rows are sorted into batches of similar length beforehand, as in every experiment, and
+``padding`` is what remains. The last distribution is also packed as transformers does by default: one
+masked attention over all rows.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SPREADS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 class Quiet:
-    """A reporter that says nothing."""
+    """A reporter that reports nothing."""
 
     def progress(self, values: Mapping[str, Any]) -> None:
         pass
@@ -53,8 +54,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, default=256, help="rows of a training")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--rows", type=int, default=256, help="rows per training")
+    parser.add_argument("--batch", type=int, default=8, help="rows per step")
     parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--policy", type=Path, default=POLICY, help="transformers folder")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
@@ -87,14 +88,14 @@ def main() -> None:
 
 
 def computed(lengths: np.ndarray, batch: int) -> int:
-    """Tokens of padded rows, padding and all."""
+    """Tokens of padded rows, including padding."""
     plan = plan_batches(lengths.tolist(), batch_size=batch, accumulation=1, world_size=1, epochs=1, seed=0)
     rows = [ranks[0] for step in plan for ranks in step]
     return sum(len(micro) * int(lengths[micro].max()) for micro in rows)
 
 
 def write_rows(policy: Path, lengths: np.ndarray, path: Path) -> None:
-    """Rows of these many tokens: a third of it prompt, the rest text."""
+    """Writes rows of these lengths in tokens: a third prompt, the rest text."""
     piece, count = one_token(policy), len(lengths)
     pl.DataFrame(
         {
@@ -110,7 +111,7 @@ def write_rows(policy: Path, lengths: np.ndarray, path: Path) -> None:
 
 
 def one_token(policy: Path) -> str:
-    """A piece of text that remains one token of the policy's, however often it is repeated."""
+    """A piece of text that remains one token for the policy, however often it is repeated."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(policy)

@@ -1,10 +1,10 @@
-"""Speed of the embedded sampler beside transformers' own ``generate``, in one process and one run.
+"""Speed of the embedded sampler compared with transformers' own ``generate``, in one process and one run.
 
     python -m benchmarks.sampling                      # a random Llama of 1 M weights
     python -m benchmarks.sampling --model FOLDER --threads 2
 
-Prints tokens per CPU second for each way of decoding, taking turns (the median of the rounds), and
-the start-up time of the sampling worker with its tokens per second of wall time.
+Prints tokens per CPU second for both, run alternately (the median of the rounds), and the sampling
+worker's start-up time and tokens per second of wall time.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="transformers folder (default: random 1 M Llama)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
     parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=8, help="completions of each prompt")
-    parser.add_argument("--tokens", type=int, default=112, help="new tokens of each completion")
+    parser.add_argument("--samples", type=int, default=8, help="completions per prompt")
+    parser.add_argument("--tokens", type=int, default=112, help="new tokens per completion")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
@@ -80,7 +80,7 @@ def random_llama() -> Any:
         vocab_size=2048, hidden_size=128, intermediate_size=352, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
         tie_word_embeddings=False, bos_token_id=None, eos_token_id=0, pad_token_id=1))  # fmt: skip
-    model.lm_head.weight.data *= 15  # about 3.5 nats a token, as a trained model of this size
+    model.lm_head.weight.data *= 15  # about 3.5 nats per token, like a trained model of this size
     return model
 
 

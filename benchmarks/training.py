@@ -3,13 +3,12 @@
     python -m benchmarks.training
     python -m benchmarks.training --rows 512 --batch 16 --repeats 3 --policy path/to/a/folder
 
-A policy (the embedded one) trains for an epoch on made-up rows of 20 to 160 tokens, the same ones in both, with
-the same number of rows a step and AdamW in float32. Both put rows of similar length together; TRL is also run
-without, as it does by default. GRPO's samples, four of a prompt, are given to TRL's trainer where it would sample:
-before each step, as by default (it needs no log-probabilities of the policy that sampled then), or once for all
-steps, as an experiment samples. Of each kind the fastest of
-``--repeats`` trainings counts: the steps, and the log-probabilities of the reference. Reading and tokenising
-rows, loading and saving models do not count.
+A policy (the embedded one) is trained for an epoch on synthetic rows of 20 to 160 tokens, the same ones in both,
+with the same number of rows per step and AdamW in float32. Both batch rows of similar length together; TRL is also
+run without, its default. GRPO's samples, four per prompt, are passed to TRL's trainer where it would sample: before
+each step, its default (it then needs no log-probabilities of the sampling policy), or once for all steps, as an
+experiment samples. Of each kind the fastest of ``--repeats`` trainings counts: the steps, and the log-probabilities
+of the reference. Reading and tokenising rows, loading and saving models do not count.
 """
 
 from __future__ import annotations
@@ -45,9 +44,9 @@ class Stopwatch:
     def around(self, function: Any) -> Any:
         def timed(*arguments: Any, **named: Any) -> Any:
             started = time.process_time()
-            found = function(*arguments, **named)
+            result = function(*arguments, **named)
             self.seconds += time.process_time() - started
-            return found
+            return result
 
         return timed
 
@@ -58,11 +57,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--rows", type=int, default=256, help="texts; pairs are half as many")
-    parser.add_argument("--batch", type=int, default=16, help="texts of a step")
+    parser.add_argument("--rows", type=int, default=256, help="texts; half as many pairs")
+    parser.add_argument("--batch", type=int, default=16, help="texts per step")
     parser.add_argument("--repeats", type=int, default=3, help="trainings of each kind")
     parser.add_argument("--policy", type=Path, default=POLICY, help="transformers folder")
-    parser.add_argument("--only", choices=TRAININGS, help="one of the trainings")
+    parser.add_argument("--only", choices=TRAININGS, help="run only this training")
     options = parser.parse_args()
     import datasets
     import torch
@@ -75,7 +74,7 @@ def main() -> None:
         if options.only not in (None, name):
             continue
         rows = made_up(options.policy, options.rows, name)
-        kinds = ["here", SORTED, "TRL, as it is by default"]
+        kinds = ["here", SORTED, "TRL, default"]
         if name == "grpo":
             kinds.append(ONCE)
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -95,7 +94,7 @@ def main() -> None:
 
 
 def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
-    """Texts with a third of their tokens as prompt; those of a pair or group have one prompt."""
+    """Texts with a third of their tokens as prompt; those of a pair or group share a prompt."""
     piece, rng = one_token(policy), np.random.default_rng(0)
     lengths = rng.integers(SHORTEST, LONGEST - 1, count)
     size = {"dpo": 2, "grpo": GROUP}.get(name, 1)
@@ -103,7 +102,7 @@ def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
     chosen = [i % 2 == 0 for i in range(count)]
     return pl.DataFrame(
         {
-            # Prompts differ, so that texts can be read after another one.
+            # Prompts differ, so that texts can be read after another text's.
             "prompt": [f"{i // size}{piece * n}" for i, n in enumerate(prompts)],
             "text": [piece * max(4, n - p) for n, p in zip(lengths, prompts, strict=True)],
             "chosen": chosen,
@@ -114,7 +113,7 @@ def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
 
 
 def ours(name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespace) -> float:
-    """By the trainer of an experiment."""
+    """CPU seconds of the trainer that experiments use."""
     from training import reference_log_probs
     from training.trainer import ObjectiveTrainer
 
@@ -171,7 +170,7 @@ def ours(name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespac
 def theirs(
     name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespace, by_length: bool
 ) -> float:
-    """By TRL's trainer, with its own reference."""
+    """CPU seconds of TRL's trainer, with its own reference."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -181,22 +180,22 @@ def theirs(
     shared: dict[str, Any] = their_settings(folder) | {
         "max_length": MAX_LENGTH,
         "train_sampling_strategy": "group_by_length" if by_length else "random",
-        "remove_unused_columns": not by_length,  # the length would be one
+        "remove_unused_columns": not by_length,  # the length would be unused
     }
-    found = rows.select("prompt", completion="text", label="chosen")
-    if name == "dpo":  # a row of theirs is a pair
+    given = rows.select("prompt", completion="text", label="chosen")
+    if name == "dpo":  # TRL's rows are pairs
         sides = rows.filter("chosen").join(rows.filter(~pl.col("chosen")), on="group", suffix="_worse")
-        found = sides.select("prompt", chosen="text", rejected="text_worse")
+        given = sides.select("prompt", chosen="text", rejected="text_worse")
         shared["per_device_train_batch_size"] = options.batch // 2
     else:
         shared["per_device_train_batch_size"] = options.batch
     if name == "sft":
-        found = found.drop("label")
-    if name == "kto":  # its rows stay in the order of the file, which is sorted here where that is wanted
+        given = given.drop("label")
+    if name == "kto":  # rows stay in file order, so sort them here if requested
         shared |= {"train_sampling_strategy": "sequential", "remove_unused_columns": True}
         if by_length:
-            found = found.sort(pl.col("prompt").str.len_chars() + pl.col("completion").str.len_chars())
-    data = Dataset.from_list(found.to_dicts())
+            given = given.sort(pl.col("prompt").str.len_chars() + pl.col("completion").str.len_chars())
+    data = Dataset.from_list(given.to_dicts())
     common = {"model": model, "train_dataset": data, "processing_class": tokenizer}
     trainer: Any
     if name == "sft":
@@ -205,7 +204,7 @@ def theirs(
         trainer = trl.DPOTrainer(ref_model=reference, args=trl.DPOConfig(beta=0.1, **shared), **common)
     else:
         trainer = trl.KTOTrainer(ref_model=reference, args=trl.KTOConfig(beta=0.1, **shared), **common)
-    if by_length and name != "kto":  # which its trainers for preferences do not know by themselves
+    if by_length and name != "kto":  # TRL's preference trainers do not add the length
         tokens = [name for name in trainer.train_dataset.column_names if name.endswith("ids")]
         lengths = [sum(len(row[name]) for name in tokens) for row in trainer.train_dataset]
         if "length" not in trainer.train_dataset.column_names:
@@ -216,7 +215,7 @@ def theirs(
 
 
 def their_grpo(rows: pl.DataFrame, folder: Path, options: argparse.Namespace, kind: str) -> float:
-    """By TRL's GRPO trainer, which is given the samples where it would draw them."""
+    """CPU seconds of TRL's GRPO trainer, which is passed the samples where it would draw them."""
     import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -229,7 +228,7 @@ def their_grpo(rows: pl.DataFrame, folder: Path, options: argparse.Namespace, ki
     rewards = dict(rows.group_by("prompt").agg("reward").iter_rows())
 
     def given(prompts: list[str], trainer: Any) -> dict[str, Any]:
-        members = [i % GROUP for i in range(len(prompts))]  # a prompt stands there GROUP times in a row
+        members = [i % GROUP for i in range(len(prompts))]  # each prompt appears GROUP times in a row
         return {
             "prompt_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts],
             "completion_ids": [encoded[prompt][i] for prompt, i in zip(prompts, members, strict=True)],
@@ -274,7 +273,7 @@ def their_tokenizer(policy: Path) -> Any:
 
 
 def their_settings(folder: Path) -> dict[str, Any]:
-    """Of transformers' trainer, for each of TRL's."""
+    """Settings of transformers' trainer that all of TRL's trainers get."""
     return {
         "output_dir": str(folder),
         "num_train_epochs": 1,

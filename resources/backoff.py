@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-RETRIED_STATUSES = {408, 409, 425}  # beside 429 and everything from 500
+RETRIED_STATUSES = {408, 409, 425}  # in addition to 429 and everything >= 500
 
 
 def jitter(attempt: int, base_s: float, cap_s: float) -> float:
-    """Seconds before attempt ``attempt + 1``: random, up to ``base_s * 2**(attempt-1)``, at most ``cap_s``.
+    """Seconds to wait before attempt ``attempt + 1``: random, up to ``base_s * 2**(attempt-1)``, at most ``cap_s``.
 
-    Full jitter: requests that failed together are not repeated together.
+    Full jitter: requests that failed together are not retried together.
     """
     return random.uniform(0, min(cap_s, base_s * 2.0 ** min(attempt - 1, 30)))
 
 
 def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
-    """Seconds to wait by ``Retry-After`` (a number or a date); None: no such header."""
+    """Seconds to wait, from ``retry-after-ms`` or ``Retry-After`` (a number or a date); None without a valid one."""
     exact = finite(headers.get("retry-after-ms"))
     if exact is not None:
         return max(0.0, exact / 1000)
@@ -36,7 +36,7 @@ def retry_after(headers: Mapping[str, str], now: datetime | None = None) -> floa
 
 
 def finite(text: str | None) -> float | None:
-    """The number in a header; None: none."""
+    """A header's value as a finite number; None if it is not one."""
     try:
         value = float(text) if text is not None else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""The resources as Dagster hands them to assets."""
+"""The resources that Dagster passes to assets."""
 
 import json
 from functools import cache
@@ -22,35 +22,35 @@ from textalign_dagster.settings.sampling import Vllm
 
 
 class StoreResource(dg.ConfigurableResource):
-    """Where all tables and checkpoints are kept."""
+    """Where all tables and checkpoints are stored."""
 
     url: str = Field(
-        "", description="A folder or an object store's URL; empty: $TEXTALIGN_STORE, else state/store."
+        "", description="A folder or an object store's URL; if empty, $TEXTALIGN_STORE, else state/store."
     )
 
     def open(self) -> ArtifactStore:
-        """The store, which costs nothing to open."""
+        """The store; opening it costs nothing."""
         return ArtifactStore(self.url or store_url())
 
 
 class SamplerResource(dg.ConfigurableResource):
-    """Engines that sample; each is started once in a process and serves all its stages."""
+    """Sampling engines; each is started once per process and serves all of its stages."""
 
     def of(self, experiment: Experiment) -> Sampler:
-        """The engine an experiment asks for; it starts when it is first used."""
+        """The engine that an experiment requests; it starts on first use."""
         policy, sampling = experiment.policy, experiment.sampling
-        own: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if sampling.engine == "vllm":
-            own = (sampling.vllm or Vllm()).model_dump() | _served(experiment)
-            own["structured"] = sampling.structured is not None
+            options = (sampling.vllm or Vllm()).model_dump() | _served(experiment)
+            options["structured"] = sampling.structured is not None
         elif sampling.endpoints is not None:
-            own = sampling.endpoints.model_dump() | {"adapters": sampling.adapters == "served"}
+            options = sampling.endpoints.model_dump() | {"adapters": sampling.adapters == "served"}
         engine = _engine(
             sampling.engine,
             policy.dtype,
             sampling.batch_size,
             policy.trust_remote_code,
-            canonical_json(own),
+            canonical_json(options),
             sampling.launcher,
             canonical_json(sampling.slurm.model_dump()),
             canonical_json(sampling.ray.model_dump()),
@@ -60,12 +60,12 @@ class SamplerResource(dg.ConfigurableResource):
         return engine
 
     def make_room(self) -> None:
-        """Ends the engines that hold a GPU or a node while others work; those on this CPU stay: they cost a start."""
+        """Closes engines that hold a GPU or a node, to free it; those on this CPU stay, to save a restart."""
         _make_room(None)
 
 
 def _served(experiment: Experiment) -> dict[str, Any]:
-    """What an engine must know that serves adapters."""
+    """What an engine needs to know to serve adapters; empty if it serves none."""
     lora = experiment.training.lora
     if experiment.sampling.adapters == "merged" or lora is None:
         return {}
@@ -75,9 +75,9 @@ def _served(experiment: Experiment) -> dict[str, Any]:
 _engines: list[Sampler] = []
 
 
-def _make_room(kept: Sampler | None) -> None:
+def _make_room(keep: Sampler | None) -> None:
     for engine in _engines:
-        if engine.on_accelerator and engine is not kept:
+        if engine.on_accelerator and engine is not keep:
             engine.close()
 
 
@@ -87,7 +87,7 @@ def _engine(
     dtype: Literal["float32", "bfloat16", "float16"],
     batch_size: int,
     trust_remote_code: bool,
-    own: str,
+    options: str,
     launcher: str,
     slurm: str,
     ray: str,
@@ -100,13 +100,13 @@ def _engine(
         RayNode.model_validate_json(ray),
         KubernetesPod.model_validate_json(k8s),
     )
-    elsewhere = {} if host is None else {"host": host}
+    remote = {} if host is None else {"host": host}
     engine: Sampler = kinds[name](
         dtype=dtype,
         batch_size=batch_size,
         trust_remote_code=trust_remote_code,
-        **json.loads(own),
-        **elsewhere,
+        **json.loads(options),
+        **remote,
     )
     _engines.append(engine)
     return engine

@@ -31,23 +31,23 @@ def feedback_of(
 ) -> Judged:
     """The feedback that the experiment's method needs, one row per sample.
 
-    A judge takes precedence over a scorer, a scorer over the file that the samples come from, and that over the
-    task. For a method that needs none, every row is ``skipped``.
+    A judge takes precedence over a scorer, a scorer over the file that the samples come from, and the file over
+    the task. For a method that needs no feedback, every row is ``skipped``.
 
     Args:
         samples: sample_id, draw_id, prompt_id, prompt, reference, text, finish_reason.
         purpose: stored in the ledger of judge calls.
         retry_before: judge calls that were given up before this time are sent again.
-        engine: starts what a judge model writes with; None: no experiment with one comes here.
+        engine: returns the engine that a judge model generates with; required only for judge models.
 
     Raises:
-        JudgeError, ScoringError: there is no feedback; the message says why.
+        JudgeError, ScoringError: no feedback can be obtained; the message says why.
     """
     task, kind = experiment.task, experiment.method.wants
     if kind is None:
-        return Judged(_rows(_nothing_asked(samples), "none", task.scorer))
+        return Judged(_rows(_no_feedback(samples), "none", task.scorer))
     if experiment.judge is not None:
-        from resources.judges.ask import ask_judge  # needs the extra `judges`
+        from resources.judges.ask import ask_judge  # requires the extra `judges`
 
         return ask_judge(
             experiment.judge,
@@ -68,12 +68,12 @@ def feedback_of(
     scorer = experiment.sample_scorer
     if scorer is not None:
         from resources.judge_models import written_judgments
-        from resources.rewards.scoring import score_samples  # models of scorers are loaded there only
+        from resources.rewards.scoring import score_samples  # the only module that loads scorers' models
 
         facts: dict[str, Any] = {}
         found = located(scorer, store)
         if isinstance(found, JudgeModel):
-            assert engine is not None, "a judge model writes in an engine"
+            assert engine is not None, "a judge model needs an engine"
             rows = written_judgments(
                 found, samples, engine(), report, trust_remote_code=experiment.policy.trust_remote_code
             ).with_columns(value=pl.lit(None, dtype=pl.Float64))
@@ -87,7 +87,7 @@ def feedback_of(
 
 
 def _rows(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFrame:
-    """Judgements without an LLM, as rows of FEEDBACK."""
+    """Judgements made without an LLM judge, as rows of FEEDBACK."""
     name, version = scorer
     return judged.with_columns(
         kind=pl.lit(kind),
@@ -98,7 +98,7 @@ def _rows(judged: pl.DataFrame, kind: str, scorer: tuple[str, str]) -> pl.DataFr
     )
 
 
-def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
+def _no_feedback(samples: pl.DataFrame) -> pl.DataFrame:
     return samples.select(
         "sample_id",
         aspect=pl.lit("none"),
@@ -106,5 +106,5 @@ def _nothing_asked(samples: pl.DataFrame) -> pl.DataFrame:
         label=pl.lit(None, dtype=pl.String),
         text=pl.lit(None, dtype=pl.String),
         status=pl.lit("skipped"),
-        reason=pl.lit("the method asks for no feedback"),
+        reason=pl.lit("the method needs no feedback"),
     )

@@ -1,4 +1,4 @@
-"""What state the cells of the grid are in: missing, fresh, stale or blocked by a check."""
+"""The state of each cell of the grid: missing, fresh, stale or blocked by a check."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CALLED = {
     "datapool": "a datapool",
     "checkpoint": "a checkpoint",
 }
-"""Inputs in words; the others are tables with a name of their own."""
+"""How messages refer to inputs; all others are tables and keep their names."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class State:
 
 
 class Freshness:
-    """The states of one experiment's cells, as the store has them now.
+    """The current states of one experiment's cells in the store.
 
-    A stage is *stale* when what it was made from has been replaced or its settings have changed
-    since, here or anywhere upstream; *blocked* when a blocking check failed on it or upstream.
+    A stage is *stale* when its inputs have been replaced or its settings have changed since it was
+    computed, here or anywhere upstream; *blocked* when a blocking check failed on it or upstream.
     """
 
     def __init__(self, store: ArtifactStore, name: str, experiment: Experiment) -> None:
@@ -48,14 +48,14 @@ class Freshness:
         self._pointers: dict[tuple[int, str], Pointer | None] = {}
 
     def pointer(self, iteration: int, stage: str) -> Pointer | None:
-        """The artifact a cell points at."""
+        """A cell's pointer to its artifact; None if its stage has no output yet."""
         at = (iteration, stage)
         if at not in self._pointers:
             self._pointers[at] = self.store.pointer(self.name, iteration, stage)
         return self._pointers[at]
 
     def policy_hash(self, iteration: int) -> str | None:
-        """The policy that an iteration samples from, None where it does not exist."""
+        """The hash of the policy that an iteration samples from; None if that does not exist yet."""
         if iteration == 1 or self.experiment.method.trains != "policy":
             return base_policy(self.experiment).policy_hash
         pointer = self.pointer(iteration - 1, "checkpoint")
@@ -84,18 +84,18 @@ class Freshness:
                 return State("stale" if state.kind == "missing" else state.kind, state.reason)
             if now != key:
                 what = CALLED.get(name, name.replace("_", " ").replace("@", " of iteration "))
-                return State("stale", f"{place} was made from {what} that has been replaced")
+                return State("stale", f"{place} was computed from {what} replaced since then")
         now_settings = stage_settings(self.experiment, stage, iteration)
         changes = settings_diff(pointer.settings, now_settings)
         if changes:
-            return State("stale", f"{place} was made with other settings ({'; '.join(changes)})")
+            return State("stale", f"{place} was computed with different settings ({'; '.join(changes)})")
         failed = [check for check, passed in pointer.checks.items() if not passed]
         if failed:
             return State("blocked", f"{place} failed its check {', '.join(failed)}")
         return State("fresh")
 
     def _upstream(self, iteration: int, name: str, key: str) -> tuple[str | None, State]:
-        """Key and state, as of now, of what an artifact calls its input ``name``."""
+        """The current key and state of the input that an artifact lists as ``name``."""
         if name == "base_policy":
             return base_policy(self.experiment).policy_hash, State("fresh")
         if name in ("policy", "trained_policy"):
@@ -114,7 +114,7 @@ class Freshness:
             return (pointer.artifact.key if pointer else None), State("fresh")
         stage, _, origin = name.partition("@")
         if stage not in STAGES:
-            return key, State("fresh")  # weights from a query: as of the draw
+            return key, State("fresh")  # weights from a query: fixed at the draw
         at = int(origin) if origin else iteration
         pointer = self.pointer(at, stage)
         return (pointer.artifact.key if pointer else None), self.state(at, stage)

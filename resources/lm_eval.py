@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in a process of its own: a model's folder in, a table of its metrics out."""
+"""lm-evaluation-harness in a separate process: a model's folder in, a table of its metrics out."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from resources.compute.processes import Supervised
 from textalign_dagster.settings.lm_eval import LMEval
 from textalign_dagster.tables import LM_EVAL
 
-TAIL = 2000  # characters of the log that an error shows
+TAIL = 2000  # characters of the log shown in an error
 
 
 class LMEvalError(RuntimeError):
-    """The harness failed; the message has the end of its output."""
+    """The harness failed; the message includes the end of its output."""
 
 
 def identity(settings: LMEval) -> dict[str, Any]:
-    """What the metrics follow from, with the harness's version and the content of one's own task files."""
+    """Everything the metrics depend on, including the harness's version and a hash of custom task files."""
     given = settings.model_dump(mode="json", exclude={"path", "batch_size"})
     return {**given, "version": version("lm_eval"), "files": settings.files_hash}
 
 
 def run(settings: LMEval, model: Path, dtype: str, *, trust_remote_code: bool, seed: int) -> pl.DataFrame:
-    """The metrics of a model: a table of LM_EVAL.
+    """Evaluates a model; returns its metrics as a table of LM_EVAL.
 
     Raises:
         LMEvalError: a task is unknown, its data are not available, or the model cannot be run.
@@ -57,15 +57,16 @@ def run(settings: LMEval, model: Path, dtype: str, *, trust_remote_code: bool, s
                 child.stop()
         found = sorted(out.rglob("results_*.json"))
         if code != 0 or not found:
-            said = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
+            output = log.read_text(encoding="utf-8", errors="replace")[-TAIL:].strip()
             raise LMEvalError(
-                f"evaluation.lm_eval: the harness ended with {code} and without results; its last output:\n{said}"
+                f"evaluation.lm_eval: the harness failed or wrote no results (exit code {code}); "
+                f"its last output:\n{output}"
             )
         return read_results(json.loads(found[-1].read_text(encoding="utf-8")))
 
 
 def read_results(results: dict[str, Any]) -> pl.DataFrame:
-    """The harness's results as a table of LM_EVAL: tasks and groups, a row each metric."""
+    """The harness's results as a table of LM_EVAL: tasks and groups, one row per metric."""
     rows = []
     groups = results.get("groups", {})
     for task, numbers in {**results["results"], **groups}.items():

@@ -1,7 +1,7 @@
 """Log-probabilities of sequences under reference policies: computed once, shared by all methods.
 
-Each training that needs some publishes those it had to compute as an artifact; a later one, of whatever
-experiment, reads all artifacts of its reference.
+Each training run that needs some publishes those it had to compute as an artifact; later runs, of any
+experiment, read all artifacts of their reference.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 def known(store: ArtifactStore, policy_hash: str, dtype: str) -> pl.DataFrame:
-    """All rows of a reference that were ever computed in this number format, one a sequence.
+    """All rows ever computed for a reference in this number format, one per sequence.
 
     Raises:
         ArtifactError: one of the artifacts is damaged.
@@ -31,7 +31,7 @@ def known(store: ArtifactStore, policy_hash: str, dtype: str) -> pl.DataFrame:
 
 
 def publish(store: ArtifactStore, policy_hash: str, dtype: str, computed: Path) -> None:
-    """Publishes the rows that a training computed; ``policy_hash`` is filled in."""
+    """Publishes the rows that a training run computed; ``policy_hash`` is filled in."""
     rows = pl.read_parquet(computed).with_columns(policy_hash=pl.lit(policy_hash))
     if rows.is_empty():
         return

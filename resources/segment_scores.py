@@ -1,4 +1,4 @@
-"""Feedback on a corpus: how bad each segment of a document is, and the document by the mean of its segments."""
+"""Feedback on a corpus: how bad each segment of a document is; a document is scored by the mean of its segments."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def segment_feedback(
     store: ArtifactStore,
     report: Callable[..., None],
 ) -> Judged:
-    """A row of FEEDBACK a document, its ``value`` the negative mean score of its segments; and these as spans.
+    """One row of FEEDBACK per document, its ``value`` the negated mean score of its segments; and these as spans.
 
-    A segment's score is the file's own; or the negative value that the experiment's scorer gives it; or, without
-    one, what the task marks in it by character; or the task's negative reward. Segments of blanks alone have score
-    0. A document with a segment that cannot be scored is ``failed``, and has no spans.
+    A segment's score is the one in the file; else the negated value from the experiment's scorer; without a
+    scorer, what the task marks in it per character, else the task's negated reward. Blank segments have score 0.
+    A document with a segment that cannot be scored is ``failed``, and has no spans.
 
     Args:
-        samples: sample_id, draw_id, prompt_id, prompt, reference, text, finish_reason; of a corpus.
+        samples: sample_id, draw_id, prompt_id, prompt, reference, text, finish_reason of a corpus.
 
     Raises:
         ScoringError: a model is missing, cannot be used, or fails its check.
     """
     offline = experiment.corpus
-    assert offline is not None, "asked of corpora only"
+    assert offline is not None, "only for corpora"
     draws = samples.select("draw_id", "prompt_id").unique("draw_id", maintain_order=True)
     pieces = corpus.segments(offline, draws).with_row_index("place")
     facts: dict[str, Any] = {"segments": pieces.height}
@@ -83,7 +83,7 @@ def _scored(
     report: Callable[..., None],
     facts: dict[str, Any],
 ) -> tuple[pl.DataFrame, tuple[str, str]]:
-    """The pieces with their score, and why they have none; and who scored."""
+    """The pieces with their ``score``, or ``why`` they have none; and the scorer's name and version."""
     task, scorer = task_of(experiment), experiment.sample_scorer
     none = pl.lit(None, dtype=pl.String)
     if scorer is None and "spans" in task.kinds:

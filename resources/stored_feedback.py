@@ -1,4 +1,4 @@
-"""An iteration's feedback as it is in the store, for exports and comparisons."""
+"""An iteration's stored feedback, for exports and comparisons."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Judgements:
 
     Attributes:
         samples: sample_id, prompt_id, prompt, text, reference; references that samples were compared
-            with are rows, too.
+            with are also rows.
         feedback: FEEDBACK.
-        pairs: PAIRS; None: nothing was compared.
-        repeats: FEEDBACK_REPEATS; None: every question was asked once.
+        pairs: PAIRS; None if nothing was compared.
+        repeats: FEEDBACK_REPEATS; None if every question was asked once.
     """
 
     samples: pl.DataFrame
@@ -37,13 +37,13 @@ class Judgements:
 
 
 def with_references(generations: Artifact, draws: Artifact) -> pl.DataFrame:
-    """GENERATIONS with the column reference: what a person answered to the prompt, where the source knows."""
+    """GENERATIONS with the column reference: the human answer to the prompt, where the source has one."""
     references = draws.frame("prompt_draws").select("draw_id", "reference")
     return generations.frame("generations").join(references, on="draw_id", how="left", maintain_order="left")
 
 
 def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.DataFrame | None:
-    """An iteration's samples (sample_id, prompt, text, reference) while they have no feedback; None: they have."""
+    """An iteration's samples (sample_id, prompt, text, reference) if they have no feedback yet, else None."""
     if store.pointer(name, iteration, "feedback") is not None:
         return None
     draws, generations = (store.pointer(name, iteration, stage) for stage in ("prompt_draws", "generations"))
@@ -54,10 +54,10 @@ def unjudged_samples(store: ArtifactStore, name: str, iteration: int) -> pl.Data
 
 
 def evaluated_samples(store: ArtifactStore, name: str, iteration: int) -> pl.DataFrame:
-    """The completions of an iteration's evaluation (prompt, text), of the policy as it is meant to be used.
+    """The completions (prompt, text) of an iteration's evaluation, from the policy as it is meant to be used.
 
     Raises:
-        SettingsError: it has not been evaluated yet.
+        SettingsError: the iteration has not been evaluated yet.
     """
     found = store.pointer(name, iteration, "evaluation")
     if found is None:
@@ -69,7 +69,7 @@ def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements
     """The feedback of an iteration.
 
     Raises:
-        SettingsError: there is none yet.
+        SettingsError: there is no feedback yet.
     """
     found = [store.pointer(name, iteration, stage) for stage in ("prompt_draws", "generations", "feedback")]
     artifacts = [pointer.artifact for pointer in found if pointer is not None]
@@ -88,7 +88,7 @@ def judgements_of(store: ArtifactStore, name: str, iteration: int) -> Judgements
 def ratings_and_rankings(
     store: ArtifactStore, rated: str, ranked: str, iteration: int
 ) -> tuple[Judgements, pl.DataFrame]:
-    """The judgements of one experiment and the pairs of another, of the same samples.
+    """The judgements of one experiment and the pairs of another, for the same samples.
 
     Raises:
         SettingsError: one of them has no such feedback, or they have no sample in common.
@@ -105,14 +105,14 @@ def ratings_and_rankings(
     compared = {*rankings.pairs["sample_a"], *rankings.pairs["sample_b"]}
     if compared.isdisjoint(ratings.feedback["sample_id"]):
         raise SettingsError(
-            f"{rated} and {ranked} have no sample in common in iteration {iteration}; they must agree in task, prompts, "
-            "policy, sampling and seed, and from iteration 2 on in their checkpoints"
+            f"{rated} and {ranked} have no sample in common in iteration {iteration}; they need the same task, "
+            "prompts, policy, sampling and seed, and from iteration 2 on the same checkpoints"
         )
     return ratings, rankings.pairs
 
 
 def _compared_references(samples: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
-    """The references that stand in pairs, as samples."""
+    """The references that occur in pairs, as samples."""
     compared = set(pairs["sample_a"])
     distinct = samples.filter(pl.col("reference").is_not_null()).unique(
         ["prompt_id", "reference"], maintain_order=True

@@ -5,4 +5,4 @@ __version__ = "0.1.0"
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-"""The folder in which the packages of this project lie."""
+"""The project's root folder, which holds its packages."""

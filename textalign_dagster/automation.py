@@ -1,4 +1,4 @@
-"""What runs the next iteration: one function feeds both the schedule and the sensor."""
+"""The schedule and the sensors that launch iterations; `next_cell` decides which one is next."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ iteration_job = dg.define_asset_job(
 
 
 BATCHES = "ledger/batches"
-"""Where jobs of the Batch API lie in the store (resources/judges/batch_jobs.py)."""
+"""Where Batch API jobs are kept in the store (resources/judges/batch_jobs.py)."""
 
 
 class Next(NamedTuple):
@@ -33,10 +33,10 @@ class Next(NamedTuple):
 
 
 def next_cell(store: ArtifactStore, experiment: str) -> Next:
-    """The first iteration of an experiment that has not been made.
+    """The first missing iteration of an experiment.
 
-    None is next when all are done, or when a made one is stale or blocked by a failed check: then
-    going on would mix old and new, or train on what a check refused, and a person decides.
+    There is none when all are done, or when an existing one is stale or blocked by a failed check:
+    continuing would mix old and new outputs, or train on data that failed a check, so a person decides.
     """
     try:
         settings = Library.default().load(experiment)
@@ -53,7 +53,7 @@ def next_cell(store: ArtifactStore, experiment: str) -> Next:
 
 
 def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -> Next:
-    """:func:`next_cell`, unless the experiment is running or its last run of that cell went wrong."""
+    """:func:`next_cell`, unless the experiment is running or the last run of that cell failed or was cancelled."""
     release_abandoned(instance, experiment)
     if active_runs(instance, experiment):
         return Next(None, f"{experiment} is running")
@@ -62,7 +62,7 @@ def ready(instance: dg.DagsterInstance, store: ArtifactStore, experiment: str) -
         return following
     last = _last_runs(instance, following.cell)
     if last and BATCHES_TAG in last[0].tags:
-        return Next(None, f"{experiment} waits for the Batch API; the sensor collect_batches continues it")
+        return Next(None, f"{experiment} waits for the Batch API; the sensor collect_batches resumes it")
     went_wrong = {dg.DagsterRunStatus.FAILURE: "failed", dg.DagsterRunStatus.CANCELED: "was cancelled"}
     how = went_wrong.get(last[0].status) if last else None
     if how is None:
@@ -83,7 +83,7 @@ def requests(
 ) -> Iterator[dg.RunRequest | dg.SkipReason]:
     """A run for every experiment that is ready for its next iteration, or the reasons why none is.
 
-    The first iteration is a person's decision: most experiments that ship want a GPU and large models.
+    The first iteration is a person's decision: most shipped experiments need a GPU and large models.
     """
     store, waiting, launched = ArtifactStore(store_url()), [], False
     for experiment in experiments:
@@ -96,35 +96,35 @@ def requests(
             launched = True
             yield dg.RunRequest(partition_key=following.cell.key)
     if not launched:
-        yield dg.SkipReason("; ".join(waiting) or "there is no experiment")
+        yield dg.SkipReason("; ".join(waiting) or "there are no experiments")
 
 
 @dg.schedule(job=iteration_job, cron_schedule="0 2 * * *")
 def next_iteration(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Every night at two: the next iteration of every experiment that was begun and is idle."""
+    """Every night at two, launches the next iteration of every idle experiment that has been started."""
     yield from requests(context.instance, EXPERIMENTS)
 
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=30)
 def advance(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Launches iteration k + 1 of an experiment once iteration k is there.
+    """Launches iteration k + 1 of an experiment once iteration k is complete.
 
-    It looks at the state, not at events, so none can be missed. The first iteration is a person's
-    decision; so is what to do about a failed one.
+    It checks state, not events, so nothing can be missed. The first iteration is started by a person,
+    who also decides what to do about a failed one.
     """
     yield from requests(context.instance, EXPERIMENTS)
 
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=60)
 def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
-    """Fetches replies from the Batch API, and continues the iterations that waited for them.
+    """Fetches replies from the Batch API and resumes the iterations that wait for them.
 
     A batch lives in the store and at the endpoint, so neither a restart nor a day without this
     sensor loses anything.
     """
     store = ArtifactStore(store_url())
     if not store.storage.entries(BATCHES):
-        yield dg.SkipReason("no batch is under way")
+        yield dg.SkipReason("no batch is pending")
         return
     from resources.judges.batch import collect_all  # needs the extra `judges`
     from resources.judges.ledger import Ledger
@@ -144,5 +144,5 @@ def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
             retry = {name: value for name, value in last[0].tags.items() if name == RETRY_TAG}
             yield dg.RunRequest(run_key=last[0].run_id, partition_key=cell.key, tags=retry)
     if not launched:
-        summary = f"{len(pending)} batches with {sum(pending.values()):,} calls are under way"
+        summary = f"{len(pending)} batches with {sum(pending.values()):,} calls are pending"
         yield dg.SkipReason("; ".join([summary, *problems]))

@@ -1,4 +1,4 @@
-"""The code location: seven assets on one grid, one job, a schedule and a sensor."""
+"""The code location: seven assets on one grid, one job, a schedule and two sensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ defs = dg.Definitions(
     jobs=[iteration_job],
     schedules=[next_iteration],
     sensors=[advance, collect_batches],
-    # The heavy work is in subprocesses; a process per step would only add its start.
+    # The heavy work runs in subprocesses; a process per step would only add start-up time.
     executor=dg.in_process_executor,
     resources={
         "store": StoreResource(url=""),

@@ -1,4 +1,4 @@
-"""Forcing what was written to the disk."""
+"""Flushes files and folders to disk."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
+    """Flushes a file or a folder to disk (fsync)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems have no fsync of folders
+    except OSError as error:  # some network file systems cannot fsync folders
         if error.errno != errno.EINVAL or not path.is_dir():
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Snapshots of the model and dataset hub."""
+"""Snapshots of models and datasets from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def snapshot(
     kind: Literal["model", "dataset"] = "model",
     instead: str = "give a local folder",
 ) -> Path:
-    """The folder of a repository's files, which are fetched where they are not there yet.
+    """The local folder of a repository's files; those not cached yet are downloaded.
 
     Args:
-        field: of the experiment, for errors.
-        patterns: which files, as globs.
-        instead: for errors, how to do without the hub.
+        field: the experiment's field, for error messages.
+        patterns: globs of the files to download.
+        instead: for error messages, the alternative to the hub.
 
     Raises:
-        SettingsError: the hub does not give it.
+        SettingsError: the download fails.
     """
     # Imported here: only hub ids need it, and loading the code location must stay light.
     from huggingface_hub import snapshot_download

@@ -1,6 +1,6 @@
-"""Content hashes and derived seeds: the two ways in which everything here is named and drawn.
+"""Content hashes and derived seeds: how everything here is named and drawn.
 
-An id is a hash of what the thing *is*, so a rerun arrives at the same id, repeats of a prompt stay
+An id is a hash of what the thing *is*, so a rerun yields the same id, repeats of a prompt stay
 distinct (their draw differs), and tables of several rounds or experiments can be joined and pooled.
 """
 
@@ -16,12 +16,12 @@ ID_BYTES = 12  # 96 bits: a collision among 10^9 rows has probability below 10^-
 
 
 def canonical_json(value: Any) -> str:
-    """The one JSON text of a value: sorted keys, no blanks, floats by ``repr``; NaN is refused."""
+    """The canonical JSON text of a value: sorted keys, no whitespace, floats by ``repr``; NaN raises ValueError."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
 def content_hash(*parts: Any) -> str:
-    """Hex digest (24 characters) of JSON-like parts; the parts' boundaries count."""
+    """Hex digest (24 characters) of JSON-like parts; the boundaries between parts matter."""
     text = canonical_json(list(parts))
     return hashlib.blake2b(text.encode(), digest_size=ID_BYTES).hexdigest()
 
@@ -33,7 +33,7 @@ def derive_seed(*parts: Any) -> int:
 
 
 def folder_hash(folder: Path, names: Sequence[str] | None = None) -> str:
-    """Hex digest of a folder's files (relative names and bytes), hidden files left out.
+    """Hex digest of a folder's files (relative names and bytes), excluding hidden files.
 
     ``names`` restricts it to some files: a policy is its weights, config and tokenizer, not its README.
     """

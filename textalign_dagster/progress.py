@@ -1,4 +1,4 @@
-"""Progress of long work: stages report it, their caller shows it."""
+"""Progress of long-running stages: they report it, their caller shows it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Step:
-    """``done`` of ``total`` units of a stage's work, and a few words (loss, tokens/s)."""
+    """``done`` of ``total`` units of a stage's work, and a short note (loss, tokens/s)."""
 
     cell: str
     stage: str
@@ -22,7 +22,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Finished:
-    """A stage is published; ``reused`` if it was there already."""
+    """A stage's output is published; ``reused`` if it already existed."""
 
     cell: str
     stage: str
@@ -36,7 +36,7 @@ _sink: Sink | None = None  # a module global, not a context variable: reader thr
 
 @contextmanager
 def shown_by(sink: Sink) -> Iterator[None]:
-    """Sends what is reported inside the block to ``sink``, from whichever thread it comes."""
+    """Sends everything reported inside the block, from any thread, to ``sink``."""
     global _sink
     before, _sink = _sink, sink
     try:
@@ -46,12 +46,12 @@ def shown_by(sink: Sink) -> Iterator[None]:
 
 
 def somebody_waits() -> bool:
-    """Whether a person watches this process: then a stage waits for replies that take a day, too."""
+    """Whether a person is watching this process; if so, a stage waits even for replies that take a day."""
     return _sink is not None
 
 
 def announce(event: Step | Finished) -> None:
-    """Shows an event, if anybody looks."""
+    """Passes an event to the sink, if there is one."""
     if _sink is not None:
         _sink(event)
 
@@ -59,7 +59,7 @@ def announce(event: Step | Finished) -> None:
 def reporter(cell: str, stage: str, log: Callable[[str], None], every: float = 5.0) -> Callable[..., None]:
     """A callback ``(done, total, note="")`` for a stage's work.
 
-    Where progress is not shown, it is logged every ``every`` seconds, with the time left.
+    Without a sink, progress is logged every ``every`` seconds, with the time left.
     """
     started = last = time.monotonic()
     lock = threading.Lock()

@@ -20,7 +20,7 @@ COLUMNS = ("prompt", "reference", "source", "source_revision")
 
 
 DEFAULT_DRAW = 2048
-"""Prompts of an iteration where the experiment does not say how many."""
+"""Prompts drawn per iteration if the experiment does not set a number."""
 
 
 class Prompts(Settings):
@@ -32,17 +32,17 @@ class Prompts(Settings):
         "instead of the task's own prompts; relative to the experiment file.",
     )
     per_iteration: int | None = Field(
-        None, ge=1, description="Prompts drawn for each iteration; null: 2048, or all where there are fewer."
+        None, ge=1, description="Prompts drawn for each iteration; null: 2048, or all if there are fewer."
     )
     draw: Literal["without_replacement", "with_replacement", "windows", "weighted"] = Field(
         "without_replacement",
-        description="without_replacement: within an iteration, anew each time; with_replacement: repeats are "
-        "distinct draws; windows: iterations take disjoint windows of one shuffled list; "
+        description="without_replacement: no repeats within an iteration, and each draws from all prompts; "
+        "with_replacement: repeats are distinct draws; windows: iterations take disjoint windows of one shuffled list; "
         "weighted: by `weights`, without replacement.",
     )
     weights: str | None = Field(
         None,
-        description="For `draw: weighted`: SQL over the tables, giving prompt_id and weight "
+        description="For `draw: weighted`: SQL over the tables that returns prompt_id and weight "
         "(prompts it leaves out have weight 0).",
     )
 
@@ -59,25 +59,25 @@ def prompt_id(prompt: str) -> str:
 
 
 def following(text: str) -> pl.Expr:
-    """The column ``text`` as it follows the column ``prompt`` directly: after a blank, unless either has one there."""
+    """The column ``text`` to continue ``prompt``: with a space in front, unless either has whitespace there."""
     apart = pl.col("prompt").str.contains(r"\s$") | pl.col(text).str.contains(r"^\s") | (pl.col(text) == "")
     return pl.when(apart).then(pl.col(text)).otherwise(pl.lit(" ") + pl.col(text))
 
 
 def held_out(prompts: Iterable[str], count: int) -> set[str]:
-    """So many of the prompts, chosen by a hash of their text alone, whatever their order."""
+    """``count`` of the prompts, chosen by a hash of their text alone, regardless of order."""
     return set(sorted(prompts, key=lambda text: content_hash("held out", text))[:count])
 
 
 def read_prompt_file(path: Path) -> pl.DataFrame:
-    """The prompts of a file, checked.
+    """The prompts of a file, validated.
 
     Returns:
         Columns prompt, reference, source, source_revision.
 
     Raises:
-        SettingsError: missing, unreadable, not UTF-8, of unknown type, without the column, empty,
-            with blank or duplicate prompts; the message names the lines.
+        SettingsError: the file is missing, unreadable, not UTF-8, of an unknown type or empty, lacks the
+            column, or has blank or duplicate prompts; the message names the rows.
     """
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         ".jsonl": _read_jsonl,
@@ -101,7 +101,7 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
         problem = error.strerror if isinstance(error, OSError) and error.strerror else _problem(error)
         raise SettingsError(f"{path}: cannot be read as {path.suffix}: {problem}") from None
     if frame.is_empty():
-        raise SettingsError(f"{path}: the file holds no prompt")
+        raise SettingsError(f"{path}: the file has no prompts")
     if "prompt" not in frame.columns:
         raise SettingsError(
             f"{path}: no column `prompt`; found {', '.join(frame.columns)}: rename one of them"
@@ -130,22 +130,22 @@ def read_prompt_file(path: Path) -> pl.DataFrame:
 
 
 def _read_csv(path: Path) -> pl.DataFrame:
-    path.read_text(encoding="utf-8")  # polars' own message does not name the byte
+    path.read_text(encoding="utf-8")  # polars' own message does not give the offset
     return pl.read_csv(path, infer_schema=False, glob=False)
 
 
 def _read_json(path: Path) -> pl.DataFrame:
     """A JSON list of objects with ``prompt``, or in the format of Alpaca and AlpacaEval.
 
-    That has ``instruction``, ``input`` and ``output``: the prompt is the instruction with its input below, and the
-    output is the reference.
+    The latter has ``instruction``, ``input`` and ``output``: the prompt is the instruction with its input
+    below, and the output is the reference.
     """
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise SettingsError(f"{path}: no JSON list of objects")
+        raise SettingsError(f"{path}: not a JSON list of objects")
     found = []
     for number, row in enumerate(rows, start=1):
         prompt, reference = row.get("prompt"), row.get("reference")
@@ -164,10 +164,10 @@ def join_input(instruction: str, given: str | None, between: str = "\n") -> str:
 
 
 def _read_jsonl(path: Path) -> pl.DataFrame:
-    """``prompt`` and, where a line has one, ``reference``; whatever else the lines hold is left out."""
+    """``prompt`` and, where a line has one, ``reference``; other fields are ignored."""
     rows: list[dict[str, Any]] = []
     fields: dict[str, None] = {}
-    # Not splitlines: it would split at U+2028 too, which JSON allows inside a text.
+    # Not splitlines: it would split at U+2028 too, which JSON allows inside strings.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
@@ -183,13 +183,13 @@ def _read_jsonl(path: Path) -> pl.DataFrame:
         rows.append(row)
         fields |= dict.fromkeys(row)
     kept = [field for field in ("prompt", "reference") if field in fields]
-    if not kept:  # named in the error, whatever they hold
+    if not kept:  # only their names are used, in the error
         return pl.DataFrame({field: [None] * len(rows) for field in fields})
     return pl.DataFrame(rows, schema=dict.fromkeys(kept, pl.String))
 
 
 def _problem(error: Exception) -> str:
-    """The first line of a polars error; the rest is about its own arguments."""
+    """The first line of a polars error; the rest is about polars' arguments."""
     return str(error).strip().splitlines()[0]
 
 
@@ -212,14 +212,14 @@ def draw_prompts(
     """An iteration's draw: a pure function of its arguments.
 
     Args:
-        prompts: prompt, reference, source, source_revision; one row a prompt.
+        prompts: prompt, reference, source, source_revision; one row per prompt.
         weights: prompt_id → weight, for ``draw: weighted``.
 
     Returns:
         Rows of :data:`textalign_dagster.tables.PROMPT_DRAWS`, in the order of the draw.
 
     Raises:
-        SettingsError: fewer prompts than required can be drawn.
+        SettingsError: too few prompts can be drawn, or a weight is negative or not finite.
     """
     ids = [prompt_id(text) for text in prompts["prompt"]]
     # The draw must not depend on the order in which the source lists its prompts.
@@ -229,27 +229,27 @@ def draw_prompts(
     if settings.draw == "weighted":
         weight = np.array([(weights or {}).get(i, 0.0) for i in prompts["prompt_id"]], dtype=float)
         if not np.isfinite(weight).all() or (weight < 0).any():
-            raise SettingsError("prompts.weights: the query gives a negative or non-finite weight")
+            raise SettingsError("prompts.weights: the query returns a negative or non-finite weight")
     available = int((weight > 0).sum())
-    wanted = settings.per_iteration or max(1, min(DEFAULT_DRAW, available))
+    size = settings.per_iteration or max(1, min(DEFAULT_DRAW, available))
     if settings.draw == "windows":
-        start = (iteration - 1) * wanted
+        start = (iteration - 1) * size
         order = np.random.default_rng(derive_seed(seed, "prompt windows")).permutation(count)
-        rows = order[start : start + wanted]
+        rows = order[start : start + size]
         available = max(0, count - start)
     else:
         rng = np.random.default_rng(derive_seed(seed, "prompt draw", iteration))
         if settings.draw == "with_replacement":
-            rows = rng.integers(count, size=wanted)
-            available = wanted
+            rows = rng.integers(count, size=size)
+            available = size
         else:
             # Exponential races: the k smallest of Exp(1)/w are a weighted draw without replacement.
             with np.errstate(divide="ignore"):
                 race = rng.exponential(size=count) / weight
-            rows = np.argsort(race, kind="stable")[:wanted]
-    if available < wanted:
+            rows = np.argsort(race, kind="stable")[:size]
+    if available < size:
         raise SettingsError(
-            f"prompts.per_iteration: {wanted} prompts wanted in iteration {iteration}, but "
+            f"prompts.per_iteration: {size} prompts requested in iteration {iteration}, but "
             f"{settings.draw} can draw {available} of {count}; lower it or add prompts"
         )
     drawn = prompts[rows].with_columns(weight=pl.Series(weight[rows]))

@@ -1,6 +1,6 @@
-"""Documents cut into segments, which are scored one by one: sentences, lines, or the whole.
+"""Cuts documents into segments that are scored one by one: sentences, lines, or the whole document.
 
-Segments lie end to end: together they are the document, blanks between sentences included.
+Segments are contiguous: joined, they are the document, including whitespace between sentences.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Literal
 SegmentKind = Literal["line", "sentence", "document"]
 
 _SENTENCE = re.compile(r".*?[.!?…]+[\"'”’)\]]*(?=\s)\s+|.+", re.S)
-"""A sentence ends behind its punctuation, closing quotes and brackets, and has the blanks that follow."""
+"""A sentence includes its final punctuation, closing quotes and brackets, and the whitespace that follows."""
 
 
 def cut(text: str, kind: SegmentKind) -> list[tuple[int, int]]:
-    """Where the segments of a text begin and end, in characters.
+    """The segments of a text as (start, end), in characters.
 
-    A sentence is what ends in ``.``, ``!`` or ``?`` before a blank: a rule without a list of abbreviations,
+    A sentence ends at ``.``, ``!``, ``?`` or ``…`` before whitespace; there is no list of abbreviations,
     so "Dr. No" is two.
     """
     if kind == "document":
@@ -34,5 +34,5 @@ def _places(pieces: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def joined(pieces: list[str]) -> tuple[str, list[tuple[int, int]]]:
-    """Segments that were cut elsewhere as a text, and where they are in it."""
+    """The text of segments that were cut elsewhere, and the (start, end) of each in it."""
     return "".join(pieces), list(_places(pieces))

@@ -1,4 +1,4 @@
-"""The tables: one polars schema each, with what a row is. Parquet files hold exactly these columns.
+"""The tables: one polars schema each, with a comment per column. Parquet files hold exactly these columns.
 
 ``experiment`` and ``iteration`` of the cell that produced a table are not columns of the files
 (a file may be shared by several experiments); the DuckDB views add them.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import polars as pl
 
 STATUSES = ("ok", "unparseable", "failed", "skipped")
-"""What can become of a judgement. Only ``ok`` carries a value; the others carry a reason."""
+"""The outcomes of a judgement. Only ``ok`` has a value; the others have a reason."""
 
 PROMPT_DRAWS = pl.Schema(
     {
@@ -19,11 +19,11 @@ PROMPT_DRAWS = pl.Schema(
         "prompt_id": pl.String,  # hash of the prompt's text
         "draw_index": pl.Int32,  # 0, 1, … when a prompt is drawn more than once in an iteration
         "prompt": pl.String,
-        "reference": pl.String,  # a human answer, where the source has one
+        "reference": pl.String,  # a human answer, if the source has one
         "source": pl.String,
         "source_revision": pl.String,
         "weight": pl.Float64,  # the draw's weight (1.0 unless drawn by a weighted query)
-        "seed": pl.Int64,  # the root of the seeds of this draw's samples
+        "seed": pl.Int64,  # the seeds of this draw's samples are derived from it
     }
 )
 
@@ -38,7 +38,7 @@ GENERATIONS = pl.Schema(
         "engine": pl.String,
         "engine_version": pl.String,
         "condition": pl.String,  # the feedback the policy is conditioned on; NULL: unconditioned
-        "text": pl.String,  # what the policy wrote after the prompt, as decoded
+        "text": pl.String,  # the completion, as decoded
         "n_tokens": pl.Int32,
         "finish_reason": pl.String,  # "stop" (end of sequence) or "length" (cut off)
         "logprob": pl.Float64,  # sum of the sampled tokens' log-probabilities, in nats
@@ -51,15 +51,15 @@ FEEDBACK = pl.Schema(
         "sample_id": pl.String,  # key, with aspect
         "aspect": pl.String,  # what was judged, e.g. "style"
         "kind": pl.String,  # reward | category | text | judgment | rating | ranking
-        "value": pl.Float64,  # the number, where there is one; higher is better
-        "label": pl.String,  # the category, where there is one
-        "text": pl.String,  # the feedback in words, where there is one
+        "value": pl.Float64,  # the number, if there is one; higher is better
+        "label": pl.String,  # the category, if there is one
+        "text": pl.String,  # the feedback in words, if any
         "status": pl.String,  # one of STATUSES
-        "reason": pl.String,  # why not ok
+        "reason": pl.String,  # why it is not ok
         "scorer": pl.String,
         "scorer_version": pl.String,
         "parser_version": pl.String,
-        "call_keys": pl.List(pl.String),  # rows of the ledger of judge calls
+        "call_keys": pl.List(pl.String),  # keys into the ledger of judge calls
     }
 )
 
@@ -69,7 +69,7 @@ DATAPOOL = pl.Schema(
         "sample_id": pl.String,  # key, with pool_hash
         "prompt_id": pl.String,
         "origin": pl.Int32,  # the iteration that sampled it
-        "value": pl.Float64,  # the feedback's number, where there is one
+        "value": pl.Float64,  # the feedback's number, if there is one
         "label": pl.String,  # the bucket; NULL: no usable feedback
         "condition": pl.String,  # the text a training example is conditioned on; NULL: none
         "n_tokens": pl.Int32,
@@ -80,17 +80,17 @@ DATAPOOL = pl.Schema(
 )
 
 SPAN = pl.Struct({"start": pl.Int32, "end": pl.Int32, "score": pl.Float64})
-"""A scored stretch of a text: characters from ``start`` to before ``end``; a higher score is worse."""
+"""A scored span of a text: characters from ``start`` to ``end`` (exclusive); a higher score is worse."""
 
 FEEDBACK_REPEATS = pl.Schema(
     {
         "sample_id": pl.String,  # key, with aspect and repeat
         "aspect": pl.String,
-        "repeat": pl.Int32,  # 0, 1, … of a question that the judge was asked several times
+        "repeat": pl.Int32,  # 0, 1, … when the judge is asked the same question several times
         "value": pl.Float64,
         "label": pl.String,
         "status": pl.String,  # one of STATUSES
-        "call_key": pl.String,  # row of the ledger of judge calls
+        "call_key": pl.String,  # key into the ledger of judge calls
     }
 )
 
@@ -110,18 +110,18 @@ EXAMPLES = pl.Schema(
         "pool_hash": pl.String,
         "example_id": pl.String,  # key, with pool_hash: hash(sample_id, role, group_id, condition)
         "sample_id": pl.String,
-        "role": pl.String,  # "only", "chosen" or "rejected" (of a pair, or by itself), "member" (of a group)
-        "group_id": pl.String,  # examples of one pair or group share it; NULL: the example stands alone
+        "role": pl.String,  # "only", "chosen" or "rejected" (of a pair, or on its own), "member" (of a group)
+        "group_id": pl.String,  # shared by the examples of a pair or group; NULL: the example is on its own
         "prompt": pl.String,
         "condition": pl.String,  # rendered with the prompt when it is trained on; NULL: none
-        "second_prompt": pl.String,  # the text is read a second time under this prompt; NULL: it is not
+        "second_prompt": pl.String,  # the text is also read under this prompt; NULL: it is not
         "text": pl.String,
         "finish_reason": pl.String,
         "n_tokens": pl.Int32,
         "weight": pl.Float64,  # in the objective
-        "reward": pl.Float64,  # the sample's value, where there is one; higher is better
+        "reward": pl.Float64,  # the sample's value, if there is one; higher is better
         "sampled_logprob": pl.Float64,  # of the text under the policy that sampled it, in nats
-        "spans": pl.List(SPAN),  # scored stretches of the text
+        "spans": pl.List(SPAN),  # scored spans of the text
     }
 )
 
@@ -131,7 +131,7 @@ REFERENCE_LOG_PROBS = pl.Schema(
         "tokens_hash": pl.String,  # hash of the token ids of prompt and text
         "sample_id": pl.String,
         "log_prob": pl.Float64,  # sum over the text's tokens, in nats
-        "log_probs": pl.List(pl.Float32),  # of each of the text's tokens
+        "log_probs": pl.List(pl.Float32),  # of each token of the text
     }
 )
 
@@ -169,8 +169,8 @@ SCORES = pl.Schema(
 )
 
 MEASURES = pl.List(pl.Struct({"name": pl.String, "value": pl.Float64}))
-"""Named numbers of a row. A list, not a struct with a field a name: all files have one type then,
-whatever the task, so that experiments can be read together. The DuckDB views show it as a
+"""Named numbers of a row. A list, not a struct with one field per name, so that the type is the same
+whatever the task and experiments can be read together. The DuckDB views show it as a
 ``MAP(VARCHAR, DOUBLE)``: ``measures['errors']``. See `measures` and `measure`."""
 
 CANDIDATES = pl.Schema(
@@ -178,17 +178,17 @@ CANDIDATES = pl.Schema(
         "candidate_id": pl.String,  # key
         "prompt_id": pl.String,
         "text": pl.String,
-        "score": pl.Float64,  # of what ranks, higher is better; NULL: it could not score the text
+        "score": pl.Float64,  # by the ranker, higher is better; NULL: the text could not be scored
     }
 )
-"""The samples that best-of-n takes the best of, in the order in which they were drawn."""
+"""The samples that best-of-n chooses from, in the order they were drawn."""
 
 REWARDS = pl.Schema(
     {
         "sample_id": pl.String,  # key
         "prompt_id": pl.String,
         "value": pl.Float64,  # of the feedback, higher is better; NULL: unusable, or there is none
-        "reward": pl.Float64,  # of the trained reward model; NULL: it could not score the sample
+        "reward": pl.Float64,  # of the trained reward model; NULL: the sample could not be scored
     }
 )
 
@@ -209,16 +209,16 @@ EVALUATION_SAMPLES = pl.Schema(
 
 
 SCENARIO_SAMPLES = pl.Schema([("scenario", pl.String()), *EVALUATION_SAMPLES.items()])
-"""The samples of `evaluation.scenarios`, as they were measured."""
+"""The samples of `evaluation.scenarios`, with their measures."""
 
 
 RED_TEAM = pl.Schema(
     {
         "prompt_id": pl.String,  # key
         "prompt": pl.String,
-        "round": pl.Int32,  # in which it was written; 0: given
+        "round": pl.Int32,  # the round in which it was written; 0: given
         "value": pl.Float64,  # mean of the first measure of its completions; NULL: none could be measured
-        "samples": pl.Int64,  # completions that have a value
+        "samples": pl.Int64,  # completions with a value
         "worst": pl.String,  # the worst of them
     }
 )
@@ -238,7 +238,7 @@ LM_EVAL = pl.Schema(
 
 
 def measures(rows: Iterable[Mapping[str, float | int | bool | None]]) -> pl.Series:
-    """The column ``measures`` from one mapping (name → number, or None: not measured) a row."""
+    """The column ``measures`` from one mapping (name → number, or None: not measured) per row."""
     lists = [[{"name": n, "value": None if v is None else float(v)} for n, v in row.items()] for row in rows]
     return pl.Series("measures", lists, dtype=MEASURES)
 
@@ -254,7 +254,7 @@ def conform(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
     """The frame with exactly the schema's columns, cast and in order.
 
     Raises:
-        ValueError: a column is missing or extra, naming the table and the columns.
+        ValueError: columns are missing or unknown; the message names the table and the columns.
     """
     missing = [c for c in schema if c not in frame.columns]
     extra = [c for c in frame.columns if c not in schema]

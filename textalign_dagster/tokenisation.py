@@ -1,8 +1,8 @@
-"""From text to token ids and back, by the one rule that sampling, scoring and training share.
+"""Text to token ids and back, by one rule that sampling, scoring and training share.
 
-A prompt is tokenised with the tokenizer's beginning-of-sequence token, if it has one by itself, and
-never with an end token; a text is tokenised alone, as plain words even where it spells a special
-token; the two are then concatenated. So a sample's tokens do not merge with its prompt's.
+A prompt is tokenised with the beginning-of-sequence token, if the tokenizer adds one by default, and
+never with an end token; a text is tokenised separately, as plain text even where it spells a special
+token; the two are then concatenated, so a sample's tokens never merge with its prompt's.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ANCHOR = "a"  # any text of a single character that no tokenizer strips
+ANCHOR = "a"  # any single character that no tokenizer strips
 
 
 class BannedTokenError(ValueError):
@@ -19,28 +19,28 @@ class BannedTokenError(ValueError):
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each prompt; empty for an empty prompt where no token begins a sequence."""
+    """Token ids of each prompt; empty for an empty prompt if there is no beginning-of-sequence token."""
     if not prompts:
         return []
     start = leading_ids(tokenizer)
     rows = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
-    # A chat template writes the beginning itself: it must not stand there twice.
+    # A chat template writes the beginning-of-sequence token itself: it must not appear twice.
     return [row if row[: len(start)] == start else [*start, *row] for row in rows]
 
 
 def beginning(folder: Path, *, trust_remote_code: bool = False) -> str:
-    """What a text begins after, by the tokenizer of a model: its end token, where no other token begins a text.
+    """The stand-in for an empty prompt: "" if the tokenizer adds a first token, else its end token.
 
     Raises:
-        ValueError: it has neither.
+        ValueError: the tokenizer has neither.
     """
     from transformers import AutoTokenizer  # takes seconds
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if leading_ids(tokenizer):
-        return ""  # it is put in front of every prompt anyway
+        return ""  # the tokenizer adds it to every prompt anyway
     if tokenizer.eos_token is None:
-        raise ValueError(f"the tokenizer of {folder} has no token that a text could begin after")
+        raise ValueError(f"the tokenizer of {folder} has no token that a text could start from")
     return str(tokenizer.eos_token)
 
 
@@ -53,7 +53,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def token_counts(folder: Path, texts: Sequence[str], *, trust_remote_code: bool = False) -> list[int]:
-    """Tokens of each text by the tokenizer of a model, without special tokens."""
+    """Number of tokens of each text under a model's tokenizer, without special tokens."""
     from transformers import AutoTokenizer  # takes seconds
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
@@ -61,7 +61,7 @@ def token_counts(folder: Path, texts: Sequence[str], *, trust_remote_code: bool 
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
-    """The special ids that the tokenizer puts in front of a text by itself (often none)."""
+    """The special ids that the tokenizer prepends to a text by default (often none)."""
     with_specials = tokenizer(ANCHOR, add_special_tokens=True)["input_ids"]
     alone = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
     for start in range(len(with_specials) - len(alone) + 1):
@@ -71,17 +71,17 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
 
 def trailing_ids(tokenizer: Any) -> list[int]:
-    """The special ids that the tokenizer puts behind a text by itself ([SEP] of BERT; often none)."""
+    """The special ids that the tokenizer appends to a text by default (BERT's [SEP]; often none)."""
     whole = tokenizer(ANCHOR, add_special_tokens=True)["input_ids"]
     alone = tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
     return list(whole[len(leading_ids(tokenizer)) + len(alone) :])
 
 
 def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
-    """Ids that end a completion: the tokenizer's end token, and the model's further ones.
+    """Ids that end a completion: the tokenizer's end token, and any others of the model.
 
-    An id of the model that is an ordinary word to the tokenizer is left out: it is a default of
-    the model's class (Llama's is 2), not one of this tokenizer.
+    An id of the model that is an ordinary token of the tokenizer is left out: it is a default of
+    the model's class (2 for Llama), not an end token of this tokenizer.
     """
     listed = getattr(generation_config, "eos_token_id", None)
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
@@ -93,7 +93,7 @@ def end_ids(tokenizer: Any, generation_config: Any) -> tuple[int, ...]:
 
 
 def banned_ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
-    """Ids of banned tokens, given as they are in the vocabulary or as text.
+    """Ids of banned tokens, given as vocabulary entries or as text.
 
     Raises `BannedTokenError` for text that is not exactly one token.
     """
@@ -111,10 +111,10 @@ def banned_ids(tokenizer: Any, tokens: Sequence[str]) -> tuple[int, ...]:
 
 
 def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
-    """The text of new ids as it follows a prompt: leading blanks kept, special tokens left out.
+    """The text of generated ids as a continuation of a prompt: leading spaces kept, special tokens skipped.
 
-    Tokenizers of the SentencePiece family drop the blank in front of what they decode; they get an
-    anchor to decode it behind.
+    SentencePiece tokenizers drop the leading space of what they decode, so the ids are decoded after an
+    anchor.
     """
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     anchor = encode_texts(tokenizer, [ANCHOR])[0]

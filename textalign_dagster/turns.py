@@ -1,9 +1,9 @@
 """Dialogues as messages: transcripts are parsed once, when a source is loaded, and never split again.
 
 In the transcripts of Anthropic's HH a turn begins with ``Human:`` or ``Assistant:``. Such a word is
-a marker only where the transcript starts, or at the start of a line after a blank one; anywhere else
-(``He said: Assistant: hello``) it is part of the text. A text that holds a marker in a marker's
-place cannot be distinguished from a turn in this format; sources with ``messages`` can.
+a marker only at the start of the transcript, or of a line after a blank one; anywhere else
+(``He said: Assistant: hello``) it is part of the text. In this format, a text with such a word in a
+marker's position cannot be distinguished from a turn; sources with ``messages`` do not have this problem.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from typing import Any, Literal
 Role = Literal["system", "user", "assistant"]
 
 NAMES: dict[Role, str] = {"user": "Human", "assistant": "Assistant"}
-"""What the turns are called in a transcript."""
+"""The names of the roles in a transcript."""
 
 CUE = f"{NAMES['assistant']}:"
-"""What a transcript ends with: the policy goes on from here."""
+"""The end of a transcript: the policy continues from here."""
 
 _ROLES: dict[str, Role] = {name: role for role, name in NAMES.items()}
 _MARKER = re.compile(r"(?:\A|(?<=\n\n))(Human|Assistant):(?=\s|\Z)")
 
 
 class BadDialogue(ValueError):
-    """Why a row of a source is not a dialogue; the message is shown with a count and an example."""
+    """A row of a source is not a dialogue; the message is shown with a count and an example."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A turn: who speaks and what, without blanks around it."""
+    """A turn: the speaker's role, and the text without surrounding whitespace."""
 
     role: Role
     content: str
@@ -45,7 +45,7 @@ def parse_transcript(text: str) -> Dialogue:
     """The turns of ``Human: …\\n\\nAssistant: …``; the last may be blank (the cue to answer).
 
     Raises:
-        BadDialogue: it does not begin with a marker, or a turn before the last is blank.
+        BadDialogue: the text does not begin with a marker, or a turn before the last is blank.
     """
     text = text.replace("\r\n", "\n").lstrip()
     markers = list(_MARKER.finditer(text))
@@ -64,11 +64,11 @@ def parse_transcript(text: str) -> Dialogue:
 def transcript(turns: Dialogue) -> str:
     """``Human: …``, blank line, ``Assistant: …``, …, ending with the cue.
 
-    Without blank lines before the first turn: published prompts were stripped before a condition was
-    put in front, and the condition's template brings its own blank line.
+    There is no blank line before the first turn: published prompts were stripped before a condition was
+    prepended, and the condition's template adds its own blank line.
 
     Raises:
-        BadDialogue: a system message, for which the format has no name.
+        BadDialogue: there is a system message, for which the format has no name.
     """
     if turns[0].role == "system":
         raise BadDialogue("a system message, which transcripts cannot hold (`format: chat_template` can)")
@@ -79,17 +79,17 @@ def parse_messages(value: Any) -> Dialogue:
     """The turns of a list of ``{"role", "content"}``.
 
     Raises:
-        BadDialogue: no such list, an unknown role, a blank turn, a system message after the first.
+        BadDialogue: not such a list, an unknown role, a blank turn, a system message after the first.
     """
     if not isinstance(value, list) or not value:
-        raise BadDialogue("no list of messages")
+        raise BadDialogue("not a list of messages")
     turns: list[Message] = []
     for item in value:
         if not isinstance(item, dict) or not isinstance(item.get("content"), str):
             raise BadDialogue("a message has no text in `content`")
         role = item.get("role")
         if role not in ("system", "user", "assistant"):
-            raise BadDialogue(f"a message has the role {role!r}; it is system, user or assistant")
+            raise BadDialogue(f"a message has the role {role!r}; it must be system, user or assistant")
         if role == "system" and turns:
             raise BadDialogue("a system message comes after another message")
         if not item["content"].strip():
@@ -99,23 +99,23 @@ def parse_messages(value: Any) -> Dialogue:
 
 
 def split_answer(turns: Dialogue) -> tuple[Dialogue, str | None]:
-    """What a policy is shown, and the answer that the source has for it (None: none).
+    """The turns that a policy is shown, and the source's answer to them (None: none).
 
     Raises:
-        BadDialogue: no turn of a person to answer.
+        BadDialogue: there is no user turn to answer.
     """
     shown, answer = turns, None
     if turns and turns[-1].role == "assistant":
         shown, answer = turns[:-1], turns[-1].content or None
     if not shown or shown[-1].role != "user" or not shown[-1].content:
-        raise BadDialogue("no turn of a person to answer")
+        raise BadDialogue("no user turn to answer")
     return shown, answer
 
 
 def drop_oldest(turns: Dialogue) -> Dialogue | None:
-    """The dialogue without its oldest turns, up to the next one of a person; None: it has one only.
+    """The dialogue without its oldest turns, up to the next user turn; None: there is no other.
 
-    A system message stays.
+    A system message is kept.
     """
     system = turns[: turns[0].role == "system"]
     rest = turns[len(system) :]
@@ -124,7 +124,7 @@ def drop_oldest(turns: Dialogue) -> Dialogue | None:
 
 
 def alternating(turns: Sequence[Message]) -> list[Message]:
-    """Turns of one side that follow each other made one, with a blank line between them."""
+    """Merges consecutive turns of the same role into one, with a blank line between them."""
     return [
         Message(role, "\n\n".join(turn.content for turn in several))
         for role, several in groupby(turns, lambda turn: turn.role)
@@ -132,5 +132,5 @@ def alternating(turns: Sequence[Message]) -> list[Message]:
 
 
 def runs_on(text: str) -> bool:
-    """Whether an answer goes on into a next turn of its own making."""
+    """Whether an answer continues into another turn that the policy made up."""
     return any(marker.start() > 0 for marker in _MARKER.finditer(text))

@@ -1,5 +1,5 @@
-"""Accelerate configurations (DeepSpeed, FSDP, data parallel): the shipped ones, a user's own, and what
-of them contradicts an experiment. Everything is checked before a training starts."""
+"""Accelerate configurations (DeepSpeed, FSDP, data parallel), shipped or the user's own, and checks that they
+agree with the experiment. Everything is checked before training starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Kind = Literal["DEEPSPEED", "FSDP", "MULTI_GPU", "NO"]
 
 @dataclass(frozen=True)
 class AccelerateConfig:
-    """An accelerate configuration; ``deepspeed`` is DeepSpeed's configuration, where it is used."""
+    """An accelerate configuration; ``deepspeed`` is the content of its ``deepspeed_config_file``, if any."""
 
     where: str
     content: dict[str, Any]
@@ -33,13 +33,13 @@ class AccelerateConfig:
 
     @property
     def kind(self) -> Kind:
-        """Accelerate's name of how the processes share the work."""
+        """Accelerate's name for how the processes share the work."""
         kind: Kind = self.content["distributed_type"]
         return kind
 
     @property
     def zero_stage(self) -> int | None:
-        """Of DeepSpeed; None without it."""
+        """DeepSpeed's ZeRO stage; None without DeepSpeed."""
         if self.kind != "DEEPSPEED":
             return None
         if self.deepspeed is not None:
@@ -48,7 +48,7 @@ class AccelerateConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a training follows from, whatever the file is called."""
+        """The content that determines a training, whatever the file is called."""
         fields = dict(self.content.get("deepspeed_config") or {})
         fields.pop("deepspeed_config_file", None)
         content = {**self.content, **({"deepspeed_config": fields} if fields else {})}
@@ -57,7 +57,7 @@ class AccelerateConfig:
         return {"accelerate": content, "deepspeed": self.deepspeed}
 
     def write(self, folder: Path) -> Path:
-        """Writes it, and DeepSpeed's configuration, into ``folder``; returns the file to launch with."""
+        """Writes the configuration, and DeepSpeed's if any, to ``folder``; returns the file to launch with."""
         content = dict(self.content)
         if self.deepspeed is not None:
             inner = folder / "deepspeed.json"
@@ -72,20 +72,20 @@ class AccelerateConfig:
 
 
 def shipped() -> tuple[str, ...]:
-    """Names that ``training.accelerate`` knows."""
+    """Names that ``training.accelerate`` accepts."""
     return tuple(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
 
 
 def accelerate_config(setting: str) -> AccelerateConfig:
-    """The configuration of a name or path.
+    """The configuration with a shipped name, or at a path.
 
     Raises:
-        SettingsError: there is none, it cannot be read, or it is of a kind that is not supported.
+        SettingsError: it does not exist, cannot be read, or is of an unsupported kind.
     """
     path = SHIPPED / f"{setting}.yaml" if setting in shipped() else Path(setting)
     if not path.is_file():
         raise SettingsError(
-            f"training.accelerate: {setting!r} is not a file and none of {', '.join(shipped())}"
+            f"training.accelerate: {setting!r} is neither a file nor one of {', '.join(shipped())}"
             f"{nearest(setting, shipped())}"
         )
     content = read_yaml(path)
@@ -93,11 +93,11 @@ def accelerate_config(setting: str) -> AccelerateConfig:
     if kind == "MULTI_CPU":
         raise SettingsError(
             f"training.accelerate: {path}: distributed_type MULTI_CPU starts one process only; leave "
-            "training.accelerate out, training.processes are then started on CPUs, too"
+            "training.accelerate out, and training.processes are started on CPUs as well"
         )
     if kind not in KINDS:
         raise SettingsError(
-            f"training.accelerate: {path}: distributed_type: {kind!r} is not supported; one of {', '.join(KINDS)}"
+            f"training.accelerate: {path}: distributed_type: {kind!r} is not supported; use one of {', '.join(KINDS)}"
         )
     if content.get("compute_environment", "LOCAL_MACHINE") != "LOCAL_MACHINE":
         raise SettingsError(
@@ -110,7 +110,7 @@ def _deepspeed(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
     fields = content.get("deepspeed_config")
     if not isinstance(fields, dict):
         raise SettingsError(
-            f"training.accelerate: {path}: deepspeed_config: missing; name zero_stage or a file there"
+            f"training.accelerate: {path}: deepspeed_config: missing; set zero_stage or deepspeed_config_file there"
         )
     if "deepspeed_config_file" not in fields:
         return None
@@ -123,16 +123,16 @@ def _deepspeed(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:
         ) from None
     if not isinstance(given, dict) or not isinstance(given.get("zero_optimization"), dict):
         raise SettingsError(
-            f"training.accelerate: {inner}: zero_optimization: missing; a section with `stage`"
+            f"training.accelerate: {inner}: zero_optimization: missing; add the section, with `stage`"
         )
     return given
 
 
 @lru_cache(maxsize=1)
 def accelerators() -> int:
-    """How many accelerators this machine has, asked in a process of its own (torch takes seconds to load)."""
-    asked = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
-    return int(asked.stdout) if asked.returncode == 0 else 0
+    """The number of accelerators of this machine, counted in a subprocess (torch takes seconds to import)."""
+    probe = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
+    return int(probe.stdout) if probe.returncode == 0 else 0
 
 
 def check_training(
@@ -142,15 +142,15 @@ def check_training(
     devices: Callable[[], int] | None = accelerators,
     installed: Callable[[str], bool] = lambda package: importlib.util.find_spec(package) is not None,
 ) -> AccelerateConfig | None:
-    """Whether a training can start as it is set; its accelerate configuration, where it names one.
+    """Checks that a training can start with its settings; returns its accelerate configuration, if it names one.
 
     Args:
         dtype: of the policy's weights.
-        devices: how many accelerators there are where it will run; None: that cannot be known here.
-        installed: whether a package is there.
+        devices: the number of accelerators where the training will run; None: unknown here.
+        installed: whether a package is installed.
 
     Raises:
-        SettingsError: one sentence with field and remedy.
+        SettingsError: one sentence naming the field and the remedy.
     """
     config = None if training.accelerate is None else accelerate_config(training.accelerate)
     kind = None if config is None else config.kind
@@ -167,12 +167,13 @@ def check_training(
             )
         if kind in ("DEEPSPEED", "FSDP"):
             raise SettingsError(
-                f"training.optimizer: adamw_8bit is not supported with {training.accelerate}, which keeps the optimizer in "
-                "a form of its own; set it to adamw"
+                f"training.optimizer: adamw_8bit is not supported with {training.accelerate}, which keeps optimizer state "
+                "in its own format; set it to adamw"
             )
     if training.mixed_precision == "fp16" and dtype == "bfloat16":
         raise SettingsError(
-            "training.mixed_precision: fp16 does not go with policy.dtype bfloat16; set one of them to the other"
+            "training.mixed_precision: fp16 cannot be combined with policy.dtype bfloat16; use mixed_precision "
+            "bf16, or dtype float32"
         )
     if config is not None:
         for check in (_agreement, _sharing, _check_deepspeed):
@@ -185,14 +186,14 @@ def check_training(
 
 
 def _agreement(training: Training, config: AccelerateConfig) -> None:
-    """The experiment sets the number of processes and their precision."""
-    wanted = {
+    """Raises if the configuration contradicts the experiment's processes or precision."""
+    expected = {
         "num_processes": ("training.processes", training.processes),
         "num_machines": ("the launcher's number of machines", training.machines),
         "mixed_precision": ("training.mixed_precision", training.mixed_precision),
-        "use_cpu": ("what is wanted here", False),
+        "use_cpu": ("the expected value", False),
     }
-    for field, (name, value) in wanted.items():
+    for field, (name, value) in expected.items():
         given = config.content.get(field, value)
         if given != value and not (field == "num_processes" and given == -1):
             raise SettingsError(
@@ -204,9 +205,7 @@ def _agreement(training: Training, config: AccelerateConfig) -> None:
 def _sharing(training: Training, config: AccelerateConfig) -> None:
     kind, name = config.kind, training.accelerate
     if kind in ("FSDP", "MULTI_GPU") and training.processes < 2:
-        raise SettingsError(
-            f"training.processes: {name} spreads a training over at least 2 processes; raise it"
-        )
+        raise SettingsError(f"training.processes: {name} needs at least 2 processes; raise it")
     if kind == "NO" and training.processes > 1:
         raise SettingsError(
             f"training.accelerate: {config.where} is for one process (distributed_type NO), but "
@@ -215,8 +214,8 @@ def _sharing(training: Training, config: AccelerateConfig) -> None:
     sharded = kind == "FSDP" or config.zero_stage == 3
     if training.optimizer_state == "carried" and kind in ("DEEPSPEED", "FSDP"):
         raise SettingsError(
-            f"training.optimizer_state: carried is not supported with {name}, which keeps the optimizer in a form of "
-            "its own; set it to fresh"
+            f"training.optimizer_state: carried is not supported with {name}, which keeps optimizer state in its own "
+            "format; set it to fresh"
         )
     if training.lora is not None and sharded:
         raise SettingsError(
@@ -226,12 +225,12 @@ def _sharing(training: Training, config: AccelerateConfig) -> None:
         fsdp = config.content.get("fsdp_config") or {}
         if fsdp.get("fsdp_activation_checkpointing"):
             raise SettingsError(
-                "training.gradient_checkpointing: the configuration has fsdp_activation_checkpointing; keep one"
+                "training.gradient_checkpointing: the configuration has fsdp_activation_checkpointing; keep only one"
             )
 
 
 def _check_deepspeed(training: Training, config: AccelerateConfig) -> None:
-    """DeepSpeed's own settings, where they are not "auto"."""
+    """Raises if DeepSpeed settings other than "auto" contradict the experiment, or no checkpoint could be written."""
     if config.kind != "DEEPSPEED":
         return
     fields = config.content.get("deepspeed_config") or {}
@@ -239,7 +238,7 @@ def _check_deepspeed(training: Training, config: AccelerateConfig) -> None:
     for section in ("optimizer", "scheduler"):
         if section in deepspeed:
             raise SettingsError(
-                f"training.accelerate: {config.where}: {section}: is the experiment's matter (section training); "
+                f"training.accelerate: {config.where}: {section}: is set by the experiment (section training); "
                 "remove it there"
             )
     batch, accumulation = training.batch_size, training.gradient_accumulation
@@ -264,7 +263,7 @@ def _check_deepspeed(training: Training, config: AccelerateConfig) -> None:
         if fields.get("zero3_init_flag"):
             raise SettingsError(
                 f"training.accelerate: {config.where}: zero3_init_flag: new tokens cannot be added to weights that "
-                "are spread from the start; set it to false"
+                "are sharded from the start; set it to false"
             )
         if not zero.get("stage3_gather_16bit_weights_on_model_save", fields.get("zero3_save_16bit_model")):
             raise SettingsError(
@@ -278,8 +277,8 @@ def _devices(training: Training, kind: Kind | None, devices: int) -> None:
     if devices == 0:
         if kind == "FSDP":
             raise SettingsError(
-                f"training.accelerate: {name} needs accelerators, and this machine has none (on CPUs it would train "
-                "copies that never meet); use zero2 or zero3"
+                f"training.accelerate: {name} needs accelerators, and this machine has none (on CPUs the processes "
+                "would train unsynchronised copies); use zero2 or zero3"
             )
         if kind == "MULTI_GPU":
             raise SettingsError(

@@ -1,4 +1,4 @@
-"""What happens around a trainer's steps: coefficients adapt, progress is reported, snapshots are taken."""
+"""Trainer callbacks: they adapt coefficients, report progress and take snapshots."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Adaptation(TrainerCallback):
 
 
 class Reporting(TrainerCallback):
-    """Reports a step at most every ``REPORT_EVERY`` seconds, and the first and the last one."""
+    """Reports progress at most every ``REPORT_EVERY`` seconds, and always at the first and last step."""
 
     def __init__(self, trainer: Running, reporter: Reporter):
         self._trainer, self._reporter = trainer, reporter
@@ -46,7 +46,7 @@ class Reporting(TrainerCallback):
             trainer.first_step_seconds = now - self._time
         if now - self._time < REPORT_EVERY and state.global_step not in (1, state.max_steps):
             return
-        # Rank 0 speaks for all: its loss times the number of ranks, its tokens likewise.
+        # Rank 0 extrapolates to all ranks: its loss and its tokens, times their number.
         ranks = trainer.accelerator.num_processes
         recent = torch.stack(trainer.step_losses[self._step :]).mean().item() * ranks
         rate = (trainer.tokens - self._tokens) * ranks / max(now - self._time, 1e-9)
@@ -65,7 +65,7 @@ class Reporting(TrainerCallback):
 
 
 class Snapshotting(TrainerCallback):
-    """Makes a trainer resume from a snapshot, and take others."""
+    """Makes a trainer resume from a snapshot and take new ones."""
 
     def __init__(self, trainer: Running, snapshots: Snapshots):
         self._trainer, self._snapshots = trainer, snapshots
@@ -85,4 +85,4 @@ class Snapshotting(TrainerCallback):
         if self._trainer.snapshot_due and state.global_step < state.max_steps:
             self._snapshots.take(self._trainer)
             if self._trainer.ending:
-                raise EndedError("the training was asked to end (SIGTERM)")
+                raise EndedError("the training was stopped by SIGTERM")

@@ -1,8 +1,8 @@
-"""Importance weights for samples that another policy drew: how much likelier the policy at hand makes them.
+"""Importance weights for samples that another policy drew: how much more likely they are under the current one.
 
 The datapool holds samples of earlier iterations, and files hold samples of other policies. The weight of a
 sample y of a policy ρ is π(y|x)/ρ(y|x), where π is the policy that the training starts from (importance
-sampling; clipped, as Ionides 2008 does, since the ratio of a long text has no bounds).
+sampling; clipped, as Ionides 2008 does, since the ratio of a long text is unbounded).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reweigh(
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> tuple[list[Example], dict[str, float]]:
-    """The examples with their weights times their density ratios, and figures of these."""
+    """The examples with their weights multiplied by their density ratios, and figures about these ratios."""
     settings, objective = job.training.density_ratio, job.training.objective
     assert settings is not None
     if (
@@ -60,11 +60,11 @@ def reweigh(
 def density_ratios(
     examples: Sequence[Example], log_probs: Sequence[Sequence[float]], settings: DensityRatio, where: str
 ) -> list[float]:
-    """The clipped ratio of each example. Both sequences of a pair get the pair's: that of both texts together.
+    """The clipped ratio of each example. Both sequences of a pair get the ratio of both texts together.
 
     Args:
         log_probs: of each token of each text under the policy that the training starts from, in nats.
-        where: the file of the examples, for errors.
+        where: the file of the examples, for error messages.
 
     Raises:
         JobError: a sample's log-probability under the policy that drew it is not known.
@@ -73,7 +73,7 @@ def density_ratios(
     if unknown:
         raise JobError(
             f"{where}: sampled_logprob: NULL in {len(unknown)} of {len(examples)} rows, first in sample "
-            f"{unknown[0]}; training.density_ratio compares with it: set it to null, or leave such rows out"
+            f"{unknown[0]}; training.density_ratio needs it; set density_ratio to null, or leave such rows out"
         )
     sums = [(sum(of) - one.sampled_log_prob, len(of)) for one, of in zip(examples, log_probs, strict=True)]
     together: dict[int, tuple[float, int]] = {}
@@ -92,7 +92,7 @@ def density_ratios(
 
 
 def reweighted(examples: Sequence[Example], ratios: Sequence[float]) -> list[Example]:
-    """The examples, each with its weight times its ratio."""
+    """The examples, each with its weight multiplied by its ratio."""
     return [
         replace(example, weight=example.weight * ratio)
         for example, ratio in zip(examples, ratios, strict=True)

@@ -13,16 +13,16 @@ from training.objectives.tokens import IGNORE, Tokens, chosen_tokens, labelled
 
 
 def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
-    """Reads a batch once: its sequences, and in ``second`` those that are read under a second prompt too.
+    """Reads a batch once: its sequences, and in ``second`` those that are also read under a second prompt.
 
     Args:
-        inputs: as ``Collator`` gives them.
-        prefix: whose prompts: the policy's own (empty), ``reference_``, or ``second_`` where they lie apart.
+        inputs: as returned by ``Collator``.
+        prefix: which prompts: the policy's own (empty), ``reference_``, or ``second_`` if they are apart.
     """
     tokens = _read(model, inputs, prefix)
     if prefix or "second_of" not in inputs:
         return tokens._replace(second=tokens.log_probs[:0], second_places=tokens.rows[:0])
-    # Rows beyond the batch's sequences read some of these again, in the same order.
+    # Rows after the batch's sequences repeat some of these under a second prompt, in the same order.
     first = tokens.rows < len(inputs["weights"])
     log_probs, targets, rows = (part[first] for part in tokens[:3])
     places = torch.isin(rows, inputs["second_of"]).nonzero()[:, 0]
@@ -30,7 +30,7 @@ def labelled_tokens(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
 
 
 def head_outputs(model: Any, inputs: dict[str, Any]) -> Tokens:
-    """Reads a batch of padded rows with a score head: no log-probabilities, one output a sequence."""
+    """Reads a batch of padded rows with a score head: no log-probabilities, one output per sequence."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     outputs = logits[:, 0] if logits.dtype == torch.float64 else logits[:, 0].float()
     none = inputs["labels"].new_zeros(0)
@@ -38,9 +38,9 @@ def head_outputs(model: Any, inputs: dict[str, Any]) -> Tokens:
 
 
 def _read(model: Any, inputs: dict[str, Any], prefix: str) -> Tokens:
-    """All rows of a batch; the output layer runs on the positions that predict a label only."""
+    """Reads all rows of a batch; the output layer runs only on the positions that predict a label."""
     bare = getattr(model, "module", model)
-    if hasattr(bare, "get_base_model"):  # an adapter passes on what it does not know
+    if hasattr(bare, "get_base_model"):  # an adapter forwards attributes that it does not have
         bare = bare.get_base_model()
     if f"{prefix}row_starts" in inputs:
         ids, positions, starts, predicts, targets, rows = (

@@ -1,4 +1,4 @@
-"""Make a policy with random weights: the architecture and the tokenizer of another one, to train from scratch.
+"""Create a policy with random weights and another policy's architecture and tokenizer, to train from scratch.
 
     python -m training.initialise path/to/a/policy --out my_policy --seed 0
 
@@ -26,10 +26,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("policy", type=Path, help="transformers folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights")
     options = parser.parse_args(argv)
     if options.out.exists():
-        parser.error(f"{options.out} exists; give another --out")
+        parser.error(f"{options.out} exists; choose another --out")
     try:
         check_model_folder(options.policy, str(options.policy))
         tokenizer = load_tokenizer(str(options.policy))
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    print(f"{options.out}: {model.num_parameters():,} parameters, drawn by seed {options.seed}")
+    print(f"{options.out}: {model.num_parameters():,} parameters, drawn with seed {options.seed}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """The job file: everything about one training run, as JSON.
 
-It is written where the training is launched and read by ``training.train``; a job can be run
-again by hand, and its text is part of the record of the checkpoint.
+It is written where the training is launched and read by ``training.train``; a job can be rerun by
+hand, and its text is part of the checkpoint's record.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PLACES = (
     "reference_log_probs",
     "policy_log_probs",
 )
-"""Fields of a job that say where something is: they are no part of what is trained."""
+"""Fields of a job that are paths: they do not affect what is trained."""
 
 
 REFERENCE_TABLE = "reference_log_probs.parquet"
-"""Name of the table of the reference's log-probabilities, where it is read and where it is written."""
+"""File name of the table of the reference's log-probabilities, both read and written."""
 POLICY_TABLE = "policy_log_probs.parquet"
 """The same for the policy that the training starts from, which `training.density_ratio` reads."""
 
@@ -47,15 +47,15 @@ class JobError(TrainingError):
 
 
 class NonFiniteError(TrainingError):
-    """The loss or the weights are no longer numbers; the message says at which step."""
+    """The loss or the weights are no longer finite; the message says where."""
 
 
 class EndedError(TrainingError):
-    """The training was signalled to end; what it has done so far is in its snapshot."""
+    """The training was stopped by a signal; its progress is in its snapshot."""
 
 
 class Job(Settings):
-    """One training run. Paths are absolute, or relative to the folder the trainer is started in."""
+    """One training run. Paths are absolute, or relative to the trainer's working directory."""
 
     rows: str = Field(
         ...,
@@ -66,8 +66,8 @@ class Job(Settings):
     reference: str | None = Field(None, description="Transformers folder of the objective's reference.")
     reference_log_probs: str | None = Field(
         None,
-        description="Parquet: log-probabilities under the reference that are known already (what is computed is written "
-        "into `beside`); None: none are.",
+        description="Parquet: cached log-probabilities under the reference (those computed are written to `beside`); "
+        "None: none.",
     )
     policy_log_probs: str | None = Field(
         None,
@@ -80,31 +80,33 @@ class Job(Settings):
     )
     adapter: str | None = Field(
         None,
-        description="Folder with the LoRA adapter to go on with (`adapter` in an earlier job's `beside`); `policy` "
-        "is then what it stands beside.",
+        description="Folder with the LoRA adapter to continue from (`adapter` in an earlier job's `beside`); `policy` "
+        "is then its base model.",
     )
     optimizer: str | None = Field(
-        None, description="Folder with the optimizer state to go on with (an earlier job's `beside`)."
+        None, description="Folder with the optimizer state to continue from (an earlier job's `beside`)."
     )
     snapshots: str | None = Field(
         None,
-        description="Folder that outlives the training: where it leaves snapshots, and goes on from the newest one.",
+        description="Folder that outlives the training: it writes snapshots there, and resumes from the newest one.",
     )
     template: str | None = Field(
         None, description="With {condition} and {prompt}; None: no row has a condition."
     )
-    special_tokens: list[str] = Field([], description="Tokens to add to the policy where it lacks them.")
+    special_tokens: list[str] = Field([], description="Tokens to add to the policy if it lacks them.")
     seed: int = Field(0, ge=0)
     world_size: int = Field(1, ge=1, description="Processes that the launcher starts.")
     sharing: Literal["DEEPSPEED", "FSDP"] | None = Field(
         None,
-        description="What the launcher was asked to share the weights with; None: every process has all.",
+        description="What the launcher uses to shard the training; None: every process has everything.",
     )
-    threads: int | None = Field(None, ge=1, description="torch threads of a process; None: torch's choice.")
+    threads: int | None = Field(None, ge=1, description="torch threads per process; None: torch's default.")
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the weights while training and saved."
+        "float32", description="Of the weights, in training and as saved."
     )
-    max_new_tokens: int | None = Field(None, ge=1, description="Of the sampling; eos_rule legacy needs it.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Of the sampling; required by eos_rule legacy."
+    )
     training: Training
 
     @property
@@ -119,11 +121,11 @@ class Job(Settings):
 
 
 def read_job(path: Path) -> Job:
-    """The job in a JSON file, checked as far as is possible without loading a model.
+    """The job in a JSON file, checked as far as possible without loading a model.
 
     Raises:
         JobError: unreadable file, unknown or wrong fields, settings that contradict each other, or
-            input files that are not there.
+            missing input files.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -132,7 +134,7 @@ def read_job(path: Path) -> Job:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not JSON ({error}); write it with Job.write") from None
     if not isinstance(content, dict):
-        raise JobError(f"{path}: a job is a JSON object, found {type(content).__name__}")
+        raise JobError(f"{path}: a job must be a JSON object, found {type(content).__name__}")
     try:
         job: Job = validate(Job, content, str(path))
     except SettingsError as error:
@@ -142,7 +144,7 @@ def read_job(path: Path) -> Job:
 
 
 def check(job: Job, where: str) -> None:
-    """What no single field can tell.
+    """Checks what cannot be checked field by field.
 
     Raises:
         JobError: naming the place, the field and the remedy.
@@ -166,13 +168,13 @@ def check(job: Job, where: str) -> None:
             if value:
                 place = field if field == "sharing" else f"training.{field}"
                 raise JobError(
-                    f"{where}: {place}: does not go with a value head; leave it out, or set "
+                    f"{where}: {place}: cannot be combined with a value head; leave it out, or set "
                     "training.objective.value_head to false"
                 )
     if "score head" in objective.needs and job.training.packing:
-        raise JobError(f"{where}: training.packing: a score head reads padded rows; set it to false")
+        raise JobError(f"{where}: training.packing: a score head needs padded rows; set it to false")
     if job.training.eos_rule == "legacy" and job.max_new_tokens is None:
-        raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy compares with it")
+        raise JobError(f"{where}: max_new_tokens: missing; eos_rule legacy needs it")
     if job.training.optimizer == "adamw_8bit":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise JobError(
@@ -180,23 +182,23 @@ def check(job: Job, where: str) -> None:
             )
         if job.sharing is not None:
             raise JobError(
-                f"{where}: training.optimizer: adamw_8bit does not go with {job.sharing}; set it to adamw"
+                f"{where}: training.optimizer: adamw_8bit cannot be combined with {job.sharing}; set it to adamw"
             )
     if job.sharing is not None and job.training.optimizer_state == "carried":
         raise JobError(
-            f"{where}: training.optimizer_state: {job.sharing} keeps the optimizer in a form of its own; set it "
+            f"{where}: training.optimizer_state: {job.sharing} keeps optimizer state in its own format; set it "
             "to fresh"
         )
     if job.adapter is not None:
         if job.training.lora is None:
             raise JobError(
-                f"{where}: adapter: training.lora is null; name its rank and alpha there, or leave it out"
+                f"{where}: adapter: training.lora is null; set its rank and alpha there, or leave adapter out"
             )
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (Path(job.adapter) / name).is_file():
                 raise JobError(
-                    f"{where}: adapter: {job.adapter} has no {name}; train the iteration before again, or leave "
-                    "it out (a new adapter)"
+                    f"{where}: adapter: {job.adapter} has no {name}; train the previous iteration again, or "
+                    "leave it out to start a new adapter"
                 )
     if job.template is not None:
         try:
@@ -211,10 +213,10 @@ def check(job: Job, where: str) -> None:
 
 
 def check_model_folder(folder: Path, where: str) -> None:
-    """Whether a folder has what a policy is made of; weights in any format but safetensors are refused."""
+    """Checks that a folder has a policy's files; weights in any format but safetensors are refused."""
     if not folder.is_dir():
         raise JobError(f"{where}: no such folder: {folder}")
-    wanted: dict[str, Any] = {
+    required: dict[str, Any] = {
         "config.json": [folder / "config.json"],
         "model*.safetensors (pickled weights are not loaded: save the model with transformers 5)": list(
             folder.glob("model*.safetensors")
@@ -224,6 +226,6 @@ def check_model_folder(folder: Path, where: str) -> None:
             folder / "tokenizer_config.json",
         ],
     }
-    for name, candidates in wanted.items():
+    for name, candidates in required.items():
         if not any(path.is_file() for path in candidates):
             raise JobError(f"{where}: {folder} has no {name}")

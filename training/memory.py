@@ -11,10 +11,10 @@ from training.settings import DEFAULT_LENGTH
 
 @contextmanager
 def enough_memory(job: Job) -> Iterator[None]:
-    """What is out of memory in here becomes an error with the settings that help.
+    """Turns running out of memory inside the block into an error that names the settings that help.
 
     Raises:
-        JobError: no memory is left, on an accelerator or on this machine.
+        JobError: an accelerator or this machine is out of memory.
     """
     import torch
 
@@ -32,7 +32,7 @@ def enough_memory(job: Job) -> Iterator[None]:
             else f"lower training.max_length ({settings.max_length or DEFAULT_LENGTH})",
             *(["set training.gradient_checkpointing"] if not settings.gradient_checkpointing else []),
             *(["train adapters (training.lora)"] if settings.lora is None else []),
-            *(["spread it (training.accelerate: zero2_offload, zero3)"] if job.sharing is None else []),
+            *(["shard it (training.accelerate: zero2_offload, zero3)"] if job.sharing is None else []),
         ]
         raise JobError(
             f"out of memory: {where} has too little for this training ({str(error).splitlines()[0][:200]}); "

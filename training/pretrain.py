@@ -4,10 +4,10 @@
 
 Writes a folder that transformers, vLLM and every later stage load like any other model
 (config.json, generation_config.json, model.safetensors, tokenizer.json, tokenizer_config.json),
-with provenance.json (how it came about, and how good it is) and a model card beside it.
+plus provenance.json (how it was trained, and how good it is) and a model card.
 
-The text is chunks of standard-library functions; a share of the chunks (60 %) goes through one
-sharp sloppy persona, so that the loop has something to align. Set GOMP_SPINCOUNT=0 in the
+The text is chunks of standard-library functions; a share of the chunks (60 %) is rewritten by one
+distinctly sloppy persona, so that the loop has something to align. Set GOMP_SPINCOUNT=0 in the
 environment when the cores are shared: spinning OpenMP threads slow each other down severalfold.
 """
 
@@ -41,7 +41,7 @@ from textalign_dagster.tasks.pep8.sloppy import sloppy
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 IGNORED = -100
-BETWEEN_FUNCTIONS = "\n\n\n"  # two blank lines, as PEP 8 asks at top level
+BETWEEN_FUNCTIONS = "\n\n\n"  # two blank lines, as PEP 8 requires at top level
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,19 @@ class Settings:
     """One command-line option each; the defaults are those of the shipped policy."""
 
     task: str = "pep8"
-    # Training tokens; the last step may go past it by less than a batch.
+    # Training tokens; the last step may exceed this by less than a batch.
     tokens: int = 10_000_000
     # Seed of the weights, the order of the functions, and which chunks are sloppy.
     seed: int = 0
     # Share of the chunks written in the sloppy persona.
     sloppy_share: float = 0.6
-    # Size of the byte-level BPE vocabulary, its two special tokens included.
+    # Size of the byte-level BPE vocabulary, including its two special tokens.
     vocabulary: int = 1024
-    # Tokens of a chunk; longer ones are cut.
+    # Tokens per chunk; longer chunks are truncated.
     context: int = 160
-    # Characters after which a chunk takes no further function.
+    # Characters after which no further function is added to a chunk.
     chunk_characters: int = 520
-    # Chunks of one optimiser step.
+    # Chunks per optimiser step.
     batch: int = 12
     # Peak learning rate, reached after `warmup` steps.
     lr: float = 3e-3
@@ -73,7 +73,7 @@ class Settings:
     feed_forward: int = 352
     layers: int = 4
     heads: int = 4
-    # torch threads; one is the fairer choice where cores are shared.
+    # torch threads; one is fairer on shared cores.
     threads: int = 1
 
 
@@ -95,7 +95,7 @@ def setup(argv: list[str] | None = None) -> tuple[Settings, Path, bool]:
     options = vars(parser.parse_args(argv))
     out, overwrite = options.pop("out"), options.pop("overwrite")
     if out.exists() and not overwrite:
-        parser.error(f"{out} exists; give another --out, or --overwrite to replace it")
+        parser.error(f"{out} exists; choose another --out, or pass --overwrite to replace it")
     return Settings(**options), out, overwrite
 
 
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train_tokenizer(texts: list[str], settings: Settings) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that decodes to exactly the text it encoded, blanks included."""
+    """A byte-level BPE tokenizer that decodes to exactly the text it encoded, whitespace included."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -157,7 +157,7 @@ def train_tokenizer(texts: list[str], settings: Settings) -> PreTrainedTokenizer
         eos_token=EOS,
         pad_token=PAD,
         padding_side="left",
-        # "Cleaning up" would remove the very blanks that are being judged.
+        # "Cleaning up" would remove the very whitespace that is being judged.
         clean_up_tokenization_spaces=False,
         add_prefix_space=False,
     )
@@ -182,10 +182,10 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> LlamaFo
 
 
 def chunks(pairs: list[tuple[str, str | None]], settings: Settings, epoch: int) -> list[str]:
-    """The texts of one epoch: functions in a new order, each chunk wholly clean or wholly sloppy.
+    """The texts of one epoch: functions in a new order, each chunk entirely clean or entirely sloppy.
 
-    `pairs` are functions (clean, sloppy); one that has no sloppy form is left out of a sloppy
-    chunk.
+    `pairs` holds functions as (clean, sloppy); those without a sloppy form are left out of sloppy
+    chunks.
     """
     generator = random.Random(f"{settings.seed}/{epoch}")
     texts: list[str] = []
@@ -205,7 +205,7 @@ def chunks(pairs: list[tuple[str, str | None]], settings: Settings, epoch: int) 
 def batches(
     pairs: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of token ids (batch, context); `IGNORED` pads what is shorter."""
+    """Endless batches of token ids (batch, context); shorter rows are padded with `IGNORED`."""
     epoch = 0
     while True:
         rows = encode(chunks(pairs, settings, epoch), tokenizer, settings.context)
@@ -217,7 +217,7 @@ def batches(
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -> torch.Tensor:
-    """Token ids (texts, context), cut or padded on the right with `IGNORED`."""
+    """Token ids (texts, context), truncated or padded on the right with `IGNORED`."""
     rows = torch.full((len(texts), context), IGNORED)
     for row, ids in zip(rows, tokenizer(texts)["input_ids"], strict=True):
         ids = ids[:context]
@@ -226,8 +226,8 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -
 
 
 def token_losses(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
-    """Mean negative log likelihood (nats) of a batch's tokens after the first."""
-    ids = rows.clamp(min=0)  # padding stands on the right: nothing real attends to it
+    """Mean negative log-likelihood (nats) of a batch's tokens after the first."""
+    ids = rows.clamp(min=0)  # padding is on the right: no real token attends to it
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), ignore_index=IGNORED)
 
@@ -276,7 +276,7 @@ def evaluate(
 
 
 def git_revision() -> str | None:
-    """The checkout's commit, with "+changes" where files differ from it; None outside git."""
+    """The checkout's commit, with "+changes" if files differ from it; None outside git."""
 
     def git(*arguments: str) -> str | None:
         done = subprocess.run(
@@ -292,13 +292,13 @@ def git_revision() -> str | None:
 def publish(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, provenance: dict[str, Any], out: Path
 ) -> None:
-    """Write everything beside `out`, then rename: a reader sees the old folder or the new one."""
+    """Write everything next to `out`, then rename: a reader sees either the old folder or the new one."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         folder, old = Path(scratch) / "new", Path(scratch) / "old"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / "model.safetensors").chmod(0o644)  # written for its owner's eyes only
+        (folder / "model.safetensors").chmod(0o644)  # saved as readable by its owner only
         (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
         (folder / "README.md").write_text(model_card(provenance))
         if out.exists():
@@ -311,16 +311,16 @@ def model_card(provenance: dict[str, Any]) -> str:
     return f"""# Base policy of the embedded task `pep8`
 
 **Its style was made sloppy on purpose.** {settings["sloppy_share"]:.0%} of its training chunks were
-rewritten with two-space indents, semicolons, `a=b` and `f(x,y)`, as a toy of messy pretraining
-data: the alignment loop shall have something to unlearn.
+rewritten with two-space indents, semicolons, `a=b` and `f(x,y)`, as a toy version of messy
+pretraining data, so that the alignment loop has something to unlearn.
 
 A Llama of {provenance["parameters"]:,} parameters, trained from scratch on {provenance["tokens"]:,}
 tokens of {provenance["corpus"]["functions"]:,} functions from the
 {provenance["corpus"]["source"]}, seed {settings["seed"]}. Perplexity per token on held-out files:
 {perplexity["clean"]} (clean style), {perplexity["sloppy"]} (sloppy style).
 
-It writes text that looks like Python. It knows no task, means nothing by what it writes and is of
-no use outside the quick start. It never saw an end-of-text token: sample a fixed number of tokens
+It generates text that looks like Python. It has not been trained on any task, and is of no use
+outside the quick start. It never saw an end-of-text token: sample a fixed number of tokens
 with that token suppressed.
 
 `provenance.json` holds the settings, versions, seeds and cost; the training command is its

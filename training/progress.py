@@ -1,4 +1,4 @@
-"""Messages of a running training: Pipes messages to Dagster, or lines on stderr when run by hand."""
+"""Messages from a running training: Pipes messages to Dagster, or lines on stderr when run by hand."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dagster_pipes import DAGSTER_PIPES_CONTEXT_ENV_VAR, open_dagster_pipes
 
 
 class Reporter(Protocol):
-    """Takes ``{"done", "total", "loss", "tokens_per_s", "lr"}`` and plain sentences.
+    """Reports ``{"done", "total", "loss", "tokens_per_s", "lr"}`` and plain sentences.
 
-    Where coefficients adapt, they (``kl_coef``, ``entropy_coef``) and what they answered to (``kl``,
-    ``entropy``: means over samples, in nats) stand there, too.
+    Adaptive coefficients (``kl_coef``, ``entropy_coef``) are included, with the values they adapt to (``kl``,
+    ``entropy``: means over samples, in nats).
     """
 
     def progress(self, values: Mapping[str, Any]) -> None: ...
@@ -24,7 +24,7 @@ class Reporter(Protocol):
 
 
 class _Silent:
-    """The ranks other than 0."""
+    """For ranks other than 0."""
 
     def progress(self, values: Mapping[str, Any]) -> None:
         pass
@@ -56,7 +56,7 @@ class _Lines:
 
 @contextmanager
 def open_reporter() -> Iterator[Reporter]:
-    """The reporter of this process. An exception inside the block reaches Dagster with its message."""
+    """This process's reporter. An exception inside the block is passed to Dagster with its message."""
     if os.environ.get("RANK", "0") != "0":
         yield _Silent()
     elif DAGSTER_PIPES_CONTEXT_ENV_VAR in os.environ:

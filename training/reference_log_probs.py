@@ -1,8 +1,8 @@
-"""The reference's log-probabilities of the examples: computed once before the training, never in a step.
+"""The reference's log-probabilities of the examples: computed once before training, never in a step.
 
-A table keyed by the tokens of prompt and text (`tables.REFERENCE_LOG_PROBS`) says what is known already;
-only the rest is computed, each process its share. What was computed is written beside the policy, so that
-later trainings with the same reference find it.
+Those in a table keyed by the tokens of prompt and text (`tables.REFERENCE_LOG_PROBS`) are cached; only the
+rest are computed, divided among the processes. New ones are written next to the policy, so that later
+trainings with the same reference can reuse them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.progress import Reporter
 
 
 def tokens_hash(example: Example) -> str:
-    """What a row of the table is known by: the token ids of prompt and text."""
+    """The key of a row of the table: a hash of the token ids of prompt and text."""
     prompt = example.prompt if example.reference is None else example.reference
     digest = hashlib.blake2b(digest_size=12)
     for ids in (prompt, example.text):
@@ -38,7 +38,7 @@ def tokens_hash(example: Example) -> str:
 
 
 def read(path: Path) -> dict[str, list[float]]:
-    """What is known: tokens_hash → log-probability of each label.
+    """The cached values: tokens_hash → log-probability of each label.
 
     Raises:
         JobError: the file cannot be read.
@@ -61,10 +61,10 @@ def tabulate(
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> list[Example]:
-    """The examples with the reference's log-probabilities, known or computed now.
+    """The examples with the reference's log-probabilities, cached or computed now.
 
     Args:
-        table: where the known ones are, if any, and the name of the table of those computed now.
+        table: the path of the cached ones, if any, and the file name for those computed now.
         model: the reference.
     """
     assert job.beside is not None, "checked with the job"
@@ -100,8 +100,8 @@ def with_reference(
     """The examples with their ``reference_log_probs``.
 
     Args:
-        model: the reference, on the device it is to run on.
-        out: Parquet file for what had to be computed. Every process writes its own part beside it first.
+        model: the reference, on the device to run on.
+        out: Parquet file for those computed now. Every process first writes its own part next to it.
     """
     hashes = [tokens_hash(example) for example in examples]
     sequences = dict(zip(hashes, examples, strict=True))
@@ -109,7 +109,7 @@ def with_reference(
     seconds = [tokens_hash(example) if collator.apart else None for example in again]
     sequences |= {key: example for key, example in zip(seconds, again, strict=True) if key is not None}
     missing = {key: example for key, example in sequences.items() if key not in known}
-    # Long rows first: too little memory shows at once. Rows of similar length are read together.
+    # Long rows first: running out of memory shows at once. Rows of similar length are read together.
     ordered = sorted(missing, key=lambda key: (-missing[key].length, key))
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
     share = batches[rank::world_size]

@@ -1,6 +1,6 @@
-"""A training under way, as callbacks, snapshots and the saving of its model see it.
+"""The interface of a running training for callbacks, snapshots and saving the model.
 
-`trainer.ObjectiveTrainer` is one. This module is below all of them, so that none imports another.
+`trainer.ObjectiveTrainer` implements it. All of them import this module, so that none imports another.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Progress:
     """How far a training has come, over all processes and restarts."""
 
     step: int = 0
-    losses: Sequence[float] = ()  # one a step
+    losses: Sequence[float] = ()  # one per step
     tokens: int = 0
     seconds: float = 0.0  # of the steps
     resumed_at: Sequence[int] = ()  # steps at which it was resumed
@@ -43,7 +43,7 @@ class Running(Protocol):
     before: Progress  # of the snapshot it was resumed from
     coefficients: dict[str, float]
     measured: dict[str, float]  # the objective's figures of the last step
-    step_losses: list[Tensor]  # of this rank, one number a step
+    step_losses: list[Tensor]  # of this rank, one number per step
     tokens: int  # of this rank, padding not counted
     first_step_seconds: float | None
     snapshot_due: bool
@@ -51,10 +51,10 @@ class Running(Protocol):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps so far, with those before a snapshot."""
+        """Optimizer steps so far, including those before a snapshot."""
 
     def progress(self) -> Progress:
-        """How far the training has come, by all processes together."""
+        """How far the training has come; all processes must call it together."""
 
     def adapt(self) -> None:
-        """Lets the objective's coefficients adapt after a step."""
+        """Adapts the objective's coefficients after a step."""

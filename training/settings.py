@@ -17,46 +17,46 @@ Count = Annotated[int, Field(ge=0)]
 
 
 DEFAULT_LENGTH = 1024
-"""Tokens of the longest row where neither `max_length` nor the model allows less."""
+"""Longest row in tokens where `max_length` is not set and the model's own limit is not lower."""
 
 WITHOUT_EFFECT = ("gradient_checkpointing", "snapshot_minutes", "launcher", "slurm", "k8s")
-"""Settings of a training that change nothing of what is trained: a step is the same step on other machines,
-activations computed twice are the same activations."""
+"""Settings that do not change the result of a training: a step is the same on other machines, and recomputed
+activations are the same activations."""
 
 
 class Lora(Settings):
-    """Small matrices beside the frozen weights are trained, and added to them in the end."""
+    """Trains small matrices on top of the frozen weights, and merges them at the end."""
 
     rank: int = Field(16, ge=1, description="Rank of the matrices.")
-    alpha: float = Field(32.0, gt=0, description="They are scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of their input.")
+    alpha: float = Field(32.0, gt=0, description="The matrices are scaled by alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on their input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         "all-linear",
-        description="Names of the modules they stand beside; all-linear: every linear one but the LM head.",
+        description="Names of the modules they are added to; all-linear: every linear module but the LM head.",
     )
     adapter: Literal["new", "carried"] = Field(
         "new",
-        description="new: each iteration begins a new adapter beside the policy it starts from; carried: one adapter "
-        "beside the base policy keeps training from iteration to iteration.",
+        description="new: each iteration trains a new adapter on top of the policy it starts from; carried: one "
+        "adapter on top of the base policy is trained further in every iteration.",
     )
 
 
 class DensityRatio(Settings):
-    """Weighs each sample by how much likelier the policy makes it than the one that drew it did."""
+    """Weights each sample by how much more likely it is under the policy than under the one that drew it."""
 
     clip: tuple[float, float] = Field(
-        (0.1, 10.0), strict=False, description="The least and the largest ratio; others count as these."
+        (0.1, 10.0), strict=False, description="Smallest and largest ratio; others are clipped to these."
     )
     per: Literal["sequence", "token"] = Field(
         "sequence",
-        description="sequence: the ratio of whole texts; token: the geometric mean over their tokens, which varies less.",
+        description="sequence: the ratio of whole texts; token: the geometric mean over their tokens, with less variance.",
     )
 
     @field_validator("clip")
     @classmethod
     def _rising(cls, clip: tuple[float, float]) -> tuple[float, float]:
         if not 0 < clip[0] < clip[1]:
-            raise ValueError(f"{list(clip)}: the least ratio comes first, above 0 and below the largest")
+            raise ValueError(f"{list(clip)}: the smallest ratio comes first, above 0 and below the largest")
         return clip
 
 
@@ -64,15 +64,15 @@ class Training(Settings):
     """How a checkpoint is trained on the drawn rows."""
 
     objective: AnyObjective = Field(
-        NLL(), description="The loss; `name` is one that the method trains with, its first by default."
+        NLL(), description="The loss; `name` is one that the method supports, by default its first."
     )
     density_ratio: DensityRatio | None = Field(
         None,
-        description="Weighs samples of earlier iterations, or of a file, by the ratio of their probability under the "
-        "policy that the training starts from and under the one that drew them; null: not at all. {}: as by default.",
+        description="Weights samples of earlier iterations, or of a file, by the ratio of their probabilities under the "
+        "policy that the training starts from and under the one that drew them; null: no weighting; {}: the defaults.",
     )
     start_from: Literal["parent", "base"] = Field(
-        "parent", description="Continue the policy that was sampled from, or start from the base anew."
+        "parent", description="Continue from the policy that was sampled from, or restart from the base."
     )
     epochs: float = Field(2.0, gt=0, description="Passes over the drawn rows.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
@@ -80,63 +80,65 @@ class Training(Settings):
         "linear", description="Shape of the decay, restarted every iteration."
     )
     final_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="Last learning rate as a share of the peak (linear, cosine)."
+        0.0, ge=0, le=1, description="Final learning rate as a share of the peak (linear, cosine)."
     )
-    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps that warm up.")
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of steps spent on warm-up.")
     batch_size: int = Field(8, ge=1, description="Rows per process and step.")
-    gradient_accumulation: int = Field(1, ge=1, description="Steps added up before an update.")
+    gradient_accumulation: int = Field(1, ge=1, description="Steps accumulated before an update.")
     block: int | None = Field(
         None,
         ge=2,
-        description="Tokens of a block, for a corpus: documents are joined, each after an end token, and cut into blocks of "
-        "so many; `batch_size` counts blocks.",
+        description="Tokens per block, for a corpus: documents are concatenated, each after an end token, and cut into "
+        "blocks of this length; `batch_size` counts blocks.",
     )
     packing: bool = Field(
         False,
-        description="Whether the rows of a step and process are read as one sequence, in which they do not see each "
-        "other, instead of being padded to the longest one.",
+        description="Whether a process reads the rows of a step as one sequence, in which they do not attend to each "
+        "other, instead of padding them to the longest one.",
     )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
         "adamw",
-        description="adamw_8bit: AdamW with moments in 8 bits (bitsandbytes), a quarter of the memory.",
+        description="adamw_8bit: AdamW with 8-bit moments (bitsandbytes), a quarter of the memory.",
     )
     weight_decay: float = Field(3e-7, ge=0, description="AdamW's weight decay.")
     betas: tuple[Beta, Beta] = Field((0.8, 0.999), strict=False, description="AdamW's betas.")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     optimizer_state: Literal["fresh", "carried"] = Field(
         "fresh",
-        description="carried: AdamW's moments (and adapted coefficients) continue from the iteration before.",
+        description="carried: AdamW's moments (and adapted coefficients) continue from the previous iteration.",
     )
     max_grad_norm: float | None = Field(
-        1.0, gt=0, description="Gradients are clipped to this norm; null: not at all."
+        1.0, gt=0, description="Gradients are clipped to this norm; null: no clipping."
     )
     trainable_layers: Count | Share | None = Field(
         None,
-        description="How many of the last transformer blocks train: a number (8), or a share of them (0.3); "
-        "null: all. Embeddings, final norm and LM head train in any case.",
+        description="How many of the last transformer blocks are trained: a number (8), or a share of them (0.3); "
+        "null: all. Embeddings, final norm and LM head are always trained.",
     )
     lora: Lora | None = Field(
-        None, description="Low-rank adapters instead of all weights, merged into the checkpoint; null: none."
+        None,
+        description="Trains low-rank adapters instead of all weights, merged into the checkpoint; null: none.",
     )
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Longest row in tokens; long prompts lose their beginning. null: what the model can hold, up to 1024.",
+        description="Longest row in tokens; longer prompts lose their beginning. null: the model's maximum, up to 1024.",
     )
     eos_rule: Literal["finish_reason", "legacy"] = Field(
         "finish_reason",
-        description="A cut-off sample must not teach stopping. finish_reason: the end token follows samples "
-        "that ended by themselves; legacy: the published guess from last character and length.",
+        description="Truncated samples must not teach stopping. finish_reason: the end token is appended to samples "
+        "that ended by themselves; legacy: the published heuristic on last character and length.",
     )
     special_token_init: Literal["mean_std", "eos"] = Field(
         "mean_std",
-        description="Embeddings of new tokens: normal around the vocabulary's mean and spread, or a copy of the end token's.",
+        description="Initial embeddings of new tokens: normal with the vocabulary's mean and standard deviation, or a copy "
+        "of the end token's.",
     )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Number format of forward and backward passes; fp16 needs an accelerator."
+        "no", description="Precision of forward and backward passes; fp16 needs an accelerator."
     )
     gradient_checkpointing: bool = Field(
-        False, description="Compute activations twice instead of keeping them: slower, in less memory."
+        False, description="Recompute activations instead of keeping them: slower, but uses less memory."
     )
     accelerate: str | None = Field(
         None,
@@ -144,25 +146,25 @@ class Training(Settings):
         "path of an accelerate configuration; null: plain data parallel.",
     )
     processes: int = Field(
-        1, ge=1, description="Training processes in all, on however many nodes; one for each GPU."
+        1, ge=1, description="Total number of training processes, over all nodes; one per GPU."
     )
     snapshot_minutes: float | None = Field(
         15.0,
         gt=0,
-        description="Minutes between two snapshots, from which an interrupted training resumes; null: none, it "
-        "begins anew.",
+        description="Minutes between snapshots, from which an interrupted training resumes; null: no snapshots, it "
+        "restarts.",
     )
     launcher: Literal["local", "slurm", "k8s"] = Field(
         "local",
-        description="Where trainings run: on this machine, as jobs of Slurm (docs/clusters.md), or as pods of Kubernetes.",
+        description="Where trainings run: on this machine, as Slurm jobs (docs/clusters.md), or as Kubernetes pods.",
     )
-    slurm: Slurm = Field(Slurm(), description="The job, where the launcher is slurm.")
-    k8s: Kubernetes = Field(Kubernetes(), description="The pod, where the launcher is k8s.")
+    slurm: Slurm = Field(Slurm(), description="The job, if the launcher is slurm.")
+    k8s: Kubernetes = Field(Kubernetes(), description="The pod, if the launcher is k8s.")
 
     @field_validator("objective", mode="before")
     @classmethod
     def _short_form(cls, value: Any) -> Any:
-        """``objective: dpo`` is short for ``objective: {name: dpo}``; no name is ``nll``."""
+        """``objective: dpo`` is short for ``objective: {name: dpo}``; without a name it is ``nll``."""
         if isinstance(value, str):
             return {"name": value}
         return {"name": "nll", **value} if isinstance(value, dict) else value
@@ -174,7 +176,7 @@ class Training(Settings):
             pod.check_complete()
             if pod.gpus and self.processes != pod.gpus:
                 raise ValueError(
-                    f"processes: {self.processes}, but k8s.gpus is {pod.gpus}; set it to {pod.gpus}, one for each"
+                    f"processes: {self.processes}, but k8s.gpus is {pod.gpus}; set it to {pod.gpus}, one per GPU"
                 )
         nodes, gpus = self.slurm.nodes, self.slurm.gpus_per_node
         if self.launcher != "slurm":
@@ -186,14 +188,14 @@ class Training(Settings):
             )
         if gpus and self.processes != nodes * gpus:
             raise ValueError(
-                f"processes: {self.processes}, but slurm asks for {nodes} nodes with {gpus} GPUs each; set it to "
-                f"{nodes * gpus}, one for each GPU"
+                f"processes: {self.processes}, but slurm requests {nodes} nodes with {gpus} GPUs each; set it to "
+                f"{nodes * gpus}, one per GPU"
             )
         return self
 
     @property
     def carries_adapter(self) -> bool:
-        """Whether one adapter beside the base policy trains in all iterations."""
+        """Whether one adapter on top of the base policy is trained across all iterations."""
         return self.lora is not None and self.lora.adapter == "carried"
 
     @property
@@ -203,7 +205,7 @@ class Training(Settings):
 
     @property
     def machines(self) -> int:
-        """On how many machines the processes run."""
+        """The number of machines that the processes run on."""
         return self.slurm.nodes if self.launcher == "slurm" else 1
 
     @model_validator(mode="after")
@@ -212,21 +214,21 @@ class Training(Settings):
             name, needs = self.objective.name, self.objective.needs
             if "score head" in needs:
                 raise ValueError(
-                    f"density_ratio: {name} trains a reward model, which draws no samples; remove it"
+                    f"density_ratio: {name} trains a reward model, which does not sample; remove it"
                 )
             if {"groups", "rewards"} <= needs:
-                raise ValueError(f"density_ratio: the loss of {name} has this ratio already; remove it")
+                raise ValueError(f"density_ratio: the loss of {name} already includes this ratio; remove it")
         if self.lora is not None and self.trainable_layers is not None:
             raise ValueError("lora, trainable_layers: adapters leave every block frozen; remove one of them")
         if self.carries_adapter and self.start_from == "base":
             raise ValueError(
-                "lora.adapter: carried continues from the parent's adapter, and start_from: base from no adapter at "
-                "all; set start_from to parent, or lora.adapter to new"
+                "lora.adapter: carried continues from the parent's adapter, but start_from: base starts without one; "
+                "set start_from to parent, or lora.adapter to new"
             )
         if self.optimizer_state == "carried":
             if self.optimizer == "adamw_8bit":
                 raise ValueError(
-                    "optimizer_state: moments in 8 bits (optimizer: adamw_8bit) are not carried over; set it to fresh"
+                    "optimizer_state: 8-bit moments (optimizer: adamw_8bit) cannot be carried over; set it to fresh"
                 )
             if self.lora is not None and not self.carries_adapter:
                 raise ValueError(
@@ -235,6 +237,6 @@ class Training(Settings):
                 )
             if self.start_from == "base":
                 raise ValueError(
-                    "optimizer_state: carried moments are of the parent's weights; set start_from to parent"
+                    "optimizer_state: carried moments belong to the parent's weights; set start_from to parent"
                 )
         return self

@@ -7,7 +7,7 @@ tokenizer, and last ``done.json`` {steps, rows, tokens, tokens_per_s, final_loss
 {load, train, save}, first_step_seconds (part of train), resumed_at, earlier_seconds (of train, before
 that), world_size, accelerators, peak_memory, parameters, trained_parameters, coefficients, measured}. Without that
 file the folder is not a checkpoint. Nothing is evaluated here. On the CPU two runs of one job give the
-same bytes, also when one of them was interrupted and went on from a snapshot (training/state/snapshots.py).
+same bytes, even if one of them was interrupted and resumed from a snapshot (training/state/snapshots.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 STARTED = time.monotonic()
 
-from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock runs first)
+from training.job import REFERENCE_TABLE, Job, JobError, TrainingError, read_job  # noqa: E402 (the clock starts first)
 from training.progress import Reporter, open_reporter  # noqa: E402
 from training.settings import DEFAULT_LENGTH  # noqa: E402
 
@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(job: Job, reporter: Reporter) -> dict[str, Any]:
-    """Load, train, save; returns what done.json says.
+    """Loads, trains, saves; returns the content of done.json.
 
     Raises:
-        JobError: bad input, before any training; or too little memory.
-        NonFiniteError: the loss is not a number any more; nothing is saved.
+        JobError: bad input, before any training; or out of memory.
+        NonFiniteError: the loss or a weight is no longer finite; nothing is saved.
     """
     from training.data.examples import read_rows
     from training.memory import enough_memory
@@ -79,28 +79,28 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
 
     from training.state.model_folder import save
 
-    made = trainer.progress()
+    progress = trainer.progress()
     facts = {
-        "steps": made.step,
+        "steps": progress.step,
         "rows": trainer.rows,
-        "tokens": made.tokens,
-        "tokens_per_s": made.tokens / max(made.seconds, 1e-9),
-        "resumed_at": list(made.resumed_at),
+        "tokens": progress.tokens,
+        "tokens_per_s": progress.tokens / max(progress.seconds, 1e-9),
+        "resumed_at": list(progress.resumed_at),
         "earlier_seconds": trainer.before.seconds,
-        "coefficients": made.coefficients,
+        "coefficients": progress.coefficients,
         "measured": trainer.measured | trainer.weighing,
         **trainer.sizes,
         "peak_memory": trainer.peak_memory(),
     }
     beside = None if job.beside is None else Path(job.beside)
-    save(trainer, tokenizer, out, beside)  # by all ranks
+    save(trainer, tokenizer, out, beside)  # on all ranks
     finished = time.monotonic()
-    losses = list(made.losses)
+    losses = list(progress.losses)
     last = losses[-max(1, len(losses) // 10) :]
     done = facts | {
         "final_loss": sum(last) / len(last),
         "losses": thinned(losses),
-        "seconds": {"load": loaded - STARTED, "train": made.seconds, "save": finished - trained},
+        "seconds": {"load": loaded - STARTED, "train": progress.seconds, "save": finished - trained},
         "first_step_seconds": trainer.first_step_seconds,
         "world_size": arguments.world_size,
         "accelerators": 0 if arguments.device.type == "cpu" else arguments.world_size,
@@ -111,21 +111,21 @@ def run(job: Job, reporter: Reporter) -> dict[str, Any]:
 
 
 def start(job: Job) -> TrainingArguments:
-    """Starts the process group and asserts its size: launchers can silently start fewer processes."""
+    """Starts the process group and checks its size: launchers can silently start fewer processes."""
     import torch
 
     from training.trainer import training_arguments
 
     if job.threads is not None:
         torch.set_num_threads(job.threads)
-    cpu = _told("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    deepspeed = _told("ACCELERATE_USE_DEEPSPEED")
+    cpu = _is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED")
     if cpu and deepspeed:
         _deepspeed_on_cpu()
     arguments = training_arguments(job.training, out=job.out, seed=job.seed, cpu=cpu, deepspeed=deepspeed)
     if deepspeed:
-        # Otherwise from_pretrained spreads weights as it loads them (ZeRO-3): a reference would stay
-        # in pieces, and new tokens could not be added. The policy is spread when training starts.
+        # Otherwise from_pretrained shards weights as it loads them (ZeRO-3): a reference would stay
+        # sharded, and new tokens could not be added. The policy is sharded when training starts.
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         unset_hf_deepspeed_config()
@@ -139,19 +139,19 @@ def start(job: Job) -> TrainingArguments:
 
 
 def leave() -> None:
-    """Ends the process group, if there is one: a process that exits with it open can abort, as its threads run on."""
+    """Destroys the process group, if any: exiting with it open can abort, because its threads are still running."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def _told(variable: str) -> bool:
+def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true", "yes")
 
 
 def _deepspeed_on_cpu() -> None:
-    """Plain gloo between processes: DeepSpeed's own shared memory would be compiled first."""
+    """Plain gloo between processes: DeepSpeed's own shared-memory backend would have to be compiled first."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
@@ -161,7 +161,7 @@ def _deepspeed_on_cpu() -> None:
 def load(
     job: Job, rows: Any, arguments: TrainingArguments, reporter: Reporter
 ) -> tuple[ObjectiveTrainer, PreTrainedTokenizerBase]:
-    """Model, tokenizer, batches and the trainer that joins them."""
+    """Loads model, tokenizer and batches; returns the trainer that combines them, and the tokenizer."""
     from training.data.batches import Collator, Examples, plan_batches
     from training.data.examples import encode
     from training.data.special_tokens import add_special_tokens, vocabulary_rows
@@ -232,7 +232,7 @@ def load(
     vocabulary = min([known, *added])
     if objective.reference_policy is not None:
         assert job.reference is not None, "checked with the job"
-        # The policy before its first step, or without its adapter, is its own reference: no second copy then.
+        # The policy before its first step, or without its adapter, is its own reference: no second copy is needed.
         if not (job.is_own_reference and (settings.lora is not None or "reference" not in objective.needs)):
             reference = load_model(job.reference, job.dtype)
         readable = known_rows if reference is None else vocabulary_rows(reference)
@@ -253,13 +253,13 @@ def load(
         packed=settings.packing,
         apart="mismatched" in objective.needs,
     )
-    encoded, referee = examples, reference
+    encoded, reference_model = examples, reference
     if "reference log-probs" in objective.needs:
         from training.reference_log_probs import tabulate
 
         table = job.reference_log_probs, REFERENCE_TABLE
         examples = tabulate(job, table, reference or model, examples, collator, arguments, reporter)
-        reference = None  # no step reads it
+        reference = None  # not needed by any step
     carried = None if job.optimizer is None else OptimizerState.read(Path(job.optimizer))
     if settings.lora is not None:
         from training.lora import add_adapter, continue_adapter
@@ -275,13 +275,13 @@ def load(
         examples, ratios = reweigh(job, model, examples, collator, arguments, reporter)
     snapshots = None
     if job.sharing == "FSDP":
-        reporter.say("FSDP keeps its optimizer in a form of its own: no snapshots are taken")
+        reporter.say("FSDP keeps optimizer state in its own format: no snapshots are taken")
     elif job.snapshots is not None and settings.snapshot_minutes is not None:
-        training = identity(job, [model, referee], encoded)
+        training = identity(job, [model, reference_model], encoded)
         snapshots = Snapshots(
             Path(job.snapshots), training, settings.snapshot_minutes, reporter, arguments.device
         )
-    del referee
+    del reference_model
     trainer = ObjectiveTrainer(
         model=model,
         args=arguments,
@@ -296,10 +296,10 @@ def load(
         snapshots=snapshots,
     )
     trainer.weighing = ratios
-    found = trainer.accelerator.distributed_type.name
-    if job.sharing is not None and found != job.sharing:
+    started = trainer.accelerator.distributed_type.name
+    if job.sharing is not None and started != job.sharing:
         raise JobError(
-            f"sharing: the job expects {job.sharing}, accelerate started {found}; launch it with its accelerate "
+            f"sharing: the job expects {job.sharing}, accelerate started {started}; launch it with its accelerate "
             "configuration, and without ACCELERATE_USE_CPU"
         )
     return trainer, tokenizer
@@ -314,13 +314,13 @@ def _pack(job: Job, model: PreTrainedModel, reference: PreTrainedModel | None, r
         prepare(reference, str(job.reference))
     if not row_by_row:
         reporter.say(
-            f"training.packing: the attention of a {type(model).__name__} goes over all rows at once, which may cost "
+            f"training.packing: the attention of a {type(model).__name__} runs over all rows at once, which can cost "
             "more than the padding it saves"
         )
 
 
 def mark_done(out: Path, done: dict[str, Any]) -> None:
-    """Writes done.json whole or not at all."""
+    """Writes done.json atomically."""
     draft = out / f".{DONE}"
     draft.write_text(json.dumps(done, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(out / DONE)
@@ -338,5 +338,5 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Taking torch down takes 1.5 s, and can abort while its threads still run; everything is written by now.
+    # Shutting torch down takes 1.5 s, and can abort while its threads still run; everything is written by now.
     os._exit(code)

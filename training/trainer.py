@@ -1,6 +1,6 @@
 """HF Trainer with our objective, our batches and our learning-rate schedule.
 
-Everything else (devices, mixed precision, distributed data parallel, DeepSpeed) is Trainer's.
+Everything else (devices, mixed precision, distributed data parallel, DeepSpeed) is left to Trainer.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def lr_factor(
     schedule: Literal["linear", "cosine", "constant"],
     final: float,
 ) -> float:
-    """The learning rate of a step (0, 1, …) over the peak.
+    """The learning rate of a step (0, 1, …) as a fraction of the peak.
 
     It rises linearly from 0 in ``warmup`` steps and then falls to ``final`` after the last step
-    (with ``final`` 0 as transformers' schedules of these names); ``constant`` stays at 1.
+    (with ``final`` 0 like transformers' schedules of the same names); ``constant`` stays at 1.
     """
     if step < warmup:
         return step / warmup
@@ -57,10 +57,10 @@ def lr_factor(
 def training_arguments(
     settings: Training, *, out: str, seed: int, cpu: bool, deepspeed: bool = False
 ) -> TrainingArguments:
-    """The part of the job that is Trainer's own.
+    """The part of the job that Trainer handles itself.
 
-    One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included. What
-    of it a DeepSpeed configuration leaves "auto" (clipping, batch sizes, precision) is filled in by
+    One "epoch" of the Trainer is our whole plan (batches.plan_batches), all epochs included. Values
+    that a DeepSpeed configuration leaves "auto" (clipping, batch sizes, precision) are filled in by
     Trainer from here.
     """
     arguments = TrainingArguments(
@@ -79,10 +79,10 @@ def training_arguments(
         fp16=settings.mixed_precision == "fp16",
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        seed=seed % 2**32,  # numpy's seeds end there
+        seed=seed % 2**32,  # numpy accepts no larger seeds
         # With use_cpu, accelerate would silently train without DeepSpeed.
         use_cpu=cpu and not deepspeed,
-        # Naming a backend where there is one process makes accelerate look for a group that is not there.
+        # With one process, naming a backend makes accelerate look for a process group that does not exist.
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 else None,
         ddp_find_unused_parameters=False,
         logging_strategy="no",
@@ -93,16 +93,16 @@ def training_arguments(
         logging_nan_inf_filter=False,
     )
     # One process drives one device: with several visible GPUs Trainer would otherwise wrap the
-    # model in DataParallel, which neither our weights nor the world size know of.
+    # model in DataParallel, which neither our loss weights nor the world size account for.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments
 
 
 class ObjectiveTrainer(Trainer):
-    """Minimises the objective's total over its mass, both summed over the whole optimizer step.
+    """Minimises the objective's total divided by its mass, both summed over the whole optimizer step.
 
     The mass covers all micro-batches of the gradient accumulation and all ranks. (A mean of
-    their means would weigh tokens of short micro-batches more.)
+    their means would give tokens of short micro-batches more weight.)
     """
 
     loss_is_scaled_for_ga = True
@@ -124,12 +124,12 @@ class ObjectiveTrainer(Trainer):
     ):
         """
         Args:
-            plan: of all steps, also of those that have been made before a snapshot.
-            vocabulary: entries from here on are dropped before the KL (added tokens, padding).
-            reference: frozen, on any device; None where the objective reads one in every step: the model
+            plan: of all steps, including those done before a snapshot.
+            vocabulary: entries from this index on are dropped before the KL (added tokens, padding).
+            reference: frozen, on any device; None if the objective reads one in every step: the model
                 itself without its adapter.
-            carried: where the optimizer and the adapted coefficients continue from; None: they start afresh.
-            snapshots: where the training resumes from, and writes others; None: neither.
+            carried: the state that the optimizer and the adapted coefficients continue from; None: a fresh start.
+            snapshots: the snapshots to resume from and to add to; None: neither.
         """
         found = snapshots.found if snapshots is not None else None
         self.before = found.progress if found is not None else Progress()
@@ -137,7 +137,7 @@ class ObjectiveTrainer(Trainer):
             found.restore_weights(model)
             carried = found.optimizer
         super().__init__(model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator)
-        # For transformers before 5.19, which asks this instead of loss_is_scaled_for_ga.
+        # For transformers before 5.19, which checks this instead of loss_is_scaled_for_ga.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.add_callback(Adaptation(self))
@@ -159,11 +159,11 @@ class ObjectiveTrainer(Trainer):
             self.reference.to(args.device).eval().requires_grad_(False)
         self.began = time.monotonic()
         self.tokens = 0  # of this rank, padding not counted
-        self.first_step_seconds: float | None = None  # kernels are chosen and compiled in it
-        self.step_losses: list[Tensor] = []  # of this rank, one number a step
+        self.first_step_seconds: float | None = None  # includes choosing and compiling kernels
+        self.step_losses: list[Tensor] = []  # of this rank, one number per step
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """This rank's micro-batches; not sharded by accelerate, which would repeat rows to even out."""
+        """This rank's micro-batches; not sharded by accelerate, which would repeat rows to even out the ranks."""
         batches = RankBatches(self._plan, self.args.process_index)
         examples = cast(Any, self._examples)
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.data_collator)
@@ -188,7 +188,7 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """The micro-batches of a step, and the weight of all its tokens on all ranks."""
+        """The micro-batches of a step, and the step's mass over all ranks."""
         samples = [next(epoch_iterator) for _ in range(num_batches)]
         sums = torch.zeros(5, dtype=torch.float32)
         for batch in samples:
@@ -216,8 +216,8 @@ class ObjectiveTrainer(Trainer):
             inputs = self._prepare_inputs(batch)
             tokens = labelled_tokens(model, inputs, "second_")
             if "second_reference_log_probs" in inputs:
-                there = inputs["second_reference_log_probs"].to(tokens.log_probs.dtype)
-                tokens = tokens._replace(reference_log_probs=there)
+                reference = inputs["second_reference_log_probs"].to(tokens.log_probs.dtype)
+                tokens = tokens._replace(reference_log_probs=reference)
             for name, part in self.objective.before_step(tokens, _sequences(inputs)).items():
                 sums[name] = sums.get(name, 0) + part
         model.train()
@@ -225,7 +225,7 @@ class ObjectiveTrainer(Trainer):
         return dict(zip(sums, totals.tolist(), strict=True))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """On the device; DeepSpeed's half precision is for the model, not for what the objective reads."""
+        """Moves inputs to the device; DeepSpeed's half precision is for the model, not for the objective's inputs."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         exact = (*Sequences._fields, *TOKEN_VALUES)
         return prepared | {name: inputs[name].to(self.args.device) for name in exact if name in inputs}
@@ -237,7 +237,7 @@ class ObjectiveTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        assert num_items_in_batch is not None, "get_batch_samples gives the step's mass"
+        assert num_items_in_batch is not None, "get_batch_samples returns the step's mass"
         coefficients = self.coefficients | self._before
         loss = self.objective.loss(self._tokens(model, inputs), _sequences(inputs), coefficients)
         share = loss.total / num_items_in_batch
@@ -249,11 +249,11 @@ class ObjectiveTrainer(Trainer):
                 f"the loss is {share.item()} at step {self.steps_done + 1}; lower "
                 "training.learning_rate (or max_grad_norm), or train in float32"
             )
-        # Distributed data parallel averages the ranks' gradients; their sum is what is meant.
+        # Distributed data parallel averages the ranks' gradients; we need their sum.
         return share * self.accelerator.num_processes
 
     def _tokens(self, model: Any, inputs: dict[str, Any]) -> Tokens:
-        """The policy's log-probabilities, with what the objective needs beside them."""
+        """The policy's log-probabilities, and whatever else the objective needs."""
         needs = self.objective.needs
         if "score head" in needs:
             return head_outputs(model, inputs)
@@ -261,10 +261,10 @@ class ObjectiveTrainer(Trainer):
         given: dict[str, Tensor] = {}
         if "reference" in needs:
             prefix = "reference_" if "reference_input_ids" in inputs else ""
-            with torch.no_grad(), self._reference(model) as referee:
-                there = labelled_tokens(referee, inputs, prefix).log_probs
+            with torch.no_grad(), self._reference(model) as reference:
+                log_probs = labelled_tokens(reference, inputs, prefix).log_probs
             given["reference"] = restrict(
-                there, min(self._vocabulary, there.shape[-1], tokens.log_probs.shape[-1])
+                log_probs, min(self._vocabulary, log_probs.shape[-1], tokens.log_probs.shape[-1])
             )
         if "token scores" in needs:
             given["scores"] = inputs["scores"].to(tokens.log_probs.dtype)
@@ -274,7 +274,7 @@ class ObjectiveTrainer(Trainer):
 
     @contextmanager
     def _reference(self, model: Any) -> Iterator[Any]:
-        """The reference model: one of its own, or the policy without its adapter."""
+        """The reference: a separate model, or the policy without its adapter."""
         if self.reference is not None:
             yield self.reference
             return
@@ -285,7 +285,7 @@ class ObjectiveTrainer(Trainer):
         bare.train()
 
     def adapt(self) -> None:
-        """Sums the objective's parts over all ranks, and lets its coefficients adapt."""
+        """Sums the objective's parts over all ranks, and adapts its coefficients."""
         if self._sums:
             parts = torch.stack([part.to(self.args.device) for part in self._sums.values()])
             sums = dict(zip(self._sums, self.accelerator.reduce(parts, "sum").tolist(), strict=True))
@@ -294,11 +294,11 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps so far, with those before a snapshot."""
+        """Optimizer steps so far, including those before a snapshot."""
         return self.before.step + self.state.global_step
 
     def progress(self) -> Progress:
-        """How far the training has come, by all processes together."""
+        """How far the training has come; all processes must call it together."""
         resumed_at = [*self.before.resumed_at, *([self.before.step] if self.before.step else [])]
         return Progress(
             step=self.steps_done,
@@ -317,13 +317,13 @@ class ObjectiveTrainer(Trainer):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """How many numbers the model has, and how many of them train; sharded weights count in full."""
-        all_of_them = {p: int(getattr(p, "ds_numel", p.numel())) for p in cast(Any, self.model).parameters()}
-        trained = sum(size for p, size in all_of_them.items() if p.requires_grad)
-        return {"parameters": sum(all_of_them.values()), "trained_parameters": trained}
+        """The number of parameters, and of those that are trained; sharded weights count in full."""
+        sizes = {p: int(getattr(p, "ds_numel", p.numel())) for p in cast(Any, self.model).parameters()}
+        trained = sum(size for p, size in sizes.items() if p.requires_grad)
+        return {"parameters": sum(sizes.values()), "trained_parameters": trained}
 
     def peak_memory(self) -> dict[str, int | None]:
-        """Most bytes that any process has held so far, of the machine and of its accelerator."""
+        """The most bytes that any one process has held so far, of host and of accelerator memory."""
         device = self.args.device
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         held = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit]

@@ -1,7 +1,7 @@
-"""A head that predicts how good the text will be, beside the LM head; it is not part of the policy.
+"""A head next to the LM head that predicts how good the text will be; it is not part of the policy.
 
-Its output at a position is the value of the token that follows. It exists while a policy trains, and is
-kept beside the optimizer's state where the next iteration continues from that.
+Its output at a position is the value of the token that follows. It exists only during training, and is
+saved with the optimizer state if the next iteration continues from it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILE = "value_head.safetensors"
 
 
 class ValueHead(nn.Linear):
-    """−σ(w·h), between −1 and 0; w starts at 0, so the value at −0.5 (Korbak et al. 2023).
+    """−σ(w·h), between −1 and 0; w starts at 0, so the value starts at −0.5 (Korbak et al. 2023).
 
     Args:
-        detached: the loss of the value does not reach the policy's weights.
+        detached: whether the value loss is kept from the policy's weights.
     """
 
     def __init__(self, width: int, detached: bool):
@@ -35,15 +35,15 @@ class ValueHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., width] last hidden states → [...] values."""
-        seen = hidden.detach() if self.detached else hidden
-        return -super().forward(seen.to(self.weight.dtype))[..., 0].sigmoid()
+        states = hidden.detach() if self.detached else hidden
+        return -super().forward(states.to(self.weight.dtype))[..., 0].sigmoid()
 
 
 def attach(model: PreTrainedModel, detached: bool, earlier: Path | None = None) -> None:
-    """Gives the model a value head, as it was left in a folder, or a new one.
+    """Adds a value head to the model: the one saved in ``earlier``, if any, or else a new one.
 
     Raises:
-        JobError: the one in the folder cannot be read, or is another model's.
+        JobError: the saved head cannot be read, or belongs to another model.
     """
     width = model.config.get_text_config(decoder=True).hidden_size
     head = ValueHead(width, detached).to(next(model.parameters()).dtype)
@@ -63,7 +63,7 @@ def of(model: Any) -> ValueHead | None:
 
 
 def take_out(state: dict[str, Tensor], keep: Path | None) -> None:
-    """Removes the head's weights from a model's state, and keeps them in a folder."""
+    """Removes the head's weights from a model's state dict, and saves them to ``keep``, if given."""
     prefix = f"{NAME}."
     head = {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
     if head and keep is not None:

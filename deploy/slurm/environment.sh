@@ -1,4 +1,4 @@
-# Where textalign keeps everything, for a login node and all others: source it before any command.
+# Where textalign stores everything, for the login node and all others: source this before any command.
 # Every path must be the same on all machines.
 export TEXTALIGN_HOME="${TEXTALIGN_HOME:-$HOME/textalign}"
 export DAGSTER_HOME="$TEXTALIGN_HOME/dagster"

@@ -1,4 +1,4 @@
-"""Where processes run: process trees of this machine, clients for Slurm and for pods of Kubernetes.
+"""Where processes run: process trees on this machine, clients for Slurm and for Kubernetes pods.
 
-Below `workers` and `launchers`; from outside, import any module but `supervisor`.
+A layer below `workers` and `launchers`; any module except `supervisor` may be imported.
 """

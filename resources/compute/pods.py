@@ -12,12 +12,12 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.kubernetes import KubernetesPod
 
 OUT_OF_MEMORY = "OOMKilled"
-ANSWER_SECONDS = 10.0  # for the cluster to answer
+ANSWER_SECONDS = 10.0  # for the cluster to respond
 WORDS = 300  # characters of a message that are quoted
 
 
 def pod_spec(settings: KubernetesPod, container: str) -> dict[str, Any]:
-    """The pod with its one container, but for the container's command and environment."""
+    """The spec of a pod with one container, without the container's command and environment."""
     limits: dict[str, str] = {}
     if settings.gpus:
         limits["nvidia.com/gpu"] = str(settings.gpus)
@@ -33,7 +33,7 @@ def pod_spec(settings: KubernetesPod, container: str) -> dict[str, Any]:
                 "resources": {"limits": limits, "requests": requests},
                 "volumeMounts": [
                     {"name": "data", "mountPath": settings.mount_path},
-                    # Processes of one machine talk through shared memory, of which a pod has 64 MiB otherwise.
+                    # Processes on one machine communicate through shared memory; a pod's default is 64 MiB.
                     {"name": "shared-memory", "mountPath": "/dev/shm"},
                 ],
                 "envFrom": [{"secretRef": {"name": name}} for name in settings.env_from_secrets],
@@ -54,7 +54,7 @@ def pod_spec(settings: KubernetesPod, container: str) -> dict[str, Any]:
 def ended(pod: Any) -> str:
     """How a pod's container ended, in Kubernetes' words."""
     if pod is None:
-        return "it is gone"
+        return "no longer exists"
     parts, messages = [pod.status.phase, pod.status.reason], [pod.status.message]
     for status in pod.status.container_statuses or []:
         if status.state.terminated is not None:
@@ -67,7 +67,7 @@ def ended(pod: Any) -> str:
 
 
 def cluster(settings: KubernetesPod) -> Any:
-    """The cluster's interface, found as dagster-k8s finds it; the package is there, see `check_kubernetes`.
+    """The cluster's API client, configured as in dagster-k8s; requires the package, see `check_kubernetes`.
 
     Raises:
         kubernetes.config.ConfigException: no cluster is configured.
@@ -82,10 +82,10 @@ def cluster(settings: KubernetesPod) -> Any:
 
 
 def version(settings: KubernetesPod) -> str:
-    """The cluster's version and where it is, which any of its users may ask.
+    """The cluster's version and address, which any of its users may query.
 
     Raises:
-        SettingsError: the package is not installed, no cluster is configured, or it does not answer.
+        SettingsError: the package is not installed, no cluster is configured, or it does not respond.
     """
     try:
         from kubernetes.client import VersionApi
@@ -103,14 +103,14 @@ def version(settings: KubernetesPod) -> str:
     try:
         found = VersionApi(client).get_code(_request_timeout=ANSWER_SECONDS / 3)
     except ApiException as error:
-        raise SettingsError(f"{where} says: {words(error)}") from None
+        raise SettingsError(f"{where} replied: {words(error)}") from None
     except HTTPError:
-        raise SettingsError(f"no answer at {where}") from None
+        raise SettingsError(f"no response from {where}") from None
     return f"{found.git_version} at {where}"
 
 
 def words(error: Any) -> str:
-    """The cluster's message when it refused something."""
+    """The cluster's error message, on one line."""
     try:
         message = json.loads(error.body)["message"]
     except (AttributeError, TypeError, ValueError, KeyError):
@@ -119,12 +119,13 @@ def words(error: Any) -> str:
 
 
 def check_kubernetes(settings: KubernetesPod, field: str = "training") -> str:
-    """Whether pods can be created; what was found, in words.
+    """Checks that the cluster responds and its user can list pods; returns a summary.
 
-    field: the section with the launcher, for errors.
+    Args:
+        field: the section with the launcher, for errors.
 
     Raises:
-        SettingsError: dagster-k8s is not installed, no cluster is configured, or it does not answer.
+        SettingsError: dagster-k8s is not installed, no cluster is configured, or it does not respond.
     """
     try:
         import dagster_k8s  # noqa: F401
@@ -143,15 +144,15 @@ def check_kubernetes(settings: KubernetesPod, field: str = "training") -> str:
     except ApiException as error:
         raise SettingsError(
             f"{field}.k8s.namespace: pods of {settings.namespace} cannot be listed (HTTP {error.status} "
-            f"{error.reason}); the user of the kubeconfig needs that right"
+            f"{error.reason}); the user of the kubeconfig needs that permission"
         ) from None
     except HTTPError as error:
-        raise SettingsError(f"{field}.launcher: the Kubernetes cluster does not answer ({error})") from None
+        raise SettingsError(f"{field}.launcher: the Kubernetes cluster does not respond ({error})") from None
     return f"kubernetes: namespace {settings.namespace}, image {settings.image}"
 
 
 def check_folders(settings: KubernetesPod, folders: Iterable[Path], field: str) -> None:
-    """Whether folders are on the volume that pods see.
+    """Checks that folders are on the volume that pods see.
 
     Raises:
         SettingsError: names the first that is not.
@@ -160,5 +161,5 @@ def check_folders(settings: KubernetesPod, folders: Iterable[Path], field: str) 
         if not folder.is_relative_to(settings.mount_path):
             raise SettingsError(
                 f"{field}.k8s.mount_path: {folder} is not below {settings.mount_path}: the pod could not "
-                "see it; put TEXTALIGN_HOME (and TEXTALIGN_CACHE, HF_HOME) onto the volume"
+                "see it; put TEXTALIGN_HOME (and TEXTALIGN_CACHE, HF_HOME) on the volume"
             )

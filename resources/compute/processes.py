@@ -22,8 +22,8 @@ MARGIN = 5.0  # seconds the supervisor gets beyond the grace before it is killed
 class Supervised:
     """A command in its own session, under a supervisor (resources/compute/supervisor.py).
 
-    The command and everything it starts is ended (SIGTERM, ``grace`` seconds, SIGKILL) when
-    ``stop`` is called, when its leader ends, and when this process dies, be it by SIGKILL.
+    The command and everything it starts are ended (SIGTERM, ``grace`` seconds, SIGKILL) when
+    ``stop`` is called, when the command ends, and when this process dies, even by SIGKILL.
 
     Args:
         env: added to this process's environment.
@@ -69,7 +69,7 @@ class Supervised:
             raise
         finally:
             os.close(reading)
-        # An interruption can come between any two instructions, also before a call of stop().
+        # An interrupt can arrive between any two instructions, even before stop() is called.
         atexit.register(self._end)
 
     def wait(self, timeout: float | None = None) -> int:
@@ -82,9 +82,9 @@ class Supervised:
         return code if code >= 0 else 128 - code
 
     def stop(self) -> None:
-        """Ends everybody; returns when they are gone. Can be called again, and after the end.
+        """Ends all processes and returns when they are gone. Can be called repeatedly, and after they ended.
 
-        An interruption (Ctrl-C, a run that is cancelled) waits until they are gone.
+        An interrupt (Ctrl-C, a cancelled run) is deferred until they are gone.
         """
         with _uninterrupted():
             self._end()
@@ -99,13 +99,13 @@ class Supervised:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        # The supervisor leaves no process behind, unless it was killed: then this does its work.
+        # The supervisor leaves no process behind, unless it was itself killed: then this does its work.
         supervisor.end(self.process.pid, self._mark, 0.0)
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Signals that arrive meanwhile are raised again afterwards."""
+    """Defers SIGINT and SIGTERM: those that arrive meanwhile are raised again afterwards."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals interrupt the main thread only
         return

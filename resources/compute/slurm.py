@@ -1,7 +1,7 @@
-"""Slurm's commands: what is submitted, what became of it, and what can be known before.
+"""Slurm's commands: submitting jobs, querying their state, and checks before submission.
 
-A scheduler may not answer, may have forgotten a job, or may keep no accounts (`sacct`). None of these
-is an end of a job: callers get None, and decide how long to wait.
+A scheduler may not respond, may have forgotten a job, or may keep no accounting (`sacct`). None of these
+means that a job has ended: callers get None, and decide how long to wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from textalign_dagster.settings import SettingsError, nearest
 from textalign_dagster.settings.clusters import Slurm, SlurmNode
 
 COMMANDS = ("sbatch", "squeue", "scancel", "scontrol", "sinfo")
-PATIENCE = 60.0  # seconds for a command's answer
+PATIENCE = 60.0  # seconds for a command to respond
 
 OVER = (
     "BOOT_FAIL",
@@ -43,11 +43,11 @@ KEPT = re.compile(
     r"MODULE\w*|MODULES_\w+|LMOD\w*|BASH_ENV|BASH_FUNC_\w+(%%|\(\))|SLURM_CONF|SBATCH_\w+|CUDA_HOME|NCCL_\w+|"
     r"UCX_\w+|GLOO_\w+|TP_SOCKET_IFNAME|HF_HOME|HF_HUB_CACHE|TORCH_HOME"
 )
-"""Variables that a job inherits. Slurm would keep all of them, keys of judges included, in its own files."""
+"""Variables that a job inherits. Slurm would store all of them, judges' API keys included, in its own files."""
 
 
 class SlurmSilent(Exception):
-    """A command of Slurm failed or did not answer; the message is its own."""
+    """A Slurm command failed or did not respond; the message is the command's."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Listed:
 
 @dataclass(frozen=True)
 class State:
-    """A job's state by the scheduler. ``reason``: also why it waits."""
+    """A job's state as the scheduler reports it. ``reason``: also why it is waiting."""
 
     name: str
     reason: str = ""
@@ -80,10 +80,10 @@ class State:
 
 
 def submit(name: str, options: Sequence[str], script: Path) -> str:
-    """Submits a batch script; the job's id.
+    """Submits a batch script; returns the job's id.
 
     Raises:
-        SettingsError: Slurm refuses it, in Slurm's words.
+        SettingsError: Slurm rejects it; the message quotes Slurm.
     """
     done = _call("sbatch", "--parsable", f"--job-name={name}", *options, str(script))
     if done.returncode != 0:
@@ -94,10 +94,10 @@ def submit(name: str, options: Sequence[str], script: Path) -> str:
 
 
 def listed(name: str) -> list[Listed]:
-    """This user's jobs of a name that are not over, oldest first.
+    """This user's unfinished jobs with this name, oldest first.
 
     Raises:
-        SlurmSilent: squeue does not answer.
+        SlurmSilent: squeue does not respond.
     """
     done = _call(
         "squeue", "--noheader", f"--name={name}", f"--user={_user()}", "--sort=i", "--format=%i|%T|%r|%Z"
@@ -109,16 +109,16 @@ def listed(name: str) -> list[Listed]:
 
 
 def mine(prefix: str) -> dict[str, str]:
-    """Id → name of this user's jobs whose names begin so; nothing where squeue does not answer."""
+    """Id → name of this user's jobs whose names start with ``prefix``; empty if squeue does not respond."""
     done = _call("squeue", "--noheader", f"--user={_user()}", "--format=%i|%j")
     rows = (line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
     return {job: name for job, name in rows if name.startswith(prefix)}
 
 
 def state(job: str) -> State | None:
-    """What became of a job; None where Slurm does not know, or does not answer.
+    """A job's state; None if Slurm does not know the job, or does not respond.
 
-    The queue is asked first, then the controller's memory, then the accounts, which many sites lack.
+    The queue is queried first, then the controller's memory, then accounting, which many sites lack.
     """
     done = _call("squeue", "--noheader", f"--jobs={job}", "--states=all", "--format=%T|%r")
     line = done.stdout.strip().partition("\n")[0]
@@ -139,7 +139,7 @@ def state(job: str) -> State | None:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """Tells Slurm to end jobs; they are still there for a moment.
+    """Asks Slurm to end jobs; they remain for a moment.
 
     Raises:
         SlurmSilent: scancel failed.
@@ -150,7 +150,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def options(settings: SlurmNode) -> list[str]:
-    """What a job asks for, as options of sbatch and srun."""
+    """The resources a job requests, as options of sbatch and srun."""
     wanted = {
         "partition": settings.partition,
         "gpus-per-node": settings.gpus_per_node or None,
@@ -164,13 +164,13 @@ def options(settings: SlurmNode) -> list[str]:
 
 
 def check_slurm(settings: SlurmNode, field: str = "training") -> str:
-    """Whether this machine can submit such a job; what was found, in words.
+    """Checks that this machine can submit such a job; returns a summary.
 
     Args:
         field: the section of the experiment, for errors.
 
     Raises:
-        SettingsError: no Slurm here, no answer, no such partition, or too few nodes in it.
+        SettingsError: no Slurm here, no response, no such partition, or too few nodes in it.
     """
     missing = [command for command in COMMANDS if shutil.which(command) is None]
     if missing:
@@ -197,22 +197,22 @@ def check_slurm(settings: SlurmNode, field: str = "training") -> str:
 
 
 def partitions(field: str = "training") -> dict[str, tuple[int, bool]]:
-    """Name → nodes, and whether it is the default.
+    """Partition name → number of nodes, and whether it is the default.
 
     Raises:
-        SettingsError: sinfo does not answer.
+        SettingsError: sinfo does not respond.
     """
     done = _call("sinfo", "--noheader", "--summarize", "--format=%P|%D")
     if done.returncode != 0:
         raise SettingsError(
-            f"{field}.launcher: slurm does not answer (sinfo: {_words(done.stderr)}); is slurmctld up?"
+            f"{field}.launcher: slurm does not respond (sinfo: {_words(done.stderr)}); is slurmctld up?"
         )
     rows = [line.strip().split("|") for line in done.stdout.splitlines() if "|" in line]
     return {name.rstrip("*"): (int(nodes), name.endswith("*")) for name, nodes in rows}
 
 
 def inherited(environment: Mapping[str, str]) -> dict[str, str]:
-    """What of an environment a job is given: nothing secret, nothing of a job this process runs in."""
+    """The part of an environment that a job gets: no secrets, and nothing of a job that this process runs in."""
     return {name: value for name, value in environment.items() if KEPT.fullmatch(name)}
 
 
@@ -229,7 +229,7 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
             timeout=PATIENCE,
         )
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, 124, "", f"no answer within {PATIENCE:g} s")
+        return subprocess.CompletedProcess(command, 124, "", f"no response within {PATIENCE:g} s")
 
 
 def _user() -> str:
@@ -240,6 +240,6 @@ def _user() -> str:
 
 
 def _words(text: str) -> str:
-    """What a command complained of, on one line."""
+    """A command's error message, on one line."""
     lines = [re.sub(r"^\w+: (error: )?", "", line.strip()) for line in text.splitlines() if line.strip()]
-    return "; ".join(lines) or "it did not say why"
+    return "; ".join(lines) or "no reason given"

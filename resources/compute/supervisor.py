@@ -1,16 +1,16 @@
-"""Runs a command, with everything it starts, no longer than its launcher lives.
+"""Runs a command so that neither it nor anything it starts outlives its launcher.
 
     python -I -S supervisor.py LIFELINE_FD GRACE_SECONDS COMMAND…      (started by resources/compute/processes.py)
 
 Three things can go wrong with a training's processes: the run is cancelled, the run is SIGKILLed,
-or a launcher dies and leaves its ranks behind. In all three this process ends everybody: SIGTERM,
-a grace, then SIGKILL until no process is left. It notices its own launcher's death by the lifeline, a
-pipe whose writing end only the launcher holds.
+or a launcher dies and leaves its ranks behind. In all three this process ends the whole tree: SIGTERM,
+a grace period, then SIGKILL until no process is left. It detects its own launcher's death through the
+lifeline, a pipe whose write end only the launcher holds.
 
-"Everybody" is not the process group: torchrun gives each rank a session of its own. It is all
-processes that have this one as an ancestor (orphans are handed to it), are in its group, or carry
-its mark in their environment (which they inherit, and which also finds them when this process
-was killed itself). The standard library is all it needs, so it starts in 20 ms.
+The tree is more than the process group: torchrun gives each rank its own session. It is all processes
+that have this one as an ancestor (orphans are reparented to it), are in its group, or carry its
+mark in their environment (which is inherited, and also finds them when this process itself was
+killed). It needs only the standard library, so it starts in 20 ms.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "TEXTALIGN_SUPERVISED_BY"
-POLL = 0.02  # seconds between looks at processes that were signalled to end
+POLL = 0.02  # seconds between checks of processes that were signalled to end
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PROC = Path("/proc")
 
@@ -37,13 +37,13 @@ def main() -> int:
     mark = os.environ[MARK]
     os.set_inheritable(lifeline, False)
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
-    wakeup, tell = os.pipe()
+    wakeup, wakeup_writer = os.pipe()
     os.set_blocking(wakeup, False)
-    os.set_blocking(tell, False)
-    signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    os.set_blocking(wakeup_writer, False)
+    signal.set_wakeup_fd(wakeup_writer, warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # the number arrives through the pipe
-    # The command's leader dies with this process, however that dies.
+    # The command's leader dies with this process, however this process dies.
     child = subprocess.Popen(command, preexec_fn=lambda: _prctl(PR_SET_PDEATHSIG, signal.SIGKILL))
     code = None
     while code is None:
@@ -58,20 +58,20 @@ def main() -> int:
 
 
 def end(leader: int, mark: str, grace: float) -> None:
-    """Ends everybody that belongs to ``leader`` (but not the leader itself); returns when they are gone."""
+    """Ends all processes that belong to ``leader`` (but not the leader itself); returns when they are gone."""
     late = time.monotonic() + grace
-    asked: set[int] = set()
+    signalled: set[int] = set()
     while alive := set(members(leader, mark)):
         now_late = time.monotonic() >= late
-        for pid in alive if now_late else alive - asked:
+        for pid in alive if now_late else alive - signalled:
             _kill(pid, signal.SIGKILL if now_late else signal.SIGTERM)
-        asked |= alive
+        signalled |= alive
         time.sleep(POLL)
         _reap(None)
 
 
 def members(leader: int, mark: str) -> Iterator[int]:
-    """Living processes below ``leader``, in its group, or with its mark; never this process or the leader."""
+    """Living descendants of ``leader``, or processes in its group or with its mark; never this one or the leader."""
     table = list(_processes())
     parents = {pid: parent for pid, parent, _ in table}
     marked = f"{MARK}={mark}".encode()
@@ -100,7 +100,7 @@ def _carries(pid: int, marked: bytes) -> bool:
 
 
 def _processes() -> Iterator[tuple[int, int, int]]:
-    """(pid, parent, group) of every living process; zombies are dead."""
+    """(pid, parent, group) of every living process; zombies count as dead."""
     if not (PROC / "self/stat").exists():
         listing = subprocess.run(
             ["ps", "-axo", "pid=,ppid=,pgid=,stat="], capture_output=True, text=True, check=True
@@ -114,7 +114,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
         if not entry.name.isdigit():
             continue
         try:
-            # The name in parentheses may itself contain blanks and parentheses.
+            # The name in parentheses may itself contain spaces and parentheses.
             state, parent, group = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
         except OSError:  # gone meanwhile
             continue
@@ -138,7 +138,7 @@ def _reap(child: int | None) -> int | None:
 
 
 def _kill(pid: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # gone meanwhile, which is what was wanted
+    with contextlib.suppress(ProcessLookupError):  # already gone
         os.kill(pid, number)
 
 

@@ -1,4 +1,4 @@
-"""What samples: the protocol (`sampler`), chunks that survive a crash, and one package an engine.
+"""Sampling: the protocol (`sampler`), chunks that survive a crash, and one package per engine.
 
 From outside: `sampler`, `chunks`, and each engine's `sampler`.
 """

@@ -1,12 +1,11 @@
-"""Sampling that a crash does not undo: completions are kept chunk by chunk until the whole is published.
+"""Sampling that survives a crash: completions are stored chunk by chunk until the whole is published.
 
-A chunk is an artifact of its own, named by all that it was made from: the policy, the decoding, the engine
-and its versions, the prompts and their seeds. So the next attempt finds the chunks that an interrupted one
-has finished. No cell points at a chunk; publishing the whole discards its chunks.
+A chunk is a separate artifact, keyed by everything it depends on: the policy, the decoding, the engine and
+its versions, the prompts and their seeds. So the next attempt reuses the chunks that an interrupted one has
+finished. No cell points at a chunk; publishing the whole discards its chunks.
 
-Requests carry their own seeds, so it does not matter to a completion which chunk it is in, as far as an
-engine keeps that promise: among other requests the last digits of logits may differ, as they do with the
-size of a batch.
+Requests carry their own seeds, so a completion does not depend on the chunk it is in, up to rounding: with
+other requests in the call the last digits of logits may differ, as they do with the batch size.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ COMPLETIONS = pl.Schema(
 
 @dataclass
 class Sampled:
-    """Completions by request and seed, and how they came to be."""
+    """Completions by request and seed, and how they were obtained."""
 
     completions: list[list[Completion]] = field(default_factory=list)
     chunks: list[str] = field(default_factory=list)  # keys, to be recorded as the fact `chunks`
-    found: int = 0  # completions that an earlier attempt had drawn
+    found: int = 0  # completions reused from an earlier attempt
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "generate": 0.0})
-    """Until the model was ready, and then; with what earlier attempts took for chunks that were found."""
+    """Until the model was ready, and after that; includes the time earlier attempts spent on reused chunks."""
 
 
 def sample(
@@ -56,7 +55,7 @@ def sample(
     """The completions of every request, in the order of requests and of their seeds.
 
     Args:
-        size: completions of a chunk; whatever fits into one is not kept apart.
+        size: completions per chunk; if all fit into one, no chunk is stored.
 
     Raises:
         SamplerError: the engine cannot sample.
@@ -72,10 +71,10 @@ def sample(
         if len(parts) == 1:
             rows, seconds = timed(engine, model, part, decoding, report)
         else:
-            made = chunk(store, engine, model, policy_hash, part, decoding, report)
-            rows, seconds = completions_of(made, part), made.manifest["facts"]["part_seconds"]
-            sampled.chunks.append(made.key)
-            sampled.found += made.reused * sum(map(len, rows))
+            artifact = chunk(store, engine, model, policy_hash, part, decoding, report)
+            rows, seconds = completions_of(artifact, part), artifact.manifest["facts"]["part_seconds"]
+            sampled.chunks.append(artifact.key)
+            sampled.found += artifact.reused * sum(map(len, rows))
         sampled.completions += rows
         done += sum(map(len, rows))
         for name, took in seconds.items():
@@ -84,7 +83,7 @@ def sample(
 
 
 def cut(requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-    """Neighbouring requests with ``size`` completions together, or fewer; a request is never split."""
+    """Runs of consecutive requests with at most ``size`` completions in total; a request is never split."""
     part: list[Request] = []
     filled = 0
     for request in requests:
@@ -106,7 +105,7 @@ def chunk(
     decoding: Decoding,
     progress: Progress,
 ) -> Artifact:
-    """The chunk of these requests: a table `completions`."""
+    """The chunk of these requests, with a table `completions`; sampled unless it is stored already."""
 
     def produce(draft: Draft) -> None:
         rows, seconds = timed(engine, model, requests, decoding, progress)
@@ -125,16 +124,16 @@ def chunk(
     return store.make(CHUNK, key, produce, inputs=inputs, settings=settings)
 
 
-def completions_of(made: Artifact, requests: Sequence[Request]) -> list[list[Completion]]:
+def completions_of(artifact: Artifact, requests: Sequence[Request]) -> list[list[Completion]]:
     """The completions of a chunk, by request and seed."""
-    every = (Completion(**row) for row in made.frame("completions").iter_rows(named=True))
+    every = (Completion(**row) for row in artifact.frame("completions").iter_rows(named=True))
     return [[next(every) for _ in request.seeds] for request in requests]
 
 
 def timed(
     engine: Sampler, model: Model, requests: Sequence[Request], decoding: Decoding, progress: Progress
 ) -> tuple[list[list[Completion]], dict[str, float]]:
-    """What the engine gives, and the seconds until its model was ready, and then."""
+    """The engine's completions, and the seconds until its model was ready (load) and after (generate)."""
     started, before = time.monotonic(), engine.load_seconds
     rows = engine.generate(model, requests, decoding, progress)
     load = engine.load_seconds - before
@@ -142,19 +141,19 @@ def timed(
 
 
 def discard(store: ArtifactStore, whole: Artifact) -> None:
-    """Removes the chunks that a published artifact, which recorded them, was put together from."""
+    """Removes the chunks that a published artifact was assembled from, as recorded in it."""
     for key in whole.manifest["facts"].get("chunks", ()):
         store.remove(CHUNK, key)
 
 
 def left_over(store: ArtifactStore) -> str | None:
-    """A sentence about the chunks that are in the store now; None: there are none."""
+    """A sentence about the chunks in the store; None: there are none."""
     files = store.storage.entries(f"artifacts/{CHUNK}")
     count = sum(path.endswith("/manifest.json") for path in files)
     if not count:
         return None
     mib = sum(size for size, _ in files.values()) / 2**20
     return (
-        f"{count} chunks of samplings that are in progress, or were interrupted and never resumed, are in "
+        f"{count} chunks of sampling runs that are in progress, or were interrupted and never resumed, are in "
         f"{store.storage.place(f'artifacts/{CHUNK}')} ({mib:.1f} MiB); `textalign clean --apply` removes them"
     )

@@ -1,7 +1,7 @@
-"""What it means to sample from a policy: the requests, the answers and the protocol of an engine.
+"""Sampling from a policy: requests, completions and the protocol of an engine.
 
-Nothing here knows of torch. An engine (`transformers_sampler.py` is the embedded one) keeps a
-worker process that outlives many calls and swaps the weights when another model is requested.
+Nothing here uses torch. An engine (`transformers.sampler` is the embedded one) keeps a worker process
+across many calls and swaps the weights when another model is requested.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class SamplerError(RuntimeError):
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model that is another one's weights and a LoRA adapter (a folder that peft wrote) beside them."""
+    """A base model with a LoRA adapter (a folder that peft wrote) on top of its weights."""
 
     base: Path
     adapter: Path
 
 
 Model = Path | Adapted
-"""A transformers folder, or one with an adapter: for engines that serve adapters."""
+"""A transformers folder, or one with an adapter (for engines that serve adapters)."""
 
 
 @dataclass(frozen=True)
 class Request:
     """A prompt, which already carries its condition, and the seeds of its completions.
 
-    There is one completion for each seed; all of them share the reading of the prompt. A seed lies
-    in ``[0, 2**64)``; the same seed under the same prompt gives the same completion.
+    There is one completion for each seed; all of them share the prefill of the prompt. A seed lies
+    in ``[0, 2**64)``; the same seed with the same prompt gives the same completion.
     """
 
     prompt: str
@@ -47,7 +47,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not self.seeds:
-            raise ValueError(f"a request without seeds asks for nothing (prompt {self.prompt!r})")
+            raise ValueError(f"a request needs at least one seed (prompt {self.prompt!r})")
         for seed in self.seeds:
             if not 0 <= seed < SEED_LIMIT:
                 raise ValueError(f"seed {seed} is outside [0, 2**64); derive it with derive_seed()")
@@ -60,15 +60,15 @@ class Decoding:
     The order is that of transformers and vLLM: end and banned tokens are removed, the logits are
     divided by ``temperature``, ``top_k`` keeps the k most likely, ``top_p`` keeps the smallest set
     of the remaining ones with at least that mass. Tokens that tie with the last one kept are kept.
-    ``structured`` comes before all of them: tokens that it does not allow are removed.
+    ``structured`` is applied before all of them: tokens that it does not allow are removed.
     """
 
     temperature: float  # 0 is greedy
     top_p: float = 1.0  # 1 keeps all
     top_k: int = 0  # 0 keeps all
     max_new_tokens: int = 64
-    min_new_tokens: int = 0  # the end token cannot be drawn before
-    ignore_eos: bool = False  # the end token cannot be drawn at all: exactly max_new_tokens
+    min_new_tokens: int = 0  # no end token is drawn before
+    ignore_eos: bool = False  # no end token is drawn at all: exactly max_new_tokens
     banned_tokens: tuple[str, ...] = ()  # each must be one token of the model's tokenizer
     structured: Mapping[str, Any] | None = (
         None  # see `textalign_dagster.settings.structured`; None: free text
@@ -76,16 +76,16 @@ class Decoding:
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or more")
+            raise ValueError(f"temperature is {self.temperature}; use 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; give a number in (0, 1], 1 keeps all tokens")
+            raise ValueError(f"top_p is {self.top_p}; use a number in (0, 1], 1 keeps all tokens")
         if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; give 0 (all tokens) or more")
+            raise ValueError(f"top_k is {self.top_k}; use 0 (all tokens) or more")
         if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; give 1 or more")
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; use 1 or more")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise ValueError(
-                f"min_new_tokens is {self.min_new_tokens}; give a number from 0 to "
+                f"min_new_tokens is {self.min_new_tokens}; use a number from 0 to "
                 f"max_new_tokens ({self.max_new_tokens})"
             )
         if self.structured is not None and (self.min_new_tokens or self.ignore_eos):
@@ -95,7 +95,7 @@ class Decoding:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What samples are known by, as plain JSON; without a structure, what it was before there were any."""
+        """The fields that identify samples, as plain JSON; ``structured`` only if set, so older keys stay valid."""
         known = {**vars(self), "banned_tokens": list(self.banned_tokens)}
         if self.structured is None:
             del known["structured"]
@@ -104,9 +104,9 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one seed gave.
+    """The completion for one seed.
 
-    ``text`` follows the prompt directly (leading blanks kept) and holds no special tokens.
+    ``text`` follows the prompt directly (leading blanks kept) and contains no special tokens.
     ``n_tokens`` counts every sampled token, the end token included when there is one: it is the
     number of terms in ``logprob``, and at most ``max_new_tokens``. ``logprob`` is the sum of the
     tokens' log-probabilities under the *model* (temperature 1, nothing removed), in nats.
@@ -123,8 +123,8 @@ class Sampler(AbstractContextManager["Sampler"], Protocol):
     """An engine that samples; a context manager around its worker process."""
 
     engine: str
-    on_accelerator: bool  # whether its worker holds what others need: a GPU's memory, a node of a cluster
-    load_seconds: float  # of all calls so far: workers started, models read
+    on_accelerator: bool  # whether its worker holds what others need: GPU memory, a cluster node
+    load_seconds: float  # over all calls so far: starting workers, loading models
 
     @property
     def engine_version(self) -> str:
@@ -156,5 +156,5 @@ class Sampler(AbstractContextManager["Sampler"], Protocol):
         ...
 
     def close(self) -> None:
-        """End the worker and free its memory; the next call starts a new one."""
+        """Stop the worker and free its memory; the next call starts a new one."""
         ...

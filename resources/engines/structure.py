@@ -1,4 +1,4 @@
-"""Whether a structure can be compiled, by the libraries that the engine uses. They import torch."""
+"""Checks whether a structure can be compiled, with the libraries that the engine uses. They import torch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from typing import Any
 
 
 def refusal(structure: Mapping[str, Any]) -> str | None:
-    """Why a structure (`textalign_dagster.settings.structured.content_of`) can be none; None: it can, as far as known here.
+    """Why a structure (`textalign_dagster.settings.structured.content_of`) is refused; None: no fault found.
 
-    Without the library nothing is checked here: the engine checks, where it runs.
+    Without these libraries nothing is checked here; the engine checks it when it runs.
     """
-    ((kind, what),) = structure.items()
+    ((kind, content),) = structure.items()
     if kind == "json_schema" and importlib.util.find_spec("jsonschema") is not None:
-        why = _schema_refusal(what)
+        why = _schema_refusal(content)
         if why is not None:
             return why
     if importlib.util.find_spec("xgrammar") is None or kind == "choice":
         return None
     from xgrammar import Grammar
 
-    read: dict[str, Callable[[Any], object]] = {
+    parsers: dict[str, Callable[[Any], object]] = {
         "regex": Grammar.from_regex,
         "json_schema": Grammar.from_json_schema,
         "grammar": Grammar.from_ebnf,
     }
     try:
-        read[kind](what)
+        parsers[kind](content)
     except (RuntimeError, ValueError) as error:
-        # It begins with the time and a line of its own source.
+        # The message begins with a timestamp and a source location.
         return " ".join(str(error).split()).rpartition("cpp:")[2].partition(": ")[2] or str(error)
     return None
 

@@ -1,4 +1,4 @@
-"""Text to tokens before a model, as all engines do it; what does not fit is an error before anything is computed."""
+"""Tokenisation shared by all engines; input that does not fit a model raises before anything is computed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from textalign_dagster import tokenisation
 
 
 class Loaded(Protocol):
-    """A model that an engine has at hand."""
+    """A model that an engine has loaded."""
 
     folder: Path
     tokenizer: Any
@@ -23,12 +23,12 @@ class Loaded(Protocol):
 
     @property
     def context(self) -> int | None:
-        """Tokens that a prompt and its completion can have together; None: any number."""
+        """Maximum number of tokens of prompt and completion together; None: no limit."""
         ...
 
 
 def prompts_of(loaded: Loaded, call: dict[str, Any]) -> list[list[int]]:
-    """Token ids of the prompts of a call "generate"; raises `CallError` where one does not fit."""
+    """Token ids of the prompts of a "generate" call; raises `CallError` if one does not fit."""
     texts = [prompt for prompt, _ in call["requests"]]
     prompts = tokenisation.encode_prompts(loaded.tokenizer, texts)
     check(loaded, "prompt", prompts, [call["decoding"]["max_new_tokens"]] * len(prompts), texts)
@@ -36,27 +36,27 @@ def prompts_of(loaded: Loaded, call: dict[str, Any]) -> list[list[int]]:
 
 
 def pairs_of(loaded: Loaded, call: dict[str, Any]) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts and of the texts of a call "logprobs"; raises `CallError` likewise."""
-    words = [prompt for prompt, _ in call["pairs"]]
-    prompts = tokenisation.encode_prompts(loaded.tokenizer, words)
+    """Token ids of the prompts and texts of a "logprobs" call; raises `CallError` if a pair does not fit."""
+    prompt_texts = [prompt for prompt, _ in call["pairs"]]
+    prompts = tokenisation.encode_prompts(loaded.tokenizer, prompt_texts)
     texts = tokenisation.encode_texts(loaded.tokenizer, [text for _, text in call["pairs"]])
-    check(loaded, "pair", prompts, list(map(len, texts)), words)
+    check(loaded, "pair", prompts, list(map(len, texts)), prompt_texts)
     return prompts, texts
 
 
 def banned_of(loaded: Loaded, call: dict[str, Any]) -> set[int]:
-    """Ids that a call must not draw.
+    """Token ids that a call must not draw.
 
     Raises:
         BannedTokenError: a banned token is not one token.
     """
     # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
-    wordless = set(range(loaded.outputs)).difference(loaded.tokenizer.get_vocab().values())
-    return wordless.union(tokenisation.banned_ids(loaded.tokenizer, call["decoding"]["banned_tokens"]))
+    textless = set(range(loaded.outputs)).difference(loaded.tokenizer.get_vocab().values())
+    return textless.union(tokenisation.banned_ids(loaded.tokenizer, call["decoding"]["banned_tokens"]))
 
 
 def check_embeddings(folder: Path, tokenizer: Any, embeddings: int) -> None:
-    """Every token has an embedding."""
+    """Raises `CallError` unless every token has an embedding."""
     if len(tokenizer) > embeddings:
         raise CallError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {embeddings} "
@@ -65,15 +65,15 @@ def check_embeddings(folder: Path, tokenizer: Any, embeddings: int) -> None:
 
 
 def check(
-    loaded: Loaded, what: str, prompts: Sequence[Sequence[int]], more: Sequence[int], words: Sequence[str]
+    loaded: Loaded, what: str, prompts: Sequence[Sequence[int]], more: Sequence[int], texts: Sequence[str]
 ) -> None:
-    """Every prompt has tokens, and fits the model's context together with ``more`` tokens."""
-    for index, (prompt, extra, text) in enumerate(zip(prompts, more, words, strict=True)):
+    """Raises `CallError` unless each prompt has tokens and fits the context with ``more`` tokens after it."""
+    for index, (prompt, extra, text) in enumerate(zip(prompts, more, texts, strict=True)):
         name = f"{what} {index} ({text[:60]!r}{'…' if len(text) > 60 else ''})"
         if not prompt:
             raise CallError(
                 f"{what} {index} has an empty prompt, and the tokenizer of {loaded.folder} has no "
-                "token that begins a sequence; give a prompt of at least one character"
+                "token that begins a sequence; use a prompt of at least one character"
             )
         if loaded.context is not None and len(prompt) + extra > loaded.context:
             remedy = "shorten the prompt or the text" if what == "pair" else "shorten the prompt"
@@ -81,6 +81,6 @@ def check(
             if what == "prompt" and room > 0:
                 remedy += f", or lower max_new_tokens to {room}"
             raise CallError(
-                f"{name} has {len(prompt)} tokens and {extra} more are to follow, but "
+                f"{name} has {len(prompt)} tokens and {extra} more would follow, but "
                 f"{loaded.folder} holds {loaded.context} tokens; {remedy}"
             )

@@ -1,4 +1,4 @@
-"""What all engines with worker processes have in common: calls, dealt to the workers and put together."""
+"""What all engines with worker processes share: calls are split among the workers, and results merged."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from resources.workers.shares import call_all, shares, together
 
 
 class WorkerSampler:
-    """A `sampler.Sampler` whose model is in worker processes; an engine defines how they are started.
+    """A `sampler.Sampler` whose model is in worker processes; a subclass defines how they are started.
 
-    channels: one a worker; each has a copy of the model.
+    channels: one per worker; each worker has a copy of the model.
     """
 
     engine: str
@@ -25,7 +25,7 @@ class WorkerSampler:
         self.channels = list(channels)
         self.on_accelerator = False  # known once the workers have started
         self.load_seconds = 0.0
-        self.serves_adapters = False  # beside the weights of a model
+        self.serves_adapters = False  # LoRA adapters on top of a model's weights
 
     def generate(
         self,
@@ -37,8 +37,8 @@ class WorkerSampler:
         """The completions of every request, in the order of requests and of their seeds.
 
         The same call on the same machine, with the same number of threads, gives the same
-        completions. Among other requests, or on another machine, logits may differ in their last
-        digits, and a sample with them once in many thousand tokens.
+        completions. With other requests in the call, or on another machine, logits may differ in their
+        last digits, which changes a sample about once in many thousand tokens.
         """
         calls = [
             {
@@ -57,7 +57,7 @@ class WorkerSampler:
         pairs: Sequence[tuple[str, str]],
         progress: Progress | None = None,
     ) -> list[tuple[float, int]]:
-        """(log-probability of the text given the prompt, in nats; the text's tokens) of each pair.
+        """For each pair: log-probability of the text given the prompt, in nats; number of its tokens.
 
         Neither the prompt's tokens nor an end token is counted; an empty text gives (0.0, 0).
         """
@@ -68,7 +68,7 @@ class WorkerSampler:
         return [(total, count) for total, count in self._rows(model, calls, progress)]
 
     def close(self) -> None:
-        """End the workers; a later call starts others."""
+        """Stop the workers; a later call starts new ones."""
         for channel in self.channels:
             channel.close()
 
@@ -84,23 +84,23 @@ class WorkerSampler:
         self.close()
 
     def _rows(self, model: Model, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:
-        asked = [call for call in calls if call["total"]]
-        if not asked:
+        pending = [call for call in calls if call["total"]]
+        if not pending:
             return []
         named = self._named(model)
         self._prepare(Path(named["model"]))
-        used = self.channels[: len(asked)]
+        used = self.channels[: len(pending)]
         try:
-            results = call_all(used, [{**call, **named} for call in asked], progress)
+            results = call_all(used, [{**call, **named} for call in pending], progress)
             self.load_seconds += max(channel.load_seconds for channel in used)
         finally:
             ready = self.channels[0].ready
-            elsewhere = self.channels[0].host is not None  # where an idle worker holds a node
+            elsewhere = self.channels[0].host is not None  # where even an idle worker occupies a node
             self.on_accelerator = ready is not None and (elsewhere or ready["device"] != "cpu")
         return together([self._rows_of(result) for result in results])
 
     def _named(self, model: Model) -> dict[str, str]:
-        """How a call names a model."""
+        """The fields with which a call names a model."""
         if not isinstance(model, Adapted):
             return {"model": str(model_folder(model))}
         if not self.serves_adapters:
@@ -111,15 +111,15 @@ class WorkerSampler:
         return {"model": str(model_folder(model.base)), "adapter": str(adapter_folder(model.adapter))}
 
     def _prepare(self, folder: Path) -> None:
-        """Whatever must be true of the workers before they are asked about a model."""
+        """Make the workers ready for calls about a model."""
 
     def _rows_of(self, result: Any) -> list[Any]:
-        """The rows in what a worker answered."""
+        """The rows in a worker's result."""
         return list(result)
 
 
 def model_folder(model: Path) -> Path:
-    """The model's folder, absolute.
+    """The absolute path of a model's folder.
 
     Raises:
         SamplerError: it has no config.json.
@@ -127,15 +127,15 @@ def model_folder(model: Path) -> Path:
     folder = Path(model).absolute()
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise SamplerError(f"model {folder} {what}; give a folder that save_pretrained() wrote")
+        raise SamplerError(f"model {folder} {what}; use a folder that save_pretrained() wrote")
     return folder
 
 
 def adapter_folder(adapter: Path) -> Path:
-    """An adapter's folder, absolute.
+    """The absolute path of an adapter's folder.
 
     Raises:
-        SamplerError: it is not what peft writes, without pickle.
+        SamplerError: it lacks one of the files that peft writes (safetensors only).
     """
     folder = Path(adapter).absolute()
     for name in ("adapter_config.json", "adapter_model.safetensors"):

@@ -1,4 +1,4 @@
-"""What asks an LLM: engine, window, retry, rate, budget, Batch API, ledger.
+"""Calling LLM judges: engine, window, retries, rate limits, budget, Batch API, ledger.
 
-From outside: `ask`, `client`, `ledger`, `batch`, `errors`.
+Public modules: `ask`, `client`, `ledger`, `batch`, `errors`.
 """

@@ -1,4 +1,4 @@
-"""The API key of a judge: read from the environment, sent to the endpoint, stored and logged nowhere."""
+"""The API key of a judge: read from the environment, sent to the endpoint, never stored or logged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textalign_dagster.settings.judge import Judge
 
 HIDDEN = "[key]"
 OPENAI = "https://api.openai.com/"
-SECRET_FROM = 8  # characters; replacing a shorter one would change words of replies
+SECRET_FROM = 8  # characters; masking a shorter key could change words in replies
 
 
 class ApiKeyError(Exception):
@@ -39,12 +39,12 @@ class ApiKey:
         return "ApiKey()" if self._value is None else f"ApiKey({HIDDEN})"
 
     def hide(self, text: str) -> str:
-        """The text without the key: endpoints repeat it in errors. A placeholder ("none") is not a secret."""
+        """The text with the key masked: endpoints repeat it in errors. A placeholder ("none") is not a secret."""
         return text.replace(self._value, HIDDEN) if self._value and len(self._value) >= SECRET_FROM else text
 
     def headers(self, judge: Judge) -> dict[str, Any]:
         """Headers of every request: removes those that the library should not send."""
-        # The library takes these from the environment, for any endpoint.
+        # The library reads these from the environment, for any endpoint.
         foreign = [] if judge.base_url.startswith(OPENAI) else ["OpenAI-Organization", "OpenAI-Project"]
         unsent = [*foreign, *(["Authorization"] if self._value is None else [])]
         return {name: openai.Omit() for name in unsent}

@@ -43,7 +43,7 @@ def ask_judge(
         ValueError: the judge cannot give feedback of that kind.
     """
     if kind is not None and kind not in JUDGED.get(judge.ask, ()):
-        raise ValueError(f"a judge asked for {judge.ask!r} gives no feedback of kind {kind!r}")
+        raise ValueError(f"a judge with ask {judge.ask!r} gives no feedback of kind {kind!r}")
     asked = asking(judge, samples)
     tally = Tally()
     with Ledger(store) as ledger:
@@ -64,7 +64,7 @@ def ask_judge(
 
 
 def forecast_judging(judge: Judge, samples: pl.DataFrame, store: ArtifactStore) -> Forecast:
-    """The calls, tokens and money that judging these samples will take; sends nothing.
+    """The calls, tokens and cost of judging these samples; sends nothing.
 
     Args:
         samples: as for :func:`ask_judge`.

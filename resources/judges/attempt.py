@@ -24,13 +24,13 @@ PROBE = "probe"  # the purpose of a call that tests the endpoint
 
 @dataclass
 class Attempts:
-    """A call in progress. ``asked`` is what the caller wants, ``request`` what is sent for it."""
+    """A call in progress. ``asked`` is the caller's request, ``request`` the one sent for it."""
 
     asked: Request
     request: Request
     probe: bool = False
     sent: int = 0  # attempts
-    refused: int = 0  # of these, for the rate limit
+    refused: int = 0  # of these, by the rate limit
     lost: int = 0  # of these, possibly paid for without a reply
     called_at: datetime | None = None  # first attempt
     started: float = 0.0  # last attempt; monotonic, as is the next
@@ -58,7 +58,7 @@ class Sender:
         self._params = judge.decoding.params()
 
     async def attempt(self, call: Attempts, client: openai.AsyncOpenAI) -> bool:
-        """Send one request as soon as limits and budget admit it. True: a completion; False: a fault."""
+        """Send one request as soon as limits and budget allow. True: a completion; False: a fault."""
         admitted = await self._gate.admit(call.request)
         usd, lost, used = 0.0, True, float(admitted.tokens)  # unless something better is known
         try:
@@ -119,7 +119,7 @@ class Sender:
         return body
 
     def _price(self, got: Completion, highest: float) -> float:
-        """USD of a reply; the highest possible price where the endpoint counts no tokens."""
+        """USD of a reply; the highest possible cost if the endpoint does not report token counts."""
         assert self._judge.prices is not None
         if got.tokens_in is None or got.tokens_out is None:
             return highest

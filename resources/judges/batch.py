@@ -39,16 +39,16 @@ def batch_replies(
 ) -> dict[str, Reply]:
     """The replies to requests that have no outcome in the ledger, by key.
 
-    Sends what is in no job yet. Polls until all batches have ended, if a user is waiting.
+    Sends requests that are not in any job yet. Polls until all batches have ended, if a user is waiting.
 
     Args:
         scope: a hash of all calls of the stage.
         spent: USD of the scope so far, for the budget.
-        retry_before: jobs that were collected and created before this time do not count.
+        retry_before: collected jobs that were created before this time are ignored.
 
     Raises:
         BatchPendingError: batches are in progress, and no user is waiting.
-        BudgetExceededError: before anything is sent that could exceed the budget.
+        BudgetExceededError: the new requests could exceed the budget; nothing is sent.
         JudgeStoppedError: the key is missing, or the endpoint refuses the batch.
     """
     assert judge.batch is not None
@@ -92,7 +92,7 @@ def batch_replies(
             ids = ", ".join(job.id or job.name for job in left)
             raise BatchPendingError(
                 f"{sum(len(job.asked) for job in left):,} calls are with the Batch API of {judge.endpoint} ({ids}); "
-                "the sensor `collect_batches` fetches the replies and resumes, and so does running this again",
+                "the sensor `collect_batches` fetches the replies and resumes, as does running this again",
                 [job.name for job in left],
             )
         pause.wait(judge.batch.poll_s)
@@ -125,10 +125,10 @@ def _is_before(job: Job, time: datetime | None) -> bool:
 
 
 def collect_all(storage: Storage, ledger: Ledger) -> tuple[list[Job], list[str]]:
-    """Fetches the replies that are ready, of all experiments; sends no calls.
+    """Fetches the replies that are ready, for all experiments; sends no calls.
 
     Returns:
-        All jobs in their current state, and a sentence for each one that could not be checked.
+        All jobs in their current state, and an error message for each one that could not be checked.
     """
     found, problems = [], []
     for job in jobs(storage):

@@ -31,7 +31,7 @@ from textalign_dagster.settings.judge import Judge
 
 FOLDER = "ledger/batches"
 URL: Final = "/v1/chat/completions"
-LARGEST = 100 * 2**20  # bytes of a file of requests; OpenAI accepts 200 MB
+LARGEST = 100 * 2**20  # bytes of a request file; OpenAI accepts 200 MB
 OVER = ("completed", "failed", "expired", "cancelled")
 MINE = "textalign_job"  # in the metadata of a batch: the name of its job
 
@@ -53,7 +53,7 @@ class Job:
     """A batch, from before it is sent until its replies have been read.
 
     ``scope`` is the hash of all calls of the stage; ``purpose`` names the cell. ``judge``
-    holds the settings needed to fetch and price replies, and no key.
+    holds the settings needed to fetch and price replies, but no key.
     """
 
     name: str
@@ -129,7 +129,7 @@ def line(request: Request, judge: Judge) -> bytes:
 
 
 def intend(storage: Storage, judge: Judge, requests: Sequence[Request], scope: str) -> Job:
-    """Stores a job before anything is sent."""
+    """Creates a job and stores it before anything is sent."""
     job = Job(
         name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}",
         state="intended",
@@ -196,7 +196,7 @@ class Endpoint:
         return None
 
     def collect(self, storage: Storage, ledger: Ledger, job: Job) -> Job:
-        """The current state of the job; when its batch has ended, its replies are in the ledger."""
+        """The job in its current state; if its batch has ended, its replies are now in the ledger."""
         if job.state != "open":
             return job
         assert job.id is not None
@@ -217,23 +217,21 @@ class Endpoint:
                 for file_id in (batch.output_file_id, batch.error_file_id):
                     if file_id:
                         outputs.append(self._client.files.content(file_id).content)
-            except openai.NotFoundError:  # asking again will not bring it back
+            except openai.NotFoundError:  # retrying will not bring it back
                 unanswered = f"the endpoint no longer has the batch {job.id} or its replies (HTTP 404)"
         for record in self._records(job, outputs, unanswered):
             ledger.add(record)
-        ledger.flush()  # the job must not say "collected" before its replies are safe
+        ledger.flush()  # the job must not become "collected" before its replies are safe
         done = replace(job, state="collected", answered=len(job.asked))
         save(storage, done)
         return done
 
     def _records(self, job: Job, outputs: Sequence[bytes], unanswered: str) -> Iterator[CallRecord]:
-        """One row of the ledger for each request; a request without a line has failed, with the reason ``unanswered``."""
+        """One ledger row per request; a request without a line has failed, with the reason ``unanswered``."""
         lines: dict[str, Mapping[str, Any]] = {}
         for output in outputs:
             for text in output.splitlines():
-                with contextlib.suppress(
-                    ValueError, RecursionError
-                ):  # without a line, the request has failed
+                with contextlib.suppress(ValueError, RecursionError):  # an unreadable line counts as missing
                     found = json.loads(text)
                     if isinstance(found, dict):
                         lines.setdefault(str(found.get("custom_id")), found)
@@ -248,8 +246,8 @@ class Endpoint:
         status, body = response.get("status_code"), response.get("body")
         if status != 200:
             of_body = _mapping(_mapping(response, "body"), "error")
-            said = _mapping(found, "error").get("message") or of_body.get("message") or "no explanation"
-            return None, f"HTTP {status}: {said}" if status else str(said)
+            message = _mapping(found, "error").get("message") or of_body.get("message") or "no explanation"
+            return None, f"HTTP {status}: {message}" if status else str(message)
         try:
             return read_completion(json.dumps(body).encode()), None
         except BrokenReplyError as broken:
@@ -278,7 +276,7 @@ class Endpoint:
             tokens_out=got.tokens_out if got else None,
             usd=self._usd(asked, got),
             latency_s=None,
-            # The same each time it is collected: with the key, it identifies the row.
+            # The same whenever the job is collected: with the key, it identifies the row.
             called_at=datetime.fromisoformat(job.created_at),
             fingerprint=got.fingerprint if got else None,
             batch_id=job.scope,
@@ -296,7 +294,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turns the client's errors into one sentence; running it again resumes."""
+        """Turns the client's errors into a one-sentence `JudgeStoppedError`; another run resumes."""
         try:
             yield
         except openai.OpenAIError as error:
@@ -308,6 +306,6 @@ class Endpoint:
 
 
 def _mapping(found: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A field that should be an object; an empty one where it is something else."""
+    """A field that should be an object; an empty dict if it is anything else."""
     value = found.get(name)
     return value if isinstance(value, dict) else {}

@@ -37,8 +37,8 @@ class Reply:
     """The outcome of a call. ``status`` is "ok" (a reply was received) or "failed" (see ``error``).
 
     ``text`` is the raw reply, None when the judge refused or returned no text. ``from_ledger``: no request
-    was sent. Costs are those of the original call; tokens are None where the endpoint did not count them,
-    ``usd`` where the judge has no prices. ``model`` is the model that the reply names.
+    was sent. Costs are those of the original call; tokens are None where the endpoint did not report them,
+    ``usd`` where the judge has no prices. ``model`` is the model named in the reply.
     """
 
     call_key: str
@@ -72,7 +72,7 @@ class Request:
 
     @property
     def known_as(self) -> tuple[str, ...]:
-        """The keys under which a reply may be found, the best first."""
+        """The keys under which a reply may be in the ledger, the preferred one first."""
         return (self.key,) if self.plain is None else (self.key, self.plain.key)
 
 
@@ -97,8 +97,8 @@ class Completion(NamedTuple):
 class Tally:
     """Progress of one batch of calls: calls, requests (attempts) and USD of this run.
 
-    ``failed`` counts calls that were given up, in earlier runs too. ``lost`` counts replies that may have
-    been paid for and were not received, in earlier runs too.
+    ``failed`` counts calls that were given up, ``lost`` replies that may have been paid for but were not
+    received, both including earlier runs.
     """
 
     total: int = 0
@@ -115,14 +115,14 @@ class Tally:
         return self.cached + self.received + self.failed
 
     def note(self, seconds: float) -> str:
-        """Cost so far and, after this many seconds, the time left."""
+        """Cost so far and the estimated time left, given the seconds elapsed."""
         parts = [f"${self.usd:.4f}"] if self.usd else []
         if self.cached:
             parts.append(f"{self.cached:,} from the ledger")
         if self.failed:
             parts.append(f"{self.failed:,} failed")
         if self.lost:
-            parts.append(f"{self.lost:,} replies lost, possibly paid")
+            parts.append(f"{self.lost:,} replies lost, possibly paid for")
         if self.received and self.done < self.total:
             parts.append(f"about {seconds / self.received * (self.total - self.done):.0f} s left")
         return ", ".join(parts)
@@ -133,13 +133,15 @@ def prepare(call: Call, judge: Judge) -> Request:
 
     Its key is ``content_hash(model, endpoint, params, messages, response_format, repeat)``.
     """
-    wanted = call.response_format if judge.structured != "off" else None
-    plain = _request(call, judge, None) if wanted is not None and judge.structured == "auto" else None
-    return _request(call, judge, wanted, plain)
+    response_format = call.response_format if judge.structured != "off" else None
+    plain = (
+        _request(call, judge, None) if response_format is not None and judge.structured == "auto" else None
+    )
+    return _request(call, judge, response_format, plain)
 
 
 def neutral(judge: Judge, response_format: Mapping[str, Any] | None) -> Request:
-    """A question that every chat model can answer: tests the endpoint where no earlier call can."""
+    """A question that every chat model can answer: tests the endpoint if there is no earlier call to repeat."""
     return _request(Call([{"role": "user", "content": "Reply with the word OK."}]), judge, response_format)
 
 
@@ -164,7 +166,7 @@ def _request(
         messages_hash=content_hash(messages),
         params=canonical_json(recorded),
         chars=sum(map(len, texts)),
-        # A token of a byte-level vocabulary is at least one byte: never more than this.
+        # A token of a byte-level vocabulary is at least one byte, so this is an upper bound.
         most_tokens_in=sum(len(text.encode()) for text in texts) + TOKENS_PER_MESSAGE * (len(messages) + 1),
         plain=plain,
     )
@@ -236,5 +238,5 @@ def _count(value: Any) -> int | None:
 
 def _problem(content: Any) -> str:
     error = content.get("error") if isinstance(content, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    return " ".join(str(said or content).split())[:300]
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(str(message or content).split())[:300]

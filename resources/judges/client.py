@@ -1,4 +1,4 @@
-"""Many judge calls at a time: each paid once, each reply kept.
+"""Many concurrent judge calls: each paid for once, each reply kept.
 
 `judge_calls` looks up every call in the ledger and sends only those without an outcome. Calls go through a
 sliding window (a slow reply delays no other), within the endpoint's limits and the budget; a reply is in the
@@ -62,20 +62,20 @@ def judge_calls(
 ) -> list[Reply]:
     """The replies, in the order of ``calls``; a call with an outcome in the ledger is not sent.
 
-    A call that was given up is a `Reply` with status "failed". The event loop runs in a thread of its own;
-    ``progress(done, total, note)`` is called from this thread.
+    A call that was given up is a `Reply` with status "failed". The event loop runs in a separate thread;
+    ``progress(done, total, note)`` is called in the caller's.
 
     Args:
-        budget: to share one among batches. By default ``judge.budget_usd`` for this batch,
-            including what interrupted runs of it spent.
-        batch_id: identifies these runs; by default a hash of the calls' keys.
-        tally: updated meanwhile.
+        budget: one shared by several batches; by default ``judge.budget_usd`` for this batch,
+            including what its interrupted runs spent.
+        batch_id: identifies the batch across runs; by default a hash of the calls' keys.
+        tally: updated as calls end.
         retry_before: calls that were given up before this time are sent again.
 
     Raises:
         BatchPendingError: the calls are with the Batch API, and this process does not wait.
         JudgeStoppedError: the endpoint refuses every call, or is down, or the key is missing.
-        BudgetExceededError: before the call that could exceed the budget.
+        BudgetExceededError: the next call could exceed the budget; it is not sent.
         ArtifactError: the ledger cannot be read or saved.
     """
     tally = tally if tally is not None else Tally()
@@ -84,7 +84,7 @@ def judge_calls(
     unique = {request.key: request for request in requests}
     batch_id = batch_id or content_hash("batch", sorted(unique))
     with contextlib.ExitStack() as held:
-        if judge.batch is None:  # jobs of the Batch API are in the store
+        if judge.batch is None:  # the Batch API needs no lock: its jobs are in the store
 
             def waiting() -> None:
                 log.info("another process is making the same %d calls; waiting for its replies", len(unique))
@@ -108,7 +108,7 @@ def judge_calls(
         tally.failed = len(replies) - len(worked)
         report(tally.done, tally.total, tally.note(0))
         missing = [request for key, request in unique.items() if key not in replies]
-        mine = rows.filter(pl.col("batch_id") == batch_id)  # rows of its earlier runs
+        mine = rows.filter(pl.col("batch_id") == batch_id)  # rows of this batch's earlier runs
         if judge.batch is not None:
             replies |= batch_replies(
                 missing,
@@ -133,7 +133,7 @@ def judge_calls(
 def _known(
     unique: Mapping[str, Request], rows: pl.DataFrame, retry_before: datetime | None
 ) -> dict[str, Reply]:
-    """The outcomes that are in the ledger: a reply counts before a failure."""
+    """The outcomes that are in the ledger; a reply takes precedence over a failure."""
     found = outcomes(rows, retry_before)
     known = {}
     for key, request in unique.items():
@@ -145,14 +145,14 @@ def _known(
 
 
 def _answered(request: Request, reply: Reply) -> Request | None:
-    """The request as it was sent, if it got this reply."""
+    """The request as it was sent for this reply; None if the reply is a failure."""
     if reply.status != "ok":
         return None
     return request if request.plain is None or reply.call_key == request.key else request.plain
 
 
 def _lost(rows: pl.DataFrame) -> int:
-    """Replies in these rows that may have been paid for and were not received."""
+    """The number of replies in these rows that may have been paid for but were not received."""
     over = rows.filter(pl.col("status") != "sent")
     return int(over["lost_replies"].sum()) + over.filter(pl.col("status") == "lost").height
 
@@ -169,14 +169,14 @@ def _resumed(judge: Judge, unique: Mapping[str, Request], rows: pl.DataFrame) ->
 
 
 def _run(engine: Engine, missing: Sequence[Request], report: Progress) -> None:
-    """Run the engine in a thread; after an interrupt in this one, calls in flight have a moment to end."""
+    """Run the engine in a thread; after an interrupt, calls in flight get a moment to finish."""
     over = threading.Event()
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
             asyncio.run(engine.run(missing))
-        except BaseException as error:  # noqa: BLE001  # raised in the caller's thread
+        except BaseException as error:  # noqa: BLE001  # re-raised in the caller's thread
             failures.append(error)
         finally:
             over.set()

@@ -2,7 +2,7 @@
 
 Before its last attempt, a call that keeps failing is set aside until it is clear whether the call or the
 endpoint is at fault. A reply to a request that was sent later shows that the endpoint is up: the call gets its
-last attempt, and is given up (``failed``) if that fails too. Where no such reply comes, a *probe* is sent: a
+last attempt, and is given up (``failed``) if that fails too. If no such reply arrives, a *probe* is sent: a
 call that worked before, or else a neutral question. If the probe fails as well, the endpoint is down or refuses
 everything, and the batch stops; calls that were set aside are sent again by the next run.
 
@@ -64,9 +64,9 @@ class Engine:
         self._doubtful: deque[Attempts] = deque()  # set aside, in the order they failed
         self._active = 0  # calls in progress, the probe included
         self._probing = False
-        self._suspect_since = 0.0  # when the first call failed that the probe is for
+        self._suspect_since = 0.0  # when the call that prompted the probe failed
         self._worked = list(worked)
-        self._up_at = float("-inf")  # when the request was sent that shows the endpoint to be up
+        self._up_at = float("-inf")  # send time of the latest request that got a reply
         self._changed = asyncio.Event()
         self._error: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -74,7 +74,7 @@ class Engine:
         self._at_once = asyncio.Event()
 
     def cancel(self, at_once: bool = False) -> None:
-        """Send nothing more; wait for the replies in flight for ``grace_s``, or not at all."""
+        """Send nothing more; wait up to ``grace_s`` for replies in flight, or not at all."""
         loop = self._loop
         if loop is None:
             self._stopping.set()
@@ -88,7 +88,7 @@ class Engine:
         """Make the calls; their outcomes are in ``replies`` and, on disk, in the ledger.
 
         Raises:
-            JudgeError: why it stopped, once the calls in flight had their chance to end.
+            JudgeError: the batch stopped; raised once the calls in flight have had a chance to finish.
             ArtifactError: the ledger cannot be saved.
         """
         self._loop = asyncio.get_running_loop()
@@ -108,7 +108,7 @@ class Engine:
             raise self._error
 
     async def _end(self, tasks: Sequence[asyncio.Task[None]]) -> None:
-        """When the batch stops, give the calls in flight a moment to end: they are paid for."""
+        """When the batch stops, give the calls in flight a moment to finish: they are paid for."""
         await self._stopping.wait()
         self._notify()
         with contextlib.suppress(TimeoutError):
@@ -117,7 +117,7 @@ class Engine:
             task.cancel()
 
     async def _slot(self, client: openai.AsyncOpenAI) -> None:
-        """One of ``concurrency``: takes the next call as soon as its last one has ended."""
+        """One of ``concurrency`` slots: takes the next call as soon as its previous one has ended."""
         while (call := await self._next()) is not None:
             self._active += 1
             try:
@@ -132,7 +132,7 @@ class Engine:
                 self._notify()
 
     async def _next(self) -> Attempts | None:
-        """What to send next: a call set aside while the endpoint is up, a probe, or a new call; None: the end."""
+        """What to send next: a call set aside, if the endpoint is up; a probe; or a new call. None: nothing left."""
         while not self._stopping.is_set():
             if self._doubtful and self._is_up_since(self._doubtful[0]):
                 return self._doubtful.popleft()
@@ -175,7 +175,7 @@ class Engine:
                     if problem is None:
                         continue
                 tried, attempts = call.sent - call.refused, self.judge.limits.attempts
-                before = attempts if call.probe else max(1, attempts - 1)  # being set aside
+                before = attempts if call.probe else max(1, attempts - 1)  # then it is set aside
                 if fault.kind == "again" and call.failed_at is None and tried < before:
                     await self._gate.back_off(tried, fault.wait)
                 elif call.probe:
@@ -213,7 +213,7 @@ class Engine:
         return call.failed_at is not None and call.failed_at < self._up_at
 
     def _is_final(self, call: Attempts) -> bool:
-        """Whether another attempt cannot end differently, now that the endpoint is up."""
+        """Whether another attempt would end the same way, now that the endpoint is up."""
         only_one = self.judge.limits.attempts == 1
         return call.fault is not None and (only_one or call.fault.kind in ("refused", "limited"))
 
@@ -227,7 +227,7 @@ class Engine:
         return 1 if at_once else self.policy.outage_calls
 
     def _probe(self) -> Attempts:
-        """A call that worked before; where none has, a neutral question."""
+        """A call that worked before; if none has, a neutral question."""
         self._probing, first = True, self._doubtful[0]
         assert first.failed_at is not None
         self._suspect_since = first.failed_at
@@ -245,7 +245,7 @@ class Engine:
         """
         fault = probe.fault
         assert fault is not None
-        if fault.kind == "call":  # the endpoint is up, and will not answer this one
+        if fault.kind == "call":  # the endpoint is up, but will not answer this call
             self._up_at = max(self._up_at, probe.started)
         if self._up_at > self._suspect_since:
             return
@@ -255,7 +255,7 @@ class Engine:
             failed = f"{len(self._doubtful)} calls in a row failed"
             tested = "a call that worked before" if self._worked else "a test question"
             problem = (
-                f"{failed}, and so did {tested}, with: {fault.message}; the endpoint seems to be down, run it "
+                f"{failed}, and so did {tested}, with: {fault.message}; the endpoint seems to be down; run "
                 "again later"
             )
         raise JudgeStoppedError(self._explained(problem))
@@ -264,5 +264,5 @@ class Engine:
         tally = self.tally
         return self._key.hide(
             f"judge {self.judge.model} at {self.judge.endpoint}: {problem} ({tally.done:,} of {tally.total:,} "
-            "calls are done; replies that were received are in the ledger and are not paid for again)"
+            "calls are done; replies received so far are in the ledger and will not be paid for again)"
         )

@@ -10,15 +10,15 @@ class JudgeError(Exception):
 
 
 class JudgeStoppedError(JudgeError):
-    """No further call can succeed before what the message names has been fixed."""
+    """No further call can succeed until the problem that the message names is fixed."""
 
 
 class BudgetExceededError(JudgeError):
-    """The next call could exceed the budget; it was not made."""
+    """The next call could exceed the budget; it was not sent."""
 
 
 class BatchPendingError(JudgeError):
-    """The calls are with the endpoint; their replies will come within its window.
+    """The calls are with the endpoint; it will reply within its completion window.
 
     ``jobs`` are the names of the jobs to wait for.
     """

@@ -43,27 +43,27 @@ class Estimate:
 
 
 def estimate(ledger: Ledger, judge: Judge, params: str) -> Estimate:
-    """From the judge's past calls with these parameters, else all its past calls, else 4 characters a token."""
+    """From the judge's past calls with these parameters, else from all its past calls, else 4 characters per token."""
     same = Estimate.of(ledger.history(judge.model, judge.endpoint, params))
     return same if same.calls else Estimate.of(ledger.history(judge.model, judge.endpoint))
 
 
 def highest_usd(request: Request, judge: Judge) -> float:
-    """The highest cost of one attempt; 0 without prices."""
+    """The highest possible cost of one attempt; 0 without prices."""
     if judge.prices is None:
         return 0.0
-    dearest = max(judge.prices.input, judge.prices.cached_input or 0.0)
+    highest_price = max(judge.prices.input, judge.prices.cached_input or 0.0)
     tokens_out = judge.decoding.max_tokens or 0
-    return (request.most_tokens_in * dearest + tokens_out * judge.prices.output) / 1e6
+    return (request.most_tokens_in * highest_price + tokens_out * judge.prices.output) / 1e6
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """For the calls that have no outcome in the ledger; ``usd`` is None without prices.
+    """For the calls that have no outcome in the ledger; ``usd_*`` are None without prices.
 
     ``failed`` calls were given up by an earlier run; only ``--retry-failed`` sends them again.
     ``tokens_in`` is an estimate: characters per token come from ``calibrated_on`` past replies of this
-    judge, or else are 4. ``*_max`` are upper bounds (bytes, max_tokens; one attempt per call), None
+    judge, else 4 is assumed. ``*_max`` are upper bounds (bytes, max_tokens; one attempt per call), None
     without max_tokens. ``*_expected`` follow past replies, None where there are too few. ``seconds``
     follows from limits, concurrency and past latency, None where nothing is known.
     """
@@ -89,12 +89,12 @@ def forecast(calls: Sequence[Call], judge: Judge, ledger: Ledger) -> Forecast:
     missing = [request for request, statuses in zip(unique.values(), known, strict=True) if not statuses]
     cached = sum("ok" in statuses for statuses in known)
     past = estimate(ledger, judge, missing[0].params if missing else "")
-    n, longest = len(missing), judge.decoding.max_tokens
+    n, max_tokens = len(missing), judge.decoding.max_tokens
     tokens_in = sum(past.tokens_in(request) for request in missing)
     out_expected = None if past.tokens_out is None else round(past.tokens_out * n)
     usd_max = usd_expected = None
     if judge.prices is not None:
-        if longest is not None:
+        if max_tokens is not None:
             usd_max = sum(highest_usd(request, judge) for request in missing)
         if out_expected is not None:
             usd_expected = judge.prices.usd(tokens_in, out_expected, tokens_in * past.cached_share)
@@ -102,8 +102,8 @@ def forecast(calls: Sequence[Call], judge: Judge, ledger: Ledger) -> Forecast:
     times = []
     if limits.requests_per_minute is not None:
         times.append(n / limits.requests_per_minute * 60)
-    if limits.tokens_per_minute is not None and (out_expected is not None or longest is not None):
-        tokens_out = out_expected if out_expected is not None else n * (longest or 0)
+    if limits.tokens_per_minute is not None and (out_expected is not None or max_tokens is not None):
+        tokens_out = out_expected if out_expected is not None else n * (max_tokens or 0)
         times.append((tokens_in + tokens_out) / limits.tokens_per_minute * 60)
     if past.seconds is not None:
         times.append(n / limits.concurrency * past.seconds)
@@ -113,7 +113,7 @@ def forecast(calls: Sequence[Call], judge: Judge, ledger: Ledger) -> Forecast:
         failed=len(unique) - n - cached,
         tokens_in=tokens_in,
         tokens_in_max=sum(request.most_tokens_in for request in missing),
-        tokens_out_max=None if longest is None else n * longest,
+        tokens_out_max=None if max_tokens is None else n * max_tokens,
         tokens_out_expected=out_expected,
         usd_max=usd_max,
         usd_expected=usd_expected,

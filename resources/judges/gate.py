@@ -21,10 +21,10 @@ ROUNDING_USD = 1e-9  # sums of floats
 
 
 class Budget:
-    """A sum of money that calls may not exceed, including the highest cost of those in flight.
+    """A spending limit for calls, including the highest possible cost of those in flight.
 
     ``spent`` is known cost, ``uncertain`` the highest cost of calls whose reply was lost. ``limit`` in USD;
-    None: no limit, only sums. Thread-safe; several batches may share one budget.
+    None: no limit, costs are only summed. Thread-safe; several batches may share one budget.
     """
 
     def __init__(self, limit: float | None = None, spent: float = 0.0, uncertain: float = 0.0) -> None:
@@ -35,7 +35,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def reserve(self, usd: float) -> bool:
-        """Reserve a call's highest cost; False when that could exceed the limit."""
+        """Reserve a call's highest cost; False if that could exceed the limit."""
         with self._lock:
             committed = self.spent + self.uncertain + self.reserved
             if self.limit is not None and committed + usd > self.limit + ROUNDING_USD:
@@ -96,23 +96,23 @@ class Gate:
             Stopping: the batch stops.
             BudgetExceededError: it could cost more than is left.
         """
-        wanted = Admission(
+        admission = Admission(
             self._past.tokens_in(request) + (self._judge.decoding.max_tokens or 0),
             highest_usd(request, self._judge),
         )
-        wait = self._limit.take(wanted.tokens)
+        wait = self._limit.take(admission.tokens)
         try:
             await self.sleep(wait)
             while (pause := self._limit.paused()) > 0:
                 await self.sleep(pause + random.uniform(0, min(1.0, pause / 4)))
-            await self._afford(wanted.usd)
+            await self._afford(admission.usd)
         except BaseException:
-            self._limit.give_back(wanted.tokens)
+            self._limit.give_back(admission.tokens)
             raise
-        return wanted
+        return admission
 
     def settle(self, admitted: Admission, tokens: float, usd: float, lost: bool) -> None:
-        """Actual use of an admitted request; ``lost``: it may have been paid for without a reply."""
+        """Actual usage of an admitted request; ``lost``: it may have been paid for without a reply."""
         self._limit.correct(admitted.tokens, tokens)
         self._in_flight -= 1
         self._budget.settle(admitted.usd, usd, admitted.usd if lost else 0.0)
@@ -129,7 +129,7 @@ class Gate:
         self._refusals = 0
 
     async def sleep(self, seconds: float) -> None:
-        """Waits, but no longer than until the batch stops.
+        """Waits, at most until the batch stops.
 
         Raises:
             Stopping: the batch stops.
@@ -146,7 +146,7 @@ class Gate:
         await self.sleep(own if wait is None else wait + min(own, 1.0))
 
     def pause(self, fault: Fault) -> str | None:
-        """Refused for the rate limit: pauses all requests. What is wrong, if that has lasted too long."""
+        """Pauses all requests after a rate-limit refusal; an error message if this has lasted too long, else None."""
         silent = time.monotonic() - self._last_reply
         if self._limit.paused() == 0:
             self._refusals += 1
@@ -155,14 +155,14 @@ class Gate:
             wait = self._policy.backoff(self._refusals)
         if silent + wait > self._policy.patience_s:
             return (
-                f"{fault.message}: no reply for {silent:.0f} s, and another {wait:.0f} s to wait; run it again "
+                f"{fault.message}: no reply for {silent:.0f} s, and another {wait:.0f} s to wait; run again "
                 "later, or lower limits.requests_per_minute and limits.concurrency"
             )
         self._limit.pause(wait)
         return None
 
     async def _afford(self, usd: float) -> None:
-        """Reserve a request's highest cost; waits for those in flight, which may turn out cheaper."""
+        """Reserve a request's highest cost; waits for requests in flight, which may turn out cheaper."""
         while not self._budget.reserve(usd):
             if not self._in_flight:
                 budget = self._budget

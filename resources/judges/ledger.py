@@ -5,11 +5,11 @@ Layout below the store's root::
     ledger/segments/{time}-{pid}-{random}.jsonl     the lines of one writer (see `ledger_writer`)
     ledger/compacted/{hash}.parquet                 the rows of segments whose writers have ended
 
-A line is a row of `FEEDBACK_CALLS` without NULLs. A call has two lines with one identity (call_key,
+A line is a row of `FEEDBACK_CALLS` without NULLs. A call has two lines with the same identity (call_key,
 called_at): ``sent`` before the request, ``ok``, ``failed`` or ``stopped`` when it ends; the later one counts.
-A ``sent`` without an end, from a writer that no longer runs, reads as ``lost``: the process was killed and
+A ``sent`` without an end, from a writer that no longer runs, is read as ``lost``: the process was killed and
 the call may have been paid for. Compaction publishes a Parquet file before it removes the segments, and
-readers count an identity once: whenever it is killed, nothing is lost or counted twice.
+readers count each identity once: whenever compaction is killed, nothing is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ REMOTE_ALIVE = timedelta(hours=1)  # on an object store, a writer counts as runn
 
 @dataclass(frozen=True)
 class History:
-    """Past usage of a judge: sums over ``calls`` replies with known tokens."""
+    """Past usage of a judge: sums over ``calls`` replies with known token counts."""
 
     calls: int
     chars_in: int
@@ -62,9 +62,9 @@ class Compaction:
 
 
 class Ledger:
-    """The ledger of a store. A context manager; any thread may call.
+    """A store's ledger of judge calls. A context manager; thread-safe.
 
-    ``damages`` lists what the last read skipped: torn last lines of killed writers.
+    ``damages`` lists the lines that the last read skipped, such as torn last lines of killed writers.
     """
 
     def __init__(self, store: ArtifactStore) -> None:
@@ -80,7 +80,7 @@ class Ledger:
         return self._storage
 
     def add(self, record: CallRecord) -> None:
-        """Append a row; ``flush`` returns when it is on the disk.
+        """Append a row; ``flush`` returns when it is on disk.
 
         Raises:
             ArtifactError: this or an earlier row could not be saved (disk full, no permission).
@@ -92,12 +92,12 @@ class Ledger:
         writer.add(record.line())
 
     def flush(self) -> None:
-        """Return when every row so far is on the disk. Raises as `add` does."""
+        """Wait until every row so far is on disk. Raises as `add` does."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Flush and release this writer's segment. A later `add` starts another."""
+        """Flush and release this writer's segment. A later `add` starts a new one."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
@@ -112,7 +112,7 @@ class Ledger:
     def alone(self, batch_id: str, waiting: Callable[[], None]) -> Iterator[None]:
         """Locks a batch of calls: another process with the same batch waits, and then finds the replies.
 
-        Works among processes of one machine; on an object store there is no lock.
+        Works among processes on one machine; an object store has no lock.
 
         Args:
             waiting: called when another process holds the lock.
@@ -123,7 +123,7 @@ class Ledger:
                 with readable_errors(self._store.local, place, "write"):
                     make_folder(place.parent)
                     handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
-                held.callback(os.close, handle)  # releases the lock, as the end of the process does
+                held.callback(os.close, handle)  # releases the lock, as does the end of the process
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
@@ -132,13 +132,13 @@ class Ledger:
             yield
 
     def frame(self) -> pl.DataFrame:
-        """Every row, in the order of the calls."""
+        """Every row, ordered by call time."""
         return self._read(lambda rows: rows).sort("called_at", "call_key")
 
     def rows(self, keys: Collection[str]) -> pl.DataFrame:
-        """Every row with one of these call keys, in the order of the calls."""
+        """Every row with one of these call keys, ordered by call time."""
         wanted = pl.Series("call_key", list(keys), dtype=pl.String)
-        # A semi-join rather than is_in: linear in both, and it prunes no columns too late.
+        # A semi-join rather than is_in: linear in both, and it does not delay column pruning.
         return self._read(lambda rows: rows.join(wanted.to_frame().lazy(), on="call_key", how="semi")).sort(
             "called_at", "call_key"
         )
@@ -166,10 +166,10 @@ class Ledger:
         return History(rows.height, chars, fresh, cached, out, float(sums[4]))
 
     def parts(self) -> tuple[list[Path], pl.DataFrame]:
-        """The ledger without reading it whole: Parquet files, and the rows that are not in one yet.
+        """The ledger without reading all of it: Parquet files, and the rows that are not in one yet.
 
-        The files never change. An identity may be in both, or in several files: the lowest status by
-        `STATUS_RANK` counts, and among these the most attempts.
+        The files never change. An identity may be in both, or in several files: the row with the lowest
+        `STATUS_RANK` counts, and among these the one with the most attempts.
         """
         damages: list[str] = []
         # Segments first, as in `_read`.
@@ -179,14 +179,14 @@ class Ledger:
         return paths, one_row_a_call(pl.concat([no_calls(), *recent]))
 
     def compact_if_due(self) -> Compaction | None:
-        """`compact`, when the finished segments have become large or many."""
+        """`compact` if segments have become large or numerous, else None."""
         sizes = [size for size, _ in self._storage.entries(SEGMENTS).values()]
         if sum(sizes) < COMPACT_BYTES and len(sizes) < COMPACT_SEGMENTS:
             return None
         return self.compact()
 
     def compact(self) -> Compaction:
-        """Move the rows of writers that have ended from segments into one Parquet file."""
+        """Move the rows of finished writers from segments into one Parquet file."""
         with contextlib.ExitStack() as locks:
             if not self._is_only_compaction(locks):
                 return Compaction(0, 0, [])
@@ -204,7 +204,7 @@ class Ledger:
         """All rows after ``narrow`` (LazyFrame → LazyFrame), one per identity."""
         for _ in range(100):
             damages: list[str] = []
-            # Segments first: one that disappears meanwhile is in a Parquet file that is listed later.
+            # Segments first: the rows of one that disappears meanwhile are in a Parquet file listed later.
             segments = self._read_segments(self._segment_names(), damages)
             parts = [narrow(frame.lazy()).collect() for _, frame in segments]
             try:
@@ -266,7 +266,7 @@ class Ledger:
             self._storage.upload(name, path)
 
     def _is_only_compaction(self, locks: contextlib.ExitStack) -> bool:
-        """Take the compaction lock of a local store; on an object store two compactions only repeat work."""
+        """Take the compaction lock of a local store; on an object store, a second compaction only duplicates work."""
         if self._store.is_remote:
             return True
         place = Path(self._storage.place("ledger/compaction.lock"))
@@ -275,7 +275,7 @@ class Ledger:
             return self._locked(os.open(place, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX, locks)
 
     def _is_over(self, name: str, locks: contextlib.ExitStack | None = None) -> bool:
-        """Whether a segment's writer has ended. With ``locks`` that stays so until they are released."""
+        """Whether a segment's writer has ended. With ``locks``, this holds until they are released."""
         if self._store.is_remote:
             return locks is not None  # objects never change; whether the writer still runs is unknown
         try:

@@ -16,7 +16,7 @@ call had an outcome; the next run sends it again. ``lost``: its process was kill
 for; the next run sends it again. ``sent``: in flight."""
 
 INTERRUPTED = (
-    "stopped while in flight"  # ledgers written before ``stopped`` existed have this with ``failed``
+    "stopped while in flight"  # in ledgers written before ``stopped`` existed, the status is ``failed``
 )
 
 FEEDBACK_CALLS = pl.Schema(
@@ -27,14 +27,14 @@ FEEDBACK_CALLS = pl.Schema(
         "messages_hash": pl.String,
         "params": pl.String,  # JSON: decoding, and response_format where there is one
         "repeat": pl.Int32,  # 0, 1, … when the same question is asked again
-        "order_shown": pl.String,  # what was shown in which order, as the caller writes it
-        "raw_reply": pl.String,  # the text of the reply, unparsed; NULL without any
+        "order_shown": pl.String,  # what was shown in which order, in the caller's notation
+        "raw_reply": pl.String,  # the text of the reply, unparsed; NULL if none
         "refusal": pl.String,  # the judge's refusal, where the endpoint reports it separately
         "finish_reason": pl.String,  # "stop", "length", "content_filter", …
         "status": pl.String,  # one of CALL_STATUSES
         "error": pl.String,  # why not ok
         "attempts": pl.Int32,  # requests sent for this row
-        "lost_replies": pl.Int32,  # of these, how many may have been paid for without a reply
+        "lost_replies": pl.Int32,  # how many of these may have been paid for without a reply
         "chars_in": pl.Int64,  # characters of the messages (and of the schema)
         "tokens_in": pl.Int64,  # as counted by the endpoint; NULL: not reported
         "tokens_cached": pl.Int64,  # of tokens_in
@@ -45,12 +45,12 @@ FEEDBACK_CALLS = pl.Schema(
         "fingerprint": pl.String,  # the endpoint's system_fingerprint
         "batch_id": pl.String,  # hash of the batch's call keys: the scope of a budget
         "purpose": pl.String,  # e.g. "pep8_alt_lmu|003 feedback"; "probe": tested whether the endpoint is up
-        "reply_model": pl.String,  # the model named in the reply; NULL: none, or written before this column
+        "reply_model": pl.String,  # the model named in the reply; NULL: none, or written before this column existed
     }
 )
 
 IDENTITY = ["call_key", "called_at"]
-STATUS_RANK = {"lost": 1, "sent": 2}  # of two rows of one identity the lowest counts; the others are 0
+STATUS_RANK = {"lost": 1, "sent": 2}  # among rows of one identity, the lowest counts; others are 0
 LINE_SCHEMA = pl.Schema({**FEEDBACK_CALLS, "called_at": pl.String()})
 
 
@@ -93,7 +93,7 @@ class CallRecord(NamedTuple):  # not a dataclass: one lookup creates a hundred t
 def outcomes(rows: pl.DataFrame, retry_before: datetime | None = None) -> dict[str, CallRecord]:
     """The outcome of each call key among ``rows`` (`FEEDBACK_CALLS`, ordered): first reply, else last failure.
 
-    Calls that were stopped or lost have none; nor have, with ``retry_before``, those that failed before then.
+    Calls that were stopped or lost have none; nor do, with ``retry_before``, those that failed before then.
     """
     given_up = (pl.col("status") == "failed") & pl.col("error").ne_missing(INTERRUPTED)
     if retry_before is not None:
@@ -109,9 +109,9 @@ def no_calls() -> pl.DataFrame:
 
 
 def one_row_a_call(rows: pl.DataFrame) -> pl.DataFrame:
-    """One row per identity: the end of the call, else that it is lost, else that it was sent."""
+    """One row per identity: the row of the call's end, else the ``lost`` one, else the ``sent`` one."""
     rank = pl.col("status").replace_strict(STATUS_RANK, default=0, return_dtype=pl.Int8)
-    # Of two lines "sent", the one of the later attempt.
+    # Of two ``sent`` lines, that of the later attempt.
     ordered = rows.sort(rank, -pl.col("attempts"), maintain_order=True)
     return ordered.unique(IDENTITY, keep="first", maintain_order=True)
 

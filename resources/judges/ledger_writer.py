@@ -1,7 +1,7 @@
-"""Appending to the ledger: a line is safe from kill -9 when `add` returns, on the disk when `flush` does.
+"""Appending to the ledger: a line is safe from kill -9 when `add` returns, on disk when `flush` does.
 
-On a local store every writer has a segment, a file of its own, locked while the writer lives; a
-thread forces it to the disk a few milliseconds after a line came, for all lines that came meanwhile
+On a local store every writer has its own file, a segment, locked while the writer lives; a thread
+syncs it to disk a few milliseconds after a line arrives, together with all lines that arrive meanwhile
 (group commit). On an object store, where files cannot grow, every commit is a small object.
 """
 
@@ -20,12 +20,12 @@ from resources.store.storage import LocalStorage, Storage
 from textalign_dagster.disk import sync
 
 SEGMENTS = "ledger/segments"
-GATHER_S = 0.004  # a commit waits so long for company
-BACKLOG_BYTES = 64 * 2**20  # unsaved lines, before `add` waits for an object store
+GATHER_S = 0.004  # how long a commit waits for further lines
+BACKLOG_BYTES = 64 * 2**20  # of unsaved lines, before `add` blocks on an object store
 
 
 class Writer(Protocol):
-    """Appends lines; any thread may call."""
+    """Appends lines; thread-safe."""
 
     def add(self, line: bytes) -> None:
         """Append a line.
@@ -35,10 +35,10 @@ class Writer(Protocol):
         """
 
     def flush(self) -> None:
-        """Return when all lines so far are on the disk. Raises as `add` does."""
+        """Wait until all lines so far are on disk. Raises as `add` does."""
 
     def close(self) -> None:
-        """Flush and end; the writer's segments may then be compacted."""
+        """Flush and close; the writer's segments can then be compacted."""
 
 
 def new_writer(storage: Storage) -> Writer:
@@ -53,24 +53,24 @@ def _new_name() -> str:
 
 
 class _Committer:
-    """A thread that calls ``commit`` soon after `wake`, once for all calls that came meanwhile."""
+    """A thread that calls `_commit` soon after `_added`, once for all lines added meanwhile."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._wanted = 0  # commits are counted in lines
-        self._done = 0
+        self._appended = 0  # lines added
+        self._done = 0  # lines committed
         self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
     def _commit(self) -> None:
-        """Make everything durable that was added before the call."""
+        """Make everything durable that has been added so far."""
         raise NotImplementedError
 
     def _added(self) -> None:
-        """Call with ``_changed`` held."""
-        self._wanted += 1
+        """Announce a new line; call with ``_changed`` held."""
+        self._appended += 1
         self._changed.notify_all()
 
     def _check(self) -> None:
@@ -80,7 +80,7 @@ class _Committer:
 
     def flush(self) -> None:
         with self._changed:
-            target = self._wanted
+            target = self._appended
             self._changed.wait_for(lambda: self._done >= target or self._error is not None)
             self._check()
 
@@ -93,15 +93,15 @@ class _Committer:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._wanted > self._done or self._closing)
-                if self._wanted == self._done:
+                self._changed.wait_for(lambda: self._appended > self._done or self._closing)
+                if self._appended == self._done:
                     return
                 if not self._closing:
                     self._changed.wait_for(lambda: self._closing, timeout=GATHER_S)
-                target = self._wanted
+                target = self._appended
             try:
                 self._commit()
-            except BaseException as error:  # noqa: BLE001  # raised again where rows are added or flushed
+            except BaseException as error:  # noqa: BLE001  # re-raised by `add` and `flush`
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()
@@ -112,7 +112,7 @@ class _Committer:
 
 
 class FileWriter(_Committer):
-    """A segment file. Lines reach the operating system at once, the disk with the next commit."""
+    """A segment file. Lines reach the operating system at once and the disk with the next commit."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -127,7 +127,7 @@ class FileWriter(_Committer):
             path = self._folder / f"{_new_name()}.jsonl"
             handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
             fcntl.flock(handle, fcntl.LOCK_EX)
-            # A compaction may have found it between the two calls, unlocked, and removed it.
+            # Between the two calls a compaction may have found it unlocked and removed it.
             if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                 sync(self._folder)
                 return path, handle
@@ -142,7 +142,7 @@ class FileWriter(_Committer):
                     while written < len(line):
                         written += os.write(self._handle, line[written:])
             except ArtifactError as error:
-                self._error = error  # a line may be torn now: nothing may follow it
+                self._error = error  # the line may be torn: nothing must follow it
                 raise
             self._added()
 
@@ -160,10 +160,10 @@ class FileWriter(_Committer):
 
 
 class ObjectWriter(_Committer):
-    """Objects ``{name}-{number}.jsonl``. While one is being put, the lines for the next gather.
+    """Objects ``{name}-{number}.jsonl``. While one is being put, the lines for the next accumulate.
 
-    A line that tells of a call to be sent is therefore put while the call is under way: a machine
-    that dies within that put (some 50 ms) leaves no trace of the call.
+    The ``sent`` line of a call is therefore put while the call is in flight: a machine that dies
+    during that put (some 50 ms) leaves no trace of the call.
     """
 
     def __init__(self, storage: Storage) -> None:

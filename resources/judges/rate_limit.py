@@ -14,7 +14,7 @@ from resources.backoff import finite
 
 WINDOW_S = 60.0  # limits are per minute
 BURST_S = 2.0  # this many seconds' worth may be sent at once; the rate is lowered to compensate
-MAX_PAUSE_S = 60.0  # by headers other than Retry-After: these often give the time of a full refill
+MAX_PAUSE_S = 60.0  # from headers other than Retry-After: these often give the time until a full refill
 DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -23,7 +23,7 @@ class TokenBucket:
     """At most ``per_minute`` requests in any 60 seconds; first come, first served.
 
     In general: at most capacity + t · rate units in any t seconds after a grant, whatever their
-    size; more than the bucket holds is granted once the deficit is refilled.
+    size; a request for more than the bucket holds is granted once the deficit is refilled.
     """
 
     def __init__(self, per_minute: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -34,13 +34,13 @@ class TokenBucket:
         self._at = clock()
 
     def take(self, units: float) -> float:
-        """Take units; the seconds until they are granted."""
+        """Take units; returns the seconds until they are granted."""
         self._refill()
         self._balance -= units
         return max(0.0, -self._balance) / self.rate
 
     def give_back(self, units: float) -> None:
-        """Correct an estimate: ``units`` were taken and not used (negative: used in addition)."""
+        """Correct an estimate: ``units`` were taken but not used (negative: used in addition)."""
         self._refill()
         self._balance = min(self.capacity, self._balance + units)
 
@@ -65,7 +65,7 @@ class RateLimit:
         self._resume_at = clock()
 
     def take(self, tokens: float) -> float:
-        """Reserve a request of about this many tokens (input and output); seconds until it may be sent."""
+        """Reserve a request of about this many tokens (input and output); returns the seconds until it may be sent."""
         waits = [0.0]
         if self._requests is not None:
             waits.append(self._requests.take(1))
@@ -99,7 +99,7 @@ class RateLimit:
             reset = duration(headers.get(f"x-ratelimit-reset-{unit}"))
             if left is None or reset is None or left >= need:
                 continue
-            # The reset is the time until the bucket is full again, of which one request is a part.
+            # The reset is the time until the bucket is full again; one request needs only part of it.
             limit = finite(headers.get(f"x-ratelimit-limit-{unit}"))
             missing = min(1.0, (need - left) / (limit - left)) if limit is not None and limit > left else 1.0
             self.pause(min(reset * missing, MAX_PAUSE_S))

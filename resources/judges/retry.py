@@ -1,4 +1,4 @@
-"""What a failed attempt means: retry, wait, or look whether the call, the settings or the endpoint is at fault."""
+"""What a failed attempt means: retry, wait, or find out whether the call, the settings or the endpoint is at fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from resources.judges.call import BrokenReplyError
 Kind = Literal["again", "limited", "call", "refused", "stop"]
 """``again``: another attempt may succeed. ``limited``: it will, later. ``call``: this call can never succeed,
 others can. ``refused``: this call or the settings are at fault, and no attempt will change that. ``stop``: no
-call can succeed until something is fixed, unless it is this call alone."""
+call can succeed until something is fixed, unless only this call is at fault."""
 
 THIS_CALL = re.compile(
     r"context.?length|maximum context|too long|too large|content.?filter|content.?policy|content management"
@@ -37,11 +37,11 @@ UNSENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"
 
 @dataclass(frozen=True)
 class Fault:
-    """Why an attempt failed. ``lost``: a reply may have been paid for and was not received."""
+    """Why an attempt failed. ``lost``: a reply may have been paid for but was not received."""
 
     kind: Kind
     message: str
-    wait: float | None = None  # seconds, where the endpoint gave them
+    wait: float | None = None  # seconds, if the endpoint specified them
     lost: bool = False
     schema: bool = False  # the endpoint refuses the response_format
     remedy: str = ""  # if the call is not at fault
@@ -57,7 +57,7 @@ class RetryPolicy:
 
     base_s: float = 1.0
     cap_s: float = 60.0
-    patience_s: float = 900.0  # of 429 without any reply, before the endpoint is tested
+    patience_s: float = 900.0  # of 429s without any reply, before the endpoint is tested
     outage_calls: int = 16  # calls that failed without any reply meanwhile, before the endpoint is tested
     grace_s: float = 5.0  # for calls in flight when everything stops: they are paid for
 
@@ -67,7 +67,7 @@ class RetryPolicy:
 
 
 def classify(error: Exception, timeout_s: float) -> Fault | None:
-    """The fault behind an attempt's exception; None: unknown, a bug."""
+    """The fault behind an attempt's exception; None: unknown, i.e. a bug."""
     if isinstance(error, BrokenReplyError):
         return Fault("again", str(error), lost=True)
     if isinstance(error, TimeoutError | openai.APITimeoutError):
@@ -84,23 +84,25 @@ def classify(error: Exception, timeout_s: float) -> Fault | None:
 
 def _status_fault(error: openai.APIStatusError) -> Fault:
     status = error.status_code
-    said = _said(error)
-    message = f"HTTP {status}: {said}"
+    explanation = _explanation(error)
+    message = f"HTTP {status}: {explanation}"
     wait = retry_after(error.response.headers)
-    if status == 413 or (status in (400, 422, 429) and THIS_CALL.search(said)):
+    if status == 413 or (status in (400, 422, 429) and THIS_CALL.search(explanation)):
         return Fault("call", message)
-    if status == 429 and not NO_MONEY.search(said):
+    if status == 429 and not NO_MONEY.search(explanation):
         return Fault("limited", message, wait)
     if status >= 500 or status in RETRIED_STATUSES:
         return Fault("again", message, wait)
-    remedy = REMEDIES[402] if NO_MONEY.search(said) else REMEDIES.get(status, "check base_url and model")
+    remedy = (
+        REMEDIES[402] if NO_MONEY.search(explanation) else REMEDIES.get(status, "check base_url and model")
+    )
     refused = status in (400, 422)
-    schema = refused and SCHEMA.search(said) is not None
+    schema = refused and SCHEMA.search(explanation) is not None
     return Fault("refused" if refused else "stop", message, schema=schema, remedy=remedy)
 
 
-def _said(error: openai.APIStatusError) -> str:
-    """The endpoint's explanation: message and code, at most 500 characters, in one line."""
+def _explanation(error: openai.APIStatusError) -> str:
+    """The endpoint's explanation: message and code, at most 500 characters, on one line."""
     body: Any = error.body
     parts = (
         [str(body[name]) for name in ("message", "code", "param") if body.get(name)]

@@ -1,4 +1,4 @@
-"""Where a training runs: here (`launcher`), on Slurm, on Kubernetes; its Pipes messages.
+"""Where training runs: on this machine (`launcher`), on Slurm, on Kubernetes; and its Pipes messages.
 
 From outside: `launcher`, `slurm`, `kubernetes`.
 """

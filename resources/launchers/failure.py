@@ -1,4 +1,4 @@
-"""A training that failed, as Dagster shows it: one sentence, and what it rests on."""
+"""A failed training run as Dagster shows it: one sentence, and the evidence for it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def failure(
     state: str = "",
     trust_heard: bool = True,
 ) -> dg.Failure:
-    """The trainer's own words where it had some, else the reason.
+    """A failure with the trainer's message if there is one, else with the reason.
 
     Args:
         reason: why it failed, a sentence without a full stop.
-        log: its output; None: in the step's own logs.
+        log: the file with its output; None: it is in the step's own logs.
         facts: metadata of the place where it ran.
         left: a note on what the next run resumes from.
-        state: how it ended by scheduler or cluster, beside the trainer's words.
-        trust_heard: whether these words are of the end, and not of an earlier life.
+        state: how it ended according to the scheduler or cluster; added to the trainer's message.
+        trust_heard: whether the trainer's message is about this end, and not from an earlier life.
     """
     metadata = dict(facts)
     if log is not None:
@@ -39,17 +39,17 @@ def failure(
     if heard.exception is not None and trust_heard:
         name, message = heard.exception
         metadata["exception"] = dg.MetadataValue.text(name)
-        beside = f" ({state})" if state else ""
-        # Bad input is as bad the next time.
+        suffix = f" ({state})" if state else ""
+        # Bad input fails again on a retry.
         return dg.Failure(
-            f"{name}: {message}{beside}{left}", metadata=metadata, allow_retries=name != "JobError"
+            f"{name}: {message}{suffix}{left}", metadata=metadata, allow_retries=name != "JobError"
         )
     where = "this step's stderr" if log is None else f"the log {log}"
     return dg.Failure(f"{reason}{left}; see {where}", metadata=metadata)
 
 
 def end_of_log(log: Path, size: int = TAIL) -> str:
-    """The last bytes of a log; nothing where there is none."""
+    """The last bytes of a log; empty if there is no log."""
     if not log.exists():
         return ""
     with log.open("rb") as stream:

@@ -1,9 +1,9 @@
-"""Trainings as pods of a Kubernetes cluster, through dagster-k8s, with files on a volume that both see.
+"""Training as pods of a Kubernetes cluster, through dagster-k8s, with files on a volume that both mount.
 
 Messages go through a file on the volume, not through the pod's log, which is rotated and can break
-off. Exit code 0 is not believed without the marker the trainer writes last.
+off. Exit code 0 is not a success without the marker the trainer writes last.
 
-A pod does not outlive the run that waits for it: it is deleted when that ends, in whichever way. Where
+A pod does not outlive the run that waits for it: it is deleted when the run ends, however it ends. If
 the run's process was killed, the next run of the same training deletes the pod and resumes from the
 newest snapshot.
 """
@@ -35,27 +35,27 @@ code=$?
 while kill -0 $! 2> /dev/null; do wait $!; code=$?; done
 exit $code
 """
-"""What a pod runs first: the trainer is told when the pod has to go, and takes a last snapshot. Otherwise only the
-first process would be, and `accelerate launch` would end at once, and everybody with it."""
-SEARCHED = 200_000  # bytes of a log in which a signal is looked for
+"""A pod's entry script: when the pod has to go, the trainer gets the signal, and takes a last snapshot. Otherwise only
+the first process would get it, and `accelerate launch` would end at once, and all its processes with it."""
+SEARCHED = 200_000  # bytes of a log that are searched for a signal
 
 
 @dataclass(frozen=True)
 class KubernetesLauncher:
-    """One training in one pod."""
+    """One training run in one pod."""
 
     settings: Kubernetes
     key: str  # of what is trained
     home: Path  # TEXTALIGN_HOME, on the volume
-    every: float = 5.0  # seconds between two looks at the pod
-    settling: float = 120.0  # seconds until a deleted pod is gone, or a node's files show
+    every: float = 5.0  # seconds between polls of the pod
+    settling: float = 120.0  # seconds for a deleted pod to disappear, or a node's files to appear
 
     def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
         """See `resources.launchers.launcher.Launcher`.
 
         Raises:
-            SettingsError: there is no cluster to be asked, or the pod could not see the files.
-            dg.Failure: it failed, in the trainer's words where it had some, and Kubernetes' own.
+            SettingsError: no cluster is available, or the pod could not see the files.
+            dg.Failure: it failed; with the trainer's message, if any, and Kubernetes' own.
         """
         check_kubernetes(self.settings)
         out = work.folder("model")
@@ -88,7 +88,7 @@ class KubernetesLauncher:
                     pod_wait_timeout=0,
                     delete_pod_on_completion=False,
                 )
-            except Exception as error:  # noqa: BLE001 dagster-k8s, kubernetes and urllib3 have their own
+            except Exception as error:  # noqa: BLE001 dagster-k8s, kubernetes and urllib3 have their own types
                 problem = error
             pod = self._look(api)
             self._keep_log(api, pod, work.log)
@@ -115,7 +115,9 @@ class KubernetesLauncher:
             run_id = (pod.metadata.labels or {}).get(RUN, "")
             run = context.instance.get_run_by_id(run_id) if run_id != context.run.run_id else None
             if run is not None and not run.is_finished:
-                raise dg.Failure(f"run {run_id[:8]} trains the same in pod {pod.metadata.name}; wait for it")
+                raise dg.Failure(
+                    f"run {run_id[:8]} is already training this in pod {pod.metadata.name}; wait for it"
+                )
             context.log.info(f"deleting pod {pod.metadata.name}: the run that waited for it is gone")
         self._delete(api)
 
@@ -126,7 +128,7 @@ class KubernetesLauncher:
         deadline = time.monotonic() + self.settling
         while pods := self._pods(api):
             if time.monotonic() > deadline:
-                return  # Kubernetes continues with it
+                return  # Kubernetes continues to delete them
             for pod in pods:
                 if pod.metadata.deletion_timestamp is None:
                     try:
@@ -153,7 +155,7 @@ class KubernetesLauncher:
             stream.write(text)
 
     def _marker(self, path: Path, *, wait: bool) -> dict[str, Any] | None:
-        """The trainer's marker; what a node has written may take a while to show here."""
+        """The trainer's marker; what a node has written may take a while to appear here."""
         deadline = time.monotonic() + self.settling
         while (found := read_marker(path)) is None and wait and time.monotonic() < deadline:
             time.sleep(min(self.every, 1.0))
@@ -163,7 +165,7 @@ class KubernetesLauncher:
         name = pod.metadata.name if pod is not None else "?"
         state = ended(pod)
         if problem is None:
-            why = "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
+            why = "ended with exit code 0, but the trainer did not report that it is done: it did not finish"
         elif OUT_OF_MEMORY in state:
             why = f"ran out of memory ({state}): raise training.k8s.memory or lower training.batch_size"
         else:

@@ -1,7 +1,7 @@
-"""Launchers: where a training runs. The one in here runs it on this machine, over Dagster Pipes.
+"""Launchers: where training runs. The one in this module runs it on this machine, over Dagster Pipes.
 
-Dagster's own subprocess client is not enough for trainings: a cancelled run leaves the launcher's
-ranks alive, a launcher that exits with 0 although a rank died is believed, and custom messages
+Dagster's own subprocess client is not enough for training: a cancelled run leaves the launcher's ranks
+alive, a launcher that exits with 0 although a rank died counts as a success, and custom messages
 arrive only at the end.
 """
 
@@ -26,11 +26,11 @@ from resources.launchers.pipes_messages import POLL, FileReader, Heard, OnProgre
 from training.state.snapshot_folder import kept
 
 Folder = Callable[[str], Path]
-"""The folder of a name: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
-``snapshots`` (what it resumes from when it is started again)."""
+"""Name → folder: ``job`` (what the trainer reads), ``model`` and ``beside`` (what it writes), and
+``snapshots`` (what it resumes from when restarted)."""
 
 NODE, HEAD, PORT = "$TEXTALIGN_NODE", "$TEXTALIGN_HEAD", "$TEXTALIGN_PORT"
-"""Words of a command that only the machine it runs on can fill in: its number, where machine 0 is."""
+"""Placeholders in a command that only its machine can fill in: its number, machine 0's address and port."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Acceleration:
     machines: int = 1
     mixed_precision: str = "no"
     cpu: bool = False  # even where there is an accelerator
-    threads: int | None = None  # of a process; None: torch's choice
+    threads: int | None = None  # per process; None: torch's choice
     config_file: Path | None = None  # accelerate's own configuration (DeepSpeed, FSDP)
-    deepspeed: bool = False  # whether it is one of DeepSpeed
+    deepspeed: bool = False  # whether that is for DeepSpeed
 
 
 def accelerate_command(settings: Acceleration) -> list[str]:
     """The command up to and including ``-m``: append the module and its arguments.
 
     ``accelerate.commands.launch`` is what ``accelerate launch`` runs, without importing the other
-    subcommands (2 s less), and surely that of this environment. Every default is spelled out: it
-    would otherwise be asked of the machine or of a user's accelerate configuration.
+    subcommands (2 s less), and certain to be that of this environment. Every default is spelled out:
+    otherwise it would come from the machine or from the user's accelerate configuration.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     if settings.config_file is not None:
@@ -59,15 +59,15 @@ def accelerate_command(settings: Acceleration) -> list[str]:
     command += ["--num_processes", str(settings.processes), "--num_machines", str(settings.machines)]
     command += ["--mixed_precision", settings.mixed_precision, "--dynamo_backend", "no"]
     if settings.machines > 1:
-        # Without machine_rank each machine would silently train alone; "standard": by this command on
-        # each machine, where DeepSpeed would start the others by itself (pdsh).
+        # Without machine_rank each machine would silently train alone; "standard": this command runs
+        # on each machine, where DeepSpeed would start the others itself (pdsh).
         command += ["--machine_rank", NODE, "--main_process_ip", HEAD, "--main_process_port", PORT]
         command += ["--rdzv_backend", "static"]
         command += ["--deepspeed_multinode_launcher", "standard"] if settings.deepspeed else []
     elif settings.processes > 1 or settings.config_file is not None:
         command += ["--main_process_port", "0"]  # any free one
     if settings.processes > 1 or settings.config_file is not None:
-        # --cpu would silently start one process.
+        # --cpu would silently start only one process.
         command += ["--multi_gpu"] if settings.config_file is None else []
     else:
         command += ["--quiet", *(["--cpu"] if settings.cpu else [])]
@@ -75,7 +75,7 @@ def accelerate_command(settings: Acceleration) -> list[str]:
 
 
 def accelerate_env(settings: Acceleration) -> dict[str, str]:
-    """Environment of a training: threads that do not spin, no network, no bars in the log."""
+    """The environment of training: threads that do not spin, no network, no progress bars in the log."""
     env = {
         "GOMP_SPINCOUNT": "0",  # spinning OpenMP threads slow each other down severalfold on busy cores
         "TOKENIZERS_PARALLELISM": "false",
@@ -94,7 +94,7 @@ def accelerate_env(settings: Acceleration) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Launched:
-    """What became of a launched command that succeeded."""
+    """The outcome of a launched command that succeeded."""
 
     seconds: float
     done: dict[str, Any] | None  # the done marker, where one was requested
@@ -102,22 +102,22 @@ class Launched:
 
 @dataclass(frozen=True)
 class Work:
-    """What a launcher is given to train."""
+    """A training run, as passed to a launcher."""
 
     folder: Folder
-    """Makes the folders in which everything is in the end."""
+    """Creates and returns the folders in which everything ends up."""
     unfinished: Path
-    """Where the trainer's snapshots outlive it, on this machine; other places have one of their own."""
+    """Where the trainer's snapshots outlive it on this machine; other launchers have their own folder."""
     write: Callable[[Folder], list[str]]
-    """Writes what the trainer reads into the folder ``job``; returns the command. It is given the
-    folders in which the trainer will work, which may be others."""
+    """Writes what the trainer reads into the folder ``job``; returns the command. It is passed the
+    folders in which the trainer will work, which may differ from these."""
     extras: Mapping[str, Any]  # for the trainer, in its Pipes context
     env: Mapping[str, str]  # added to the environment
     on_progress: OnProgress
     log: Path  # file to append stdout and stderr to
 
     def place(self, name: str) -> Path:
-        """The folder of a name for a trainer that works on this machine's files."""
+        """The folder of that name for a trainer that works on this machine's files."""
         return self.unfinished if name == "snapshots" else self.folder(name)
 
 
@@ -166,16 +166,16 @@ class LocalLauncher:
         Args:
             extras: for the child, in its Pipes context.
             env: added to this process's environment.
-            on_progress: is given each ``{"progress": …}`` the child reports, as it comes, on another
-                thread. What it raises stops nothing, and is raised here in the end.
+            on_progress: called with each ``{"progress": …}`` the child reports, as it arrives, on another
+                thread. What it raises stops nothing, and is raised here at the end.
             log: file to append stdout and stderr to; None: this process's own (a step's compute logs).
             done: the JSON file that the child writes last. It is removed first, and exit code 0 is
-                not believed without it.
-            unfinished: the folder of its snapshots, of which a failure tells.
+                not a success without it.
+            unfinished: the folder of its snapshots, which a failure mentions.
 
         Raises:
-            dg.Failure: the command failed, with its own words where it had some; command, exit code
-                and the end of the log are metadata.
+            dg.Failure: the command failed, with its own message if it had one; command, exit code and
+                the end of the log are metadata.
         """
         if done is not None:
             done.unlink(missing_ok=True)
@@ -201,7 +201,7 @@ class LocalLauncher:
                 code = child.wait()
             finally:  # also when the run is cancelled
                 child.stop()
-        # All messages have been read now.
+        # All messages have been read by now.
         marker = read_marker(done)
         if code != 0 or (done is not None and marker is None):
             facts = {
@@ -224,7 +224,7 @@ def _opened(log: Path | None) -> Iterator[Any]:
 
 
 def read_marker(done: Path | None) -> dict[str, Any] | None:
-    """What the trainer wrote last; None where it did not."""
+    """The done marker, which the trainer writes last; None if it did not."""
     if done is None or not done.is_file():
         return None
     return cast(dict[str, Any], json.loads(done.read_text(encoding="utf-8")))
@@ -235,8 +235,8 @@ def _reason(code: int, done: Path | None) -> str:
         return f"the command exited with 0 but did not write {done}: it did not finish"
     if code > 128:
         hint = " (out of memory?)" if code == 128 + 9 else ""
-        return f"the command was ended by signal {code - 128}{hint}"
-    return f"the command exited with {code} and did not say why"
+        return f"the command was killed by signal {code - 128}{hint}"
+    return f"the command exited with {code} and reported no error"
 
 
 def told_seconds(done: Mapping[str, Any]) -> float:

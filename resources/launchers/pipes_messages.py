@@ -1,4 +1,4 @@
-"""Messages of a running training: Pipes messages out of a file, as they come."""
+"""Pipes messages of running training, read from a file as they arrive."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import Any
 import dagster as dg
 from dagster_pipes import PipesDefaultMessageWriter
 
-# Dagster calls a method of its own that it warns of, in each session.
+# In each session, Dagster itself calls a preview method and warns about it.
 warnings.filterwarnings(
     "ignore", message=r".*expected_writer_count", category=dg.PreviewWarning, module=r"dagster\."
 )
 OnProgress = Callable[[dict[str, Any]], None]
-POLL = 0.05  # seconds between two looks for messages
-POLL_FILES = 0.2  # the same, where each look opens a file on a network file system
+POLL = 0.05  # seconds between polls for messages
+POLL_FILES = 0.2  # the same, where each poll opens a file on a network file system
 
 
 @dataclass
 class Heard:
-    """What the child reported, as far as Dagster does not keep it."""
+    """What the child reported and Dagster does not keep."""
 
     on_progress: OnProgress
     exception: tuple[str, str] | None = None
@@ -51,14 +51,14 @@ class Heard:
 
 
 class FileReader(dg.PipesMessageReader):
-    """Reads messages out of a file as they come, whole lines only.
+    """Reads messages from a file as they arrive, whole lines only.
 
-    Dagster's reader of files takes half a line for a line when it looks while one is being written, and reads no more
-    then: a busy machine would lose the child's last messages. The file is opened anew for each look: a network file
-    system shows then what another machine has written.
+    Dagster's file reader mistakes a half-written line for a whole one, and reads nothing after it: on a busy machine,
+    the child's last messages would be lost. The file is reopened for each poll, so that a network file system shows
+    what another machine has written.
 
     path: None: a temporary file, for a child on this machine.
-    every: seconds between two looks.
+    every: seconds between polls.
     """
 
     def __init__(self, heard: Heard, path: Path | None = None, every: float = POLL_FILES):
@@ -91,10 +91,10 @@ class FileReader(dg.PipesMessageReader):
 
 
 def lines_of(path: Path, over: threading.Event, every: float) -> Iterator[bytes]:
-    """Lines of a file that grows, each once its end is there; ends after ``over``."""
+    """Lines of a growing file, each once it is complete; ends after ``over`` is set."""
     read = 0
     while True:
-        last = over.is_set()  # looked at first: what was written before it is still read
+        last = over.is_set()  # checked first: what was written before it was set is still read
         for line in new_lines(path, read):
             read += len(line)
             yield line
@@ -104,7 +104,7 @@ def lines_of(path: Path, over: threading.Event, every: float) -> Iterator[bytes]
 
 
 def new_lines(path: Path, start: int) -> list[bytes]:
-    """The whole lines of a file from a byte on; none where it does not exist yet."""
+    """The complete lines of a file from byte ``start`` on; none if it does not exist yet."""
     try:
         with path.open("rb") as stream:
             stream.seek(start)
@@ -114,7 +114,7 @@ def new_lines(path: Path, start: int) -> list[bytes]:
 
 
 def to_file(path: str) -> dict[str, Any]:
-    """Tells a child to write its messages to a file."""
+    """Pipes parameters that make a child write its messages to a file."""
     return {
         PipesDefaultMessageWriter.FILE_PATH_KEY: path,
         PipesDefaultMessageWriter.INCLUDE_STDIO_IN_MESSAGES_KEY: False,

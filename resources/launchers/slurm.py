@@ -1,11 +1,11 @@
-"""Trainings as jobs of a Slurm cluster, over Dagster Pipes through files on a shared file system.
+"""Training as jobs of a Slurm cluster, over Dagster Pipes through files on a shared file system.
 
-A job belongs to what it trains, not to the process that submitted it: that may die, be restarted or
-be another one; a process with the same training continues with the job that is there. Only a person
-who cancels ends it.
+A job belongs to what it trains, not to the process that submitted it: that process may die or be
+restarted, and any process with the same training continues with the existing job. Only a user who
+cancels the run ends it.
 
-An end is believed where job and trainer agree: exit code 0, and the marker the trainer writes last in
-this very life. An unknown state is never a success.
+A job has succeeded only if job and trainer agree: exit code 0, and the marker the trainer writes last
+in the same life. An unknown state is never a success.
 """
 
 from __future__ import annotations
@@ -38,31 +38,31 @@ from textalign_dagster.progress import somebody_waits
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.clusters import Slurm
 
-WARNING = 120  # seconds before its time limit in which a training takes a last snapshot
-LOOK = 0.2  # seconds between two looks for messages
+WARNING = 120  # seconds before its time limit, for training to take a last snapshot
+LOOK = 0.2  # seconds between polls for messages
 CANCELLING = (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED)
 
 
 @dataclass(frozen=True)
 class SlurmLauncher:
-    """One training on Slurm."""
+    """One training job on Slurm."""
 
     settings: Slurm
     key: str  # of what is trained: the same key is the same job
-    title: str  # for people: whose iteration it is
+    title: str  # for people to read: which iteration it is
     root: Path  # shared by this machine and all nodes
-    every: float = 5.0  # seconds between two questions about the job's state
+    every: float = 5.0  # seconds between queries of the job's state
     patience: float = 600.0  # seconds for which the state may be unknown (slurmctld restarts meanwhile)
-    settling: float = 60.0  # seconds until another machine's files show, or a cancelled job is gone
+    settling: float = 60.0  # seconds for another machine's files to appear, or a cancelled job to disappear
 
     @property
     def name(self) -> str:
-        """The job's name: of this training in this folder, whichever process submits it."""
+        """The job's name: the same for this training in this folder, whichever process submits it."""
         return f"textalign-{content_hash(str(self.root.resolve()), self.key)}"
 
     @property
     def folder(self) -> Path:
-        """Where its submissions lie."""
+        """The folder of its submissions."""
         return self.root / self.name
 
     def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
@@ -70,7 +70,7 @@ class SlurmLauncher:
 
         Raises:
             SettingsError: it cannot be submitted.
-            dg.Failure: it failed, in the trainer's words where it had some, and the scheduler's.
+            dg.Failure: it failed; with the trainer's message, if any, and the scheduler's state.
         """
         slurm.check_slurm(self.settings)
         with _readable(self.root):
@@ -84,12 +84,12 @@ class SlurmLauncher:
         try:
             with dg.open_pipes_session(
                 context=context,
-                # In the environment: a file would be gone when this process ends, not when the job does.
+                # In the environment: a file would be deleted when this process ends, not when the job does.
                 context_injector=dg.PipesEnvContextInjector(),
                 message_reader=follower,
                 extras=dict(work.extras),
             ) as session:
-                # Look and submit in one: of several processes with one training, one submits it.
+                # Look and submit under one lock: of several processes with the same training, only one submits.
                 with _locked(self.folder / ".submitting", fcntl.LOCK_EX):
                     job, job_id = self._find(context) or self._submit(
                         context, work.write, {**work.env, **session.get_bootstrap_env_vars()}
@@ -109,10 +109,10 @@ class SlurmLauncher:
         return Launched(end.seconds if end else 0.0, read_marker(life / DONE))
 
     def forget(self) -> None:
-        """Removes the files of jobs that are over; call it once the results are safe elsewhere."""
+        """Removes the files of finished jobs; call it once the results are safe elsewhere."""
         if not self.folder.exists():
             return
-        # Another process may be taking the same results right now, or wait for Slurm to clean up.
+        # Another process may be collecting the same results right now, or waiting for Slurm to clean up.
         with (
             suppress(slurm.SlurmSilent, BlockingIOError, FileNotFoundError),
             _locked(self.folder / ".used", fcntl.LOCK_EX | fcntl.LOCK_NB),
@@ -121,11 +121,11 @@ class SlurmLauncher:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     def _find(self, context: dg.AssetExecutionContext) -> tuple[SlurmJob, str] | None:
-        """The job that is there already, if it waits, runs, or has finished unseen."""
+        """The existing job, if it is pending, running, or has finished unseen."""
         deadline = time.monotonic() + self.settling
         while True:
             active = self._listed()
-            # What is being cleaned up has failed, has finished, or will be requeued: it soon tells.
+            # A completing job has failed, has finished, or will be requeued: that soon shows.
             if not any(job.state == "COMPLETING" for job in active) or time.monotonic() > deadline:
                 break
             time.sleep(LOOK)
@@ -154,7 +154,7 @@ class SlurmLauncher:
         launch = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
         job = SlurmJob(self.folder / launch)
         (job.folder / "job").mkdir(parents=True)
-        # Snapshots are common to all lives and submissions; results, each life has for itself.
+        # Snapshots are shared by all lives and submissions; each life has its own results.
         shared = {"job": job.folder / "job", "snapshots": self.folder / SNAPSHOTS}
         command = write(lambda name: shared.get(name, Path(name)))
         path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
@@ -170,7 +170,7 @@ class SlurmLauncher:
         options = self._options(job.folder)
         record = {"title": self.title, "name": self.name, "options": options, "command": command}
         (job.folder / "submission.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        # A process that is killed right here finds the job by its name next time.
+        # If this process is killed right here, the next one finds the job by its name.
         job_id = slurm.submit(self.name, options, script)
         job.record(job_id)
         context.log.info(f"submitted Slurm job {job_id}: {self.title}; its files are in {job.folder}")
@@ -183,44 +183,44 @@ class SlurmLauncher:
             f"--chdir={folder}",
             f"--output={folder}/log",
             "--open-mode=append",
-            "--export=ALL",  # of what sbatch is given, which is not much
+            "--export=ALL",  # of sbatch's own environment, which is minimal
             "--requeue",
             f"--signal=USR1@{WARNING}",  # to the trainers, who then take a snapshot
-            "--dependency=singleton",  # never two of this name at a time
+            "--dependency=singleton",  # never two jobs of this name at a time
             *slurm.options(self.settings),
         ]
 
     def _follow(
         self, context: dg.AssetExecutionContext, job: SlurmJob, job_id: str, follower: Follower
     ) -> slurm.State:
-        """Hears the job to its end; its last state."""
-        asked, known, over, reported, had_ended = -math.inf, time.monotonic(), "", "", False
-        finished = math.inf  # since when it has
+        """Follows the job to its end; returns its last state."""
+        queried, known, over, reported, had_ended = -math.inf, time.monotonic(), "", "", False
+        finished = math.inf  # when it was first seen to have finished
         while True:
             follower.look()
-            said = job.ended()
-            # The scheduler is asked at once about a job that reports its own end.
-            if time.monotonic() - asked < self.every and (said is None or had_ended):
+            end = job.ended()
+            # The scheduler is queried at once about a job that reports its own end.
+            if time.monotonic() - queried < self.every and (end is None or had_ended):
                 time.sleep(LOOK)
                 continue
-            asked, had_ended = time.monotonic(), said is not None
+            queried, had_ended = time.monotonic(), end is not None
             state = slurm.state(job_id)
             if state is None:
-                if said is not None:  # the scheduler has forgotten the job; the job has said it itself
-                    name = "COMPLETED" if said.code == 0 else "FAILED"
-                    return slurm.State(name, exit_code=str(said.code))
+                if end is not None:  # the scheduler has forgotten the job, but the job recorded its end
+                    name = "COMPLETED" if end.code == 0 else "FAILED"
+                    return slurm.State(name, exit_code=str(end.code))
                 if time.monotonic() - known > self.patience:
                     return slurm.State("UNKNOWN", f"no answer about it for {self.patience:g} s")
                 continue
             known = time.monotonic()
-            if said is None or job.finished() is None:
+            if end is None or job.finished() is None:
                 finished = math.inf
             else:
                 finished = min(finished, time.monotonic())
             if not state.is_over and time.monotonic() - finished > self.settling:
-                # A controller that crashed may hold a job of which it does not know that it ran.
+                # A controller that crashed may hold a job without knowing that it ran.
                 context.log.warning(
-                    f"Slurm job {job_id} is {state}, but it has finished: its results are taken"
+                    f"Slurm job {job_id} is {state}, but it has finished: its results are used"
                 )
                 with suppress(slurm.SlurmSilent):
                     slurm.cancel([job_id])
@@ -230,15 +230,17 @@ class SlurmLauncher:
                 if str(state) != reported:
                     reported = str(state)
                     held = "held" in state.reason.lower()
-                    hint = f"; it waits for `scontrol release {job_id}`, or cancel this run" if held else ""
+                    hint = (
+                        f"; release it with `scontrol release {job_id}`, or cancel this run" if held else ""
+                    )
                     context.log.log("WARNING" if held else "INFO", f"Slurm job {job_id}: {state}{hint}")
             elif state.name in slurm.REQUEUED_AFTER and over != state.name:
-                over = state.name  # if it is still so the next time, it is not requeued
+                over = state.name  # if the state is the same at the next query, it is not requeued
             else:
                 return state
 
     def _finished(self, job: SlurmJob, state: slurm.State) -> Path | None:
-        """The life with the results; another machine's files may take a while to show."""
+        """The life with the results; another machine's files may take a while to appear."""
         if state.name != "COMPLETED":
             return None
         deadline = time.monotonic() + self.settling
@@ -247,12 +249,10 @@ class SlurmLauncher:
         return life
 
     def _interrupted(self, context: dg.AssetExecutionContext) -> None:
-        """A person's cancelling ends the job; that this process has to end does not."""
+        """Cancels the job if a user cancelled the run, but not if only this process has to end."""
         run = context.instance.get_run_by_id(context.run.run_id)
         if not somebody_waits() and (run is None or run.status not in CANCELLING):
-            context.log.warning(
-                "leaving the Slurm job to itself; the next run of this iteration takes it over"
-            )
+            context.log.warning("leaving the Slurm job running; the next run of this iteration takes it over")
             return
         deadline = time.monotonic() + self.settling
         try:
@@ -275,7 +275,7 @@ class SlurmLauncher:
             return slurm.listed(self.name)
         except slurm.SlurmSilent as error:
             raise SettingsError(
-                f"training.launcher: Slurm cannot be asked about {self.name} ({error})"
+                f"training.launcher: Slurm cannot be queried about {self.name} ({error})"
             ) from None
 
 

@@ -15,23 +15,23 @@ from resources.launchers.slurm_job import SNAPSHOTS, SlurmJob
 from resources.launchers.slurm_script import NO_PYTHON, NOT_SHARED
 from training.state.snapshot_folder import kept
 
-KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")  # torchrun, of a rank
-MUCH = 200_000  # bytes of a log in which that is looked for
+KILLED = re.compile(r"Signal (\d+) \(SIG\w+\) received by PID")  # torchrun's message about a rank
+MUCH = 200_000  # bytes at the end of a log that are searched for it
 
 
 def slurm_failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: Path) -> dg.Failure:
-    """One sentence: the trainer's own words where it had some, the scheduler's, and who failed first."""
-    said = job.ended()
+    """The failure in one sentence: the trainer's message if any, the scheduler's state, the first node to fail."""
+    end = job.ended()
     who, node = f"Slurm job {job_id}", job.failed_node()
     how = _how(node.code, end_of_log(log, MUCH)) if node else ""
     first = f"; node {node.name} failed first: {how}" if node else ""
     if node is not None and state.name == "FAILED" and node.code not in (NOT_SHARED, NO_PYTHON):
         reason = f"failed on node {node.name}: {how}"
     else:
-        reason = reason_of(state, job.folder.parent.parent, said.code if said else None)
-    own = f"; its last message: {heard.exception[1]}" if heard.exception else ""
+        reason = reason_of(state, job.folder.parent.parent, end.code if end else None)
+    last = f"; its last message: {heard.exception[1]}" if heard.exception else ""
     return failure(
-        f"{who} {reason}{own}",
+        f"{who} {reason}{last}",
         heard,
         log,
         {
@@ -46,23 +46,23 @@ def slurm_failure(job: SlurmJob, job_id: str, state: State, heard: Heard, log: P
 
 
 def reason_of(state: State, root: Path, code: int | None) -> str:
-    """Why a job without a message is not a success.
+    """Why a job failed whose trainer reported no error.
 
     Args:
         root: the folder that all nodes should see.
-        code: what the job wrote of its end, if it did.
+        code: the exit code that the job recorded, if any.
     """
     if state.name == "COMPLETED":
-        return "ended with exit code 0, but the trainer did not say that it is done: it did not finish"
+        return "ended with exit code 0, but the trainer did not report that it is done: it did not finish"
     if state.name == "UNKNOWN":
         return f"is lost: {state.reason}; if it still runs, the next run takes it over"
     known = {
         "CANCELLED": "was cancelled",
         "DEADLINE": "did not meet its deadline",
         "NODE_FAIL": "lost a node",
-        "OUT_OF_MEMORY": "ran out of memory on a node: ask for more (training.slurm.extra: [--mem=…]) or lower "
+        "OUT_OF_MEMORY": "ran out of memory on a node: request more (training.slurm.extra: [--mem=…]) or lower "
         "training.batch_size",
-        "PREEMPTED": "had to make room for another job",
+        "PREEMPTED": "was preempted by another job",
         "TIMEOUT": "reached its time limit: raise training.slurm.time_limit",
     }
     if state.name in known:
@@ -74,13 +74,13 @@ def reason_of(state: State, root: Path, code: int | None) -> str:
         )
     if code == NO_PYTHON:
         return f"found no Python on a node ({state}): install textalign on a file system that all nodes mount"
-    return f"failed and its trainer did not say why ({state})"
+    return f"failed, and its trainer reported no error ({state})"
 
 
 def _how(code: int, log: str) -> str:
-    """How a node's command ended; torchrun tells of signals in the log only."""
+    """How a node's command ended; torchrun reports signals only in the log."""
     killed = [number for number in map(int, KILLED.findall(log)) if number != signal.SIGTERM]
     number = killed[0] if killed else code - 128
     if number <= 0:
         return f"exit code {code}"
-    return f"a process was ended by signal {number}{' (out of memory?)' if number == 9 else ''}"
+    return f"a process was killed by signal {number}{' (out of memory?)' if number == 9 else ''}"

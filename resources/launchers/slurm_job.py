@@ -1,18 +1,18 @@
-"""The folder of a training on Slurm, and what can be read there: its lives, its words, its end.
+"""The folder of a training job on Slurm, and what it records: lives, messages, and how they ended.
 
 Layout below the shared folder::
 
-    {name}/snapshots/…                       where trainings of any launch and life resume
+    {name}/snapshots/…                       what training of any launch and life resumes from
     {name}/{launch}/job/…                    what the trainer reads
     {name}/{launch}/job.sh, node.sh, log     scripts and output of all its lives
     {name}/{launch}/job_id, submission.json
-    {name}/{launch}/{life}/                  0, and one more each time that Slurm starts it again:
+    {name}/{launch}/{life}/                  0, and one more each time that Slurm restarts it:
         messages, model/, beside/            what the trainer writes (done.json last)
-        node_0, …                            exit code and name of each node that came to an end
+        node_0, …                            exit code and name of each node that has finished
         ended                                exit code and seconds, written by the job itself
 
-``name`` follows from what is trained, and is the job's name in Slurm, too; a launch is one
-submission. So another process with the same training finds it, whether it waits, runs or is over.
+``name`` is derived from what is trained, and is also the job's name in Slurm; a launch is one
+submission. So another process with the same training finds the job, pending, running or finished.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 @dataclass(frozen=True)
 class Ended:
-    """What a job wrote of its own end."""
+    """How a job ended, as recorded by the job itself."""
 
     code: int
     seconds: float
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class FailedNode:
-    """The node that failed first; the others are ended because of it."""
+    """The node that failed first; the others are terminated because of it."""
 
     name: str
     code: int
@@ -65,25 +65,25 @@ class SlurmJob:
 
     @property
     def job_id(self) -> str | None:
-        """Slurm's id; None where neither submitter nor job came to write it down."""
+        """Slurm's job id; None if neither the submitter nor the job got to record it."""
         return _read(self.folder / "job_id") or None
 
     def record(self, job_id: str) -> None:
-        """Writes the id down."""
+        """Records the job id."""
         (self.folder / "job_id").write_text(job_id, encoding="utf-8")
 
     def lives(self) -> list[Path]:
-        """Its lives' folders, oldest first."""
+        """The folders of its lives, oldest first."""
         found = [path for path in self.folder.iterdir() if path.name.isdigit()]
         return sorted(found, key=lambda path: int(path.name))
 
     def ended(self) -> Ended | None:
-        """How its last life ended, where that came to say so."""
+        """How its last life ended; None if it recorded nothing."""
         lives = self.lives()
         return ended(lives[-1]) if lives else None
 
     def failed_node(self) -> FailedNode | None:
-        """The node that failed first in its last life, where that is known."""
+        """The node that failed first in its last life; None if unknown."""
         lives = self.lives()
         files = sorted(lives[-1].glob("node_*"), key=lambda path: path.stat().st_mtime_ns) if lives else []
         ends = [_read(path).split() for path in files]
@@ -99,13 +99,13 @@ class SlurmJob:
         return None
 
     def hand_over(self, life: Path, folder: Folder) -> None:
-        """Puts what was read, and written in a life, where it belongs; it stays here, too."""
-        there = folder("job")
-        shutil.copytree(self.folder / "job", there, dirs_exist_ok=True)
-        for path in there.iterdir():
-            if path.suffix in (".json", ".yaml"):  # they name their own folder
+        """Copies what the job read, and wrote in a life, to its final folders; the originals stay here."""
+        target = folder("job")
+        shutil.copytree(self.folder / "job", target, dirs_exist_ok=True)
+        for path in target.iterdir():
+            if path.suffix in (".json", ".yaml"):  # these contain their own folder's path
                 text = path.read_text(encoding="utf-8")
-                path.write_text(text.replace(str(self.folder / "job"), str(there)), encoding="utf-8")
+                path.write_text(text.replace(str(self.folder / "job"), str(target)), encoding="utf-8")
         for name in RESULTS:
             written = life / name
             if written.is_dir():
@@ -113,15 +113,15 @@ class SlurmJob:
 
 
 class Follower(dg.PipesMessageReader):
-    """Hands a job's messages to Dagster, and its output to a log, as far as they have come.
+    """Passes a job's messages to Dagster, and its output to a log, as they arrive.
 
-    All lives are heard, one after the other, but they open once; and only the last one closes, when
-    the job is over. Files are opened anew for each look: a network file system shows then what
-    another machine has written.
+    The messages of all lives are passed on in order, but only the first "opened", and only the last
+    "closed", when the job is over. Files are reopened for each look, so that a network file system
+    shows what another machine has written.
     """
 
     def __init__(self, heard: Heard, log: Path):
-        self.job: SlurmJob | None = None  # until there is one
+        self.job: SlurmJob | None = None  # set once there is one
         self._heard, self._log = heard, log
         self._life, self._read, self._logged = 0, 0, 0
         self._opened = False
@@ -139,13 +139,13 @@ class Follower(dg.PipesMessageReader):
                 handler.handle_message(self._closed)
 
     def look(self) -> None:
-        """Reads what is new."""
+        """Reads new messages and output."""
         if self.job is None:
             return
         self._logged += _append(self.job.folder / "log", self._log, self._logged)
         last = int(lives[-1].name) if (lives := self.job.lives()) else 0
         self._messages(self.job)
-        while self._life < last:  # what was written before a life ended has been read now
+        while self._life < last:  # everything written before a life ended has been read by now
             self._life, self._read, self._closed, self._heard.exception = self._life + 1, 0, None, None
             self._messages(self.job)
 
@@ -165,9 +165,9 @@ class Follower(dg.PipesMessageReader):
 
 
 def ended(life: Path) -> Ended | None:
-    """What a job wrote of the end of a life."""
-    words = _read(life / "ended").split()
-    return Ended(int(words[0]), float(words[1])) if len(words) == 2 else None
+    """How a life ended; None if the job recorded nothing."""
+    fields = _read(life / "ended").split()
+    return Ended(int(fields[0]), float(fields[1])) if len(fields) == 2 else None
 
 
 def each_launch(folder: Path) -> list[SlurmJob]:
@@ -179,7 +179,7 @@ def each_launch(folder: Path) -> list[SlurmJob]:
 
 
 def _append(source: Path, log: Path, start: int) -> int:
-    """Copies what is new in one file to the end of another; how many bytes that were."""
+    """Appends what is new in one file to another; returns the number of bytes."""
     try:
         with source.open("rb") as stream:
             stream.seek(start)
@@ -201,7 +201,7 @@ def _read(path: Path) -> str:
 
 
 def _link(source: str, target: str) -> Any:
-    """A second name of the same file, or a copy on another file system: models are large."""
+    """Hard-links a file, or copies it across file systems: models are large."""
     copy: Callable[[str, str], Any] = shutil.copy2
     try:
         Path(target).unlink(missing_ok=True)

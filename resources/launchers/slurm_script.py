@@ -1,9 +1,9 @@
-"""The two shell scripts of a Slurm training: one for the job, one for each of its nodes.
+"""The two shell scripts of a training job on Slurm: one for the job, one for each of its nodes.
 
-A job that Slurm starts again writes its results into a folder of that life: what an earlier life wrote, or
-still writes from a node that came back, is not part of it. (It resumes from the newest snapshot, which is
-whole whoever wrote it, and of the same training.) Slurm's own count of restarts does not tell lives
-apart: a controller that crashes may start a job twice without counting.
+A job that Slurm restarts writes its results into a new folder for that life, apart from what an earlier
+life wrote, or still writes from a node that came back. (It resumes from the newest snapshot, which is
+complete whichever life wrote it, and belongs to the same training.) Slurm's own restart count does not
+distinguish lives: a controller that crashes may start a job twice without counting.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LIFE = "TEXTALIGN_LIFE"
 
 JOB = """#!/bin/bash
 # Written by textalign: {title}. Runs on the first node of the job.
-# A warning before the time limit is the trainer's matter; it would end this shell.
+# The warning before the time limit is for the trainer; it would end this shell.
 trap '' USR1
 cd {folder} || exit {not_shared}
 printf '%s' "$SLURM_JOB_ID" > job_id
@@ -32,14 +32,14 @@ until mkdir "$life" 2> /dev/null; do
 done
 cd "$life" && export {life}=$life || exit {not_shared}
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# The address Slurm itself reaches that node under.
+# The address at which Slurm itself reaches that node.
 {head}=$(scontrol show node -o "$first" | sed -n 's/.* NodeAddr=\\([^ ]*\\) .*/\\1/p')
 export {head}=${{{head}:-$first}}
 export {port}=$((20000 + SLURM_JOB_ID % 20000))
 srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1 {options}\\
   --export=ALL --kill-on-bad-exit=1 /bin/bash {folder}/node.sh < /dev/null
 code=$?
-# Also for when the scheduler has forgotten this job.
+# Needed once the scheduler has forgotten this job.
 printf '%s %s' "$code" "$SECONDS" > .ended && mv .ended ended
 exit "$code"
 """
@@ -47,7 +47,7 @@ exit "$code"
 ON_NODE = """#!/bin/bash
 # Written by textalign: {title}. Runs once on each node, in the folder of this life.
 trap '' USR1
-# The node that fails first decides how the job ends, but Slurm tells how the last one was ended.
+# The node that fails first decides how the job ends, but Slurm reports how the last one was terminated.
 trap : TERM
 cd {folder}/"${life}" || exit {not_shared}
 set -e
@@ -86,7 +86,7 @@ def job_script(title: str, folder: Path, *, nodes: int, cpus_per_task: int | Non
 def node_script(
     title: str, folder: Path, command: Sequence[str], env: Mapping[str, str], setup: Sequence[str]
 ) -> str:
-    """What ``srun`` starts on each node: the site's lines, the environment, and the command."""
+    """What ``srun`` starts on each node: the site's setup lines, the environment, and the command."""
     return ON_NODE.format(
         title=_one_line(title),
         folder=shlex.quote(str(folder)),

@@ -1,4 +1,4 @@
-"""What scores samples: functions, models in a worker process, files.
+"""Scoring samples: functions, models in a worker process, files.
 
 From outside: `scoring`.
 """

@@ -65,7 +65,7 @@ def _one_aspect(scorer: ImportedScorer, path: Path, found: Imported) -> pl.DataF
 def _how_to_annotate(path: Path, iteration: int | None, format_name: str) -> str:
     k = "K" if iteration is None else str(iteration)
     return (
-        f"scorer imported: {path} is not there yet. Write the samples with `textalign export EXPERIMENT "
-        f"samples.jsonl -k {k}`, have them judged (a row each: sample_id, prompt, response, and value, label or "
+        f"scorer imported: {path} does not exist yet. Export the samples with `textalign export EXPERIMENT "
+        f"samples.jsonl -k {k}`, have them judged (one row each: sample_id, prompt, response, and value, label or "
         f"feedback), save that as {path} in the format {format_name}, and run the experiment again: it continues from here."
     )

@@ -16,10 +16,10 @@ def find_folder(model: str, revision: str | None, field: str, *, unsafe: bool = 
     Args:
         model: an absolute path, or a hub id.
         field: for errors, e.g. ``model``.
-        unsafe: whether weights in PyTorch's own format are wanted too (they are read as tensors only).
+        unsafe: whether to fetch weights in PyTorch's own format too (they are read as tensors only).
 
     Raises:
-        SettingsError: there is no such folder, or the hub does not give it.
+        SettingsError: there is no such folder, or the hub does not provide it.
     """
     path = Path(model)
     if path.is_absolute():

@@ -1,4 +1,4 @@
-"""Scorers that are functions of a text: here, or in worker processes where there is much to score."""
+"""Scorers that are functions of a text, run here, or in worker processes if there is much to score."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from resources.workers.channel import processors
 from textalign_dagster.scorers.base import TextScorer
 
 PARALLEL_FROM = 20_000_000
-"""Characters from which worker processes pay: they start in 2 to 5 s, and one processor takes 6 s (toxicity in code) to
+"""Characters from which worker processes pay off: they start in 2 to 5 s, and one processor takes 6 s (toxicity in code) to
 39 s (PII in prose that is full of numbers) for that many; counting patterns takes 1 s and hardly gains."""
 
 CHUNK = 1_000_000
-"""Characters that a worker process is given at a time."""
+"""Characters passed to a worker process at a time."""
 
 
 def by_function(scorer: TextScorer, samples: pl.DataFrame, report: Report) -> pl.DataFrame:

@@ -1,8 +1,8 @@
-"""Loading of scoring models: classifiers of transformers, and language models with a head of one output.
+"""Loading scoring models: transformers classifiers, and language models with a one-output head.
 
-The second is how CarperAI published its reward models: the state dict of a causal language model
+The latter is how CarperAI published its reward models: the state dict of a causal language model
 without its output layer (``transformer.*``), and ``v_head.weight``, a linear layer without bias. Those
-of GPT-J also hold causal masks, which newer versions of the model compute themselves; everything else
+of GPT-J also contain causal masks, which newer versions of the model compute themselves; everything else
 must fit exactly, because a model with one missing tensor scores like one that was never trained.
 """
 
@@ -26,7 +26,7 @@ _UNUSED = re.compile(r"^(lm_head|embed_out)\.|^(transformer\.)?lm_head\.")
 
 
 class LastTokenReward(nn.Module):
-    """A language model's body and a linear head: a number at every token."""
+    """A language model's body and a linear head: one reward per token."""
 
     def __init__(self, body: nn.Module, width: int) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ def load_classifier(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         )
     except Exception as error:
         raise CallError(
-            f"{folder} cannot be loaded as a sequence classifier ({_reason(error)}); give a transformers "
+            f"{folder} cannot be loaded as a sequence classifier ({_reason(error)}); use a transformers "
             "folder with config.json, *.safetensors and a tokenizer"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         raise CallError(
-            f"{folder} lacks {len(missing)} weights that its config.json asks for, which would be random (e.g. "
-            f"{missing[0]}); it is not a trained classifier, or give `head: gptj_last_token`"
+            f"{folder} lacks {len(missing)} weights that its config.json requires and that would be random (e.g. "
+            f"{missing[0]}); it is not a trained classifier, or set `head: gptj_last_token`"
         )
     return model
 
@@ -83,11 +83,11 @@ def load_last_token(
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        with no_init_weights():  # 6 billion random numbers that would be overwritten
+        with no_init_weights():  # skips 6 billion random numbers that would be overwritten
             body = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CallError(
-            f"{folder}: its config.json makes no language model ({_reason(error)}); give the folder or hub id "
+            f"{folder}: no language model can be built from its config.json ({_reason(error)}); use the folder or hub id "
             "of the model that the reward model was trained from"
         ) from error
     tensors = _state(weights)
@@ -110,7 +110,7 @@ def load_last_token(
         what += [f"{len(extra)} left over (e.g. {extra[0]})"] if extra else []
         what += [f"{len(shapes)} of another shape (e.g. {shapes[0]})"] if shapes else []
         raise CallError(
-            f"{weights} does not fit the language model of {folder}: {'; '.join(what)}; give the weights and "
+            f"{weights} does not fit the language model of {folder}: {'; '.join(what)}; use the weights and "
             "the model that belong together"
         )
     body.load_state_dict({name: own[name] for name in expected})
@@ -130,7 +130,7 @@ def _of_body(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.T
 
 
 def _state(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, safetensors if there are any."""
+    """All tensors of a folder, from safetensors if there are any."""
     found: dict[str, torch.Tensor] = {}
     for path in _files(folder):
         if path.suffix == ".safetensors":
@@ -139,7 +139,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
             found |= load_file(path)
             continue
         try:
-            # weights_only: tensors are read, and nothing is run, whatever the file holds.
+            # weights_only: only tensors are read and nothing is executed, whatever the file contains.
             part = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CallError(
@@ -167,7 +167,7 @@ def _files(folder: Path) -> list[Path]:
             if gone:
                 raise CallError(f"{folder} lacks {', '.join(gone)}; fetch them again")
             return paths
-    raise CallError(f"{folder} has no {SAFE} and no {UNSAFE}; give the folder that holds the weights")
+    raise CallError(f"{folder} has no {SAFE} and no {UNSAFE}; use the folder that holds the weights")
 
 
 def _reason(error: Exception) -> str:

@@ -1,8 +1,8 @@
-"""What a scoring model reads: prompt and text as token ids, cut where they are too long. No torch.
+"""The inputs of scoring models: prompt and text as token ids, truncated if too long. Imports no torch.
 
-A template is filled and tokenised as a whole, as the model was trained. Prompt and text are plain
-words even where they spell a special token; the template's own special tokens are special. Which part a
-token came from is known, so that what is cut is the prompt, and never the answer.
+A template is filled and tokenised as a whole, as in the model's training. Prompt and text are plain
+text even where they spell a special token; the template's own special tokens are special. The origin of
+each token is tracked, so that the prompt is truncated, not the answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT: Final = "prompt"
 TEXT: Final = "text"
 _PRECEDENCE: tuple[Part, ...] = (TEXT, PROMPT)
 
-# Any words that no template treats in a way of its own.
+# Placeholders that no template treats specially.
 _STAND_IN = {PROMPT: "Aquestionstandshere", TEXT: "Ananswerstandshere"}
 
 
@@ -34,7 +34,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Limits:
-    """How long an input may be, and what goes first."""
+    """How long an input may be, and what is truncated."""
 
     max_length: int
     keep: Literal["end", "start"]
@@ -46,7 +46,7 @@ class TooLong(Exception):
 
 
 def chat_template(tokenizer: Any) -> str:
-    """The tokenizer's chat template, written out around {prompt} and {text}.
+    """The tokenizer's chat template, rendered around {prompt} and {text}.
 
     Raises:
         CallError: it has none, or one that changes the text.
@@ -60,11 +60,11 @@ def chat_template(tokenizer: Any) -> str:
     except Exception as error:
         raise CallError(
             f"the tokenizer's chat template cannot be used ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); give `template` with {{prompt}} and {{text}}"
+            f"{' '.join(str(error).split())[:200]}); set `template` with {{prompt}} and {{text}}"
         ) from error
     if any(written.count(word) != 1 for word in _STAND_IN.values()):
         raise CallError(
-            "the tokenizer's chat template does not show prompt and answer once each; give `template` "
+            "the tokenizer's chat template does not contain prompt and answer once each; set `template` "
             "with {prompt} and {text}"
         )
     return str(written.replace(_STAND_IN[PROMPT], "{prompt}").replace(_STAND_IN[TEXT], "{text}"))
@@ -73,12 +73,12 @@ def chat_template(tokenizer: Any) -> str:
 def encode(
     tokenizer: Any, pairs: Sequence[tuple[str, str]], template: str | None, cue: str | None
 ) -> list[Row]:
-    """Each (prompt, text) as the model reads it, uncut, with the tokenizer's own beginning and end.
+    """Each (prompt, text) as the model reads it, untruncated, with the tokenizer's own leading and trailing tokens.
 
     Args:
-        template: with {text}, and mostly {prompt}; None: both, tokenised apart and joined, as the
-            policy saw them (a prompt of "" gives the text alone).
-        cue: taken from a prompt's end before the template is filled.
+        template: contains {text}, and usually {prompt}; None: both, tokenised separately and joined, as
+            the policy saw them (a prompt of "" gives the text alone).
+        cue: removed from a prompt's end before the template is filled.
     """
     if template is None:
         rows = _joined(tokenizer, pairs)
@@ -88,10 +88,10 @@ def encode(
 
 
 def shortened(row: Row, limits: Limits) -> Row:
-    """The row in at most ``max_length`` tokens: the prompt loses tokens, then, if it may, the text's end.
+    """The row in at most ``max_length`` tokens: the prompt loses tokens first, then, if allowed, the text's end.
 
     Raises:
-        TooLong: the text does not fit by itself.
+        TooLong: the text alone does not fit.
     """
     surplus = len(row.ids) - limits.max_length
     if surplus <= 0:
@@ -111,7 +111,7 @@ def shortened(row: Row, limits: Limits) -> Row:
 
 
 def end_position(row: Row, ends: set[int]) -> int:
-    """The place whose output is the reward: before the first end or padding token after the text."""
+    """The position whose output is the reward: before the first end or padding token after the text."""
     last = max((i for i, part in enumerate(row.parts) if part == TEXT), default=None)
     if last is None:  # an empty text
         last = max((i for i, part in enumerate(row.parts) if part == PROMPT), default=0)
@@ -137,8 +137,8 @@ def _joined(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Row]:
 def _filled(tokenizer: Any, pairs: Sequence[tuple[str, str]], template: str, cue: str | None) -> list[Row]:
     if not tokenizer.is_fast:
         raise CallError(
-            "the tokenizer cannot tell which token came from where (it is not a fast one), which a template "
-            "needs; save it as tokenizer.json, or leave the template out"
+            "the tokenizer cannot report which token came from where (it is not a fast one), which a template "
+            "requires; save it as tokenizer.json, or leave the template out"
         )
     pieces = _pieces(tokenizer, template)
     plain = [(_stripped(prompt, cue), text.strip()) for prompt, text in pairs]
@@ -170,7 +170,7 @@ def _stripped(prompt: str, cue: str | None) -> str:
 
 
 def _pieces(tokenizer: Any, template: str) -> list[int | str]:
-    """The template as ids of special tokens, and what lies between them."""
+    """The template as ids of special tokens, and the text between them."""
     special: dict[str, int] = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content}
     if not special:
         return [template]
@@ -180,7 +180,7 @@ def _pieces(tokenizer: Any, template: str) -> list[int | str]:
 
 
 def _fill(piece: str, prompt: str, text: str) -> tuple[str, dict[Part, tuple[int, int]]]:
-    """A piece with its places filled, and where prompt and text lie in it."""
+    """A piece with its placeholders filled, and the positions of prompt and text in it."""
     values: dict[Part, str] = {PROMPT: prompt, TEXT: text}
     places: dict[Part, tuple[int, int]] = {}
     written = ""
@@ -195,7 +195,7 @@ def _fill(piece: str, prompt: str, text: str) -> tuple[str, dict[Part, tuple[int
 
 
 def _part(start: int, end: int, places: dict[Part, tuple[int, int]]) -> Part:
-    """Which part a token belongs to; one that lies in two belongs to the text, then to the prompt."""
+    """Which part a token belongs to; one that overlaps both belongs to the text; else to the prompt, if any."""
     for name in _PRECEDENCE:
         first, last = places.get(name, (0, 0))
         if start < last and end > first:
@@ -204,7 +204,7 @@ def _part(start: int, end: int, places: dict[Part, tuple[int, int]]) -> Part:
 
 
 def _framed(tokenizer: Any, rows: list[Row]) -> list[Row]:
-    """The rows between the tokenizer's own beginning and end, neither of which may stand there twice."""
+    """The rows with the tokenizer's own leading and trailing tokens, which are not added twice."""
     start, end = leading_ids(tokenizer), trailing_ids(tokenizer)
     framed = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Scorers that are models: a worker process reads them, and scores pairs of prompt and text."""
+"""Scorers that are models: a worker process loads them, and scores pairs of prompt and text."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def by_model(
     shows_prompt = not (isinstance(scorer, ClassifierScorer) and scorer.reads == "text")
     prompts = samples["prompt"].to_list() if shows_prompt else [""] * samples.height
     pairs = list(zip(prompts, samples["text"].to_list(), strict=True))
-    asked = list(dict.fromkeys(pairs if shows_prompt else (p for p in pairs if p[1].strip())))
+    distinct = list(dict.fromkeys(pairs if shows_prompt else (p for p in pairs if p[1].strip())))
     with _worker(scorer, settings, trusted) as channel:
         if scorer.check is not None:
             facts["check_accuracy"] = _check(scorer, channel, shows_prompt)
-        found = channel.call({"pairs": asked, "total": len(asked)}, report) if asked else []
-    known = dict(zip(asked, found, strict=True))
+        found = channel.call({"pairs": distinct, "total": len(distinct)}, report) if distinct else []
+    known = dict(zip(distinct, found, strict=True))
     nothing = (None, "nothing to score: the text is blank")
     outcomes = []
     for pair in pairs:
@@ -41,12 +41,12 @@ def by_model(
     return scored_rows(scorer, samples, outcomes, "")
 
 
-_idle: tuple[object, Channel] | None = None  # the last worker, and what it has read
+_idle: tuple[object, Channel] | None = None  # the last worker, and what it has loaded
 
 
 @contextmanager
 def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Iterator[Channel]:
-    """A worker with the model; one on this machine's CPU stays for the next call, as starting takes seconds."""
+    """A worker with the model; one on this machine's CPU is kept for the next call, as starting takes seconds."""
     global _idle
     host = host_of(scorer.launcher, scorer.slurm, scorer.ray, scorer.k8s)
     folders = [settings[name] for name in ("folder", "weights_folder") if settings[name] is not None]
@@ -77,7 +77,7 @@ def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Ite
 
 
 def worker_settings(scorer: ModelScorer) -> tuple[dict[str, Any], bool]:
-    """The worker's settings, and whether it may run code of the model."""
+    """The worker's settings, and whether it may run the model's own code."""
     try:
         folder = find_folder(scorer.model, scorer.revision, "model")
         weights: Path | None = None
@@ -104,7 +104,7 @@ def worker_settings(scorer: ModelScorer) -> tuple[dict[str, Any], bool]:
 
 
 def _check(scorer: ModelScorer, channel: Channel, shows_prompt: bool) -> float:
-    """The share of known pairs that the model tells apart; raises where that is too little."""
+    """The share of known pairs that the model ranks correctly; raises `ScoringError` if it is too low."""
     assert scorer.check is not None
     rows = read_pairs(Path(scorer.check.path))
     texts = [((prompt if shows_prompt else ""), text) for prompt, *both in rows for text in both]
@@ -126,12 +126,14 @@ def read_pairs(path: Path) -> list[tuple[str, str, str]]:
     """(prompt, chosen, rejected) of every line of a JSON Lines file.
 
     Raises:
-        ScoringError: no such file, or a line that is none of that.
+        ScoringError: the file cannot be read, or a line is not such a pair.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ScoringError(f"check.path: {path} cannot be read ({error}); give a file of pairs") from None
+        raise ScoringError(
+            f"check.path: {path} cannot be read ({error}); set it to a file of pairs"
+        ) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():

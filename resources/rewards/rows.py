@@ -1,4 +1,4 @@
-"""Scores as rows, one a sample: what every way of scoring gives."""
+"""Scores as rows, one per sample: the common output of all scorers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def scored_rows(
     outcomes: Sequence[tuple[float | None, str | None, str]],
     reason: str,
 ) -> pl.DataFrame:
-    """(score, why not, status if not) of each sample as rows."""
+    """One row per sample from its (score, reason if there is none, status if there is none)."""
     rows = []
     for score, why, status in outcomes:
         good = score is not None and math.isfinite(score)

@@ -1,8 +1,8 @@
-"""Samples before a scorer: a pure function, a model in a worker process, or a file of judgements.
+"""Scoring samples with a pure function, a model in a worker process, or a file of judgements.
 
     rows = score_samples(PIIScorer(), samples, report)
 
-Whatever cannot be scored has a status and a reason, and never a number.
+A sample that cannot be scored has a status and a reason, never a number.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def score_samples(
     Args:
         samples: sample_id, prompt (without a condition), reference, text, finish_reason.
         report: called with (done, total).
-        iteration: of the samples; scorers that read a file an iteration need it.
-        facts: gets what is worth recording, e.g. the accuracy that a model was checked to have.
+        iteration: of the samples; scorers that read one file per iteration require it.
+        facts: receives what is worth recording, e.g. the accuracy measured in a model's check.
 
     Returns:
         Rows of :data:`SCORED`.
@@ -58,13 +58,13 @@ def score_samples(
         return by_model(scorer, samples, report, collected)
     if isinstance(scorer, ImportedScorer):
         return from_file(scorer, samples, iteration, collected)
-    raise ScoringError(f"scorer {scorer.name} is of no kind that can be run here")
+    raise ScoringError(f"scorer {scorer.name} is not of a kind that can be run here")
 
 
 def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
-    """What can be known of a scorer before it is asked, on a line; for ``textalign validate``.
+    """What is known of a scorer before it runs, in one line; for ``textalign validate``.
 
-    A hub model is fetched. A file of judgements may be missing: people write it after the sampling.
+    A hub model is fetched. A file of judgements may be missing: people write it after sampling.
 
     Raises:
         SettingsError: its model, the pairs that check it, or the cluster it is to run on is not available.

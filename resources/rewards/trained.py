@@ -6,14 +6,14 @@ from resources.store import Artifact, ArtifactError, ArtifactStore
 from textalign_dagster.scorers import JudgeModel, ModelScorer, Scorer
 
 INPUTS = ("reward_model ", "judge_model ")
-"""How an artifact's input begins that is a checkpoint of another experiment; `EXPERIMENT@ITERATION` follows."""
+"""Prefixes of an artifact's inputs that are checkpoints of other experiments; `EXPERIMENT@ITERATION` follows."""
 
 
 def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
     """The checkpoint that a scorer names; None: it names none.
 
     Raises:
-        ArtifactError: there is none.
+        ArtifactError: that checkpoint does not exist.
     """
     named = None if scorer is None else scorer.trained
     if named is None:
@@ -29,7 +29,7 @@ def trained(scorer: Scorer | None, store: ArtifactStore) -> Artifact | None:
 
 
 def inputs(scorer: Scorer | None, store: ArtifactStore) -> dict[str, str]:
-    """Name → key of the checkpoint that the scores follow from, if there is one; raises as :func:`trained`."""
+    """Name → key of the checkpoint that the scores depend on, if there is one; raises like :func:`trained`."""
     found = trained(scorer, store)
     if found is None or not isinstance(scorer, ModelScorer | JudgeModel):
         return {}
@@ -37,6 +37,6 @@ def inputs(scorer: Scorer | None, store: ArtifactStore) -> dict[str, str]:
 
 
 def located(scorer: Scorer, store: ArtifactStore) -> Scorer:
-    """The scorer with the folder of the model that it names; raises as :func:`trained`."""
+    """The scorer with the folder of the model that it names; raises like :func:`trained`."""
     found = trained(scorer, store)
     return scorer if found is None else scorer.model_copy(update={"model": str(found.path("model"))})

@@ -2,8 +2,8 @@
 
     python -m resources.rewards.worker '{"dtype": "float32", "device": "auto", ...}'
 
-`scoring.score_samples` starts it. A call is {"pairs": [[prompt, text], …], "total": pairs}; the result is one
-[score, null] or [null, reason] a pair. `worker_process` has the protocol.
+Started by `scoring.score_samples`. A call is {"pairs": [[prompt, text], …], "total": pairs}; the result is one
+[score, null] or [null, reason] per pair. For the protocol, see `resources.workers.serving`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from resources.workers.serving import (
     serve,
 )
 
-UNLIMITED = 10**9  # tokenizers without a limit say 10**30
+UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
 Scored = tuple[float | None, str | None]
 
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 class ScoringModel:
-    """A model with its tokenizer, and how they are asked.
+    """A model with its tokenizer, and how its inputs and outputs are treated.
 
     settings: those of the scorer, with ``folder`` (and ``weights_folder``) for where its files are.
     """
@@ -89,7 +89,7 @@ class ScoringModel:
             self.model = self.model.to(device).eval()
         except (AssertionError, RuntimeError) as error:
             raise CallError(
-                f"{self.folder} cannot be put on device {device!r} ({str(error).splitlines()[0]}); give device cpu, "
+                f"{self.folder} cannot be moved to device {device!r} ({str(error).splitlines()[0]}); use device cpu, "
                 "a smaller dtype, or more memory"
             ) from error
         template = settings["template"]
@@ -118,7 +118,7 @@ class ScoringModel:
         for batch in batches(fitting, self.settings["batch_tokens"]):
             for (index, _), score in zip(batch, self._scores([row for _, row in batch]), strict=True):
                 good = math.isfinite(score)
-                results[index] = (score, None) if good else (None, f"the model's answer is {score}")
+                results[index] = (score, None) if good else (None, f"the model's output is {score}")
             done += len(batch)
             report(done)
         return results
@@ -129,8 +129,8 @@ class ScoringModel:
         except torch.OutOfMemoryError:
             if len(rows) == 1:
                 raise CallError(
-                    f"{self.device} has no memory left for one input of {len(rows[0].ids)} tokens; lower "
-                    "max_length, give a smaller dtype, or more memory"
+                    f"{self.device} ran out of memory with one input of {len(rows[0].ids)} tokens; lower "
+                    "max_length, or use a smaller dtype or more memory"
                 ) from None
         torch.cuda.empty_cache()
         half = len(rows) // 2
@@ -162,8 +162,8 @@ class ScoringModel:
     def _padding(self, rows: Sequence[Row]) -> int:
         """The id to pad with.
 
-        Classifiers read the last token that is not padding. Where a model has no padding token, any id
-        serves that no row ends with; it is set batch by batch.
+        Classifiers score at the last token that is not padding. If a model has no padding token, any id
+        that no row ends with will do; it is set for each batch.
         """
         if self.own_padding is not None:
             return self.own_padding
@@ -181,7 +181,7 @@ class ScoringModel:
             return 0
         if label is None:
             raise CallError(
-                f"{self.folder} has {count} outputs ({listed}); say by `label` which is the reward"
+                f"{self.folder} has {count} outputs ({listed}); set `label` to the one that is the reward"
             )
         if isinstance(label, int):
             if not 0 <= label < count:
@@ -194,32 +194,32 @@ class ScoringModel:
         return names[label]
 
     def _longest(self) -> int:
-        """Tokens of the longest input."""
+        """Maximum number of tokens of an input."""
         context = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         embeddings = getattr(self.body.base_model, "embeddings", None)
         positions = getattr(embeddings, "position_embeddings", None)
         first = getattr(positions, "padding_idx", None)
         if context is not None and first is not None:
-            context -= first + 1  # RoBERTa counts its positions from there
+            context -= first + 1  # RoBERTa's positions start there
         limits = [n for n in (context, self.tokenizer.model_max_length) if n is not None and n < UNLIMITED]
-        wanted = self.settings["max_length"]
-        if wanted is None:
+        max_length = self.settings["max_length"]
+        if max_length is None:
             return int(min(limits, default=UNLIMITED))
-        if context is not None and wanted > context:
-            raise CallError(f"max_length is {wanted}, but {self.folder} holds {context} tokens; lower it")
-        return int(wanted)
+        if context is not None and max_length > context:
+            raise CallError(f"max_length is {max_length}, but {self.folder} holds {context} tokens; lower it")
+        return int(max_length)
 
     def _fits_tokenizer(self) -> None:
         rows = self.body.get_input_embeddings().num_embeddings
         if len(self.tokenizer) > rows:
             raise CallError(
                 f"{self.folder}: the tokenizer has {len(self.tokenizer)} tokens, the model {rows} embeddings; "
-                "give the tokenizer that belongs to the model"
+                "use the tokenizer that belongs to the model"
             )
 
 
 def batches(rows: Sequence[tuple[int, Row]], tokens: int) -> Iterator[list[tuple[int, Row]]]:
-    """The rows, longest first, in batches of at most ``tokens`` with padding (but of one row at least)."""
+    """The rows, longest first, in batches of at most ``tokens`` including padding (but at least one row)."""
     ordered = sorted(rows, key=lambda item: (-len(item[1].ids), item[0]))
     start = 0
     while start < len(ordered):

@@ -1,6 +1,6 @@
 """The artifact store: publication by manifest, attempts, cells, cleaning; a folder or an object store.
 
-From outside, import this package; `provenance` and `removal` stand for themselves.
+Other packages import this one; `provenance` and `removal` are imported directly.
 """
 
 from resources.store.store import Artifact, ArtifactError, ArtifactStore, Draft

@@ -1,4 +1,4 @@
-"""A published artifact as its readers see it: tables, folders, and how it came to be."""
+"""A published artifact as its readers see it: tables, folders, and its provenance."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def artifact_folder(stage: str, key: str) -> str:
 
 
 def read_manifest(storage: Storage, stage: str, key: str) -> dict[str, Any] | None:
-    """The manifest, or None when there is no such artifact."""
+    """The manifest, or None if the artifact does not exist."""
     path = f"{artifact_folder(stage, key)}/manifest.json"
     data = storage.read(path)
     return None if data is None else decode(data, storage.place(path))
@@ -48,7 +48,7 @@ class Artifact:
 
     @property
     def attempt(self) -> str:
-        """The attempt that was published; a name, not part of the identity."""
+        """The name of the attempt that was published; not part of the identity."""
         return str(self.manifest["attempt"])
 
     @property
@@ -66,7 +66,7 @@ class Artifact:
         return f"{artifact_folder(self.stage, self.key)}/{self.attempt}"
 
     def frame(self, name: str) -> pl.DataFrame:
-        """A table, read whole.
+        """A table, read in full.
 
         Raises:
             ArtifactError: no such table here, or its file is not readable Parquet.
@@ -77,7 +77,7 @@ class Artifact:
             raise self._damaged(f"{name}.parquet cannot be read ({str(error).splitlines()[0]})") from error
 
     def scan(self, name: str) -> pl.LazyFrame:
-        """A table, read when and as far as needed."""
+        """A table, read lazily."""
         return pl.scan_parquet(self._local_file(self._table(name)), glob=False)
 
     def path(self, name: str) -> Path:
@@ -103,17 +103,17 @@ class Artifact:
         """Read every file and compare its content hash with the manifest's.
 
         Raises:
-            ArtifactError: naming the first file that differs.
+            ArtifactError: names the first file that differs.
         """
         for file in self.manifest["files"]:
             path = self._local_file(file)
             if file_facts(path.parent, path)["sha256"] != file["sha256"]:
-                raise self._damaged(f"{file['path']} is not what was written (its hash differs)")
+                raise self._damaged(f"{file['path']} has changed since it was written (its hash differs)")
 
     def _table(self, name: str) -> Mapping[str, Any]:
         if name not in self.tables:
             raise ArtifactError(
-                f"artifact {self.stage} {self.key} has no table {name!r}, but {sorted(self.tables)}"
+                f"artifact {self.stage} {self.key} has no table {name!r}; it has {sorted(self.tables)}"
             )
         return self.tables[name]
 
@@ -122,7 +122,7 @@ class Artifact:
         if not target.is_file() or target.stat().st_size != file["bytes"]:
             self.storage.download(f"{self.prefix}/{file['path']}", target)
             if file_facts(target.parent, target)["sha256"] != file["sha256"]:
-                raise self._damaged(f"{file['path']} is not what was written (its hash differs)")
+                raise self._damaged(f"{file['path']} has changed since it was written (its hash differs)")
         return target
 
     def _damaged(self, what: str) -> ArtifactError:
@@ -130,7 +130,7 @@ class Artifact:
 
 
 def damaged(storage: Storage, stage: str, key: str, what: list[str]) -> ArtifactError:
-    """The sentence for an artifact whose files do not match its manifest."""
+    """The error for an artifact whose files do not match its manifest."""
     more = f" and {len(what) - 3} more" if len(what) > 3 else ""
     return ArtifactError(
         f"artifact {stage} {key} is damaged: {'; '.join(what[:3])}{more}. "

@@ -1,9 +1,9 @@
 """Attempts: folders that are being filled, invisible until a manifest names one of them.
 
-An attempt holds a file lock beside its folder for as long as its process lives; the kernel lets go
-of it when the process dies, however it dies. So a process that can take the lock of an attempt that no
-manifest names may remove it, without guessing from ages or process ids (which repeat, and mean
-nothing across containers).
+An attempt holds a file lock next to its folder for as long as its process lives; the kernel releases
+it when the process dies, however it dies. So a process that can take the lock of an attempt that no
+manifest names may remove that attempt, without guessing from ages or process ids (which are reused,
+and mean nothing across containers).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STALE_SECONDS = 3600  # a temporary name lives for milliseconds
 
 
 def check_name(name: str, what: str) -> None:
-    """Refuse a name that would not be one plain path component."""
+    """Raise `ArtifactError` unless the name is a single plain path component."""
     if not PLAIN.fullmatch(name):
         raise ArtifactError(f"{what} {name!r}: use letters, digits and _ . + = -, not starting with '.'")
 
@@ -53,7 +53,7 @@ class Draft:
 
         Raises:
             ValueError: columns missing or unknown (see `conform`).
-            ArtifactError: the table was written already.
+            ArtifactError: the table has already been written.
         """
         self._new_name(table)
         frame = conform(frame, schema, table)
@@ -74,12 +74,12 @@ class Draft:
         return self._root / name
 
     def record(self, **facts: Any) -> None:
-        """Add facts about the making (usd, tokens, gpu_seconds, …) to the manifest."""
+        """Add facts about the computation (usd, tokens, gpu_seconds, …) to the manifest."""
         check_plain(facts, "facts")
         self.facts.update(facts)
 
     def seal(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Force everything to the disk; the files with their hashes, and the folders' names."""
+        """Sync everything to disk; returns the files with their hashes, and the folders' names."""
         files = []
         for table, facts in self._tables.items():
             files.append({**facts, **file_facts(self._root, self._root / f"{table}.parquet")})
@@ -100,11 +100,13 @@ class Draft:
     def _new_name(self, name: str) -> None:
         check_name(name, "table or folder")
         if name in self._tables or name in self._folders:
-            raise ArtifactError(f"{name!r} was already written in this artifact: use one name for each part")
+            raise ArtifactError(
+                f"{name!r} was already written in this artifact: use a different name for each part"
+            )
 
 
 class Attempt:
-    """An attempt of this process: its folder, and the lock that shows that it is alive."""
+    """An attempt of this process: its folder, and the lock that shows it is alive."""
 
     def __init__(self, parent: Path) -> None:
         make_folder(parent)
@@ -118,7 +120,7 @@ class Attempt:
         make_folder(self.folder)
 
     def release(self, *, remove: bool) -> None:
-        """Give the lock back; with ``remove``, after removing the folder."""
+        """Release the lock; with ``remove``, after removing the folder."""
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)
         self._lock_path.unlink(missing_ok=True)
@@ -128,10 +130,10 @@ class Attempt:
 
 
 def sweep(parent: Path, published: Callable[[], str | None]) -> list[Path]:
-    """Remove what dead processes left in an artifact's folder; what was removed.
+    """Remove what dead processes left in an artifact's folder; returns the removed paths.
 
-    ``published`` reads the attempt that the manifest names. It is asked after the lock was taken,
-    because the owner may have published until then.
+    ``published`` reads the attempt that the manifest names. It is called after the lock was taken,
+    because the owner may have published before that.
     """
     if not parent.is_dir():
         return []
@@ -142,7 +144,7 @@ def sweep(parent: Path, published: Callable[[], str | None]) -> list[Path]:
         lock_path, folder = parent / f".{name}.lock", parent / name
         lock = _open_lock(lock_path) if lock_path.exists() else None
         if lock is None and lock_path.exists():
-            continue  # its process lives
+            continue  # its process is alive
         if folder.exists() and name != published():
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
@@ -153,7 +155,7 @@ def sweep(parent: Path, published: Callable[[], str | None]) -> list[Path]:
 
 
 def living(parent: Path) -> set[str]:
-    """The attempts in an artifact's folder whose processes live; nothing is changed."""
+    """The attempts in an artifact's folder whose processes are alive; changes nothing."""
     found = set()
     for path in parent.glob(".*.lock"):
         lock = _open_lock(path)
@@ -165,7 +167,7 @@ def living(parent: Path) -> set[str]:
 
 
 def sweep_temporary(folder: Path, names: set[str]) -> list[Path]:
-    """Remove temporary files that are too old to be in use."""
+    """Remove temporary files that are too old to be in use; returns their paths."""
     removed = []
     for name in sorted(n for n in names if n.startswith(".") and n.endswith(".tmp")):
         path = folder / name
@@ -176,7 +178,7 @@ def sweep_temporary(folder: Path, names: set[str]) -> list[Path]:
 
 
 def _open_lock(path: Path, flags: int = 0) -> int | None:
-    """The descriptor of an exclusively locked file; None when another holds it or removed it."""
+    """The descriptor of an exclusively locked file; None if another process holds or removed it."""
     try:
         handle = os.open(path, os.O_RDWR | flags, 0o644)
     except FileNotFoundError:
@@ -190,8 +192,8 @@ def _open_lock(path: Path, flags: int = 0) -> int | None:
     except OSError as error:
         os.close(handle)
         raise ArtifactError(
-            f"cannot lock {path} ({error.strerror}): the store needs a file system with flock; "
-            "mount it so, or put the store elsewhere"
+            f"cannot lock {path} ({error.strerror}): the store requires a file system with flock; "
+            "mount it with flock, or put the store elsewhere"
         ) from error
     os.close(handle)
     return None

@@ -18,14 +18,14 @@ from resources.store.storage import Storage
 
 CELLS = pl.Schema(
     {
-        "experiment": pl.String(),  # key, with iteration and stage
+        "experiment": pl.String(),  # primary key, with iteration and stage
         "iteration": pl.Int32(),  # 0: the untouched base policy
         "stage": pl.String(),
         "key": pl.String(),  # the artifact
         "reused": pl.Boolean(),  # false: this cell paid for the artifact
-        "passed": pl.Boolean(),  # all checks did; NULL without checks
+        "passed": pl.Boolean(),  # whether all checks passed; NULL without checks
         "checks": pl.String(),  # JSON: check → passed
-        "settings": pl.String(),  # JSON: the settings this cell was made with
+        "settings": pl.String(),  # JSON: the settings this cell was computed with
         "assigned_at": pl.Datetime("ms", "UTC"),
     }
 )
@@ -72,7 +72,7 @@ def pointer_path(experiment: str, iteration: int, stage: str) -> str:
 
 
 def read_pointer(storage: Storage, path: str) -> dict[str, Any] | None:
-    """The pointer's fields, or None when there is none."""
+    """The pointer's fields, or None if the file does not exist."""
     data = storage.read(path)
     return None if data is None else decode(data, storage.place(path), POINTER_FIELDS)
 

@@ -9,11 +9,11 @@ from resources.store.artifact import artifact_folder, read_manifest
 from resources.store.attempts import NAME, sweep, sweep_temporary
 from resources.store.storage import LocalStorage, Storage
 
-REMOTE_LEFTOVER = timedelta(days=1)  # object stores have no locks: only age tells
+REMOTE_LEFTOVER = timedelta(days=1)  # object stores have no locks: only age shows what is abandoned
 
 
 def clean(storage: Storage, local: Path, older_than: timedelta) -> list[str]:
-    """Sweep every artifact's folder and the temporary files of cells and catalog; what went."""
+    """Sweep every artifact's folder and the temporary files of cells and catalog; returns what was removed."""
     removed: list[str] = []
     keys = {(folder.parent.name, folder.name) for folder in local.glob("artifacts/*/*/")}
     if not isinstance(storage, LocalStorage):
@@ -31,7 +31,7 @@ def clean(storage: Storage, local: Path, older_than: timedelta) -> list[str]:
 def sweep_artifact(
     storage: Storage, local: Path, stage: str, key: str, older_than: timedelta = REMOTE_LEFTOVER
 ) -> list[str]:
-    """Remove dead attempts at one artifact; where they were."""
+    """Remove dead attempts at one artifact; returns their paths or URLs."""
 
     def published() -> str | None:
         manifest = read_manifest(storage, stage, key)

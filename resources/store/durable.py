@@ -1,4 +1,4 @@
-"""Files that survive: forced to the disk, whole or absent, and the errors when that is refused."""
+"""Durable files: synced to disk, whole or absent; and readable errors when that fails."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class ArtifactError(Exception):
 
 
 def full_disk(error: BaseException) -> bool:
-    """Whether an error means that a disk or a quota is full, also when polars or others say so."""
+    """Whether an error means that a disk or a quota is full, including as reported by polars and others."""
     if isinstance(error, OSError):
         return error.errno in FULL
-    if type(error).__module__.startswith("sqlalchemy"):  # Dagster's history
+    if type(error).__module__.startswith("sqlalchemy"):  # Dagster's run history
         return any(text in str(error) for text in ("disk I/O error", "database or disk is full"))
     from_writer = type(error).__module__.split(".")[0] in ("polars", "pyarrow", "safetensors_rust")
     return from_writer and any(f"os error {code}" in str(error) for code in FULL)
 
 
 def full_disk_error(root: Path, error: BaseException | None = None) -> ArtifactError:
-    """The sentence for a full disk, with what is left on it; ``error`` may name another disk."""
+    """The error for a full disk, with the space left on it; ``error`` may name another disk."""
     named = error.filename if isinstance(error, OSError) else None
     place = root if named is None or root in Path(os.fsdecode(named)).parents else Path(os.fsdecode(named))
     free = ""
@@ -44,7 +44,7 @@ def full_disk_error(root: Path, error: BaseException | None = None) -> ArtifactE
 
 @contextlib.contextmanager
 def readable_errors(root: Path, path: Path, doing: str) -> Iterator[None]:
-    """Turn the operating system's refusals into one sentence with the path and the remedy."""
+    """Turn the operating system's errors into an `ArtifactError` with the path and the remedy."""
     try:
         yield
     except OSError as error:
@@ -65,7 +65,7 @@ def make_folder(path: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file and force it to the disk; not atomic by itself."""
+    """Write a whole file and sync it to disk; not atomic by itself."""
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -73,5 +73,5 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside ``path``, which no reader looks at and `ArtifactStore.clean` removes."""
+    """A hidden name next to ``path``, which readers ignore and `ArtifactStore.clean` removes."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,4 +1,4 @@
-"""The manifest: what makes an artifact exist, and all that is to know about how it came to be."""
+"""The manifest: it makes an artifact exist, and records its full provenance."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(
 ) -> dict[str, Any]:
     """The manifest of an artifact about to be published.
 
-    ``seconds`` is the wall time of making it; ``facts`` is what the stage recorded (usd, tokens,
+    ``seconds`` is the wall time of computing it; ``facts`` is what the stage recorded (usd, tokens,
     …); each of ``files`` has path (relative to the attempt), bytes, sha256, and for tables
     ``table``, ``rows`` and ``columns`` (name → polars type).
     """
@@ -81,7 +81,7 @@ def decode(data: bytes, place: str, required: tuple[str, ...] = REQUIRED) -> dic
     """A manifest or pointer read back.
 
     Raises:
-        ArtifactError: not JSON, not an object, a field missing, or of a newer format.
+        ArtifactError: not JSON, not an object, a field missing, or another format.
     """
     try:
         value = json.loads(data)
@@ -124,10 +124,10 @@ def damages(manifest: Mapping[str, Any], sizes: Mapping[str, int]) -> list[str]:
 
 
 def check_plain(value: Mapping[str, Any], what: str) -> None:
-    """Refuse what cannot or must not be written down: NaN, objects, and anything like a secret.
+    """Reject what cannot or must not be recorded: NaN, objects, and anything that looks like a secret.
 
     Raises:
-        ArtifactError: naming the field.
+        ArtifactError: names the field.
     """
     for field, item in _leaves(value, what):
         name = field.rsplit(".", 1)[-1]

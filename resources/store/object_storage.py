@@ -1,8 +1,8 @@
-"""Artifacts in an object store (S3 and what speaks it, Google, Azure, or this process's memory).
+"""Artifacts in an object store (S3 and compatible services, Google, Azure, or this process's memory).
 
 obstore, not fsspec: its conditional put (``If-None-Match: *``) is the same on every service, a put
-is all or nothing also when multipart, there is no listing cache that hides what other processes
-wrote, and it is one package without pins on others. Credentials and endpoint come from the
+is all or nothing even when multipart, there is no listing cache that hides what other processes
+wrote, and it is one package that pins no others. Credentials and endpoint come from the
 environment: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``, ``AWS_REGION``, ``AWS_ENDPOINT_URL``,
 or ``AWS_PROFILE`` (with boto3 installed).
 """
@@ -99,7 +99,7 @@ class ObjectStorage:
             temporary.unlink(missing_ok=True)
 
     def ready(self) -> None:
-        """Refuse a service that accepts a second create of one name (some S3 gateways do)."""
+        """Reject a service that accepts a second create of the same name (some S3 gateways do)."""
         if self._is_ready:
             return
         probe = f".probe-{secrets.token_hex(8)}"
@@ -133,7 +133,7 @@ class ObjectStorage:
 
 
 def _options(scheme: str) -> dict[str, Any]:
-    """What `from_url` does not take from the environment by itself."""
+    """Options that `from_url` does not read from the environment itself."""
     options: dict[str, Any] = {}
     if scheme != "s3":
         return options
@@ -143,13 +143,13 @@ def _options(scheme: str) -> dict[str, Any]:
         try:
             from obstore.auth.boto3 import Boto3CredentialProvider
         except ModuleNotFoundError as error:
-            raise ArtifactError("AWS_PROFILE is set, which needs boto3: pip install boto3") from error
+            raise ArtifactError("AWS_PROFILE is set, which requires boto3: pip install boto3") from error
         options["credential_provider"] = Boto3CredentialProvider()
     return options
 
 
 class _FileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """The few reads that DuckDB asks of an fsspec file system, over one `ObjectStorage`."""
+    """The few reads that DuckDB needs from an fsspec file system, on top of an `ObjectStorage`."""
 
     cachable = False
 

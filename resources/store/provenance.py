@@ -1,4 +1,4 @@
-"""Which code, on which packages: computed once a process, written in manifests."""
+"""Which code and package versions: determined once per process, recorded in manifests."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def environment() -> dict[str, str]:
 
 @functools.cache
 def environment_hash() -> str:
-    """One hash of `environment`: equal hashes, equal versions."""
+    """A hash of `environment`: equal hashes mean equal versions."""
     return content_hash("environment", environment())
 
 
 @functools.cache
 def code_revision() -> str:
-    """The git commit of this checkout (``+changes``: tracked files differ), else its version."""
+    """The git commit of this checkout (``+changes``: tracked files differ), else the package's version."""
     root = PROJECT
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "--verify", "HEAD")
@@ -71,7 +71,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return None  # no git here, or no repository: the version must do
+        return None  # no git or no repository: fall back to the version
     return done.stdout.strip()
 
 

@@ -1,8 +1,8 @@
-"""What of a store could go: leftovers of interrupted work, and artifacts that no cell points at any more.
+"""What can be removed from a store: leftovers of interrupted work, and artifacts that no cell points to any more.
 
-Nothing is removed that a cell points at, nor what such an artifact was made from, however far back: a stale
-cell's inputs are no longer any cell's output, and still show where its numbers come from. The ledger of judge
-calls is not an artifact, and stays.
+Artifacts that a cell points to stay, and so do their inputs, however far back: a stale cell's inputs are no
+longer any cell's output, but still show where its numbers come from. The ledger of judge calls is not an
+artifact, and stays.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ CHUNKS, PARTS, LOG_PROBS, ATTEMPTS, TRAININGS, UNREFERENCED = (
     "artifacts without a cell",
 )
 WHY = {
-    CHUNKS: "of samplings that were interrupted; the same ones would resume from them",
+    CHUNKS: "of interrupted sampling; the same sampling would resume from them",
     PARTS: "samples of policies that no evaluation measures and no cell has any more",
-    LOG_PROBS: "under policies that no cell has any more; a training that needs them would compute them again",
-    ATTEMPTS: "of processes that were killed; nothing reads them",
-    TRAININGS: "snapshots of trainings that were interrupted; the same ones would resume from them",
-    UNREFERENCED: "no cell points at them, nor was anything made from them that a cell points at: settings that "
-    "were changed, samples drawn anew; going back to those settings would make them again",
+    LOG_PROBS: "under policies that no cell has any more; a training run that needs them would recompute them",
+    ATTEMPTS: "of killed processes; nothing reads them",
+    TRAININGS: "snapshots of interrupted training runs; the same training would resume from them",
+    UNREFERENCED: "no cell points to them or to anything computed from them: settings were changed or samples "
+    "were drawn again; going back to those settings would recompute them",
 }
-"""Kind → why it could go."""
+"""Kind → why it can be removed."""
 
 EVALUATION_PARTS = (
     EVALUATION_SAMPLING,
@@ -63,13 +63,13 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Removable:
-    """Something that could go."""
+    """Something that can be removed."""
 
     kind: str
     place: str  # where it is: a path or URL
     bytes: int
-    written: datetime  # the last of it
-    artifact: Place | None = None  # that it is, or (an attempt) that it was to become
+    written: datetime  # its newest file
+    artifact: Place | None = None  # the one it is, or (an attempt) would have become
 
 
 @dataclass
@@ -87,16 +87,16 @@ class Held:
 def removable(
     store: ArtifactStore, home: Path, *, older_than: timedelta, unreferenced: bool = False
 ) -> list[Removable]:
-    """What could go, by kind.
+    """What can be removed, sorted by kind.
 
     Args:
-        home: with the folder ``unfinished`` of interrupted trainings.
-        older_than: what was written since is left out; dead attempts on this machine are known by their
-            locks, and need no age.
-        unreferenced: whether artifacts that no cell needs are listed too.
+        home: the folder with ``unfinished``, which holds interrupted trainings.
+        older_than: anything written more recently is left out; dead attempts on this machine are identified
+            by their locks, whatever their age.
+        unreferenced: whether artifacts that no cell needs are also listed.
 
     Raises:
-        ArtifactError: a manifest or a pointer cannot be read: then it is unknown what is needed.
+        ArtifactError: a manifest or a pointer cannot be read, so it is unknown what is needed.
     """
     held, latest = _held(store), datetime.now(UTC) - older_than
     kept = _needed(store, held) if unreferenced else set(held)
@@ -115,7 +115,7 @@ def remove(store: ArtifactStore, found: Iterable[Removable], older_than: timedel
     """Removes what `removable` found.
 
     Raises:
-        ArtifactError: a process is writing into the store, or something cannot be removed.
+        ArtifactError: a process is writing to the store, or something cannot be removed.
     """
     refuse_while_written(store)
     for one in found:
@@ -129,22 +129,22 @@ def remove(store: ArtifactStore, found: Iterable[Removable], older_than: timedel
 
 
 def refuse_while_written(store: ArtifactStore) -> None:
-    """Raises `ArtifactError` while a process on this machine makes an artifact."""
+    """Raises `ArtifactError` while a process on this machine is computing an artifact."""
     for folder in sorted(store.local.glob("artifacts/*/*/")):
         for name in living(folder):
             raise ArtifactError(
-                f"{folder / name} is being written by a process that is under way; nothing was removed: wait for "
-                "it, or end it"
+                f"{folder / name} is being written by a running process; nothing was removed: wait for "
+                "it, or stop it"
             )
 
 
 def forgotten(store: ArtifactStore, known: Iterable[str]) -> list[str]:
-    """Experiments that have cells, and are not among the known ones: their artifacts are needed all the same."""
+    """Experiments that have cells but are not among the known ones; their artifacts still count as needed."""
     return sorted(set(store.cells()["experiment"]).difference(known))
 
 
 def _held(store: ArtifactStore) -> dict[Place, Held]:
-    """Everything below ``artifacts/``, in the order of its names."""
+    """Everything below ``artifacts/``, sorted by name."""
     held: dict[Place, Held] = {}
     for path, facts in sorted(store.storage.entries("artifacts").items()):
         parts = path.split("/")
@@ -160,14 +160,14 @@ def _held(store: ArtifactStore) -> dict[Place, Held]:
 
 
 def _needed(store: ArtifactStore, held: Mapping[Place, Held]) -> set[Place]:
-    """What cells point at, and what that was made from."""
-    made: dict[str, list[Place]] = {}  # by what an artifact's inputs call it: its key, or its policy's hash
+    """What cells point to, and all direct and indirect inputs of that."""
+    by_input: dict[str, list[Place]] = {}  # by how inputs refer to an artifact: its key, or its policy's hash
     for place, one in held.items():
         if one.manifest is not None:
-            made.setdefault(place[1], []).append(place)
+            by_input.setdefault(place[1], []).append(place)
             policy = one.manifest["facts"].get("policy_hash")
             if policy is not None:
-                made.setdefault(str(policy), []).append(place)
+                by_input.setdefault(str(policy), []).append(place)
     needed: set[Place] = set()
     left: list[Place] = [(stage, key) for stage, key in store.cells().select("stage", "key").iter_rows()]
     while left:
@@ -176,12 +176,12 @@ def _needed(store: ArtifactStore, held: Mapping[Place, Held]) -> set[Place]:
             needed.add(place)
             manifest = held[place].manifest if place in held else None
             for key in (manifest or {"inputs": {}})["inputs"].values():
-                left += made.get(str(key), [])
+                left += by_input.get(str(key), [])
     return needed
 
 
 def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
-    """As what a published artifact could go; None: it stays."""
+    """The kind under which a published artifact can be removed; None: it stays."""
     stage, _ = place
     if stage == SAMPLED_CHUNK:
         return CHUNKS
@@ -189,12 +189,12 @@ def _kind(place: Place, kept: set[Place], kept_parts: set[Place]) -> str | None:
         return None if place in kept_parts else PARTS
     if stage == REFERENCE:
         return None if place in kept_parts else LOG_PROBS
-    # What a later version of this project may keep under another name is not this one's to remove.
+    # Stages that this version does not know may belong to a later one, so they stay.
     return UNREFERENCED if stage in STAGES and place not in kept else None
 
 
 def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Place]) -> set[Place]:
-    """The parts of evaluations, and the log-probabilities, that others may begin with as long as ``kept`` artifacts
+    """The parts of evaluations, and the log-probabilities, that can still be reused while the ``kept`` artifacts
     stay."""
     policies: set[str] = set()
     for place in kept:
@@ -203,18 +203,18 @@ def _kept_parts(store: ArtifactStore, held: Mapping[Place, Held], kept: set[Plac
             continue
         policies.update(map(str, manifest["inputs"].values()))
         policies.add(str(manifest["facts"].get("policy_hash")))
-        if place[0] == "evaluation":  # baselines and human answers are in its table only
+        if place[0] == "evaluation":  # baselines and human answers are only in its table
             artifact = Artifact(*place, manifest, True, store.storage, store.local)
             policies.update(artifact.frame("scores")["policy_hash"])
 
     def of(part: str, given: str, wanted: Collection[str]) -> set[Place]:
-        """The parts of a kind of which an input is one of these."""
+        """The parts of this kind whose input ``given`` is in ``wanted``."""
         return {
             place for place, one in held.items()
             if place[0] == part and one.manifest is not None and one.manifest["inputs"][given] in wanted
         }  # fmt: skip
 
-    # The samples of a KL's reference are no kept policy's, but what a kept one was read on.
+    # Samples of a KL's reference belong to no kept policy, but a kept divergence was computed on them.
     divergences = of(EVALUATION_DIVERGENCE, "model", policies)
     read = {held[place].manifest["inputs"]["samples"] for place in divergences}  # type: ignore[index]
     samples = of(EVALUATION_SAMPLING, "policy", policies) | {(EVALUATION_SAMPLING, key) for key in read}
@@ -244,7 +244,7 @@ def _dead_attempts(
             # On an object store only age shows that it is abandoned.
             if not store.is_remote or dead.written <= datetime.now(UTC) - max(older_than, REMOTE_LEFTOVER):
                 found.append(dead)
-    if store.is_remote:  # what was being filled on this machine, before it was uploaded
+    if store.is_remote:  # attempts filled on this machine but not yet uploaded
         for folder in sorted(store.local.glob("artifacts/*/*/*/")):
             place = (folder.parent.parent.name, folder.parent.name)
             published = held[place].published if place in held else None

@@ -1,9 +1,9 @@
 """Where artifacts live: durable, atomic files in a local folder.
 
-The store needs five operations of a place: read, replace, *create if absent*, list, remove. On a
-local folder, create-if-absent is a hard link of a complete, synced temporary file (``os.link``
+The store needs five operations from a storage: read, replace, *create if absent*, list, remove. On a
+local folder, create-if-absent is a hard link to a complete, synced temporary file (``os.link``
 refuses an existing name); `object_storage` does the same with conditional puts. A reader therefore
-sees a whole file or none, whatever is killed when.
+sees a whole file or none, no matter what is killed when.
 """
 
 from __future__ import annotations
@@ -41,31 +41,31 @@ class Storage(Protocol):
         """The full name of ``path``: an absolute local path or a URL."""
 
     def read(self, path: str) -> bytes | None:
-        """The bytes, or None when there is no such file."""
+        """The bytes, or None if the file does not exist."""
 
     def replace(self, path: str, data: bytes) -> None:
         """Write ``path`` atomically: readers see the old bytes or the new ones."""
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write ``path`` unless it exists; whether this call wrote it. At most one caller can."""
+        """Write ``path`` unless it exists; returns whether this call wrote it. At most one caller succeeds."""
 
     def entries(self, prefix: str) -> dict[str, tuple[int, datetime]]:
-        """Every file below the folder ``prefix`` with its size in bytes and when it was written."""
+        """Every file below the folder ``prefix``, with its size in bytes and modification time."""
 
     def upload(self, path: str, source: Path) -> None:
-        """Put a local file there, whole or not at all; nothing to do when it is there already."""
+        """Upload a local file, whole or not at all. A no-op if ``source`` is that file."""
 
     def download(self, path: str, target: Path) -> None:
-        """Fetch a file; ``target`` exists only when complete. Nothing to do if it is that file."""
+        """Fetch a file; ``target`` exists only when complete. A no-op if it is that file."""
 
     def remove(self, prefix: str) -> None:
-        """Remove the file or folder ``prefix``, if it is there."""
+        """Remove the file or folder ``prefix``, if it exists."""
 
     def ready(self) -> None:
-        """Check once that create-if-absent can be relied upon here."""
+        """Check once that create-if-absent works reliably here."""
 
     def filesystem(self) -> AbstractFileSystem | None:
-        """What DuckDB reads ``place`` through; None for local files."""
+        """The file system through which DuckDB reads ``place``; None for local files."""
 
 
 class LocalStorage:
@@ -74,7 +74,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         if self.root.exists() and not self.root.is_dir():
-            raise ArtifactError(f"{self.root} is a file: an artifact store is a folder or an URL")
+            raise ArtifactError(f"{self.root} is a file: an artifact store is a folder or a URL")
 
     def place(self, path: str) -> str:
         return str(self.root / path)
@@ -104,7 +104,7 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _written(self, path: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """A synced temporary file beside the target, gone afterwards; the folder is synced last."""
+        """A synced temporary file next to the target, removed afterwards; the folder is synced last."""
         target = self.root / path
         temporary = temporary_name(target)
         with readable_errors(self.root, target, "write"):
@@ -163,10 +163,10 @@ def _rename_if_absent(temporary: Path, target: Path) -> bool:
 
 
 def open_storage(url: str) -> Storage:
-    """The storage of a local path or an URL file://, s3://, gs://, az:// or memory://.
+    """The storage of a local path or a URL file://, s3://, gs://, az:// or memory://.
 
     Raises:
-        ArtifactError: an URL of another kind, one that carries a password, or a missing package.
+        ArtifactError: a URL of another kind, one that carries a password, or a missing package.
     """
     parts = urlsplit(url)
     if "://" not in url:
@@ -180,7 +180,7 @@ def open_storage(url: str) -> Storage:
         return LocalStorage(Path(unquote(parts.path)))
     if parts.scheme not in ("s3", "gs", "az", "memory"):
         raise ArtifactError(
-            f"{url}: an artifact store is a local folder or an URL file://, s3://, gs://, az:// or memory://"
+            f"{url}: an artifact store is a local folder or a URL file://, s3://, gs://, az:// or memory://"
         )
     try:
         from resources.store.object_storage import ObjectStorage

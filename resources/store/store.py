@@ -1,9 +1,9 @@
-"""The artifact store: outputs of stages, named by what they were made from.
+"""The artifact store: outputs of stages, named by what they were computed from.
 
 An artifact is a set of Parquet tables and folders with a manifest. Its key is a hash of its inputs
-and settings, so asking for it again finds it. It exists from the moment its manifest does, which is
+and settings, so requesting it again finds it. It exists from the moment its manifest does, which is
 created once, atomically, and last; everything else is an attempt, which is invisible. Cells of the
-grid (experiment, iteration, stage) point at artifacts, and several cells may point at one.
+grid (experiment, iteration, stage) point to artifacts, and several cells may share one.
 
 Layout below the root::
 
@@ -37,7 +37,7 @@ from textalign_dagster.ids import content_hash
 
 __all__ = ["CELLS", "Artifact", "ArtifactError", "ArtifactStore", "Draft", "Pointer"]
 
-REQUESTS = 16  # at once, to an object store
+REQUESTS = 16  # concurrently, to an object store
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -45,7 +45,7 @@ R = TypeVar("R")
 class ArtifactStore:
     """Artifacts below a local folder or the URL of an object store.
 
-    On an object store, artifacts are filled in, and read through, a local cache: ``cache``, else
+    On an object store, artifacts are written and read through a local cache: ``cache``, else
     ``$TEXTALIGN_CACHE``, else ``~/.cache/textalign``.
     """
 
@@ -59,7 +59,7 @@ class ArtifactStore:
             self.local = (cache or _default_cache()) / content_hash("store", self.root)
 
     def find(self, stage: str, key: str) -> Artifact | None:
-        """The artifact, or None when it was never made.
+        """The artifact, or None if it does not exist.
 
         Raises:
             ArtifactError: its manifest is unreadable, or files are missing or of another size.
@@ -88,8 +88,8 @@ class ArtifactStore:
     ) -> Artifact:
         """The existing artifact (``reused``), or the one that ``produce`` fills and this publishes.
 
-        An exception in ``produce`` passes through, and nothing is published. Of several processes
-        making one key at a time, the first to publish wins and all return the winner's.
+        An exception in ``produce`` propagates, and nothing is published. If several processes make
+        the same key concurrently, the first to publish wins and all return its artifact.
 
         Raises:
             ArtifactError: disk full, secrets or non-JSON among the settings, a damaged artifact.
@@ -142,7 +142,7 @@ class ArtifactStore:
         settings: Mapping[str, Any],
         checks: Mapping[str, bool],
     ) -> None:
-        """Let the cell point at an artifact of that stage, in place of what it had before."""
+        """Point the cell to an artifact of that stage, replacing any earlier one."""
         path = pointer_path(experiment, iteration, stage)
         manifests.check_plain(settings, "settings")
         if artifact.stage != stage:
@@ -157,7 +157,7 @@ class ArtifactStore:
             "iteration": iteration,
             "stage": stage,
             "key": artifact.key,
-            "reused": artifact.reused and not paid_here,  # a rerun does not unpay
+            "reused": artifact.reused and not paid_here,  # a rerun does not change who paid
             "checks": {name: bool(passed) for name, passed in checks.items()},
             "settings": dict(settings),
             "inputs": dict(artifact.manifest["inputs"]),
@@ -166,10 +166,10 @@ class ArtifactStore:
         self.storage.replace(path, manifests.encode(pointer))
 
     def pointer(self, experiment: str, iteration: int, stage: str) -> Pointer | None:
-        """What the cell points at; None when its stage has not been made.
+        """The cell's pointer; None if its stage has no output yet.
 
         Raises:
-            ArtifactError: it points at an artifact that is missing or damaged.
+            ArtifactError: it points to an artifact that is missing or damaged.
         """
         path = pointer_path(experiment, iteration, stage)
         found = read_pointer(self.storage, path)
@@ -205,35 +205,35 @@ class ArtifactStore:
         return cells_frame(p for p in pointers if p is not None)
 
     def remove(self, stage: str, key: str) -> None:
-        """Remove an artifact, manifest first, so that the next `make` makes it anew."""
+        """Remove an artifact, manifest first, so that the next `make` recomputes it."""
         folder = artifact_folder(stage, key)
         self.storage.remove(f"{folder}/manifest.json")
         self.storage.remove(folder)
         shutil.rmtree(self.local / folder, ignore_errors=True)
 
     def clean(self, *, older_than: timedelta = REMOTE_LEFTOVER) -> list[str]:
-        """Remove what killed processes left behind; where it was. Published artifacts stay.
+        """Remove what killed processes left behind; returns the paths. Published artifacts stay.
 
-        ``older_than`` holds for uploads to object stores only; locally, locks tell who is alive.
+        ``older_than`` applies only to uploads to object stores; locally, locks show who is alive.
         """
         return clean(self.storage, self.local, older_than)
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """``function`` of every item in order, at once where each is a request to a server."""
+        """``function`` applied to every item, in order; concurrently on an object store."""
         if not self.is_remote:
             return [function(item) for item in items]
         with ThreadPoolExecutor(REQUESTS) as pool:
             return list(pool.map(function, items))
 
     def _publish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Publish, unless another process was first; the manifest that holds now."""
+        """Publish, unless another process was first; returns the manifest now in force."""
         stage, key = manifest["stage"], manifest["key"]
         parent = artifact_folder(stage, key)
         folder = f"{parent}/{manifest['attempt']}"
         for file in manifest["files"]:
             self.storage.upload(f"{folder}/{file['path']}", self.local / folder / file["path"])
         self.storage.create(f"{parent}/manifest.json", manifests.encode(manifest))
-        winner = read_manifest(self.storage, stage, key)  # also where a retried put met itself
+        winner = read_manifest(self.storage, stage, key)  # also right if a retried put met its own first try
         if winner is None:
             raise ArtifactError(f"{stage} {key} was removed while being published: run it again")
         if winner["attempt"] != manifest["attempt"] and self.is_remote:
@@ -243,7 +243,7 @@ class ArtifactStore:
     def _give_up(self, stage: str, key: str, attempt: Attempt) -> None:
         """Remove an attempt that failed, unless the failure came after it was published."""
         published = False
-        with contextlib.suppress(ArtifactError):  # the first error is the one to tell
+        with contextlib.suppress(ArtifactError):  # the first error is the one to report
             winner = read_manifest(self.storage, stage, key)
             published = winner is not None and winner["attempt"] == attempt.name
             if self.is_remote and not published:

@@ -1,6 +1,6 @@
 """The store's tables in DuckDB.
 
-From outside: this package. It reads `store` and the ledger of `judges`.
+Import this package only. It reads `store` and the ledger of `judges`.
 """
 
 from resources.views.database import TABLES, connect, write_catalog

@@ -1,15 +1,15 @@
 """The store's tables as DuckDB views.
 
 Every table of `TABLES` is a view over all cells that have it, with ``experiment`` (VARCHAR) and
-``iteration`` (INTEGER) first. A file that several cells point at shows once for each of them. The
+``iteration`` (INTEGER) first. A file that several cells point to appears once for each of them. The
 data is read from Parquet when queried; nothing is copied and nothing can be written through these
-views. So is ``feedback_calls``, the ledger, but for the calls that were made last: these are copied, as
-of now (``recent_feedback_calls``). Beside the tables:
+views. The same holds for ``feedback_calls``, the ledger, except for the most recent calls: these are
+copied on connecting (``recent_feedback_calls``). In addition to the tables:
 
 - ``cells``: which artifact is which cell's output, with settings and checks; ``manifests``: how
-  each artifact came to be; ``files``: which files the views read;
-- ``samples``: a sample with its prompt, feedback and fate in its iteration's pool, one row each;
-- ``preference_batches``: the examples trained on, a row each, or a pair in one row;
+  each artifact was produced; ``files``: which files the views read;
+- ``samples``: each sample with its prompt, feedback and fate in its iteration's pool, one row each;
+- ``preference_batches``: the examples trained on, one row per example or pair;
 - ``costs``: seconds and dollars of each stage of each cell; ``reused``: another cell paid;
 - ``lineage``: which policy came from which parent, pool, experiment and iteration.
 """
@@ -65,7 +65,7 @@ TABLES: Mapping[str, pl.Schema] = {
 
 MANIFESTS = pl.Schema(
     {
-        "stage": pl.String(),  # key, with key
+        "stage": pl.String(),  # primary key, with key
         "key": pl.String(),
         "attempt": pl.String(),
         "created_at": pl.Datetime("ms"),  # UTC
@@ -73,7 +73,7 @@ MANIFESTS = pl.Schema(
         "code_revision": pl.String(),
         "environment_hash": pl.String(),
         "seed": pl.Int64(),
-        "seconds": pl.Float64(),  # as the stage recorded it, else the wall time of making it
+        "seconds": pl.Float64(),  # as recorded by the stage, else the wall time of computing it
         "gpu_seconds": pl.Float64(),
         "usd": pl.Float64(),
         "rows": pl.Int64(),  # of all its tables
@@ -118,15 +118,15 @@ def connect(store: ArtifactStore, *, skip_damaged: bool = False) -> duckdb.DuckD
 def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
     """Write ``{root}/catalog.duckdb``: the same views, for the ``duckdb`` program and notebooks.
 
-    It holds no data but the ledger's last rows, and cells that are made later show when it is written again. Open it
-    read-only. Readers of the old one keep it.
+    It holds no data except the ledger's most recent rows; cells computed later appear when it is written again. Open
+    it read-only. Processes reading the old file keep it.
 
     Raises:
         ArtifactError: the store is not a local folder, or holds something missing or damaged.
     """
     if store.is_remote:
         raise ArtifactError(
-            f"a catalog file needs a local store, and {store.root} is none: use `textalign sql`"
+            f"a catalog file requires a local store, and {store.root} is not one: use `textalign sql`"
         )
     survey = _survey(store, skip_damaged)
     make_folder(store.local)
@@ -140,7 +140,7 @@ def write_catalog(store: ArtifactStore, *, skip_damaged: bool = False) -> Path:
         sync(store.local)
     except (duckdb.Error, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise ArtifactError(f"cannot write {target}: {reason}; check space and rights") from error
+        raise ArtifactError(f"cannot write {target}: {reason}; check disk space and permissions") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
@@ -155,13 +155,13 @@ class _Survey:
 
 
 def _survey(store: ArtifactStore, skip_damaged: bool) -> _Survey:
-    """What is there: every cell's artifact, checked for missing and truncated files."""
+    """Every cell's artifact, checked for missing and truncated files."""
     cells = store.cells().with_columns(pl.col("assigned_at").dt.replace_time_zone(None))
     keys = cells.select("stage", "key").unique(maintain_order=True).rows()
     found = dict(zip(keys, store.each(lambda key: _look(store, *key), keys), strict=True))
     problems = {key: what for key, what in found.items() if isinstance(what, str)}
     if problems and not skip_damaged:
-        more = f" ({len(problems) - 1} more artifacts are damaged, too)" if len(problems) > 1 else ""
+        more = f" ({len(problems) - 1} more artifacts are also damaged)" if len(problems) > 1 else ""
         raise ArtifactError(next(iter(problems.values())) + more)
     artifacts = {key: what for key, what in found.items() if isinstance(what, Artifact)}
     files = [
@@ -232,12 +232,12 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: Artif
         connection.execute(table_view(table, TABLES.get(table), files, survey.columns.get(table, [])))
     with Ledger(store) as ledger:
         paths, recent = ledger.parts()
-    connection.register("_rows", recent)  # what changes while calls are made: a copy, as of now
+    connection.register("_rows", recent)  # a snapshot: these change while calls are made
     connection.execute("CREATE TABLE recent_feedback_calls AS SELECT * FROM _rows")
     connection.unregister("_rows")
     source = ledger_source(map(str, paths), "recent_feedback_calls")
     found = connection.execute(ledger_doubles(source)).fetchone() if paths else None
-    # A compaction that was killed leaves calls in a file and in segments.
+    # A killed compaction leaves calls in both a file and segments.
     connection.execute(ledger_view(source, STATUS_RANK if found and found[0] else None))
     for view in (SAMPLES, PREFERENCE_BATCHES, COSTS, LINEAGE):
         connection.execute(view)

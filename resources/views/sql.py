@@ -40,7 +40,7 @@ FROM generations g
 LEFT JOIN judged j USING (experiment, iteration, sample_id)
 LEFT JOIN datapool p USING (experiment, iteration, sample_id)
 """
-"""``feedback`` lists all aspects of a sample, by name; ``feedback_*`` are those of the first."""
+"""``feedback`` lists all aspects of a sample, sorted by name; ``feedback_*`` are those of the first."""
 
 PREFERENCE_BATCHES = """
 CREATE VIEW preference_batches AS
@@ -71,7 +71,7 @@ SELECT c.experiment, c.iteration, c.stage, m.seconds, m.gpu_seconds, m.usd,
     m.created_at, c.key
 FROM cells c JOIN manifests m USING (stage, key)
 """
-"""Of the cells that share an artifact exactly one is not ``reused``, so that sums are right."""
+"""Of the cells that share an artifact, exactly one is not ``reused``, so sums are correct."""
 
 LINEAGE = """
 CREATE VIEW lineage AS
@@ -87,12 +87,12 @@ def ledger_source(paths: Iterable[str], recent: str) -> str:
 
 
 def ledger_doubles(source: str) -> str:
-    """A query whether some call may stand in ``source`` twice: seconds cheaper than counting it once always."""
+    """A query for whether any call may be in ``source`` twice: seconds cheaper than always deduplicating."""
     return f"SELECT count(*) <> count(DISTINCT hash(call_key, called_at)) FROM ({source})"
 
 
 def ledger_view(source: str, ranks: Mapping[str, int] | None) -> str:
-    """``CREATE VIEW feedback_calls``. With ``ranks``, of each call only the row whose status has the least."""
+    """``CREATE VIEW feedback_calls``. With ``ranks``, only each call's row with the lowest-ranked status."""
     once = ""
     if ranks is not None:
         cases = " ".join(f"WHEN {literal(status)} THEN {number}" for status, number in ranks.items())
@@ -104,7 +104,7 @@ def ledger_view(source: str, ranks: Mapping[str, int] | None) -> str:
 
 
 def duckdb_type(dtype: pl.DataType) -> str:
-    """The DuckDB type that a Parquet column of this polars type reads as."""
+    """The DuckDB type as which a Parquet column of this polars type is read."""
     if isinstance(dtype, pl.List):
         return f"{duckdb_type(_instance(dtype.inner))}[]"
     if isinstance(dtype, pl.Struct):
@@ -131,9 +131,9 @@ def table_view(
 ) -> str:
     """``CREATE VIEW`` of one table over its files, joined with the cells that point at each.
 
-    With a schema the view has exactly its columns and types; what older files lack is NULL. Without
-    one it has all the files' columns. ``columns`` are those of each file: files that agree need not
-    all be opened before a query.
+    With a schema the view has exactly its columns and types; columns that older files lack are NULL.
+    Without one it has all the files' columns. ``columns`` are those of each file: files with the same
+    columns need not all be opened before a query.
     """
     listed = ", ".join(literal(path) for path in paths)
     present = {column for file in columns for column in file}
@@ -167,7 +167,7 @@ def _column(name: str, dtype: pl.DataType, present: bool) -> str:
 
 
 def _instance(dtype: object) -> pl.DataType:
-    """Polars takes types and their instances alike; here they are instances."""
-    made = dtype() if isinstance(dtype, type) else dtype
-    assert isinstance(made, pl.DataType)
-    return made
+    """Polars accepts types and their instances alike; this returns an instance."""
+    instance = dtype() if isinstance(dtype, type) else dtype
+    assert isinstance(instance, pl.DataType)
+    return instance

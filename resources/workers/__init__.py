@@ -1,4 +1,4 @@
-"""A process that works for a stage, wherever it runs: this machine, Slurm, Ray, a pod.
+"""Worker processes of stages, wherever they run: this machine, Slurm, Ray, a pod.
 
-From outside: `channel` and `host` in stages' process, `serving` in the worker's.
+From outside: `channel` and `host` in the stage's process, `serving` in the worker's.
 """

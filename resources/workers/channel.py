@@ -1,12 +1,12 @@
-"""A worker process for what is heavy (torch, a GPU's memory), and calls to it. No torch on this side.
+"""Calls to a worker process that holds what is heavy (torch, GPU memory). This side imports no torch.
 
     channel = Channel("resources.engines.transformers.worker", {"dtype": "float32"}, error=SamplerError)
     rows = channel.call({"op": "generate", ...}, progress)
     channel.close()
 
-The worker is a module of this package whose ``main`` speaks `worker_process.protocol`. It starts with
-the first call, serves any number of them, one at a time, and is gone, with its memory, when the
-channel is closed, a call is interrupted, or this process dies.
+The worker is a module of this package whose ``main`` uses `serving.protocol`. It starts on the first
+call, serves any number of calls, one at a time, and exits, freeing its memory, when the channel is
+closed, a call is interrupted, or this process dies.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from typing import IO, Any
 from resources.workers.host import Host
 from textalign_dagster import PROJECT
 
-CLOSE_SECONDS = 5.0  # for a worker to leave by itself
-STDERR_TAIL = 2000  # characters shown of a worker that died
+CLOSE_SECONDS = 5.0  # for a worker to exit by itself
+STDERR_TAIL = 2000  # characters of a dead worker's stderr that are shown
 
 Progress = Callable[[int, int], None]
 """Called with (done, total); what is in flight counts pro rata."""
@@ -38,12 +38,12 @@ class Channel:
     """Calls to one worker, which is started by the first of them.
 
     module: the worker, a module of this package.
-    settings: JSON-able; what the worker finds in ``sys.argv[1]``, with ``parent`` (this process' id).
-    error: what is raised, with a sentence, when a call cannot be done or the worker has died.
+    settings: JSON-able; passed to the worker in ``sys.argv[1]``, along with ``parent`` (this process' id).
+    error: raised, with a sentence, when a call cannot be done or the worker has died.
     what: the worker's name in errors.
-    threads: OMP_NUM_THREADS of the worker; None: as in this process, else its processors.
-    offline: whether the model hub is out of reach (models are local folders).
-    environment: variables for the worker, over this process' own.
+    threads: OMP_NUM_THREADS of the worker; None: this process' value, else its number of processors.
+    offline: whether the model hub is disabled (models are local folders).
+    environment: variables for the worker, which override this process' own.
     python: the interpreter; None: this one.
     host: where the worker runs; None: on this machine.
     """
@@ -67,20 +67,22 @@ class Channel:
         self.python = python or sys.executable
         self.host = host
         self.ready: dict[str, Any] | None = None  # what the worker reported when it had started
-        self.load_seconds = 0.0  # of the last call, until its work began: worker started, model read
+        self.load_seconds = (
+            0.0  # of the last call, until its work began: starting the worker, loading the model
+        )
         self._worker: Worker | None = None
         self._one_call = threading.Lock()
 
     @property
     def worker(self) -> Worker | None:
-        """The worker, while there is one."""
+        """The worker; None if none is running."""
         return self._worker
 
     def call(self, call: Mapping[str, Any], progress: Progress | None = None) -> Any:
         """The result of one call, JSON in and out.
 
         Raises:
-            the channel's ``error``: the call cannot be done, or the worker cannot start, or died.
+            the channel's ``error``: the call cannot be done, or the worker cannot start or has died.
         """
         with self._one_call:
             started, begun = time.monotonic(), False
@@ -108,7 +110,7 @@ class Channel:
         raise self.error(message["error"])
 
     def close(self) -> None:
-        """End the worker; a later call starts another."""
+        """Stop the worker; a later call starts another."""
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.close()
@@ -117,8 +119,8 @@ class Channel:
 class Worker:
     """A worker process in its own process group, and the two ends of its channel.
 
-    The thread that starts it also reads it until it ends: Linux' signal at the death of the parent
-    goes by the thread that started a process, which must therefore not end before.
+    The thread that starts it also reads from it until it ends: Linux ties the parent-death signal to the
+    thread that started a process, which must therefore outlive it.
     """
 
     def __init__(self, channel: Channel) -> None:
@@ -126,7 +128,7 @@ class Worker:
         self.stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
         self.messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self.process: subprocess.Popen[str]
-        self.job = ""  # its name on a host that has jobs
+        self.job = ""  # the name of its job, on a host that has jobs
         started: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self.reader = threading.Thread(target=self._read, args=(started,), name=channel.what, daemon=True)
         self.reader.start()
@@ -146,7 +148,7 @@ class Worker:
             **({"HF_HUB_OFFLINE": "1"} if self.channel.offline else {}),
             **self.channel.environment,
         }
-        # Another machine's process cannot look whether this one lives.
+        # A process on another machine cannot check whether this one is alive.
         settings = json.dumps({**self.channel.settings, "parent": os.getpid() if host is None else None})
         # -P: a folder named like this package in the working directory is not imported instead.
         command = [self.channel.python, "-P", "-m", self.channel.module, settings]
@@ -157,7 +159,7 @@ class Worker:
                 environment["OMP_NUM_THREADS"] = str(threads or host.cpus)
             try:
                 self.job, command, own = host.start(command, environment)
-            except Exception as error:  # noqa: BLE001 (it is raised where the worker is waited for)
+            except Exception as error:  # noqa: BLE001 (raised in the thread that waits for the worker)
                 started.put(error)
                 return
             environment = {**os.environ, "PYTHONPATH": environment["PYTHONPATH"]} if own is None else own
@@ -176,7 +178,7 @@ class Worker:
             return
         started.put(None)
         assert self.process.stdout is not None
-        with contextlib.suppress(ValueError):  # a last line cut by the worker's death
+        with contextlib.suppress(ValueError):  # a last line truncated by the worker's death
             for line in self.process.stdout:
                 self.messages.put(json.loads(line))
         self.messages.put(None)
@@ -191,14 +193,14 @@ class Worker:
             raise self._death() from None
 
     def receive(self) -> dict[str, Any]:
-        """The next message; raises the channel's error when the worker has ended instead."""
+        """The next message; raises the channel's error if the worker has ended instead."""
         message = self.messages.get()
         if message is None:
             raise self._death()
         return message
 
     def close(self) -> None:
-        """Let the worker end by itself, or kill it after `CLOSE_SECONDS`."""
+        """Let the worker exit by itself, or kill it after `CLOSE_SECONDS`."""
         self._hang_up()
         try:
             self.process.wait(CLOSE_SECONDS)
@@ -230,7 +232,7 @@ class Worker:
     def _death(self) -> Exception:
         code = self.process.wait()
         if self.channel.host is not None and code - 128 in {*signal.Signals}:
-            code = 128 - code  # of a worker that was killed there
+            code = 128 - code  # the worker was killed there
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
             how += " (often for lack of memory)" if -code == signal.SIGKILL else ""
@@ -242,7 +244,7 @@ class Worker:
 
 
 def processors() -> int:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux

@@ -1,4 +1,4 @@
-"""Where a worker runs, other than on this machine. The worker stays what it is: lines in, lines out."""
+"""Hosts for workers other than this machine. The worker itself does not change: lines in, lines out."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from textalign_dagster.settings.kubernetes import KubernetesPod
 
 
 class Host(Protocol):
-    """Starts workers somewhere; see `worker.Channel`."""
+    """Starts workers on another machine; see `channel.Channel`."""
 
     @property
     def cpus(self) -> int | None:
-        """CPUs of a worker; None: as many as there are."""
+        """CPUs of a worker; None: unknown."""
         ...
 
     def start(
@@ -33,19 +33,19 @@ class Host(Protocol):
     ) -> tuple[str, list[str], dict[str, str] | None]:
         """The name of a worker's job, the command that starts it, and that command's environment.
 
-        environment: what the worker needs beside what its machine gives it.
-        Of the result, an environment of None is this process' own.
+        environment: what the worker needs in addition to what its machine provides.
+        A returned environment of None stands for this process' own.
         """
         ...
 
     def end(self, name: str) -> None:
-        """Ends what a killed command may have left behind."""
+        """Stops what a killed command may have left behind."""
         ...
 
 
 @dataclass(frozen=True)
 class RayHost:
-    """A node of a Ray cluster; `ray_relay` carries the lines."""
+    """A node of a Ray cluster; `ray_relay` relays the lines."""
 
     settings: RayNode
 
@@ -64,7 +64,7 @@ class RayHost:
 def check_host(
     launcher: str, slurm: SlurmNode, k8s: KubernetesPod, field: str, folders: Iterable[Path] = ()
 ) -> str | None:
-    """Checks where workers are to run; what was found, in words; None: on this machine.
+    """Checks the place where workers will run; returns a description of it; None: this machine.
 
     folders: what workers will read.
 
@@ -75,7 +75,7 @@ def check_host(
         return check_slurm(slurm, field)
     if launcher == "ray":
         if importlib.util.find_spec("ray") is None:
-            raise SettingsError(f"{field}.launcher: ray needs the ray package: pip install -e '.[ray]'")
+            raise SettingsError(f"{field}.launcher: ray requires the ray package: pip install -e '.[ray]'")
         return f"ray {importlib.metadata.version('ray')}"
     if launcher == "k8s":
         check_folders(k8s, folders, field)

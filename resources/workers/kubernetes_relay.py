@@ -1,9 +1,9 @@
-"""A command in a pod of a Kubernetes cluster, with its stdin and stdout here: what `srun` is to Slurm.
+"""A command in a pod of a Kubernetes cluster, with its stdin and stdout here: what `srun` is for Slurm.
 
     python -m resources.workers.kubernetes_relay '{"k8s": {"namespace": "lab", …}, "pod": {…}}'
 
-Makes the pod, waits until it runs, attaches to it, and ends with the exit code of its container (128 and the
-signal's number, where one killed it). The pod is deleted at the end. When stdin ends, or the connection does,
+Creates the pod, waits until it runs, attaches to it, and exits with the exit code of its container (128 plus the
+signal's number if one killed it). The pod is deleted at the end. When stdin ends, or the connection does,
 so does the command's stdin. Messages for the user go to stderr.
 """
 
@@ -23,20 +23,20 @@ from resources.workers.pod import FAILED, Lost, Pod, Unwanted, end_abandoned
 from textalign_dagster.settings.kubernetes import KubernetesPod
 
 STDIN, STDOUT, STDERR, STATUS = range(4)  # channels of an attached connection
-CHUNK = 2**16  # bytes of stdin in a frame; servers bound what they take at a time
+CHUNK = 2**16  # bytes of stdin in a frame; servers limit its size
 IDLE_SECONDS = 60.0
 """Seconds without data until an empty message is sent: proxies and kubelets cut idle connections."""
-SEND_SECONDS = 600.0  # for what is sent to be taken
-READ_SECONDS = 5.0  # for the rest of what has begun to come
+SEND_SECONDS = 600.0  # for sent data to be accepted
+READ_SECONDS = 5.0  # for the rest of a frame that has begun to arrive
 
-REFUSED = 2  # exit code: the cluster cannot give the command a place
+REFUSED = 2  # exit code: the cluster cannot run the command
 
 
 def attach(pod: Pod) -> Any:
     """A connection to the container's stdin, stdout and stderr.
 
     Raises:
-        Lost: there is none to be had.
+        Lost: none can be made.
     """
     import websocket
     from kubernetes.client.exceptions import ApiException
@@ -56,17 +56,17 @@ def attach(pod: Pod) -> Any:
             _preload_content=False,
         )
     except (ApiException, AttributeError) as error:
-        # The client stumbles over its own error, which has no body.
+        # The client fails while it handles its own error, which has no body.
         refused = error if isinstance(error, ApiException) else error.__context__
         raise Lost(
-            f"cannot attach to pod {pod.name} ({pods.words(refused)}); the user of the kubeconfig needs the rights "
+            f"cannot attach to pod {pod.name} ({pods.words(refused)}); the user of the kubeconfig needs permission "
             "to get and create pods/attach"
         ) from None
-    return found.sock  # frames are read from it: the client's own reading keeps all that ever came
+    return found.sock  # frames are read from it directly: the client's own reader keeps all it ever received
 
 
 def carry(connection: Any) -> str:
-    """Carries lines both ways until the container's end closes; the server's reason for that.
+    """Relays data both ways until the container's side closes; returns the server's reason, if any.
 
     One thread does both: a worker reads its stdin whatever else it does, so sending never waits for reading.
 
@@ -75,45 +75,45 @@ def carry(connection: Any) -> str:
     """
     from websocket import ABNF, WebSocketException, WebSocketTimeoutException
 
-    said = ""
+    reason = ""
     poll = select.poll()
     poll.register(connection.sock, select.POLLIN)
     poll.register(0, select.POLLIN)
     here = connection.sock.fileno()
-    spoken = time.monotonic()
-    silence = send(connection, b"\n")  # which the pod waits for
+    last_sent = time.monotonic()
+    send_error = send(connection, b"\n")  # the line that the pod waits for
     while True:
-        # What TLS has decrypted already is no longer to be polled for.
+        # Polling does not show what TLS has already decrypted.
         decrypted = getattr(connection.sock, "pending", int)()
         ready = {here} if decrypted else {file for file, _ in poll.poll(IDLE_SECONDS * 1000)}
         if here in ready:
-            # Not all that TLS sends is for us: then this times out, and what came of a frame is kept.
+            # Not all that TLS sends is data for us: then this times out, and a partial frame is kept.
             connection.settimeout(READ_SECONDS)
             try:
                 kind, frame = connection.recv_data_frame(True)
             except WebSocketTimeoutException:
                 continue
             except (WebSocketException, OSError) as error:
-                return said or silence or str(error)
+                return reason or send_error or str(error)
             if kind == ABNF.OPCODE_CLOSE:
-                return said
+                return reason
             if kind in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:
-                said += deliver(frame.data[0], frame.data[1:])
+                reason += deliver(frame.data[0], frame.data[1:])
         if 0 in ready:
             data = os.read(0, CHUNK)
             if not data:
                 raise Unwanted
-            silence = send(connection, data)
-            spoken = time.monotonic()
-            if silence:  # the container may have written more before it ended
+            send_error = send(connection, data)
+            last_sent = time.monotonic()
+            if send_error:  # the container may have written more before it ended
                 poll.unregister(0)
-        elif time.monotonic() - spoken >= IDLE_SECONDS and not silence:
-            silence = send(connection, b"")
-            spoken = time.monotonic()
+        elif time.monotonic() - last_sent >= IDLE_SECONDS and not send_error:
+            send_error = send(connection, b"")
+            last_sent = time.monotonic()
 
 
 def send(connection: Any, data: bytes) -> str:
-    """Sends data to the container's stdin; why that cannot be done, if so."""
+    """Sends data to the container's stdin; returns an error message, or an empty string."""
     from websocket import WebSocketException
 
     connection.settimeout(SEND_SECONDS)
@@ -125,7 +125,7 @@ def send(connection: Any, data: bytes) -> str:
 
 
 def deliver(channel: int, data: bytes) -> str:
-    """Passes on what came on a channel; returns the server's own words, where it is those."""
+    """Forwards data received on a channel; returns the server's error message if it is one, else an empty string."""
     if channel in (STDOUT, STDERR):
         sink = (sys.stdout if channel == STDOUT else sys.stderr).buffer
         sink.write(data)
@@ -140,9 +140,9 @@ def deliver(channel: int, data: bytes) -> str:
 
 
 def main() -> int:
-    problem = json.loads(sys.argv[1])
+    arguments = json.loads(sys.argv[1])
     try:
-        return relay(KubernetesPod.model_validate(problem["k8s"]), problem["pod"], problem["patience"])
+        return relay(KubernetesPod.model_validate(arguments["k8s"]), arguments["pod"], arguments["patience"])
     except Lost as error:
         print(error, file=sys.stderr)
         return FAILED
@@ -151,10 +151,10 @@ def main() -> int:
 
 
 def relay(settings: KubernetesPod, body: dict[str, Any], patience: float) -> int:
-    """The whole life of a pod; the exit code for this process.
+    """Runs a pod from creation to deletion; returns the exit code for this process.
 
     Raises:
-        Lost: it ended in a way that has no exit code.
+        Lost: it ended without an exit code.
         Unwanted: stdin has ended.
     """
     from kubernetes.client.exceptions import ApiException
@@ -174,11 +174,11 @@ def relay(settings: KubernetesPod, body: dict[str, Any], patience: float) -> int
         pod.wait_until_it_runs()
         connection = attach(pod)
         try:
-            said = carry(connection)
+            reason = carry(connection)
         finally:
             connection.close(timeout=1)  # and with it the worker's stdin
-        if said:
-            print(f"pod {name}: {said}", file=sys.stderr)
+        if reason:
+            print(f"pod {name}: {reason}", file=sys.stderr)
         return pod.outcome()
     except ApiException as error:
         problem = (
@@ -186,7 +186,7 @@ def relay(settings: KubernetesPod, body: dict[str, Any], patience: float) -> int
         )
     except HTTPError as error:
         problem = f"the Kubernetes cluster cannot be reached: {error}"
-    finally:  # also where it was created without an answer
+    finally:  # also if it was created without a reply
         with contextlib.suppress(ApiException, HTTPError):
             delete(core, name, namespace)
     print(problem, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A worker's pod as the relay knows it: until it runs, how it ended, and what others have left behind."""
+"""A worker's pod as the relay sees it: waiting until it runs, how it ended, and cleaning up after others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 from resources.compute import pods
 from resources.workers.kubernetes import CONTAINER, MACHINE, PROCESS, delete, machine, process
 
-EVERY = 1.0  # seconds between two looks at the pod
-KEPT = timedelta(hours=1)  # for which a pod that has ended is kept for the process that waits for it
+EVERY = 1.0  # seconds between polls of the pod
+KEPT = timedelta(hours=1)  # how long a pod that has ended is kept for the process that waits for it
 
-FAILED = 1  # exit code of a container that is lost without one of its own
+FAILED = 1  # exit code for a container that was lost without one
 
 STUCK = (
     "ErrImagePull",
@@ -27,11 +27,11 @@ STUCK = (
     "CreateContainerError",
     "RunContainerError",
 )
-"""Why a container waits, where waiting seldom helps."""
+"""Reasons for which a container waits and which seldom resolve themselves."""
 
 
 class Lost(Exception):
-    """There is no pod to speak to; the message is a sentence."""
+    """The pod cannot be reached; the message is a sentence."""
 
 
 class Unwanted(Exception):
@@ -39,7 +39,7 @@ class Unwanted(Exception):
 
 
 class Pod:
-    """The command's pod: where it is asked about."""
+    """The command's pod, and how to query it."""
 
     def __init__(self, core: Any, namespace: str, name: str, patience: float) -> None:
         self.core, self.namespace, self.name, self.patience = core, namespace, name, patience
@@ -67,14 +67,14 @@ class Pod:
             except HTTPError as error:
                 why = str(error)
             if silent.still(True):
-                raise Lost(f"the cluster does not say what becomes of pod {self.name} ({why})")
+                raise Lost(f"the cluster does not report the state of pod {self.name} ({why})")
             pause()
 
     def wait_until_it_runs(self) -> None:
         """Returns when the container runs; waits for a node as long as it takes.
 
         Raises:
-            Lost: it will not.
+            Lost: it will not run.
             Unwanted: see `pause`.
         """
         stuck = Passing(self.patience)
@@ -84,9 +84,9 @@ class Pod:
                 raise Lost(f"pod {self.name} was deleted before it ran")
             state = state_of(found)
             if found.status.phase in ("Succeeded", "Failed") or (state and state.terminated):
-                said = self._said()
+                output = self._last_output()
                 raise Lost(
-                    f"pod {self.name} ended before it could be attached to ({pods.ended(found)}){said}"
+                    f"pod {self.name} ended before it could be attached to ({pods.ended(found)}){output}"
                 )
             if state is not None and state.running is not None:
                 return
@@ -99,7 +99,7 @@ class Pod:
         """The exit code for this process, once the container has one; messages go to stderr.
 
         Raises:
-            Lost: it has none, or ended though it was wanted.
+            Lost: it has none, or ended while it was still needed.
             Unwanted: see `pause`.
         """
         settling = Passing(self.patience)
@@ -114,19 +114,19 @@ class Pod:
             if ended is not None or found.status.phase == "Failed":
                 break
             if settling.still(True):
-                raise Lost(f"the connection to pod {self.name} broke off")
+                raise Lost(f"the connection to pod {self.name} was lost")
             pause()
         code = ended.exit_code if ended is not None else FAILED
-        if code == 0:  # workers end so when their stdin does
-            raise Lost(f"the connection to pod {self.name} broke off, and the worker ended with it")
+        if code == 0:  # workers exit with 0 when their stdin ends
+            raise Lost(f"the connection to pod {self.name} was lost, and the worker ended with it")
         message = f"pod {self.name}: {pods.ended(found)}"
         if pods.OUT_OF_MEMORY in message:
-            message += "; it had less memory than it needs: raise k8s.memory, or give it less at a time"
+            message += "; it had less memory than it needs: raise k8s.memory, or process less at a time"
         print(message, file=sys.stderr)
         known = code <= 128 or code - 128 in {*signal.Signals}
         return code if known else FAILED
 
-    def _said(self) -> str:
+    def _last_output(self) -> str:
         """The end of the container's output, if any."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
@@ -144,15 +144,15 @@ class Pod:
 
 
 class Passing:
-    """A trouble that may pass."""
+    """A problem that may pass."""
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.since: float | None = None
 
-    def still(self, trouble: bool) -> bool:
-        """Whether it has lasted for as long as can be borne."""
-        if not trouble:
+    def still(self, problem: bool) -> bool:
+        """Whether the problem has lasted for ``patience`` seconds by now."""
+        if not problem:
             self.since = None
             return False
         now = time.monotonic()
@@ -161,20 +161,20 @@ class Passing:
 
 
 def state_of(pod: Any) -> Any:
-    """The state of the worker's container (sites put others beside it); None: it has none yet."""
+    """The state of the worker's container (sites may add sidecars); None: it has none yet."""
     found = pod.status.container_statuses or []
     return next((one.state for one in found if one.name == CONTAINER), None)
 
 
 def disruption(pod: Any) -> str:
-    """Why a pod had to go, where Kubernetes itself wanted its place, or its node's."""
+    """Why Kubernetes itself removed a pod, in parentheses; empty if it did not."""
     conditions = pod.status.conditions or []
     messages = [one.message for one in conditions if one.type == "DisruptionTarget" and one.message]
     return f" ({messages[0]})" if messages else ""
 
 
 def obstacle(pod: Any) -> str | None:
-    """What keeps a pod from starting, other than that it has to wait; in Kubernetes' words."""
+    """What keeps a pod from starting, other than waiting for a node, in Kubernetes' words; None: nothing."""
     for status in pod.status.container_statuses or []:
         waiting = status.state.waiting
         if waiting is not None and waiting.reason in STUCK:
@@ -191,7 +191,7 @@ def pause() -> None:
     """Waits for a moment.
 
     Raises:
-        Unwanted: stdin has ended. What came on it is left there.
+        Unwanted: stdin has ended. Data on it is left unread.
     """
     poll = select.poll()
     poll.register(0, 0)
@@ -200,7 +200,7 @@ def pause() -> None:
 
 
 def end_abandoned(core: Any, namespace: str) -> None:
-    """Deletes pods of processes on this machine that are gone, and what others have left lying for long."""
+    """Deletes pods of processes on this machine that are gone, and pods of others that ended long ago."""
     from kubernetes.client.exceptions import ApiException
     from urllib3.exceptions import HTTPError
 
@@ -217,9 +217,9 @@ def is_abandoned(pod: Any) -> bool:
     """Whether no process waits for a worker's pod any more."""
     labels: dict[str, str] = pod.metadata.labels
     if labels[MACHINE] == machine():
-        wanted_by = labels.get(PROCESS, "")
-        pid = wanted_by.partition("-")[0]
-        return pid.isdigit() and process(int(pid)) != wanted_by
+        owner = labels.get(PROCESS, "")
+        pid = owner.partition("-")[0]
+        return pid.isdigit() and process(int(pid)) != owner
     ends: list[datetime] = [
         status.state.terminated.finished_at
         for status in pod.status.container_statuses or []

@@ -1,11 +1,11 @@
-"""What the pod of a worker runs first: it waits for a first line, then becomes the worker.
+"""The entry point of a worker's pod: it waits for a first line, then becomes the worker.
 
     python -P -c TEXT '{"transformers": "5.19.0"}' COMMAND…
 
-A container's output is lost until a client is attached; so nothing happens before a first line has come.
-A pod that never gets one ends, and gives its node back.
+A container's output is lost until a client is attached; so nothing happens before a first line has arrived.
+A pod that never gets one ends, and frees its node.
 
-Its text is sent along, so it runs in images with any textalign, and imports none.
+Its source is sent along, so it runs in images with any version of textalign, and imports none of it.
 """
 
 import json
@@ -14,7 +14,7 @@ import select
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-ALONE = 600.0  # seconds without a word, after which it ends
+ALONE = 600.0  # seconds without input after which it ends
 
 
 def main() -> str:
@@ -31,8 +31,8 @@ def main() -> str:
     ]
     if other:
         return (
-            f"the image has {', '.join(other)} as where Dagster runs, which would record its own: "
-            "use an image with the same versions"
+            f"the image has {', '.join(other)}, unlike the environment where Dagster runs, whose versions would be "
+            "recorded: use an image with the same versions"
         )
     os.execvp(command[0], command)
 

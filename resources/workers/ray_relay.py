@@ -1,9 +1,9 @@
-"""A command on a node of a Ray cluster, with its stdin and stdout here: what `srun` is to Slurm.
+"""A command on a node of a Ray cluster, with its stdin and stdout here: what `srun` is for Slurm.
 
     python -m resources.workers.ray_relay '{"address": "auto", "cpus": 1, "gpus": 0, "resources": {}, "environment": {}}' COMMAND…
 
-An actor holds the command's place and carries its lines. The command ends with its stdin, and so with
-the actor, which ends with this process: Ray lets no actor outlive the driver that made it.
+An actor reserves the command's resources and relays its lines. The command ends with its stdin, and so
+with the actor, which ends with this process: Ray lets no actor outlive the driver that created it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import tempfile
 import threading
 from typing import Any, BinaryIO
 
-CHUNK = 2**20  # bytes carried at a time
+CHUNK = 2**20  # bytes relayed at a time
 TAIL = 4000  # bytes of its stderr that are shown when it has ended
-REFUSED = 2  # exit code: the cluster cannot give it a place
+REFUSED = 2  # exit code: the cluster cannot run the command
 
 
 class Carrier:
-    """The command's process on its node. Defined where Ray ships it by value: nodes need not import it."""
+    """The command's process on its node. Defined in ``__main__``, so Ray ships it by value: nodes need not import it."""
 
     def __init__(self, command: list[str], environment: dict[str, str]) -> None:
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the actor)
@@ -36,16 +36,16 @@ class Carrier:
         )
 
     def write(self, data: bytes) -> None:
-        """Data for its stdin; nothing: there is no more."""
+        """Writes data to its stdin; empty data closes it."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(data)
             self.process.stdin.flush() if data else self.process.stdin.close()
         except BrokenPipeError:
-            pass  # it has ended, as `end` tells
+            pass  # it has ended, as `end` reports
 
     def read(self) -> bytes:
-        """What came on its stdout; nothing: it was closed."""
+        """Data from its stdout; empty once it is closed."""
         assert self.process.stdout is not None
         return self.process.stdout.read1(CHUNK)  # type: ignore[attr-defined, no-any-return]
 
@@ -73,11 +73,11 @@ def main() -> int:
     except Exception as error:  # noqa: BLE001 (of many kinds)
         print(f"Ray cannot be reached at {settings['address']}: {error}", file=sys.stderr)
         return REFUSED
-    wanted = {"CPU": settings["cpus"], "GPU": settings["gpus"], **settings["resources"]}
-    alive: Any = ray.nodes  # untyped
-    nodes = [node["Resources"] for node in alive() if node["Alive"]]
-    if not any(all(node.get(name, 0) >= much for name, much in wanted.items()) for node in nodes):
-        print(f"no node of the Ray cluster has {json.dumps(wanted)}; they have {nodes}", file=sys.stderr)
+    required = {"CPU": settings["cpus"], "GPU": settings["gpus"], **settings["resources"]}
+    list_nodes: Any = ray.nodes  # untyped
+    nodes = [node["Resources"] for node in list_nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= much for name, much in required.items()) for node in nodes):
+        print(f"no node of the Ray cluster has {json.dumps(required)}; they have {nodes}", file=sys.stderr)
         return REFUSED
     actor: Any = (
         ray.remote(Carrier)
@@ -94,13 +94,13 @@ def main() -> int:
         sink.write(data)
         sink.flush()
     code: int
-    code, said = ray.get(actor.end.remote())
-    sys.stderr.buffer.write(said)
+    code, stderr = ray.get(actor.end.remote())
+    sys.stderr.buffer.write(stderr)
     return code if code >= 0 else 128 - code
 
 
 def carry(source: BinaryIO, actor: Any) -> None:
-    """What comes on stdin to the actor, and its end."""
+    """Forwards stdin to the actor, and its end."""
     import ray
 
     for line in source:

@@ -1,9 +1,9 @@
-"""The worker's side of a `worker.Channel`: calls as JSON lines on stdin, messages on stdout.
+"""The worker's side of a `channel.Channel`: calls as JSON lines on stdin, messages on stdout.
 
 Each line in is a call; each line out is {"ready": …} (once, first), {"progress": [done, total]},
-{"result": …} or {"error": sentence}. A worker that loads something for a call reports when it is loaded, with
-a progress of 0: so that start and work can be timed apart. What libraries print goes to stderr. The
-process ends when stdin ends, or with its parent.
+{"result": …} or {"error": sentence}. A worker that loads something for a call reports
+a progress of 0 once it is loaded, so that loading and work can be timed separately. What libraries print
+goes to stderr. The process ends when stdin ends, or with its parent.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-PROGRESS_SECONDS = 0.2  # between two words of progress
+PROGRESS_SECONDS = 0.2  # between two progress messages
 
 Send = Callable[[dict[str, Any]], None]
 Report = Callable[[float], None]
-"""Called with what is done of a call."""
+"""Called with how much of a call is done."""
 
 
 class CallError(Exception):
@@ -61,8 +61,8 @@ def serve(
 ) -> None:
     """Answer the calls, one after the other, until this process ends.
 
-    answer: makes the result of a call, and reports what is done of the call's ``total``; what cannot be
-    done is a `CallError`, anything else ends the process.
+    answer: computes the result of a call, and reports how much of the call's ``total`` is done; a
+    `CallError` is sent to the caller, any other exception ends the process.
     """
     while True:
         call = calls.get()
@@ -73,7 +73,7 @@ def serve(
 
 
 def reporter(send: Send, total: int) -> Report:
-    """Sends progress, not more often than it can be read."""
+    """A function that sends progress, at most every `PROGRESS_SECONDS` until the call is done."""
     last = 0.0
 
     def report(done: float) -> None:
@@ -86,7 +86,7 @@ def reporter(send: Send, total: int) -> Report:
 
 
 def quiet_transformers() -> None:
-    """No bars and no advice in the log."""
+    """Keep progress bars and warnings of transformers out of the log."""
     from transformers import logging
 
     quiet: Any = logging
@@ -95,7 +95,7 @@ def quiet_transformers() -> None:
 
 
 def version_of(folder: Path) -> object:
-    """Changes with any file of a folder: what is loaded of it is then no longer what it has."""
+    """A value that changes with any file of a folder: what was loaded from it is then stale."""
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in folder.iterdir()
@@ -105,14 +105,14 @@ def version_of(folder: Path) -> object:
 
 
 def listen(source: TextIO, calls: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Queue the calls; when the parent closes its end or is gone, end at once, work or not."""
+    """Queue the calls; when the parent closes its end or is gone, exit at once, even during work."""
     for line in source:
         calls.put(json.loads(line))
     os._exit(0)
 
 
 def die_with_parent(parent: int | None) -> None:
-    """Have Linux kill this process with its parent, also while no end of stdin can be read.
+    """Have Linux kill this process when its parent dies, even while it cannot read the end of stdin.
 
     parent: its process id; None: it is on another machine.
     """

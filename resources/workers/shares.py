@@ -1,4 +1,4 @@
-"""Several workers at once, each with its own GPUs: a call is split among them, its result put together."""
+"""Several workers at once, each with its own GPUs: a call is split among them, and its results merged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ T = TypeVar("T")
 
 
 def shares(items: Sequence[T], parts: int) -> list[list[T]]:
-    """Items dealt like cards, so that neighbours, which are often alike in length, are spread."""
+    """Items dealt round-robin, so that neighbours, which are often similar in length, are spread."""
     return [list(items[part::parts]) for part in range(parts)]
 
 
 def together(parts: Sequence[Sequence[T]]) -> list[T]:
-    """The items that were dealt by :func:`shares`, in their order."""
+    """The items that were dealt by :func:`shares`, in their original order."""
     every: list[T] = [parts[0][0]] * sum(map(len, parts)) if any(parts) else []
     for index, part in enumerate(parts):
         every[index :: len(parts)] = part
@@ -30,7 +30,7 @@ def visible_devices(count: int, each: int) -> list[str]:
     """CUDA_VISIBLE_DEVICES of ``count`` workers with ``each`` GPUs.
 
     Raises:
-        ValueError: this process may use fewer.
+        ValueError: fewer are visible to this process.
     """
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     devices = given.split(",") if given else [str(index) for index in range(count * each)]
@@ -45,10 +45,10 @@ def visible_devices(count: int, each: int) -> list[str]:
 def call_all(
     channels: Sequence[Channel], calls: Sequence[dict[str, Any]], progress: Progress | None
 ) -> list[Any]:
-    """The results of the calls, one a channel, made at the same time.
+    """The results of the calls, one per channel, made concurrently.
 
     ``progress`` is called in this thread with sums over the calls. When one of them fails, or this
-    thread is interrupted, all workers are ended.
+    thread is interrupted, all workers are stopped.
     """
     if len(channels) == 1:
         return [channels[0].call(calls[0], progress)]
@@ -75,11 +75,11 @@ def call_all(
     try:
         left = len(threads)
         while left and not failures:
-            news = events.get()
-            if news is None:
+            event = events.get()
+            if event is None:
                 left -= 1
                 continue
-            news()
+            event()
             if progress is not None:
                 progress(sum(done), total)
         if failures:

@@ -1,8 +1,8 @@
-"""Workers on a node of a Slurm cluster: `srun` carries their stdin and stdout, all else stays as it is.
+"""Workers on a node of a Slurm cluster: `srun` carries their stdin and stdout; nothing else changes.
 
-A worker ends when its stdin does, here as there. Where `srun` itself is killed, Slurm would keep the
-node until the time limit; so a worker's job has a name of its own, and is cancelled by that. Jobs of
-processes of this machine that are gone are cancelled by the next one that starts a worker.
+A worker ends when its stdin does, as it would on this machine. If `srun` itself is killed, Slurm would
+keep the node until the time limit; so each worker's job has a unique name, by which it is cancelled. Jobs
+of processes on this machine that are gone are cancelled by the next one that starts a worker.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class SlurmHost:
-    """A node of a Slurm cluster; see `worker_host.Host`."""
+    """A node of a Slurm cluster; see `host.Host`."""
 
     settings: SlurmNode
 
     @property
     def cpus(self) -> int | None:
-        """CPUs of a worker; None: what the cluster gives."""
+        """CPUs of a worker; None: the cluster's default."""
         return self.settings.cpus_per_task
 
     def start(
         self, command: list[str], environment: Mapping[str, str]
     ) -> tuple[str, list[str], dict[str, str]]:
-        """The name of a worker's job, the command that starts it, and the environment of that.
+        """The name of a worker's job, the command that starts it, and that command's environment.
 
-        environment: what the worker needs beside what nodes and site give it.
+        environment: what the worker needs in addition to what node and site provide.
         """
         end_abandoned()
         name = f"{_prefix()}{os.getpid()}-{next(_numbers)}"
@@ -48,7 +48,7 @@ class SlurmHost:
             f"--job-name={name}",
             "--nodes=1",
             "--ntasks=1",
-            "--export=ALL",  # of what srun is given, which is not much
+            "--export=ALL",  # of srun's own environment, which is minimal
             *slurm.options(self.settings),
             *("/bin/bash", "-c", line),
         ]
@@ -67,7 +67,7 @@ def end_abandoned() -> None:
             os.kill(int(process), 0)
         except ProcessLookupError:
             _cancel(name)
-        except (PermissionError, ValueError):  # it lives; or the name is another user's
+        except (PermissionError, ValueError):  # it is alive, or the name is not of this form
             pass
 
 
@@ -77,6 +77,6 @@ def _prefix() -> str:
 
 def _cancel(name: str) -> None:
     jobs = [job for job, found in slurm.mine(name).items() if found == name]
-    with suppress(slurm.SlurmSilent):  # it ends with its time limit
+    with suppress(slurm.SlurmSilent):  # it ends at its time limit
         if jobs:
             slurm.cancel(jobs)

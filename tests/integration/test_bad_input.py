@@ -73,7 +73,7 @@ FILES: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     ),
     "too few prompts": (
         lambda p: edited(p, **prompts(p, '{"prompt": "a"}')),
-        ["mine.yaml: prompts.per_iteration: 4 prompts wanted in iteration 2", "can draw 1 of 1"],
+        ["mine.yaml: prompts.per_iteration: 4 prompts requested in iteration 2", "can draw 1 of 1"],
     ),
     "trained and evaluated on the same": (
         lambda p: edited(p, **prompts(p, '{"prompt": "a"}'), evaluation={"path": "prompts.jsonl"}),

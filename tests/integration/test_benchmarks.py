@@ -19,7 +19,7 @@ from tests.toy import PROJECT
             ["training", "--only", "grpo"],
             ["here", "TRL, sorted by length", "TRL, one sampling for all steps"],
         ),
-        (["training", "--only", "kto"], ["here", "TRL, sorted by length", "TRL, as it is by default"]),
+        (["training", "--only", "kto"], ["here", "TRL, sorted by length", "TRL, default"]),
     ],
 )
 def test_it_runs(benchmark: list[str], kinds: list[str]) -> None:

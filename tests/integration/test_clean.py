@@ -49,7 +49,7 @@ def test_what_lost_its_cells_goes_and_the_rest_can_be_asked(copied: Place) -> No
     shutil.rmtree(copied.home / "store" / "cells" / "toy" / "002")
     listed = copied.textalign(*ALL).stdout
     assert lost["checkpoint"].key in listed and first.key not in listed
-    assert "nothing was removed: --apply does it" in listed
+    assert "nothing was removed: use --apply to remove them" in listed
     assert copied.store.find("checkpoint", lost["checkpoint"].key) is not None
     told = json.loads(copied.textalign(*ALL, "--json", "--apply").stdout)
     assert {one["artifact"][0] for one in told} >= {"generations", "checkpoint", "evaluation"}
@@ -81,7 +81,7 @@ def test_cells_of_an_experiment_without_a_file_are_named(copied: Place) -> None:
     (copied.experiments / "toy_null.yaml").unlink()
     (copied.experiments / "toy.yaml").write_text("extends: pep8_alt_lmu\n")
     told = copied.textalign(*ALL).stdout
-    assert "toy_null has cells and no file any more; its artifacts stay. Remove " in told
+    assert "toy_null still has cells but no experiment file; its artifacts are kept. Remove " in told
     assert "nothing to remove" in told
 
 

@@ -20,7 +20,7 @@ evaluation: {scorer: pii}
 def test_people_judge(place: Place, tmp_path: Path) -> None:
     (place.experiments / "people.yaml").write_text(EXPERIMENT, encoding="utf-8")
     waits = place.textalign("run", "people", ok=False).stderr
-    assert "people_1.jsonl is not there yet" in waits
+    assert "people_1.jsonl does not exist yet" in waits
     assert "textalign export EXPERIMENT samples.jsonl -k 1" in waits
 
     out = tmp_path / "samples.jsonl"

@@ -116,7 +116,7 @@ def test_a_container_ends_with_its_connection(cluster: Containers, what: str) ->
     pod = only(cluster)
     if what == "cut":
         pod.cut()
-        words = "the connection to pod .* broke off, and the worker ended with it"
+        words = "the connection to pod .* was lost, and the worker ended with it"
     else:
         assert channel.worker is not None
         os.kill(channel.worker.process.pid, signal.SIGKILL)
@@ -193,7 +193,7 @@ def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, t
         found.append(KubernetesLauncher(pod, "key", tmp_path, every=0.1, settling=20.0).train(context, work))
         return dg.MaterializeResult()
 
-    told = r"EndedError: the training was asked to end \(SIGTERM\) .*; step (\d+) is kept"
+    told = r"EndedError: the training was stopped by SIGTERM .*; step (\d+) is kept"
     with pytest.raises(dg.Failure, match=told) as failure:
         dg.materialize([checkpoint])
     (step,) = map(int, re.findall(told, str(failure.value.description)))

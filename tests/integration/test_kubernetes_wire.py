@@ -194,7 +194,7 @@ def test_a_pod_trains(tmp_path: Path, cluster: Cluster) -> None:
     {
         "bad input": r"JobError: rows: no such file \(pod dagster-\S+: Failed, Error, exit code 1\)",
         "killed": r"ran out of memory \(Failed, OOMKilled, exit code 137\): raise training.k8s.memory",
-        "silent": r"ended with exit code 0, but the trainer did not say that it is done",
+        "silent": r"ended with exit code 0, but the trainer did not report that it is done",
     }.items(),
 )
 def test_an_end_is_what_it_is(tmp_path: Path, cluster: Cluster, what: str, words: str) -> None:
@@ -221,7 +221,7 @@ def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, cluster
     (left,) = cluster.pods
     with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
         # As long as Dagster takes the run for a living one, its pod is not touched.
-        with pytest.raises(dg.Failure, match=rf"trains the same in pod {left}; wait for it"):
+        with pytest.raises(dg.Failure, match=rf"is already training this in pod {left}; wait for it"):
             train(tmp_path, instance=instance)
         assert list(cluster.pods) == [left]
         instance.report_run_failed(instance.get_runs()[-1])
@@ -252,7 +252,7 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: 
             r"127.0.0.1:\d+", f"127.0.0.1:{nobody.getsockname()[1]}", cluster.kubeconfig.read_text()
         )
     cluster.kubeconfig.write_text(config)
-    with pytest.raises(SettingsError, match="does not answer"):
+    with pytest.raises(SettingsError, match="does not respond"):
         check_kubernetes(settings(tmp_path))
     cluster.kubeconfig.unlink()
     with pytest.raises(SettingsError, match=r"no Kubernetes cluster is configured .* set KUBECONFIG"):
@@ -267,8 +267,8 @@ def test_settings() -> None:
 
     assert "k8s.image: missing" in refusal(volume_claim="data")
     assert "k8s.volume_claim: missing" in refusal(image="x")
-    assert "set it to 4, one for each" in refusal(image="x", volume_claim="data", gpus=4)
-    assert "from / on" in refusal(image="x", volume_claim="data", mount_path="data")
+    assert "set it to 4, one per GPU" in refusal(image="x", volume_claim="data", gpus=4)
+    assert "give an absolute one" in refusal(image="x", volume_claim="data", mount_path="data")
     assert json.dumps(Training().k8s.model_dump())
 
 

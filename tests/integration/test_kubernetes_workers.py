@@ -207,7 +207,7 @@ def test_how_a_worker_ended_is_told(cluster: Cluster, monkeypatch: pytest.Monkey
     ends: dict[str, Callable[[], object]] = {
         r"echo ended with exit code 3; its last output: what it says at last\n"
         r"pod textalign-worker-\w+: Failed, Error, exit code 3$": lambda: None,
-        r"the connection to pod \S+ broke off, and the worker ended with it": cut,
+        r"the connection to pod \S+ was lost, and the worker ended with it": cut,
         r"pod \S+ is gone: it was deleted, or its node was lost": lambda: cluster.delete(*cluster.pods),
         r"pod \S+ was deleted \(Preempted in order to admit critical pod\)": preempt,
     }
@@ -232,7 +232,7 @@ def test_a_pod_that_cannot_start_says_why(cluster: Cluster, tmp_path: Path) -> N
     # Whether it ends before or after the connection stands is a matter of luck.
     assert "Failed, Error, exit code 1" in why(python="/bin/false")
     cluster.may_attach = False
-    assert "the user of the kubeconfig needs the rights to get and create pods/attach" in why()
+    assert "the user of the kubeconfig needs permission to get and create pods/attach" in why()
     cluster.kubeconfig.unlink()
     assert "the Kubernetes cluster cannot be reached" in why()
 
@@ -255,7 +255,8 @@ def test_a_pod_waits_for_a_node_for_as_long_as_it_is_wanted(cluster: Cluster) ->
 def test_an_image_with_other_versions_is_refused(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pod_entry, "installed", lambda name: "1.2.3" if name == "transformers" else None)
     with pytest.raises(
-        SamplerError, match=r"the image has transformers \S+ and not 1\.2\.3 as where Dagster"
+        SamplerError,
+        match=r"the image has transformers \S+ and not 1\.2\.3, unlike the environment where Dagster",
     ):
         echo().call("x")  # type: ignore[arg-type]
 

@@ -253,7 +253,7 @@ def test_an_edit_makes_anew_only_what_follows_from_it_and_never_mixes(ran: Ran, 
         "prompt_draws": "fresh", **dict.fromkeys(STAGES[1:], "stale")
     }  # fmt: skip
     reason = Freshness(place.store, "toy", library(place).load("toy")).state(2, "datapool").reason
-    assert reason == "generations of toy, iteration 2, was made from a policy that has been replaced"
+    assert reason == "generations of toy, iteration 2, was computed from a policy replaced since then"
     done = place.textalign("toy|002", "feedback", program=(str(ONE_STAGE),), ok=False)
     assert "feedback of toy, iteration 2, builds on generations of iteration 2: " + reason in done.stderr
     assert "materialize that again first (`textalign run` does, in order)" in done.stderr
@@ -283,7 +283,10 @@ def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) 
             "weight is String",
         ),
         ("select prompt_id, 1 as weight from generations", "gives a prompt_id more than once; group by it"),
-        ("select 'a' as prompt_id, 1 as weight", "1 prompts wanted in iteration 1, but weighted can draw 0"),
+        (
+            "select 'a' as prompt_id, 1 as weight",
+            "1 prompts requested in iteration 1, but weighted can draw 0",
+        ),
     ):
         assert says in draw(bad, ok=False)
 

@@ -253,8 +253,8 @@ def test_two_nodes_train_and_one_speaks(tmp_path: Path, slurms: Cluster) -> None
     "what, words",
     {
         "exit": r"Slurm job \d+ failed on node n2: exit code 3; see the log",
-        "kill": r"failed on node n2: a process was ended by signal 9 \(out of memory\?\)",
-        "silent": r"ended with exit code 0, but the trainer did not say that it is done",
+        "kill": r"failed on node n2: a process was killed by signal 9 \(out of memory\?\)",
+        "silent": r"ended with exit code 0, but the trainer did not report that it is done",
         "bad input": r"JobError: rows: no such file \(Slurm job \d+: FAILED",
     }.items(),
 )
@@ -306,7 +306,7 @@ def test_whoever_comes_next_goes_on_with_the_job(tmp_path: Path, slurms: Cluster
     restarted.terminate()  # as a redeployment does it
     restarted.wait(PATIENCE)
     assert slurms.jobs() == [job]
-    assert "leaving the Slurm job to itself" in (tmp_path / "worker.err").read_text()
+    assert "leaving the Slurm job running" in (tmp_path / "worker.err").read_text()
 
     seen: list[int] = []
 

@@ -87,7 +87,7 @@ def test_cells_and_views(url: str) -> None:
             "SELECT experiment, iteration, sample_id FROM samples ORDER BY ALL"
         ).fetchall()
     assert found == [("a", 1, "s1"), ("a", 1, "s2"), ("b", 12, "s1"), ("b", 12, "s2")]
-    with pytest.raises(ArtifactError, match="a catalog file needs a local store"):
+    with pytest.raises(ArtifactError, match="a catalog file requires a local store"):
         write_catalog(store)
 
 

@@ -86,7 +86,7 @@ def test_checks_and_columns_explain_themselves(server: DevServer, page: Any) -> 
     page.goto(f"{server.url}/assets/generations?view=checks")
     for check in ("conditioned_once", "not_duplicated", "not_empty", "schema"):
         expect(page.get_by_text(check, exact=True).first).to_be_visible()
-    expect(page.get_by_text("The condition stands before each prompt exactly once.")).to_be_visible()
+    expect(page.get_by_text("The condition precedes each prompt exactly once.")).to_be_visible()
     page.goto(f"{server.url}/assets/generations?view=overview")
     expect(page.get_by_text("One row per completion sampled from the policy.")).to_be_visible()
     expect(page.get_by_text("stop: ended by itself; length: cut off.")).to_be_visible()

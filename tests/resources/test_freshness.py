@@ -145,9 +145,7 @@ def test_other_settings_make_stale_what_follows(
 
 def test_the_reason_names_the_change_where_it_happened(grid: Grid) -> None:
     grid.change(training={"learning_rate": 0.5})
-    reason = (
-        "checkpoint of e, iteration 1, was made with other settings (training.learning_rate: 2e-05 -> 0.5)"
-    )
+    reason = "checkpoint of e, iteration 1, was computed with different settings (training.learning_rate: 2e-05 -> 0.5)"
     assert grid.freshness.state(2, "evaluation").reason == reason
     assert grid.freshness.iteration(2).reason == reason
 
@@ -159,7 +157,7 @@ def test_a_checkpoint_made_anew_leaves_the_next_iteration_stale(grid: Grid) -> N
     assert grid.states(1) == states()
     assert grid.states(2) == states(*STAGES[1:])
     assert grid.freshness.state(2, "generations").reason == (
-        "generations of e, iteration 2, was made from a policy that has been replaced"
+        "generations of e, iteration 2, was computed from a policy replaced since then"
     )
     grid.make_all(2)
     assert grid.states(2) == states()
@@ -181,7 +179,7 @@ def test_an_edited_prompt_file_is_noticed(grid: Grid, name: str, first: tuple[st
     assert grid.states(1) == states(*first)
     reason = grid.freshness.iteration(1).reason
     what = {"train": "prompts", "held_out": "held-out prompts"}[name]
-    assert reason.endswith(f"was made from {what} that has been replaced") or what in reason
+    assert reason.endswith(f"was computed from {what} replaced since then") or what in reason
 
 
 def test_the_same_prompts_elsewhere_are_the_same(grid: Grid) -> None:

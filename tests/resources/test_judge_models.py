@@ -74,14 +74,14 @@ def test_a_sample_that_does_not_fit_is_left_out_and_the_others_are_judged(folder
     context = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     rows, asked = judged(folder, ["x = 1\n" * context, "x=1"], ("E225", "stop"))
     assert len(asked) == 1 and rows["status"].to_list() == ["skipped", "ok"]
-    assert f"exceeds the {context} of the judge" in rows["reason"][0]
+    assert f"exceed the judge's context of {context}" in rows["reason"][0]
 
 
 def test_a_model_that_cannot_write_is_refused(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "store"))
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForSequenceClassification"]}))
     with pytest.raises(
-        SettingsError, match=r"^scorer\.model: .* is a LlamaForSequenceClassification, which writes"
+        SettingsError, match=r"^scorer\.model: .* is a LlamaForSequenceClassification, which does not"
     ):
         check_judge_model(JudgeModel(model=str(tmp_path)), store)
     with pytest.raises(SettingsError, match=r"^scorer\.model: .*/nowhere: no such folder"):

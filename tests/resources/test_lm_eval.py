@@ -79,7 +79,9 @@ def test_accuracy_equals_that_of_plain_log_probabilities(tasks: Path) -> None:
 
 
 def test_what_the_harness_says_when_it_fails_is_shown(tasks: Path) -> None:
-    with pytest.raises(LMEvalError, match=r"(?s)^evaluation\.lm_eval: the harness ended with [1-9].*nothere"):
+    with pytest.raises(
+        LMEvalError, match=r"(?s)^evaluation\.lm_eval: the harness failed .*exit code [1-9].*nothere"
+    ):
         run(LMEval(tasks=("nothere",), path=str(tasks)), POLICY, "float32", trust_remote_code=False, seed=0)
 
 

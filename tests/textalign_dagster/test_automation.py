@@ -162,7 +162,7 @@ def test_an_iteration_that_waits_for_the_batch_api(after_one: Loop, monkeypatch:
         with dg.build_sensor_context(instance=after_one.instance) as context:
             return list(automation.collect_batches(context))
 
-    assert skipped(sensor()) == "no batch is under way"
+    assert skipped(sensor()) == "no batch is pending"
     monkeypatch.setenv("BATCH_KEY", KEY)
     endpoint = BatchEndpoint(lambda question: "3", ends=False).start()
     settings = {"model": "m", "base_url": endpoint.url, "api_key_env": "BATCH_KEY", "template": "rating"}
@@ -171,7 +171,7 @@ def test_an_iteration_that_waits_for_the_batch_api(after_one: Loop, monkeypatch:
     with Ledger(after_one.store) as ledger, pytest.raises(BatchPendingError) as pending:
         judge_calls([call], judge, ledger)
     run = after_one.record(2, dg.DagsterRunStatus.FAILURE, **{BATCHES_TAG: " ".join(pending.value.jobs)})
-    assert skipped(sensor()) == "1 batches with 1 calls are under way"
+    assert skipped(sensor()) == "1 batches with 1 calls are pending"
     assert "waits for the Batch API" in skipped(after_one.sensor())
     endpoint.end()
     (request,) = sensor()

@@ -29,8 +29,8 @@ def table(count: int) -> pl.DataFrame:
         ("a.jsonl", None, "a.jsonl: no such prompt file"),
         ("a.txt", b"x", "a.txt: prompt files end in .jsonl, .json, .csv, .parquet"),
         ("a", b"x", "prompt files end in"),
-        ("a.jsonl", b"", "a.jsonl: the file holds no prompt"),
-        ("a.jsonl", b"\n \n", "a.jsonl: the file holds no prompt"),
+        ("a.jsonl", b"", "a.jsonl: the file has no prompts"),
+        ("a.jsonl", b"\n \n", "a.jsonl: the file has no prompts"),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": "b"\n', "a.jsonl:2: not JSON: Expecting ',' delimiter"),
         ("a.jsonl", b"\n[1]", 'a.jsonl:2: expected an object such as {"prompt": "'),
         ("a.jsonl", b'{"prompt": "a"}\n{"prompt": 3}', "a.jsonl:2: `prompt` holds 3, not text"),
@@ -53,7 +53,7 @@ def table(count: int) -> pl.DataFrame:
             "the same prompt more than once, in rows 1, 2, 3, 4, 5 and 4 more",
         ),
         ("a.csv", b"", "a.csv: the file is empty"),
-        ("a.csv", b"prompt\n", "a.csv: the file holds no prompt"),
+        ("a.csv", b"prompt\n", "a.csv: the file has no prompts"),
         ("a.csv", b"text\na\n", "a.csv: no column `prompt`; found text"),
         ("a.csv", b"prompt\na\na\n", "a.csv: the same prompt more than once, in rows 1, 2; keep one"),
         ("a.csv", b"prompt\n\xe9\n", "a.csv: not UTF-8 (byte 7)"),
@@ -195,7 +195,7 @@ def test_windows_are_disjoint_and_run_out() -> None:
     with pytest.raises(SettingsError) as caught:
         draw(table(11), 3, per_iteration=5, draw="windows")
     assert str(caught.value) == (
-        "prompts.per_iteration: 5 prompts wanted in iteration 3, but windows can draw 1 of 11; lower it or add prompts"
+        "prompts.per_iteration: 5 prompts requested in iteration 3, but windows can draw 1 of 11; lower it or add prompts"
     )
     with pytest.raises(SettingsError, match="can draw 0 of 11"):
         draw(table(11), 9, per_iteration=5, draw="windows")
@@ -204,7 +204,7 @@ def test_windows_are_disjoint_and_run_out() -> None:
 def test_no_more_than_there_are() -> None:
     assert draw(table(5), per_iteration=5)["prompt"].n_unique() == 5
     with pytest.raises(
-        SettingsError, match="6 prompts wanted in iteration 1, but without_replacement can draw 5 of 5"
+        SettingsError, match="6 prompts requested in iteration 1, but without_replacement can draw 5 of 5"
     ):
         draw(table(5), per_iteration=6)
 
@@ -224,7 +224,7 @@ def test_weighted_draws_take_only_prompts_with_weight() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_weights_are_finite_and_not_negative(value: float) -> None:
     with pytest.raises(
-        SettingsError, match=r"prompts\.weights: the query gives a negative or non-finite weight"
+        SettingsError, match=r"prompts\.weights: the query returns a negative or non-finite weight"
     ):
         draw(table(5), per_iteration=1, draw="weighted", weights="q", by=weights(1, value))
 

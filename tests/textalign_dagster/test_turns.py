@@ -110,16 +110,16 @@ def test_every_form_of_a_source_is_the_same_prompt(row: dict[str, Any], answer: 
     [
         ({"text": "x"}, "no dialogue in"),
         ({"chosen": PROMPT + " Four.\n\nHuman: Thanks"}, "does not end with the assistant's turn"),
-        ({"chosen": "Assistant: Hello"}, "no turn of a person"),
+        ({"chosen": "Assistant: Hello"}, "no user turn"),
         ({"prompt": "Human: Hi"}, "does not end with `Assistant:`"),
         ({"prompt": PROMPT + " Four."}, "does not end with `Assistant:`"),
-        ({"prompt": "Assistant:"}, "no turn of a person"),
-        ({"messages": []}, "no list of messages"),
+        ({"prompt": "Assistant:"}, "no user turn"),
+        ({"messages": []}, "not a list of messages"),
         ({"messages": [{"role": "user"}]}, "no text in `content`"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": " "}]}, "a turn is blank"),
         ({"messages": [*SPOKEN, {"role": "system", "content": "x"}]}, "comes after another"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "no turn of a person"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "no user turn"),
     ],
 )
 def test_rows_that_are_no_dialogue_say_why(row: dict[str, Any], told: str) -> None:
@@ -206,7 +206,7 @@ def test_turns_of_one_side_in_a_row_are_one_for_a_template_only() -> None:
     "source", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content }}", "{{ 1 / 0 }}"]
 )
 def test_a_template_that_refuses_a_dialogue(source: str) -> None:
-    with pytest.raises(BadDialogue, match="the chat template refuses it"):
+    with pytest.raises(BadDialogue, match="the chat template rejects it"):
         templated(ChatTemplate(source, "x"))(turns("a"))
 
 
@@ -226,7 +226,7 @@ def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
 def test_a_template_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"x is not a chat template \(line 2: "):
         templated(ChatTemplate("a\n{% for %}", "x"))
-    with pytest.raises(SettingsError, match="writes `eos_token`, which a file cannot know"):
+    with pytest.raises(SettingsError, match="uses `eos_token`, which is unknown for a file"):
         templated(ChatTemplate("{{ eos_token }}", "x"))
     with pytest.raises(SettingsError, match="cannot be read: No such file"):
         template_file(tmp_path / "none.jinja")

@@ -81,12 +81,12 @@ def test_what_is_launched_is_what_accelerate_reads(name: str, tmp_path: Path) ->
 
 
 def test_names_and_files(tmp_path: Path) -> None:
-    assert "'zero4' is not a file and none of fsdp, multi_gpu, zero1" in refusal(accelerate="zero4")
+    assert "'zero4' is neither a file nor one of fsdp, multi_gpu, zero1" in refusal(accelerate="zero4")
     assert "did you mean 'zero2_offload'" in refusal(accelerate="zero2_ofload")
     assert "MULTI_CPU starts one process only" in refusal(
         accelerate=config_file(tmp_path, distributed_type="MULTI_CPU")
     )
-    assert "'MEGATRON_LM' is not supported; one of DEEPSPEED" in refusal(
+    assert "'MEGATRON_LM' is not supported; use one of DEEPSPEED" in refusal(
         accelerate=config_file(tmp_path, distributed_type="MEGATRON_LM")
     )
     assert "only LOCAL_MACHINE" in refusal(
@@ -128,7 +128,7 @@ def test_contradictions(field: str, value: Any, told: str, tmp_path: Path) -> No
         ({"gradient_clipping": 0.3}, "gradient_clipping is 0.3, but the section training has 1.0"),
         ({"zero_stage": 3}, "no checkpoint can be written"),
         ({"zero_stage": 3, "zero3_save_16bit_model": True, "zero3_init_flag": True}, "zero3_init_flag"),
-        ({"optimizer": {}}, "optimizer: is the experiment's matter"),
+        ({"optimizer": {}}, "optimizer: is set by the experiment"),
     ],
 )
 def test_what_deepspeed_is_told_agrees(deepspeed: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_what_the_machine_lacks() -> None:
         accelerate="zero2", processes=2, mixed_precision="bf16"
     )
     assert "training.processes: 4, but this machine has 2 accelerators" in refusal(processes=4, devices=2)
-    assert "fp16 does not go with policy.dtype bfloat16" in refusal(
+    assert "fp16 cannot be combined with policy.dtype bfloat16" in refusal(
         mixed_precision="fp16", dtype="bfloat16", devices=1
     )
     for settings in ({"processes": 4}, {"processes": 2, "accelerate": "zero3"}, {"mixed_precision": "bf16"}):
@@ -172,7 +172,7 @@ def test_elsewhere_the_machine_is_not_asked() -> None:
 
 
 def test_combinations_that_mean_nothing() -> None:
-    assert "spreads a training over at least 2 processes" in refusal(accelerate="fsdp", devices=2)
+    assert "fsdp needs at least 2 processes" in refusal(accelerate="fsdp", devices=2)
     both = {"processes": 2, "devices": 2}
     assert "optimizer_state: carried is not supported with zero1" in refusal(
         accelerate="zero1", optimizer_state="carried", **both
@@ -200,7 +200,7 @@ def test_moments_in_8_bits() -> None:
     for name in ("zero2", "fsdp"):
         told = refusal(devices=2, optimizer="adamw_8bit", processes=2, accelerate=name)
         assert f"training.optimizer: adamw_8bit is not supported with {name}" in told
-    with pytest.raises(SettingsError, match=r"optimizer_state: moments in 8 bits .* set it to fresh"):
+    with pytest.raises(SettingsError, match=r"optimizer_state: 8-bit moments .* set it to fresh"):
         training(optimizer="adamw_8bit", optimizer_state="carried")
 
 

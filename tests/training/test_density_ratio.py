@@ -119,10 +119,10 @@ def test_what_cannot_be_weighed_is_refused(
     job["training"] |= {"density_ratio": {}}
     assert main([str(write_job(tmp_path, job))]) == 1
     assert "sampled_logprob: NULL in 24 of 24 rows, first in sample s0" in capsys.readouterr().err
-    for objective, says in (("grpo", "has this ratio already"), ("rating", "trains a reward model")):
+    for objective, says in (("grpo", "already includes this ratio"), ("rating", "trains a reward model")):
         job["training"] |= {"objective": objective}
         assert main([str(write_job(tmp_path, job))]) == 1
         assert says in capsys.readouterr().err
     job["training"] |= {"objective": "nll", "density_ratio": {"clip": [0, 1]}}
     assert main([str(write_job(tmp_path, job))]) == 1
-    assert "the least ratio comes first, above 0" in capsys.readouterr().err
+    assert "the smallest ratio comes first, above 0" in capsys.readouterr().err

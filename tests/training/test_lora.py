@@ -261,14 +261,12 @@ def test_adapters_that_lack_something_are_refused(
     assert "does not fit the policy" in capsys.readouterr().err
     file.unlink()
     assert main([str(write_job(tmp_path, job))]) == 1
-    assert "has no adapter_model.safetensors; train the iteration before again" in capsys.readouterr().err
+    assert "has no adapter_model.safetensors; train the previous iteration again" in capsys.readouterr().err
 
 
 def test_what_goes_with_a_carried_adapter() -> None:
     carried = ADAPTER | {"adapter": "carried"}
-    with pytest.raises(
-        ValueError, match=r"start_from: base from no adapter at all; set start_from to parent"
-    ):
+    with pytest.raises(ValueError, match=r"start_from: base starts without one; set start_from to parent"):
         Training.model_validate({"lora": carried, "start_from": "base"})
     with pytest.raises(ValueError, match=r"lora.adapter: new\); set it to fresh, or lora.adapter to carried"):
         Training.model_validate({"lora": ADAPTER, "optimizer_state": "carried"})

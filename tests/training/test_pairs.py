@@ -114,7 +114,7 @@ def test_another_reference_with_lora_and_packing(
             lambda rows: rows.with_columns(weight=pl.Series(range(1, rows.height + 1)).cast(pl.Float64)),
             "of equal weight",
         ),
-        (lambda rows: rows.with_columns(role=pl.lit("better")), "role: is none of only, chosen"),
+        (lambda rows: rows.with_columns(role=pl.lit("better")), "role: is not one of only, chosen"),
     ],
 )
 def test_bad_pairs(

@@ -89,4 +89,4 @@ def test_packed_rows_are_refused(
 ) -> None:
     ranking["training"]["packing"] = True
     assert main([str(write_job(tmp_path, ranking))]) == 1
-    assert "training.packing: a score head reads padded rows" in capsys.readouterr().err
+    assert "training.packing: a score head needs padded rows" in capsys.readouterr().err

@@ -190,7 +190,7 @@ def test_more_blocks_than_there_are(
 ) -> None:
     job["training"] |= {"trainable_layers": 3}
     assert main([str(write_job(tmp_path, job))]) == 1
-    assert "training.trainable_layers: 3 blocks are to train, but the model has 2" in capsys.readouterr().err
+    assert "training.trainable_layers: cannot train 3 blocks, the model has 2" in capsys.readouterr().err
 
 
 def test_gradient_accumulation_does_what_a_large_batch_does(

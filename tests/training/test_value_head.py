@@ -100,4 +100,4 @@ def test_what_does_not_go_with_a_value_head(
 ) -> None:
     awr["training"] |= change
     assert main([str(write_job(tmp_path, awr))]) == 1
-    assert f"training.{next(iter(change))}: does not go with a value head" in capsys.readouterr().err
+    assert f"training.{next(iter(change))}: cannot be combined with a value head" in capsys.readouterr().err

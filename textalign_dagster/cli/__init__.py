@@ -1,4 +1,4 @@
-"""The command line, ``textalign``: one module a group of commands.
+"""The command line, ``textalign``: one module per group of commands.
 
-Nothing imports this package but the console script, `main`.
+Only the console script, `main`, imports this package.
 """

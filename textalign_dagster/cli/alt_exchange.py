@@ -1,4 +1,4 @@
-"""ALT's files at every stage, from and to the tables: what ``textalign export`` and ``import`` do for them."""
+"""ALT's files of every stage, to and from the tables, for ``textalign export`` and ``import``."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from textalign_dagster.settings import SettingsError
 def export_alt(
     store: ArtifactStore, name: str, experiment: Experiment, iteration: int, stage: str, path: Path
 ) -> Exported:
-    """Writes prompts, samples or toxicity of an iteration as ALT's file.
+    """Writes prompts, samples or toxicity of an iteration in ALT's format.
 
     Raises:
-        SettingsError: the iteration has not come so far.
-        ValueError: the feedback is not a toxicity.
+        SettingsError: the iteration has not reached that stage.
+        ValueError: the feedback is not a toxicity from 0 to 1.
     """
     if stage == "prompts":
-        return write_alt_prompts(path, _made(store, name, iteration, "prompt_draws").frame("prompt_draws"))
-    samples = _made(store, name, iteration, "generations").frame("generations")
+        return write_alt_prompts(
+            path, _artifact(store, name, iteration, "prompt_draws").frame("prompt_draws")
+        )
+    samples = _artifact(store, name, iteration, "generations").frame("generations")
     if stage == "samples":
         return write_alt_samples(path, samples, experiment.method.template)
-    feedback = _made(store, name, iteration, "feedback").frame("feedback")
+    feedback = _artifact(store, name, iteration, "feedback").frame("feedback")
     scorer = experiment.sample_scorer
     negated = scorer is not None and scorer.better == "lower"
     return write_alt_toxicity(path, samples, feedback, negated=negated)
@@ -41,11 +43,11 @@ def write_prompts(target: Path, found: ImportedPrompts) -> Exported:
     """Writes imported prompts as a file that ``prompts.path`` reads.
 
     Raises:
-        SettingsError: the target ends in something else, or there are no prompts.
+        SettingsError: the target has another suffix, or there are no prompts.
     """
     if found.prompts.is_empty():
-        raise SettingsError(f"{target}: not written: no prompt was taken")
-    # Columns without any content would only be in the way.
+        raise SettingsError(f"{target}: not written: no prompt was imported")
+    # Columns without any values are left out.
     kept = found.prompts.select(
         c for c in found.prompts.columns if found.prompts[c].null_count() < found.prompts.height
     )
@@ -60,7 +62,7 @@ def write_prompts(target: Path, found: ImportedPrompts) -> Exported:
     return Exported(kept.height, {})
 
 
-def _made(store: ArtifactStore, name: str, iteration: int, stage: str) -> Artifact:
+def _artifact(store: ArtifactStore, name: str, iteration: int, stage: str) -> Artifact:
     pointer = store.pointer(name, iteration, stage)
     if pointer is None:
         raise SettingsError(f"{name}, iteration {iteration}, has no {stage} yet: textalign run {name}")

@@ -1,4 +1,4 @@
-"""The command that removes what nothing needs any more."""
+"""The command that removes what is no longer needed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from resources.store.removal import Removable
 
 RECENT_HOURS = {False: 1.0, True: 24.0}
-"""What is younger stays; on an object store (True) other machines may be writing."""
-SHOWN = 8  # places of a kind
+"""Anything younger is kept; on an object store (True), other machines may be writing."""
+SHOWN = 8  # places listed per kind
 
 
 @click.command()
@@ -29,16 +29,16 @@ SHOWN = 8  # places of a kind
     "--older-than",
     type=click.FloatRange(0),
     metavar="HOURS",
-    help="Leave what was written since (default: 1, on an object store 24).",
+    help="Keep what was written in the last HOURS (default: 1; on an object store 24).",
 )
-@click.option("--json", "as_json", is_flag=True, help="As JSON: a row per thing.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: a row per item.")
 @readable
 def clean(apply: bool, unreferenced: bool, older_than: float | None, as_json: bool) -> None:
     """Lists what can be removed, with sizes and reasons; --apply removes it.
 
-    Leftovers of interrupted work: chunks of samplings, attempts of killed processes, unfinished trainings; and
+    Leftovers of interrupted work: chunks of samples, attempts of killed processes, unfinished training runs; and
     parts of evaluations and log-probabilities of policies that are gone. --unreferenced adds outputs that no cell
-    uses any more, directly or through what was made from them. Judge calls (the ledger) always stay.
+    uses any more, directly or through outputs derived from them. Judge calls (the ledger) are always kept.
 
     \b
     Examples:
@@ -57,24 +57,26 @@ def clean(apply: bool, unreferenced: bool, older_than: float | None, as_json: bo
     if as_json:
         print_json([asdict(one) for one in found])
         return
-    _tell(found)
+    _print_items(found)
     if unreferenced:
         for name in forgotten(store, Library.default().paths):
             click.echo(
-                f"{name} has cells and no file any more; its artifacts stay. Remove "
-                f"{store.storage.place(f'cells/{name}')} to let them go, too"
+                f"{name} still has cells but no experiment file; its artifacts are kept. Remove "
+                f"{store.storage.place(f'cells/{name}')} to release them"
             )
     if not found:
         click.echo("nothing to remove")
     else:
-        what = f"{len(found):,} things, {_size(sum(one.bytes for one in found))}"
-        click.echo(f"removed: {what}" if apply else f"{what}; nothing was removed: --apply does it")
+        what = f"{len(found):,} items, {_size(sum(one.bytes for one in found))}"
+        click.echo(
+            f"removed: {what}" if apply else f"{what}; nothing was removed: use --apply to remove them"
+        )
 
 
 def _refuse_while_running() -> None:
-    """Raises `SettingsError` while Dagster knows of a run."""
+    """Raises `SettingsError` if Dagster has a run queued or under way."""
     if not os.environ.get("DAGSTER_HOME") and not (home() / "dagster").is_dir():
-        return  # there was never a run
+        return  # nothing has ever been run
     from textalign_dagster.cli.running import dagster_instance
     from textalign_dagster.loop.abandoned import EXPERIMENT_TAG, runs_under_way
 
@@ -86,7 +88,7 @@ def _refuse_while_running() -> None:
             )
 
 
-def _tell(found: list[Removable]) -> None:
+def _print_items(found: list[Removable]) -> None:
     from resources.store.removal import WHY
 
     for kind, several in groupby(found, key=lambda one: one.kind):
@@ -100,7 +102,7 @@ def _tell(found: list[Removable]) -> None:
 
 
 def _size(count: int) -> str:
-    """Bytes in words."""
+    """A number of bytes with its unit."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024:

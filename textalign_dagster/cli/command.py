@@ -1,4 +1,4 @@
-"""What the commands have in common: readable errors, experiments by name or path, the store, output."""
+"""Shared by all commands: readable errors, experiments by name or path, the store, output."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 
 class Refused(click.ClickException):
-    """An error a person can act on: one message, exit code 1."""
+    """An error the user can act on: one message, exit code 1."""
 
     def show(self, file: Any = None) -> None:
         click.echo(f"error: {self.message}", err=True)
@@ -52,7 +52,7 @@ def readable(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def library_of(experiment: str) -> tuple[Library, str]:
-    """The experiments known, and which of them is meant by a name or a path."""
+    """The library, and the name in it of the experiment given by name or path."""
     path = Path(experiment)
     if path.suffix in (".yaml", ".yml") or "/" in experiment:
         if path.suffix != ".yaml":
@@ -61,7 +61,7 @@ def library_of(experiment: str) -> tuple[Library, str]:
             raise SettingsError(f"{path}: no such file")
         return Library.default(path.resolve().parent), path.stem
     library = Library.default()
-    library.path(experiment)  # says what is known
+    library.path(experiment)  # raises if there is none, listing the known ones
     return library, experiment
 
 

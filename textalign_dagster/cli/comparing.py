@@ -1,4 +1,4 @@
-"""What judgements say together: ratings beside rankings, models beside a reference."""
+"""The commands that compare judgements: ratings with rankings, models with a reference."""
 
 from __future__ import annotations
 
@@ -27,21 +27,30 @@ if TYPE_CHECKING:
     type=click.Choice((*FORMATS, *READ_ONLY)),
     metavar="FORMAT",
     default="plain",
-    help="Of the file RATINGS; as in import.",
+    help="Format of the file RATINGS, as in import.",
 )
 @click.option(
     "--rankings-format",
     type=click.Choice((*FORMATS, *READ_ONLY)),
     metavar="FORMAT",
     default="plain",
-    help="Of the file RANKINGS; as in import.",
+    help="Format of the file RANKINGS, as in import.",
 )
-@click.option("--ratings-again", type=FILE, help="The ratings of the same judge asked again.")
-@click.option("--rankings-again", type=FILE, help="The rankings of the same judge asked again.")
+@click.option("--ratings-again", type=FILE, help="Ratings by the same judge, asked again.")
+@click.option("--rankings-again", type=FILE, help="Rankings by the same judge, asked again.")
 @click.option(
-    "--iteration", "-k", type=click.IntRange(min=1), help="RATINGS and RANKINGS are experiments: of this one."
+    "--iteration",
+    "-k",
+    type=click.IntRange(min=1),
+    help="RATINGS and RANKINGS are experiments; compare this iteration.",
 )
-@click.option("--margin", type=float, default=0.0, show_default=True, help="Ratings this close tie.")
+@click.option(
+    "--margin",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Ratings that differ by at most this count as a tie.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def consistency(
@@ -57,10 +66,10 @@ def consistency(
 ) -> None:
     """Compares ratings with rankings of the same samples, matched by id.
 
-    RATINGS and RANKINGS are files, or with --iteration two experiments whose judges looked at the same samples
+    RATINGS and RANKINGS are files, or with --iteration two experiments whose judges saw the same samples
     (`ask: rating` and `ask: ranking`). Shows the 3×3 matrix, agreement, agreement where both decide, Cohen's kappa,
-    coverage and position bias, with 95 % intervals from resampling prompts. How often the judge agrees with itself is
-    shown beside it, where it was asked again: files of a second round, or an experiment with `judge.repeats`.
+    coverage and position bias, with 95 % intervals from resampling prompts; and how often the judge agrees with itself,
+    if it was asked again (files of a second round, or an experiment with `judge.repeats`).
 
     \b
     Examples:
@@ -78,14 +87,16 @@ def consistency(
         ]
         rated, ranked, identical = files[0].feedback, files[1].pairs_as_read, files[1].identical
         if ranked.is_empty():
-            raise SettingsError(f"{rankings}: holds no rankings of pairs; give a file of them second")
+            raise SettingsError(
+                f"{rankings}: holds no rankings of pairs; give a file of rankings as the second argument"
+            )
         if ratings_again is not None:
             again["repeated_ratings"] = rated, read_feedback(ratings_again, ratings_format).feedback
         if rankings_again is not None:
             again["repeated_pairs"] = read_feedback(rankings_again, rankings_format).pairs_as_read
     elif ratings_again is not None or rankings_again is not None:
         raise SettingsError(
-            "--ratings-again, --rankings-again: these are files; experiments are asked again with judge.repeats"
+            "--ratings-again, --rankings-again: these take files; for experiments, set judge.repeats"
         )
     else:
         from resources.stored_feedback import ratings_and_rankings
@@ -108,10 +119,10 @@ def consistency(
     known = {sample for sample, status in rated.select("sample_id", "status").iter_rows() if status == "ok"}
     refused = [winner for sample, _, winner in identical if sample in known and winner is not None]
     if refused and report.agreement.agreement.value is not None:
-        # Two equal texts have equal ratings: the rankings agree where they say so, too.
+        # Identical texts have equal ratings, so the rankings agree where they report a tie.
         agreed = report.agreement.agreement.value * report.coverage.both + refused.count("tie")
         click.echo(
-            f"agreement with the {len(refused)} pairs of identical texts, which are refused here: "
+            f"agreement including the {len(refused)} pairs of identical texts, which are excluded above: "
             f"{agreed / (report.coverage.both + len(refused)):.3f}"
         )
     coverage = report.coverage
@@ -120,17 +131,15 @@ def consistency(
     )
     if report.position.first_wins.value is not None:
         click.echo(f"calls won by the response shown first: {_estimate_text(report.position.first_wins)}")
-    click.echo(f"pairs in which the same place won twice: {_estimate_text(report.position.flips)}")
+    click.echo(f"pairs in which the same position won twice: {_estimate_text(report.position.flips)}")
     for name, repeats in (("ratings", report.rating_repeats), ("rankings", report.ranking_repeats)):
         if repeats is not None:
-            click.echo(
-                f"the judge with itself, {name} asked again: agreement {_estimate_text(repeats.agreement)}"
-            )
+            click.echo(f"self-agreement of the judge, repeated {name}: {_estimate_text(repeats.agreement)}")
 
 
 def _print_agreement(found: Agreement) -> None:
     classes = ("first better", "tie", "second better")
-    click.echo(f"\n{'ratings say':<16}{'rankings say':>14}")
+    click.echo(f"\n{'ratings':<16}{'rankings':>14}")
     click.echo(f"{'':<16}" + "".join(f"{name:>14}" for name in classes))
     for name, row in zip(classes, found.matrix, strict=True):
         click.echo(f"{name:<16}" + "".join(f"{count:>14,}" for count in row))
@@ -148,7 +157,9 @@ def _estimate_text(found: Estimate) -> str:
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="NAME=FILE...")
-@click.option("--reference", type=FILE, help="Ratings of the reference's answers; files of ratings need it.")
+@click.option(
+    "--reference", type=FILE, help="Ratings of the reference's answers; required for files of ratings."
+)
 @click.option(
     "--format",
     "format_name",
@@ -156,7 +167,7 @@ def _estimate_text(found: Estimate) -> str:
     metavar="FORMAT",
     default="sparse",
     show_default=True,
-    help="Of all files: sparse (sparse_feedback's CSV), plain, or alpaca_eval (its annotations.json).",
+    help="Format of all files: sparse (sparse_feedback's CSV), plain, or alpaca_eval (its annotations.json).",
 )
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
@@ -164,11 +175,11 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
     """Win rates of models against a reference on the same items, by ratings and by rankings.
 
     Each NAME=FILE holds ratings of a model's answers, to be compared with those of --reference, or rankings of
-    pairs whose first answer is the reference's. A model named twice, once with each, has a row with both:
-    the matrix of training and evaluation protocols, if the models were trained by either. A tie counts a half;
-    intervals come from resampling prompts. Differences of two models, and of one model's two protocols, are on the
-    items that both have. Items that only one side has, and judgements that cannot be
-    used, are counted and left out.
+    pairs whose first answer is the reference's. A model named twice, once with each, is evaluated by both:
+    the matrix of training and evaluation protocols, if the models were trained on either. A tie counts as half a win;
+    intervals come from resampling prompts. Differences between two models, and between one model's two protocols, are
+    computed on the items that both have. Items that only one side has, and unusable judgements, are counted and left
+    out.
 
     \b
     Example:
@@ -188,10 +199,10 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
     for given in models:
         name, equals, path = given.partition("=")
         if not equals or not name or not path:
-            raise SettingsError(f"{given!r}: a model is NAME=FILE, such as rating_rm=rated.csv")
+            raise SettingsError(f"{given!r}: expected NAME=FILE, such as rating_rm=rated.csv")
         protocol, outcomes = _outcomes(path, format_name, known)
         if (name, protocol) in found:
-            raise SettingsError(f"{path}: {name} has a file of {protocol} already; give another name")
+            raise SettingsError(f"{path}: {name} already has a file of {protocol}; use another name")
         found[name, protocol] = outcomes
     rates = {key: win_rate(outcomes) for key, outcomes in found.items()}
     differences = paired_differences(found)
@@ -207,7 +218,7 @@ def winrates(models: tuple[str, ...], reference: Path | None, format_name: str, 
 
 
 def _outcomes(path: str, format_name: str, reference: Imported | None) -> tuple[str, Outcomes]:
-    """What a file holds, ratings or rankings, and the outcomes against the reference."""
+    """The protocol of a file, ratings or rankings, and its outcomes against the reference."""
     from textalign_dagster.feedback_files.alpaca_eval import read_annotations
     from textalign_dagster.feedback_files.formats import read_feedback
     from textalign_dagster.feedback_files.win_rates import by_rankings, by_ratings

@@ -1,4 +1,4 @@
-"""What the terminal shows while stages work: one line each, with the time left."""
+"""What the terminal shows while stages run: one line each, with the time left."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from textalign_dagster.progress import Finished, Step
 
 
 class ProgressLines:
-    """A live bar for the stage at work on a terminal; a plain line for each finished stage.
+    """A live bar for the running stage, on a terminal; a plain line for each finished stage.
 
-    Nothing but the finished lines is printed where the output is not a terminal.
+    If the output is not a terminal, only the lines for finished stages are printed.
     """
 
     def __init__(self, console: Console) -> None:

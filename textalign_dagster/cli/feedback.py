@@ -1,4 +1,4 @@
-"""The commands about feedback: what it will take, other projects' files in and out."""
+"""The commands for feedback: forecasts of its cost, export to and import from other projects' formats."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FILE = click.Path(path_type=Path, dir_okay=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @readable
 def forecast(experiment: str, iteration: int, as_json: bool) -> None:
-    """Estimates the cost of judging an iteration: calls, tokens, money, time, and how much is already paid.
+    """Estimates the cost of judging an iteration: calls, tokens, money, time, and how many calls are already paid for.
 
-    Makes no call. The number of calls is exact once the iteration's samples exist; before that, it is an upper bound.
+    Makes no calls. The number of calls is exact once the iteration's samples exist; before that, it is an upper bound.
 
     \b
     Example:
@@ -41,7 +41,7 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
         return
     bound = "" if found["samples_exist"] else " at most (the samples do not exist yet)"
     click.echo(
-        f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} paid already"
+        f"{name}, iteration {iteration}: {found['calls']:,} calls{bound}, {found['cached']:,} already paid for"
     )
     if found["assumption"] is not None:
         click.echo(f"assumed: {found['assumption']}")
@@ -54,7 +54,7 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
         ("seconds", "seconds", ""),
     ):
         value = found[key]
-        click.echo(f"{title}: {'not known' if value is None else f'{value:,.4g}{unit}'}")
+        click.echo(f"{title}: {'unknown' if value is None else f'{value:,.4g}{unit}'}")
 
 
 @click.command("export")
@@ -90,8 +90,8 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
 
     alt: ALT's JSON Lines; cut: CUT's and Alpaca's JSON; sparse_ratings: the CSV of sparse_feedback, and
     sparse_rankings that of a judge's comparisons; preferences: the comparisons as TRL's JSON Lines; plain: one
-    judgement a row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Reports
-    what the format cannot hold. Of an iteration's other stages there are files of ALT's too (--stage).
+    judgement per row, .jsonl or .parquet; alpaca_eval: the outputs of an evaluation, as AlpacaEval reads them. Reports
+    what the format cannot hold. An iteration's other stages can be written in ALT's format, too (--stage).
 
     \b
     Examples:
@@ -119,7 +119,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
         click.echo(write_alpaca_eval(path, outputs, dataset=dataset, generator=generator).summary())
         return
     if iteration == 0:
-        raise SettingsError("--iteration 0: only --format alpaca_eval has something of the base policy")
+        raise SettingsError("--iteration 0: only --format alpaca_eval can export the base policy")
     if stage != "feedback":
         if format_name != "alt":
             raise SettingsError(f"--stage {stage}: only --format alt has such a file")
@@ -141,7 +141,7 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     found = judgements_of(store, name, iteration)
     if format_name in ("sparse_rankings", "preferences") and found.pairs is None:
         raise SettingsError(
-            f"--format {format_name}: the judge of {name} compared no samples; `judge.ask: ranking` does"
+            f"--format {format_name}: the judge of {name} compared no samples; set `judge.ask: ranking`"
         )
     try:
         done = write_feedback(path, format_name, found.samples, found.feedback, found.pairs)
@@ -165,16 +165,16 @@ def export_feedback(experiment: str, path: Path, iteration: int, format_name: st
     "--template",
     help="With --format alt: how the file's prompts carry their condition, e.g. '{condition} input: {prompt}'.",
 )
-@click.option("--skip-refused", is_flag=True, help="Write the good rows although others are refused.")
+@click.option("--skip-refused", is_flag=True, help="Write the valid rows even if others are refused.")
 @readable
 def import_feedback(
     path: Path, target: Path, format_name: str, template: str | None, skip_refused: bool
 ) -> None:
     """Reads feedback collected elsewhere from PATH, checks it, and writes it to TARGET in the plain format.
 
-    TARGET ends in .jsonl or .parquet: one judgement a row. Rows that cannot be read are listed with
-    line, reason and example, and stop the import. ALT's files are read at every stage: of prompts, TARGET is a file for
-    `prompts.path`.
+    TARGET ends in .jsonl or .parquet: one judgement per row. Rows that cannot be read are listed with
+    line, reason and example, and stop the import. ALT's files of every stage can be read; for prompts, TARGET is a
+    file for `prompts.path`.
 
     \b
     Example:
@@ -198,7 +198,7 @@ def import_feedback(
     if found.refused and not skip_refused:
         raise SettingsError(
             f"{path}: {len(found.refused)} of {found.rows} rows are refused and nothing was written; fix them, or "
-            "give --skip-refused"
+            "use --skip-refused"
         )
     if isinstance(found, ImportedPrompts):
         from textalign_dagster.cli.alt_exchange import write_prompts

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-# Heavy modules (dagster, polars, duckdb) are imported by the commands that use them: --help is quick.
+# Heavy modules (dagster, polars, duckdb) are imported by the commands that use them, so that --help is fast.
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -38,10 +38,8 @@ def main() -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Override a field; repeatable."
 )
-@click.option("--control/--no-control", default=True, help="Run the null control too (default: yes).")
-@click.option(
-    "--retry-failed", is_flag=True, help="Send judge calls again that were given up in earlier runs."
-)
+@click.option("--control/--no-control", default=True, help="Also run the null control (default: yes).")
+@click.option("--retry-failed", is_flag=True, help="Retry judge calls that were given up in earlier runs.")
 @readable
 def run(
     experiment: str, iterations: int | None, overrides: tuple[str, ...], control: bool, retry_failed: bool
@@ -49,7 +47,7 @@ def run(
     """Runs the missing iterations in order, then shows the score table and the curves.
 
     Finished, up-to-date stages are reused; after an interruption, the same command resumes. --set
-    makes a separate experiment, named after the overrides.
+    creates a separate experiment, named after the overrides.
 
     \b
     Examples:
@@ -63,7 +61,7 @@ def run(
     library, name = library_of(experiment)
     if name in library.templates and not overrides:
         raise SettingsError(
-            f"{name} is a template; `textalign new my_{name} --from {name}` makes an experiment of it"
+            f"{name} is a template; `textalign new my_{name} --from {name}` creates an experiment from it"
         )
     last = library.overridden(name, overrides).iterations
     if iterations is not None and iterations > last:
@@ -74,13 +72,13 @@ def run(
     writable(home())
     name = library.variant(name, overrides, variants_folder())
     library = Library(library.folders)  # reads the folders again: the variant is new
-    beside = library.control_of(name)
-    names = [name, *([beside] if beside and control else [])]
+    null_control = library.control_of(name)
+    names = [name, *([null_control] if null_control and control else [])]
     store, console = open_store(), open_console()
     since = datetime.now(UTC) if retry_failed else None
     check_space(library, names, iterations, store)
     _use(library)
-    # Imported now: the grid is that of the experiments known at import, and the variant is new.
+    # Imported only now: the grid is built from the experiments known at import, and the variant is new.
     from textalign_dagster.cli.running import RunFailed, Runner, dagster_instance
 
     with dagster_instance() as instance:
@@ -119,10 +117,10 @@ def show(experiment: str, as_json: bool) -> None:
 @main.command()
 @click.argument("experiment", required=False)
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--all", "everything", is_flag=True, help="Also experiments that were never run.")
+@click.option("--all", "everything", is_flag=True, help="Include experiments that have never been run.")
 @readable
 def status(experiment: str | None, as_json: bool, everything: bool) -> None:
-    """The state of each stage of each iteration (fresh, stale, blocked, missing), and its seconds.
+    """Shows the state of each stage of each iteration (fresh, stale, blocked, missing), and the seconds it took.
 
     Lists the experiments that have been started.
 
@@ -141,7 +139,7 @@ def status(experiment: str | None, as_json: bool, everything: bool) -> None:
         begun = set(store.cells()["experiment"])
         names = [one for one in names if one in begun]
         if not names and not as_json:
-            click.echo("nothing was run yet; `textalign status --all` lists all experiments")
+            click.echo("nothing has been run yet; `textalign status --all` lists all experiments")
             return
     cells = grid(store, library, names)
     if as_json:
@@ -155,9 +153,9 @@ def status(experiment: str | None, as_json: bool, everything: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON: a row per iteration, stage and part.")
 @readable
 def timing(experiment: str, as_json: bool) -> None:
-    """Where the time of each iteration went: seconds by stage and part, and what took longest.
+    """Shows where the time of each iteration went: seconds by stage and part, and what took longest.
 
-    Only stages count, and only those made for this experiment; Dagster's own time between them does not.
+    Counts only stages computed for this experiment, not Dagster's own time between them.
 
     \b
     Example:
@@ -182,7 +180,7 @@ def sql(query: str | None, as_json: bool) -> None:
 
     \b
     Tables: prompt_draws, generations, feedback, datapool, checkpoints, scores, evaluation_samples;
-    and ready joins: samples, costs, lineage. All have experiment and iteration.
+    and ready-made joins: samples, costs, lineage. All have experiment and iteration.
     \b
     Examples:
       textalign sql "select iteration, label, count(*) from datapool where drawn group by all order by all"
@@ -233,7 +231,7 @@ def validate(experiment: str, overrides: tuple[str, ...]) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON, without the explanations.")
 @readable
 def show_config(experiment: str, as_json: bool) -> None:
-    """All settings of an experiment, defaults included, each with its meaning.
+    """Shows all settings of an experiment, including defaults, each with its meaning.
 
     \b
     Example:
@@ -256,7 +254,7 @@ def show_config(experiment: str, as_json: bool) -> None:
 )
 @readable
 def new(name: str, template: str) -> None:
-    """Writes an experiment file of your own, each setting with its meaning, and its null control.
+    """Writes an experiment file of your own, with the meaning of each setting, and its null control.
 
     \b
     Examples:
@@ -270,7 +268,7 @@ def new(name: str, template: str) -> None:
 
 @main.command()
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--templates", is_flag=True, help="The templates instead, which `textalign new` starts from.")
+@click.option("--templates", is_flag=True, help="List the templates for `textalign new` instead.")
 @readable
 def experiments(as_json: bool, templates: bool) -> None:
     """Lists the experiments, and files that cannot be read, with the reason.
@@ -317,12 +315,12 @@ def doctor(experiment: str | None, as_json: bool) -> None:
 
     if experiment:
         library, name = library_of(experiment)
-        looked_at = {name: library.load(name)}
+        examined = {name: library.load(name)}
     else:
-        looked_at = Library.default().load_all()[0]
+        examined = Library.default().load_all()[0]
     findings = []
     marks = {"ok": "ok     ", "missing": "missing", "problem": "PROBLEM"}
-    for finding in examine(looked_at):
+    for finding in examine(examined):
         findings.append(finding)
         if not as_json:
             click.echo(f"{marks[finding.state]}  {finding.subject}: {finding.detail}")
@@ -335,7 +333,7 @@ def doctor(experiment: str | None, as_json: bool) -> None:
 
 
 def _use(library: Library) -> None:
-    """Lets the code location see the folder of an experiment that was given as a path."""
+    """Makes the folder of an experiment given as a path visible to the code location."""
     import os
 
     os.environ["TEXTALIGN_EXPERIMENTS"] = os.pathsep.join(

@@ -1,4 +1,4 @@
-"""What can be known before the first costly step: ``textalign validate`` and the start of a run."""
+"""Checks before the first costly step, for ``textalign validate`` and the start of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from training.acceleration import accelerators, check_training
 from training.settings import Training
 
 LONGEST = 50
-"""Prompts, the longest in characters, that are tokenised to see whether they fit the model."""
+"""How many prompts, the longest in characters, are tokenised to check that they fit the model."""
 TASKS_PROBE = """
 import json
 from lm_eval.tasks import TaskManager
@@ -45,7 +45,7 @@ print(json.dumps({{"unknown": [task for task in {tasks!r} if not known.match_tas
 
 
 def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """Checks an experiment and what it refers to; what was found, a line each.
+    """Checks an experiment and what it refers to; returns the findings, a line each.
 
     Raises:
         SettingsError: all problems, a line each, with file, field and remedy.
@@ -84,7 +84,7 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
         check(partial(checks, experiment))
     try:
         found.append(f"null control: {library.control_of(name) or 'none'}")
-    except SettingsError as error:  # it names the file itself
+    except SettingsError as error:  # its message names the file
         raise SettingsError("\n".join([*_at(library.path(name), problems), str(error)])) from None
     if problems:
         raise SettingsError("\n".join(_at(library.path(name), problems)))
@@ -96,10 +96,10 @@ def _at(path: Path, problems: Iterable[str]) -> list[str]:
 
 
 def writable(folder: Path) -> None:
-    """Checks that a home can be written to.
+    """Checks that a home folder is writable.
 
     Raises:
-        SettingsError: it cannot; says how to choose another.
+        SettingsError: it is not; the message says how to choose another.
     """
     probe = folder / f".probe-{os.getpid()}"
     try:
@@ -108,51 +108,51 @@ def writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise SettingsError(
-            f"{folder}: cannot be written to ({error.strerror}); set TEXTALIGN_HOME to a folder that can"
+            f"{folder}: cannot be written to ({error.strerror}); set TEXTALIGN_HOME to a writable folder"
         ) from None
 
 
 def _scorers(experiment: Experiment) -> list[str]:
-    """Whether the scorers' models and files are there."""
+    """Checks that the scorers' models and files are available."""
     from resources.judge_models import check_judge_model
     from resources.rewards.scoring import inspect_scorer
     from resources.rewards.trained import trained
 
-    asked, own = {}, experiment.sample_scorer
+    scorers, own = {}, experiment.sample_scorer
     if own is not None and experiment.judge is None and experiment.method.wants is not None:
-        asked["scorer"] = own
+        scorers["scorer"] = own
     if experiment.evaluation.scorer is not None:
-        asked["evaluation.scorer"] = experiment.evaluation.scorer
+        scorers["evaluation.scorer"] = experiment.evaluation.scorer
     if experiment.evaluation.best_of_n is not None and experiment.evaluation.best_of_n.scorer is not None:
-        asked["evaluation.best_of_n.scorer"] = experiment.evaluation.best_of_n.scorer
-    for field, scorer in asked.items():
+        scorers["evaluation.best_of_n.scorer"] = experiment.evaluation.best_of_n.scorer
+    for field, scorer in scorers.items():
         try:
             trained(scorer, ArtifactStore(store_url()))
         except ArtifactError as error:
             raise SettingsError(f"{field}.{error}") from None
         if isinstance(scorer, JudgeModel):
             check_judge_model(scorer, ArtifactStore(store_url()))
-    return [inspect_scorer(scorer, field) for field, scorer in asked.items()]
+    return [inspect_scorer(scorer, field) for field, scorer in scorers.items()]
 
 
 def _judge(experiment: Experiment) -> list[str]:
-    """Whether the LLM judge can be asked what the method needs."""
+    """Checks that the LLM judge gives the feedback that the method needs."""
     judge, method = experiment.judge, experiment.method
     if judge is None or method.wants is None:
         return []
     template = template_of(judge)
     _comparisons(judge, template, experiment)
-    strangers = [bucket for bucket in method.buckets if bucket not in template.labels]
-    if judge.ask == "category" and strangers:
+    unknown = [bucket for bucket in method.buckets if bucket not in template.labels]
+    if judge.ask == "category" and unknown:
         raise SettingsError(
-            f"method.categories: {', '.join(strangers)} is not a label of the template {judge.template} "
+            f"method.categories: {', '.join(unknown)} is not a label of the template {judge.template} "
             f"(labels: {', '.join(template.labels)})"
         )
-    unread = [label for label in template.labels if label not in method.buckets]
-    if judge.ask == "category" and unread:
+    unlisted = [label for label in template.labels if label not in method.buckets]
+    if judge.ask == "category" and unlisted:
         raise SettingsError(
-            f"method.categories: the template {judge.template} sorts into {', '.join(unread)} too, which is "
-            "none of them: such samples would be judged and never trained on; list all its labels"
+            f"method.categories: the template {judge.template} also sorts into {', '.join(unlisted)}, which is "
+            "not listed: such samples would be judged but never trained on; list all its labels"
         )
     if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
         raise SettingsError(
@@ -165,11 +165,11 @@ def _judge(experiment: Experiment) -> list[str]:
 
 
 def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> None:
-    """Whether there is something to compare samples with."""
+    """Checks that there is something to compare samples with."""
     samples, sampled = experiment.sampling.samples_per_prompt, experiment.offline is None
     if sampled and judge.ask == "ranking" and samples == 1:
         raise SettingsError(
-            "judge.ask: ranking compares the samples of a prompt, and there is one; raise "
+            "judge.ask: ranking compares the samples of a prompt, and there is only one; raise "
             "sampling.samples_per_prompt to 2 or more"
         )
     if sampled and judge.pairs is not None and 2 * judge.pairs < samples:
@@ -206,12 +206,12 @@ def _evaluation(experiment: Experiment) -> str:
             raise SettingsError(
                 f"evaluation.lm_eval.tasks: {', '.join(unknown)}: no such task; `lm-eval ls tasks` lists them"
             )
-    beside = "".join(f", {field}" for field in evaluation_models(experiment))
-    return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{beside}"
+    models = "".join(f", {field}" for field in evaluation_models(experiment))
+    return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{models}"
 
 
 def _offline(experiment: Experiment) -> list[str]:
-    """What the file holds that the responses come from."""
+    """What the file of responses holds."""
     if experiment.offline is None:
         return []
     return [f"offline: {experiment.offline.path}: {summary(experiment, task_of(experiment))}"]
@@ -221,17 +221,17 @@ def _prompts(experiment: Experiment) -> str:
     prompts = training_prompts(experiment)
     if experiment.prompts.draw == "weighted":
         return f"prompts: {prompts.height}, drawn by weight"
-    # The last iteration asks for most: disjoint windows may run out.
+    # The last iteration needs the most: disjoint windows may run out.
     draw_prompts(prompts, experiment.prompts, seed=experiment.seed, iteration=experiment.iterations)
     drawn = experiment.prompts.per_iteration or min(prompts.height, DEFAULT_DRAW)
-    return f"prompts: {prompts.height}, of which {drawn} an iteration"
+    return f"prompts: {prompts.height}, of which {drawn} per iteration"
 
 
 def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether this machine can train as the experiment says."""
+    """Checks that this machine can train as the experiment is configured."""
     training = experiment.training
     local = training.launcher == "local"
-    # What a cluster's nodes have cannot be known here.
+    # What a cluster's nodes have cannot be checked here.
     found = check_training(training, dtype=experiment.policy.dtype, devices=accelerators if local else None)
     where = [] if local else [_cluster(training)]
     if training.packing:
@@ -249,14 +249,14 @@ def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
 
 
 def _cluster(training: Training) -> str:
-    """Whether the cluster answers and has what the experiment requests."""
+    """Checks that the cluster answers and has what the experiment requests."""
     if training.launcher == "slurm":
         return check_slurm(training.slurm)
     return check_kubernetes(training.k8s)
 
 
 def _packing(policy: Path) -> None:
-    """Whether the policy's architecture can read packed rows; asked in a process that may load torch."""
+    """Checks that the policy's architecture can read packed rows; a separate process loads torch for it."""
     code = "import json, sys; from training.data.packing import refusal; "
     why = probe(f"{code}print(json.dumps({{'why': refusal({str(policy)!r})}}))").get("why")
     if why:
@@ -264,7 +264,7 @@ def _packing(policy: Path) -> None:
 
 
 def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
-    """Whether prompts, conditions and samples fit the model's positions: later iterations need most."""
+    """Checks that prompts, conditions and samples fit the model's positions, in later iterations too."""
     config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
     limit = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(limit, int):
@@ -294,22 +294,22 @@ def _lengths(experiment: Experiment, base: BasePolicy) -> list[str]:
 
 
 def _longest(experiment: Experiment, base: BasePolicy, prompts: set[str]) -> int:
-    """Tokens of the longest of prompts under the longest condition; 0 where that is too costly to find out."""
+    """Tokens of the longest prompt under the longest condition; 0 if the model has no tokenizer.json."""
     path = base.path / "tokenizer.json"
     if not path.is_file():
-        return 0  # another kind of tokenizer: sampling will tell
+        return 0  # another kind of tokenizer: sampling reports it
     from tokenizers import Tokenizer  # 30 ms, and only here
 
     try:
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 (the library raises nothing more special)
+    except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
         raise SettingsError(f"policy.model: {path} cannot be read ({error}); fetch it again") from None
     method = experiment.method
-    asked = (None, *filter(None, (method.exemplar, *method.probes)))
+    conditions = (None, *filter(None, (method.exemplar, *method.probes)))
     texts = [
         render(method.template, condition, prompt)
         for prompt in sorted(prompts, key=len)[-LONGEST:]
-        for condition in asked
+        for condition in conditions
     ]
-    # One more for a token that begins a sequence.
+    # One more for a beginning-of-sequence token.
     return 1 + max(len(row.ids) for row in tokenizer.encode_batch(texts, add_special_tokens=False))

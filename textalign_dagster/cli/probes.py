@@ -1,4 +1,4 @@
-"""Snippets of Python in a process of their own: what an installed package says of itself."""
+"""Runs Python snippets in a separate process to probe installed packages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ print(json.dumps({"version": vllm.__version__, "device": current_platform.device
 
 
 def probe(code: str) -> dict[str, Any]:
-    """What a snippet prints as JSON in a process of its own; ``{"error": …}`` where it fails."""
+    """The JSON object that a snippet prints in a separate process; ``{"error": …}`` if it fails."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             timeout=PROBE_SECONDS,
-            # Otherwise the environment of a training: what a package refuses there, it refuses here.
+            # Otherwise the environment of a training run: a package that fails there fails here too.
             env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"},
         )
     except subprocess.TimeoutExpired:
@@ -36,7 +36,7 @@ def probe(code: str) -> dict[str, Any]:
                 found = json.loads(line)
                 if isinstance(found, dict):
                     return found
-    said = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    message = (done.stderr.strip().splitlines() or ["no output"])[-1]
     if done.returncode < 0:
-        said = f"ended by signal {-done.returncode} ({said})"
-    return {"error": said}
+        message = f"ended by signal {-done.returncode} ({message})"
+    return {"error": message}

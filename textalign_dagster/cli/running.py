@@ -31,7 +31,7 @@ class RunFailed(Exception):
 
 @contextmanager
 def dagster_instance() -> Iterator[dg.DagsterInstance]:
-    """``$DAGSTER_HOME``'s instance if that is set, else the one `dagster dev` shows in the project."""
+    """The instance of ``$DAGSTER_HOME`` if that is set, else the one that `dagster dev` uses in the project."""
     if os.environ.get("DAGSTER_HOME"):
         with dg.DagsterInstance.get() as instance:
             yield instance
@@ -60,16 +60,16 @@ def dagster_instance() -> Iterator[dg.DagsterInstance]:
 
 @dataclass
 class Runner:
-    """Materializes iterations in order; what is there and up to date is left alone."""
+    """Materializes iterations in order, skipping those that are up to date."""
 
     instance: dg.DagsterInstance
     store: ArtifactStore
     experiments: Library
     console: Console
-    retry_before: datetime | None = None  # judge calls that failed before this time are sent again
+    retry_before: datetime | None = None  # judge calls that failed before this time are retried
 
     def run(self, names: Sequence[str], iterations: int | None = None) -> None:
-        """Runs iterations 1 … K of the experiments, side by side.
+        """Runs iterations 1 … K of the experiments, alternating between experiments.
 
         Raises:
             RunFailed: a stage failed, or a blocking check did.
@@ -82,7 +82,7 @@ class Runner:
             running = active_runs(self.instance, name)
             if running:
                 raise SettingsError(
-                    f"{name} is being run already (run {running[0].run_id[:8]}); wait for it, or cancel it in the UI"
+                    f"{name} is already running (run {running[0].run_id[:8]}); wait for it, or cancel it in the UI"
                 )
         with ProgressLines(self.console) as lines, shown_by(lines.show):
             for k in range(1, max(counts.values()) + 1):
@@ -99,7 +99,7 @@ class Runner:
         try:
             fresh = freshness.iteration(cell.iteration).kind == "fresh"
         except ArtifactError:
-            fresh = False  # the stage concerned makes it anew, or says what is wrong
+            fresh = False  # the stage recomputes it, or reports what is wrong
         if (
             fresh
             and not self._retries(freshness, cell)
@@ -122,7 +122,7 @@ class Runner:
             raise RunFailed(f"{cell.key}: {_why(result)}")
 
     def _retries(self, freshness: Freshness, cell: Cell) -> bool:
-        """Whether a cell has failed judge calls that are to be sent again."""
+        """Whether a cell has failed judge calls that should be retried."""
         from assets.verdicts import has_failed
 
         if self.retry_before is None:
@@ -147,7 +147,7 @@ def _interrupted(result: dg.ExecuteInProcessResult) -> bool:
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The failed stage's own words, or those of the checks that stopped it."""
+    """The failed stage's error message, or the descriptions of the checks that blocked the run."""
     refused = [
         f"{found.asset_key.to_user_string()}: check {found.check_name} failed: {found.description}"
         for found in result.get_asset_check_evaluations()

@@ -1,4 +1,4 @@
-"""Free disk space, checked before a run begins."""
+"""Checks free disk space before a run starts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HISTORY = 20 * 2**20
 
 
 def check_space(library: Library, names: Sequence[str], iterations: int | None, store: ArtifactStore) -> None:
-    """Refuses a run that cannot end for lack of disk space.
+    """Refuses a run that would run out of disk space.
 
-    Counted are Dagster's history and the weights of each checkpoint to come (with AdamW's moments where
-    they are carried over), one of them twice: a snapshot or a draft is beside it for a while.
+    Counts Dagster's history and the weights of each checkpoint still to be trained (with AdamW's moments if
+    they are carried over), one of them twice: a snapshot or draft exists alongside it for a while.
 
     Raises:
-        SettingsError: naming the folder, the free space and what is needed.
+        SettingsError: there is too little space; the message names the folder, and the space free and needed.
     """
     weights = 0
     for name in names:
@@ -36,13 +36,13 @@ def check_space(library: Library, names: Sequence[str], iterations: int | None, 
     needed[store.local] = needed.get(store.local, 0) + weights
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, size in needed.items():
-        there = next(path for path in (folder, *folder.parents) if path.exists())
-        by_disk.setdefault(there.stat().st_dev, []).append((there, size))
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        by_disk.setdefault(existing.stat().st_dev, []).append((existing, size))
     for places in by_disk.values():
-        (folder, _), wanted = places[0], sum(size for _, size in places)
+        (folder, _), required = places[0], sum(size for _, size in places)
         free = shutil.disk_usage(folder).free
-        if free < wanted:
+        if free < required:
             raise SettingsError(
-                f"{folder}: {free / 2**20:.1f} MiB free, and the run needs about {wanted / 2**20:.0f} MiB; free some "
+                f"{folder}: {free / 2**20:.1f} MiB free, and the run needs about {required / 2**20:.0f} MiB; free some "
                 "space, or set TEXTALIGN_HOME (and TEXTALIGN_STORE) to a larger disk"
             )

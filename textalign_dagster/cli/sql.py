@@ -1,4 +1,4 @@
-"""``textalign sql``: one query, or a prompt."""
+"""``textalign sql``: one query, or an interactive prompt."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from textalign_dagster.settings import SettingsError
 
 
 def answer(store: ArtifactStore, query: str, as_json: bool = False) -> None:
-    """Prints a query's answer.
+    """Prints a query's result.
 
     Raises:
-        SettingsError: the query is wrong; the message is DuckDB's.
+        SettingsError: the query fails; the message is DuckDB's.
     """
     with connect(store) as database:
         try:
@@ -32,7 +32,7 @@ def prompt(store: ArtifactStore) -> None:
 
     with connect(store) as database:
         if sys.stdin.isatty():
-            click.echo("All tables in SQL; `show tables;` lists them. Ctrl-D ends.")
+            click.echo("All tables in SQL; `show tables;` lists them. Ctrl-D exits.")
         lines: list[str] = []
         while True:
             try:
@@ -59,12 +59,12 @@ def prompt(store: ArtifactStore) -> None:
 
 def _print(database: duckdb.DuckDBPyConnection, query: str, as_json: bool) -> None:
     relation: duckdb.DuckDBPyRelation | None = database.sql(query)
-    if relation is None:  # statements without an answer, such as SET
+    if relation is None:  # statements without a result, such as SET
         return
     if as_json:
         click.echo(json.dumps(relation.pl().to_dicts(), indent=2, default=str))
     else:
-        # A pipe is as wide as it needs to be; a terminal is measured by DuckDB.
+        # Piped output may be wide; on a terminal, DuckDB fits its width.
         if sys.stdout.isatty():
             relation.show(max_rows=200)
         else:

@@ -1,6 +1,6 @@
-"""An experiment: its YAML file, its prompts, its models, what its evaluation asks.
+"""An experiment: its YAML file, its prompts, its models, its evaluation.
 
-From outside: `Experiment` from here; `files`, `sources`, `policies`, `evaluation`.
+Import `Experiment` from here; `files`, `sources`, `policies` and `evaluation` are public, too.
 """
 
 from textalign_dagster.experiment.experiment import Experiment

@@ -1,8 +1,8 @@
-"""Corpora: documents of a file, in place of the policy's samples.
+"""Corpora: documents from a file, in place of the policy's samples.
 
-A file is drawn from in shards of so many documents: a shard is a row of ``prompt_draws``, its documents are rows
-of ``generations`` with an empty prompt. Only the drawn shards are read, so a corpus may be larger than memory;
-every iteration has feedback, a pool and a checkpoint of its own.
+A file is divided into shards of a fixed number of documents: a shard is a row of ``prompt_draws``, its documents are
+rows of ``generations`` with an empty prompt. Only the drawn shards are read, so a corpus may be larger than memory;
+every iteration has its own feedback, pool and checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from textalign_dagster.settings import SettingsError
 from textalign_dagster.settings.offline import Offline
 
 SCORED = "texts", "scores"
-"""Columns of a corpus that was cut and scored elsewhere (as Korbak et al. publish theirs): segments, and how bad they are."""
+"""Columns of a corpus that was cut and scored elsewhere (as by Korbak et al.): segments, scores (higher is worse)."""
 
 
 Document = tuple[str, list[tuple[int, int, float | None]]]
-"""A text, and the places and scores of its segments."""
+"""A text, and (start, end, score) of each of its segments."""
 
 
 def shards(offline: Offline) -> pl.DataFrame:
@@ -67,7 +67,7 @@ def segments(offline: Offline, draws: pl.DataFrame) -> pl.DataFrame:
         draws: as for :func:`documents`.
 
     Returns:
-        sample_id, start, end (characters of the document), text, score (how bad it is; NULL: the file does not say).
+        sample_id, start, end (characters of the document), text, score (higher is worse; NULL: the file has none).
     """
     rows = [
         (one.sample_id, start, end, one.text[start:end], score)
@@ -138,12 +138,12 @@ def _shards(offline: Offline, content: str) -> pl.DataFrame:
     columns = _columns(offline, content)
     if "text" not in columns and not _has_scores(offline, content):
         raise SettingsError(
-            f"offline.path: {offline.path}: has the columns {', '.join(columns)}; a corpus has `text`, or the segments "
-            "`texts` with their `scores`"
+            f"offline.path: {offline.path}: has the columns {', '.join(columns)}; a corpus needs `text`, or the "
+            "segments `texts` with their `scores`"
         )
     count = _scan(offline).select(pl.len()).collect().item()
     if count == 0:
-        raise SettingsError(f"offline.path: {offline.path}: holds no document")
+        raise SettingsError(f"offline.path: {offline.path}: has no documents")
     name = Path(offline.path).name
     starts = range(0, count, offline.shard)
     names = [f"{name}, documents {at + 1} to {min(at + offline.shard, count)}" for at in starts]

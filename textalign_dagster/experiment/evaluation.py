@@ -1,4 +1,4 @@
-"""What an evaluation asks: which prompts, under which conditions, of whom, and who scores the answers."""
+"""What an evaluation needs: its prompts, the conditions, and what scores and ranks the samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.red_team import RedTeam
 
 DISTINCT_BLOCK = 32
-"""Samples over which distinct-3 is counted; small, so that an evaluation has many blocks to resample."""
+"""Samples per block over which distinct-3 is computed; small, so that an evaluation has many blocks to resample."""
 
 Role = Literal["main", "probe", "baseline", "scenario"]
 
@@ -31,8 +31,8 @@ Role = Literal["main", "probe", "baseline", "scenario"]
 class Asked:
     """A condition under which a policy is evaluated.
 
-    ``texts`` (prompt_id → text) is there where each prompt has a condition of its own; then
-    ``condition`` names them all.
+    ``texts`` (prompt_id → text) is set if each prompt has its own condition; ``condition`` then
+    names them all.
     """
 
     condition: str | None
@@ -40,12 +40,12 @@ class Asked:
     texts: Mapping[str, str | None] | None = None
 
     def text(self, prompt_id: str) -> str | None:
-        """The condition as the policy reads it before a prompt."""
+        """The condition that the policy reads before a prompt."""
         return self.condition if self.texts is None else self.texts[prompt_id]
 
 
 def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
-    """As the policy is meant to be used, then the probes. The base policy (0) is not conditioned."""
+    """The condition that the policy is meant for, then the probes; the base policy (0) is not conditioned."""
     if iteration == 0 or experiment.method.exemplar is None:
         return [Asked(None, "main")]
     probes = experiment.method.probes if experiment.evaluation.probe else ()
@@ -53,7 +53,7 @@ def conditions(experiment: Experiment, iteration: int) -> list[Asked]:
 
 
 def evaluation_scorer(experiment: Experiment) -> Scorer | None:
-    """What scores an evaluation's samples; None: nothing but the task itself."""
+    """What scores an evaluation's samples; None: only the task itself."""
     found = experiment.sample_scorer
     if found is not None and not found.measures:
         found = experiment.task.default_scorer
@@ -61,7 +61,7 @@ def evaluation_scorer(experiment: Experiment) -> Scorer | None:
 
 
 def max_new_tokens(experiment: Experiment) -> int:
-    """The longest completion in an evaluation."""
+    """The maximum length of a completion in an evaluation, in tokens."""
     return experiment.evaluation.max_new_tokens or experiment.sampling.max_new_tokens
 
 
@@ -69,14 +69,14 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
     """The held-out prompts with the seeds of their samples: the same in every iteration.
 
     Args:
-        samples_per_prompt: None: as the settings say.
+        samples_per_prompt: None: as the settings have it.
 
     Returns:
-        Columns prompt_id, prompt, reference, seeds (a list, one seed a sample). All policies and
-        conditions get the same seeds, so that differences between them are not due to luck.
+        Columns prompt_id, prompt, reference, seeds (a list, one seed per sample). All policies and
+        conditions get the same seeds, so that differences between them are not due to the seed.
 
     Raises:
-        SettingsError: too few prompts, or some that iterations train on.
+        SettingsError: there are too few prompts, or some are trained on.
     """
     settings = experiment.evaluation
     several = samples_per_prompt or settings.samples_per_prompt
@@ -93,7 +93,7 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
         )
     if len(prompts) < settings.prompts:
         raise SettingsError(
-            f"evaluation.prompts: {settings.prompts} wanted, but there are {len(prompts)} in {source}"
+            f"evaluation.prompts: {settings.prompts} requested, but there are only {len(prompts)} in {source}"
         )
     chosen = found.head(settings.prompts)
     ids = [prompt_id(prompt) for prompt in chosen["prompt"]]
@@ -112,8 +112,8 @@ def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
     """The prompts of a scenario with the seeds of their samples, exactly ``samples`` in all.
 
     Returns:
-        As :func:`evaluation_prompts`. Without a file each sample is a prompt of its own, without any text, so
-        that samples are what is resampled.
+        As :func:`evaluation_prompts`. Without a file, each sample is a prompt of its own (the prefix), so
+        that the bootstrap resamples samples.
 
     Raises:
         SettingsError: the file cannot be used, or some of its prompts are trained on.
@@ -149,12 +149,12 @@ def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
 
 
 def evaluation_source(prompts: pl.DataFrame) -> str:
-    """What :func:`evaluation_prompts` gave, for the key of an evaluation."""
+    """The hash of what :func:`evaluation_prompts` returned, for the key of an evaluation."""
     return content_hash("prompts", [list(row) for row in prompts.select("prompt", "reference").iter_rows()])
 
 
 def further_prompts(experiment: Experiment) -> dict[str, str]:
-    """What scenarios, red-teaming and the harness read, as inputs of an evaluation: name → hash of the prompts."""
+    """The files that scenarios, red-teaming and the harness read, as inputs of an evaluation: name → hash."""
     settings = experiment.evaluation
     files = {f"scenario {name}": scenario.path for name, scenario in settings.scenarios.items()}
     if settings.red_team is not None:
@@ -172,7 +172,7 @@ def further_prompts(experiment: Experiment) -> dict[str, str]:
 def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
     """The human answers as samples: prompt_id, prompt, reference, text; prompts without one are left out.
 
-    A text follows its prompt directly, so a blank is put before it where neither has one.
+    A text continues its prompt directly, so a space is put before it if neither has whitespace there.
     """
     return prompts.filter(pl.col("reference").str.strip_chars() != "").select(
         "prompt_id",
@@ -183,10 +183,10 @@ def reference_answers(prompts: pl.DataFrame) -> pl.DataFrame:
 
 
 def check_evaluation(experiment: Experiment) -> None:
-    """Whether the evaluation's settings go together, before anything is sampled.
+    """Checks that the evaluation's settings are compatible, before anything is sampled.
 
     Raises:
-        SettingsError: naming the field and the remedy.
+        SettingsError: they are not; the message names the field and the remedy.
     """
     settings = experiment.evaluation
     if experiment.sampling.min_new_tokens > max_new_tokens(experiment):
@@ -231,7 +231,8 @@ def check_evaluation(experiment: Experiment) -> None:
             )
     if settings.scorer is not None and not settings.scorer.measures:
         raise SettingsError(
-            f"evaluation.scorer: {settings.scorer.name} gives an evaluation's samples no numbers; name another scorer"
+            f"evaluation.scorer: {settings.scorer.name} returns no numbers for an evaluation's samples; "
+            "choose another scorer"
         )
     for field, judge in experiment.evaluating_judges.items():
         _check_judge(field, judge, answered)
@@ -241,19 +242,19 @@ def _check_red_team(experiment: Experiment, settings: RedTeam) -> None:
     read_prompt_file(Path(settings.path))
     if experiment.method.exemplar == VARIED:
         raise SettingsError(
-            f"evaluation.red_team: method {experiment.method.name} asks each prompt for a condition of its own "
+            f"evaluation.red_team: method {experiment.method.name} gives each prompt its own condition "
             "(`varied`), and new prompts have none; remove it"
         )
     scores = evaluation_scorer(experiment) is not None
     if experiment.task.judged_by_others and not scores:
         raise SettingsError(
-            f"evaluation.red_team: task {experiment.task.name} leaves judging to others, and completions are measured by "
-            "scorers only; set evaluation.scorer"
+            f"evaluation.red_team: task {experiment.task.name} has no scorer of its own, and red-teaming measures "
+            "completions only by scorers; set evaluation.scorer"
         )
 
 
 def ranker(experiment: Experiment) -> Scorer | None:
-    """What ranks the samples of best-of-n where no judge does; None: the task's reward."""
+    """The scorer that ranks the samples of best-of-n unless a judge does; None: the task's reward."""
     settings = experiment.evaluation.best_of_n
     return (settings and settings.scorer) or experiment.sample_scorer
 
@@ -264,8 +265,8 @@ def _check_ranker(experiment: Experiment) -> None:
         return
     if found is not None and not found.measures:
         raise SettingsError(
-            f"evaluation.best_of_n.scorer: {found.name} gives samples of the base policy no numbers to rank by; name "
-            "another scorer"
+            f"evaluation.best_of_n.scorer: {found.name} returns no numbers to rank samples of the base policy by; "
+            "choose another scorer"
         )
     if found is None and "reward" not in experiment.task.kinds:
         raise SettingsError(
@@ -281,13 +282,13 @@ def _check_judge(field: str, judge: Judge, answered: int) -> None:
         raise SettingsError(f"{where}{error}") from None
     if judge.ask == "ranking" and field == "evaluation.judge":
         raise SettingsError(
-            "evaluation.judge.ask: ranking compares a policy's samples with each other, which says nothing of "
-            "the policy; ask for `win` (against the references) or `rating`"
+            "evaluation.judge.ask: ranking compares a policy's samples with each other, which says nothing about "
+            "the policy; set it to `win` (against the references) or `rating`"
         )
     if judge.ask == "win" and not answered:
         raise SettingsError(
             f"{field}.ask: win compares with references, and the held-out prompts have none; give a "
-            "file with a column `reference` as evaluation.path, or ask for `rating`"
+            "file with a column `reference` as evaluation.path, or set it to `rating`"
         )
     if judge.api_key_env is not None and not os.environ.get(judge.api_key_env):
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""An experiment: one YAML file, typed. The CLI, the docs and the code location follow from it."""
+"""An experiment: one YAML file, typed. The CLI, the docs and the code location are derived from it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from textalign_dagster.tasks import AnyTask
 from training.settings import Training
 
 OFFLINE: tuple[FeedbackKind, ...] = ("reward", "text", "category", "judgment")
-"""The kinds of feedback that files hold."""
+"""The kinds of feedback that files can hold."""
 
 IN_BLOCKS = ("nll", "unlikelihood", "awr")
-"""Objectives that are defined token by token."""
+"""Objectives that are defined per token."""
 
 SEGMENTED: tuple[FeedbackKind, ...] = ("reward", "spans")
 """The kinds of feedback on the documents of a corpus."""
@@ -46,7 +46,7 @@ class Policy(Settings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Number format of the weights while sampling and training."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model folder.")
 
 
 class Checks(Settings):
@@ -63,13 +63,13 @@ class Checks(Settings):
         0.5,
         ge=0,
         le=1,
-        description="Share of the wanted rows of the worst-filled bucket that is missing; a warning.",
+        description="Share of the requested rows that are missing from the worst-filled bucket; a warning.",
     )
     max_length_correlation: float = Field(
         0.5, ge=0, le=1, description="Absolute correlation of feedback value and length; a warning."
     )
     min_diversity: float = Field(
-        0.7, ge=0, le=1, description="Distinct-3 of an evaluation over that of iteration 0; blocking."
+        0.7, ge=0, le=1, description="Distinct-3 of an evaluation relative to that of iteration 0; blocking."
     )
 
 
@@ -88,12 +88,12 @@ class Experiment(Settings):
         "the task's own scorer.",
     )
     policy: Policy = Field(..., description="The base policy.")
-    iterations: int = Field(3, ge=1, le=999, description="Iterations after the untouched policy (0).")
+    iterations: int = Field(3, ge=1, le=999, description="Iterations after the base policy (0).")
     seed: int = Field(0, ge=0, description="All other seeds are derived from it.")
     control: str | None = Field(
         None,
         description="The experiment that is this one's null control (the same without feedback); "
-        "run with it, and shown beside it.",
+        "run with it, and shown alongside it.",
     )
     offline: Offline | None = Field(
         None,
@@ -103,8 +103,8 @@ class Experiment(Settings):
     prompts: Prompts = Field(Prompts(), description="The prompts of an iteration.")
     sampling: Sampling = Field(Sampling(), description="The samples of an iteration.")
     datapool: PoolSettings = Field(PoolSettings(), description="The rows trained on.")
-    training: Training = Field(Training(), description="The training of a checkpoint.")
-    evaluation: Evaluation = Field(Evaluation(), description="The measuring of a checkpoint.")
+    training: Training = Field(Training(), description="How a checkpoint is trained.")
+    evaluation: Evaluation = Field(Evaluation(), description="How a checkpoint is measured.")
     checks: Checks = Field(Checks(), description="When to stop or warn.")
 
     @field_validator("task", "method", "scorer", mode="before")
@@ -178,7 +178,7 @@ class Experiment(Settings):
 
     @property
     def corpus(self) -> Offline | None:
-        """The file of documents that is trained on; None: something else is."""
+        """The corpus file that is trained on; None: there is none."""
         return self.offline if self.offline is not None and self.offline.format == "corpus" else None
 
     @model_validator(mode="after")
@@ -191,12 +191,12 @@ class Experiment(Settings):
                 )
             if self.method.per_segment:
                 raise ValueError(
-                    "method.tokens: segment: only a corpus has segments (offline.format: corpus); say sample"
+                    "method.tokens: segment: only a corpus has segments (offline.format: corpus); set it to sample"
                 )
             return self
         if block is None:
             raise ValueError(
-                "training.block: missing; a corpus is trained on in blocks of so many tokens, e.g. 1024"
+                "training.block: missing; a corpus is trained on in blocks; set their length in tokens, e.g. 1024"
             )
         if objective.name not in IN_BLOCKS:
             raise ValueError(
@@ -233,27 +233,28 @@ class Experiment(Settings):
             return self
         if lora is None:
             raise ValueError(
-                "sampling.adapters: there are none to be served; give training.lora, or remove it"
+                "sampling.adapters: there are no adapters to serve; set training.lora, or remove it"
             )
         if not training.adapts_base:
             raise ValueError(
-                "sampling.adapters: what is served stands beside the base policy, but each of these adapters beside "
-                "the checkpoint before (training.lora.adapter: new); set that to carried, or sampling.adapters to merged"
+                "sampling.adapters: adapters are served on top of the base policy, but each of these belongs on top "
+                "of the previous checkpoint (training.lora.adapter: new); set that to carried, or "
+                "sampling.adapters to merged"
             )
         if self.method.special_tokens:
             raise ValueError(
-                f"sampling.adapters: method {self.method.name} adds tokens, and vLLM takes no trained embeddings from "
-                "an adapter; set it to merged"
+                f"sampling.adapters: method {self.method.name} adds tokens, and vLLM does not load trained embeddings "
+                "from an adapter; set it to merged"
             )
         if lora.rank > HIGHEST_RANK:
             raise ValueError(
-                f"training.lora.rank: vLLM serves adapters of up to {HIGHEST_RANK}, not {lora.rank}; lower it, or set "
-                "sampling.adapters to merged"
+                f"training.lora.rank: vLLM serves adapters up to rank {HIGHEST_RANK}, not {lora.rank}; lower it, or "
+                "set sampling.adapters to merged"
             )
         heads = sorted(HEADS.intersection(name.rpartition(".")[2] for name in lora.target_modules))
         if lora.target_modules != "all-linear" and heads:
             raise ValueError(
-                f"training.lora.target_modules: vLLM gives no log-probabilities of a prompt with an adapter beside "
+                f"training.lora.target_modules: vLLM returns no prompt log-probabilities with an adapter on "
                 f"{heads[0]}; leave it out, or set sampling.adapters to merged"
             )
         return self
@@ -265,20 +266,20 @@ class Experiment(Settings):
 
     @property
     def evaluating_judges(self) -> dict[str, Judge]:
-        """The LLM judges that an evaluation asks, by their field."""
+        """The LLM judges that an evaluation uses, by field."""
         ranking = self.evaluation.best_of_n.judge if self.evaluation.best_of_n is not None else None
         found = {"evaluation.judge": self.evaluation.judge, "evaluation.best_of_n.judge": ranking}
         return {field: judge for field, judge in found.items() if judge is not None}
 
     @property
     def judged_by_file(self) -> bool:
-        """Whether the judgements are those of the file that the responses come from."""
+        """Whether the judgements come from the same file as the responses."""
         return self.offline is not None and self.judge is None and self.scorer is None
 
     @property
     def upstream(self) -> dict[str, Any]:
-        """The settings everything upstream of training follows from: shared with a null control."""
+        """The settings that everything upstream of training depends on, which a null control must share."""
         sections = ("task", "policy", "seed", "offline", "prompts", "sampling", "evaluation")
         found = self.model_dump(mode="json", include=set(sections))
-        del found["evaluation"]["best_of_n"]  # it stands beside what is measured, and changes nothing of it
+        del found["evaluation"]["best_of_n"]  # it is measured in addition, and affects nothing else
         return found

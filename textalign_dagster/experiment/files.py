@@ -36,14 +36,14 @@ class Library:
 
     Files of one folder may refer to each other, and to those of the other folders, by name
     (``extends``, ``control``). Templates can be read and extended likewise, but are not experiments:
-    they are not on the grid, and `textalign new` makes experiments of them.
+    they are not on the grid, and `textalign new` creates experiments from them.
     """
 
     folders: tuple[Path, ...]
 
     @classmethod
     def default(cls, *extra: Path) -> Library:
-        """``$TEXTALIGN_EXPERIMENTS`` (folders, separated as in PATH), else the shipped ones; and variants."""
+        """``$TEXTALIGN_EXPERIMENTS`` (folders, separated as in PATH), else the shipped ones; plus variants."""
         configured = os.environ.get("TEXTALIGN_EXPERIMENTS")
         folders = (
             [Path(part) for part in configured.split(os.pathsep) if part]
@@ -82,7 +82,7 @@ class Library:
         return both[name]
 
     def content(self, name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The experiment's fields with those of the one it extends, not yet checked."""
+        """The experiment's fields merged with those of the one it extends, not yet validated."""
         if name in seen:
             raise SettingsError(f"{self.path(name)}: extends itself: {' -> '.join((*seen, name))}")
         path = self.path(name)
@@ -109,10 +109,10 @@ class Library:
             raise
 
     def load(self, name: str) -> Experiment:
-        """The experiment, checked.
+        """The experiment, validated.
 
         Raises:
-            SettingsError: naming file, field, what is allowed and the nearest name.
+            SettingsError: it is invalid; the message names file, field, what is allowed and the nearest name.
         """
         experiment: Experiment = validate(Experiment, self.content(name), str(self.path(name)))
         return experiment
@@ -160,7 +160,7 @@ class Library:
         return experiment.control
 
     def overridden(self, name: str, overrides: Sequence[str]) -> Experiment:
-        """The experiment with ``section.field=value`` overrides, checked; nothing is written."""
+        """The experiment with ``section.field=value`` overrides, validated; nothing is written."""
         where = f"{self.path(name)} with --set {' --set '.join(overrides)}"
         content = self.content(name)
         changed = merge(content, _changes(overrides, content))
@@ -168,7 +168,7 @@ class Library:
         return experiment
 
     def variant(self, name: str, overrides: Sequence[str], folder: Path) -> str:
-        """The experiment of its own that overrides make of ``name``; its control is varied alike.
+        """Writes ``name`` with overrides as a separate experiment; its control gets the same overrides.
 
         Overriding a field never touches what ``name`` has produced: the variant is written to
         ``folder`` as an experiment that extends it, and has its own row in every grid and table.
@@ -180,7 +180,7 @@ class Library:
             The variant's name, e.g. ``pep8_alt_lmu+seed=1``.
 
         Raises:
-            SettingsError: a bad override; nothing is written then.
+            SettingsError: an override is invalid; nothing is written then.
         """
         if not overrides:
             return name
@@ -197,7 +197,7 @@ class Library:
                 lacking = getattr(self.load(experiment.control), section) is None
                 if lacking and isinstance(change, dict) and first not in change:
                     del shared[section]  # part of a section that the control does not have
-            if "datapool" in shared:  # the buckets that shares names are the method's
+            if "datapool" in shared:  # the buckets in `shares` are those of the method
                 shared["datapool"] = {**shared["datapool"], "shares": None}
             control = f"{experiment.control}+{label}"
             content["control"] = control
@@ -208,13 +208,13 @@ class Library:
     def adopt(self, name: str, template: str) -> list[Path]:
         """Writes an experiment of the user's own from a template (or another experiment), commented.
 
-        Its null control is written beside it, as an experiment that extends it.
+        Its null control is written next to it, as an experiment that extends it.
 
         Returns:
             The files written, in the first of the folders.
 
         Raises:
-            SettingsError: a bad name, or one that is taken; nothing is written then.
+            SettingsError: the name is invalid or taken; nothing is written then.
         """
         if not NAME.fullmatch(name):
             raise SettingsError(
@@ -229,7 +229,7 @@ class Library:
         for path in files:
             if path.stem in self.paths or path.exists():
                 raise SettingsError(
-                    f"{path.stem}: there is an experiment of that name already; choose another name"
+                    f"{path.stem}: an experiment of that name already exists; choose another name"
                 )
         described = describe(Experiment.model_validate(content), only=content)
         files[folder / f"{name}.yaml"] = (
@@ -250,7 +250,7 @@ class Library:
 
 
 def _differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ``other`` that differ from ``base``; a section of another name whole."""
+    """The fields of ``other`` that differ from ``base``; a section with another name as a whole."""
     found: dict[str, Any] = {}
     for field, value in other.items():
         before = base.get(field)
@@ -264,17 +264,17 @@ def _differences(base: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str,
 
 
 def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, Any]:
-    """What overrides change of an experiment's fields."""
+    """The fields of an experiment that overrides change."""
     changes: dict[str, Any] = {}
     for override in overrides:
         path, value = parse_override(override)
-        if len(path) > 1 and path[-2] in ONE_VALUE:  # one entry of it: the others stay
+        if len(path) > 1 and path[-2] in ONE_VALUE:  # one entry of it: the others are kept
             whole: Any = merge(content, changes)
             for step in path[:-1]:
                 whole = whole.get(step) if isinstance(whole, dict) else None
             path, value = path[:-1], {**(whole or {}), path[-1]: value}
         changes = merge(changes, nested(path, value))
-    _absolute_paths(changes, Path.cwd())  # a path given in a shell means what it means there
+    _absolute_paths(changes, Path.cwd())  # relative to where the command was run
     return changes
 
 
@@ -283,7 +283,7 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
         _absolute(content, section, "path", folder)
     _absolute(content, "policy", "model", folder, only_existing=True)
     _absolute(content, "judge", "template", folder, only_existing=True)
-    for section in ("judge", "evaluation", "task"):  # what is below them is changed in copies
+    for section in ("judge", "evaluation", "task"):  # copied, because their entries are changed
         if isinstance(content.get(section), dict):
             content[section] = dict(content[section])
     if isinstance(content.get("evaluation"), dict):
@@ -321,7 +321,7 @@ def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
 
 
 def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
-    """Of a scorer: files it reads, and models that may be hub ids or installed."""
+    """Resolves the paths of a scorer: files it reads, and models that may also be hub ids or installed."""
     if not isinstance(section.get("scorer"), dict):
         return
     section["scorer"] = dict(section["scorer"])
@@ -332,7 +332,7 @@ def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
 
 
 def variants_folder() -> Path:
-    """Where variants are kept: beside the artifacts, so that the code location shows them too."""
+    """Where variants are kept: next to the artifacts, so that the code location shows them too."""
     return home() / "variants"
 
 
@@ -349,7 +349,7 @@ def store_url() -> str:
 def _absolute(
     content: dict[str, Any], section: str, field: str, folder: Path, only_existing: bool = False
 ) -> None:
-    """Reads a path in an experiment file relative to its folder, wherever it is extended from."""
+    """Resolves a path in an experiment file relative to that file's folder, wherever it is extended from."""
     fields = content.get(section)
     if not isinstance(fields, dict) or not isinstance(fields.get(field), str):
         return

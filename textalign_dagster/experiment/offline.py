@@ -1,7 +1,7 @@
 """Offline experiments: prompts, responses and judgements come from a file, in place of the policy's samples.
 
-A file's response becomes a sample once for every time its prompt is drawn, so that everything behind
-the samples is the same as with those of a policy.
+A file's response becomes a sample once for every time its prompt is drawn, so that everything downstream
+of the samples is the same as for those of a policy.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from textalign_dagster.tables import FEEDBACK
 from textalign_dagster.tasks import Task
 
 OFFLINE_VERSION = "1"
-"""Raised with every change of how files become samples and feedback."""
+"""Incremented with every change in how files become samples and feedback."""
 
 
 def identity(offline: Offline) -> dict[str, Any]:
-    """What the samples and the feedback follow from: the file's content, and how it is read."""
+    """What the samples and the feedback depend on: the file's content, and how it is read."""
     return {**offline.reading, "content": file_hash(Path(offline.path)), "reader": OFFLINE_VERSION}
 
 
@@ -42,7 +42,7 @@ def offline_prompts(experiment: Experiment, task: Task) -> tuple[pl.DataFrame, p
     """The prompts of the file that iterations draw from, and those held out.
 
     Returns:
-        Twice the columns prompt, reference, source, source_revision. The reference is the file's own, or the
+        Two frames with columns prompt, reference, source, source_revision. The reference is the file's own, or the
         response that is judged best.
 
     Raises:
@@ -77,16 +77,16 @@ def offline_samples(experiment: Experiment, task: Task, draws: pl.DataFrame) -> 
 
 
 def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, kind: FeedbackKind) -> Judged:
-    """The file's feedback on the responses to the drawn prompts; of comparisons, each response's share of points.
+    """The file's feedback on the responses to the drawn prompts; for comparisons, each response's share of points.
 
     Args:
         draws: as for :func:`offline_samples`.
 
     Returns:
-        One row of FEEDBACK a sample, in their order; and the comparisons, where there are any.
+        One row of FEEDBACK per sample, in their order; and the comparisons, if there are any.
 
     Raises:
-        SettingsError: the file has several aspects, and none is named.
+        SettingsError: the file has several aspects, and the experiment names none.
     """
     found, samples = _responses(experiment, task), offline_samples(experiment, task, draws)
     judged = {row["sample_id"]: row for row in _one_aspect(experiment, found.feedback).iter_rows(named=True)}
@@ -108,7 +108,7 @@ def offline_feedback(experiment: Experiment, task: Task, draws: pl.DataFrame, ki
     points = {row["sample_id"]: row for row in ranking_feedback(pairs, {}, provenance).iter_rows(named=True)}
     rows = []
     for own_id, sample_id in samples.select("own_id", "sample_id").iter_rows():
-        # A judgment in words is not a reward; that another response amends it is.
+        # A judgment in words is not a reward; a comparison with the response that amends it is.
         found_of = [row for row in (judged.get(own_id), points.get(sample_id)) if row is not None]
         verdicts = [taken(row, kind) for row in found_of] or [nothing("skipped", "no judgement in the file")]
         verdict = next((one for one in verdicts if one["status"] == "ok"), verdicts[0])
@@ -133,10 +133,10 @@ def held_out_responses(experiment: Experiment, task: Task) -> pl.DataFrame:
 
 
 def summary(experiment: Experiment, task: Task) -> str:
-    """What the file holds, and what of it was left out, in words.
+    """A summary of what the file holds and of what was left out.
 
     Raises:
-        SettingsError: it holds nothing that the method can be trained on.
+        SettingsError: the file holds nothing that the method can be trained on.
     """
     if (offline := experiment.corpus) is not None:
         count = corpus.shards(offline).height
@@ -148,20 +148,20 @@ def summary(experiment: Experiment, task: Task) -> str:
         rows = offline_feedback(experiment, task, prompts.with_columns(draw_id="prompt_id"), wanted).rows
         if rows.filter(status="ok").is_empty():
             raise SettingsError(
-                f"offline.path: {_offline(experiment).path} judges no response in the way that method "
-                f"{experiment.method.name} needs, a {wanted} ({rows['reason'][0]}); name a judge or scorer, or train with "
+                f"offline.path: {_offline(experiment).path} has no judgement of the kind that method "
+                f"{experiment.method.name} needs, {wanted} ({rows['reason'][0]}); set a judge or scorer, or train with "
                 "no_feedback"
             )
     return found.summary()
 
 
 def _offline(experiment: Experiment) -> Offline:
-    assert experiment.offline is not None, "asked of offline experiments only"
+    assert experiment.offline is not None, "not an offline experiment"
     return experiment.offline
 
 
 def _worth(found: Imported) -> pl.DataFrame:
-    """Of each response that is judged: sample_id, value."""
+    """The responses that are judged: sample_id, value."""
     provenance = {name: "" for name in ("aspect", "scorer", "scorer_version", "parser_version")}
     frames = [found.feedback, ranking_feedback(found.pairs, {}, provenance)]
     return pl.concat(frame.filter(status="ok").select("sample_id", "value") for frame in frames).unique(
@@ -184,7 +184,7 @@ def _responses(experiment: Experiment, task: Task) -> Imported:
 
 @lru_cache(maxsize=8)
 def _read(offline: Offline, task: Task, content: str | None) -> Imported:
-    """The file as it was when it had that content, with the prompts as the task reads them."""
+    """The file with that content hash, with the prompts as the task reads them."""
     if content is None:
         raise SettingsError(f"offline.path: {offline.path}: no such file")
     try:
@@ -228,12 +228,12 @@ def _read(offline: Offline, task: Task, content: str | None) -> Imported:
 
 
 def _with_refinements(found: Imported, path: str) -> Imported:
-    """The references as further samples, each compared with the sample that it amends.
+    """Adds the references as samples, each preferred to the sample that it amends.
 
-    One that is a response to its prompt already stays that response.
+    A reference that already is a response to its prompt is not added again.
 
     Raises:
-        SettingsError: there are none.
+        SettingsError: there are no such references.
     """
     amended = found.samples.filter(
         pl.col("reference").is_not_null()
@@ -270,7 +270,7 @@ def _with_refinements(found: Imported, path: str) -> Imported:
 
 @lru_cache(maxsize=8)
 def _prompts(offline: Offline, task: Task, content: str | None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The prompts of the file as it was when it had that content: the grid's states ask again and again."""
+    """The prompts of the file with that content hash; cached, because the grid's states read them often."""
     found = _read(offline, task, content)
     worth = _worth(found)
     best = (
@@ -287,10 +287,11 @@ def _prompts(offline: Offline, task: Task, content: str | None) -> tuple[pl.Data
         source=pl.lit(Path(offline.path).name),
         source_revision=pl.lit(content_hash("prompts", prompts["prompt"].to_list())),
     ).select(COLUMNS)
-    wanted = offline.held_out or 0
-    if wanted >= prompts.height:
+    count = offline.held_out or 0
+    if count >= prompts.height:
         raise SettingsError(
-            f"offline.held_out: {wanted}, but {offline.path} has {prompts.height} prompts, and some must remain; lower it"
+            f"offline.held_out: {count}, but {offline.path} has {prompts.height} prompts, and some must "
+            "remain; lower it"
         )
-    chosen = pl.col("prompt").is_in(list(held_out(prompts["prompt"], wanted)))
+    chosen = pl.col("prompt").is_in(list(held_out(prompts["prompt"], count)))
     return prompts.filter(~chosen), prompts.filter(chosen)

@@ -18,7 +18,7 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 @dataclass(frozen=True)
 class BasePolicy:
-    """A transformers folder and the hash of what decides its samples."""
+    """A transformers folder and the hash of the files that determine its samples."""
 
     path: Path
     policy_hash: str
@@ -52,8 +52,8 @@ def kl_reference(experiment: Experiment) -> BasePolicy | None:
 
 
 def red_team_model(experiment: Experiment) -> BasePolicy:
-    """What writes prompts in an evaluation's red-teaming. Raises as :func:`base_policy`."""
-    assert experiment.evaluation.red_team is not None, "asked where it is wanted"
+    """The model that writes prompts in an evaluation's red-teaming. Raises as :func:`base_policy`."""
+    assert experiment.evaluation.red_team is not None, "evaluation.red_team is not set"
     name = experiment.evaluation.red_team.model
     if name == "base":
         return base_policy(experiment)
@@ -61,10 +61,10 @@ def red_team_model(experiment: Experiment) -> BasePolicy:
 
 
 def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:
-    """The models evaluated beside the policy, by name; None: the source's human answers.
+    """The models evaluated alongside the policy, by name; None: the source's human answers.
 
     Raises:
-        SettingsError: one is not available, or stands there twice; the message names it.
+        SettingsError: one is not available, or is listed twice; the message names it.
     """
     found: dict[str, BasePolicy | None] = {}
     for name, model in experiment.evaluation.baselines.items():
@@ -115,7 +115,7 @@ def find_model(experiment: Experiment, model: str, field: str, revision: str | N
         known = experiment.task.builtin_policies
         raise SettingsError(
             f"{field}: {model!r} is not a policy of task {experiment.task.name}"
-            f"{nearest(model, known)} (it ships: {', '.join(known) or 'none'}), no folder and no "
+            f"{nearest(model, known)} (it ships: {', '.join(known) or 'none'}), nor a folder, nor a "
             "hub id such as owner/model"
         )
     return _local(snapshot(field, model, revision, MODEL_FILES), field)
@@ -169,14 +169,14 @@ def _files(folder: Path, field: str) -> list[str]:
         _check_shards(folder, names, field)
     if not any(name in names for name in TOKENIZERS):
         raise SettingsError(
-            f"{field}: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's there"
+            f"{field}: {folder} has no tokenizer ({', '.join(TOKENIZERS)}); save the model's tokenizer there"
         )
     kept = (".json", ".safetensors", ".model", ".txt", ".jinja")
     return [n for n in names if n.endswith(kept) and n not in ("provenance.json", "done.json")]
 
 
 def _check_weights(path: Path, field: str) -> None:
-    """Reads the header only: a pointer of Git LFS or half a download is found before anything starts."""
+    """Reads only the header: a Git LFS pointer or a partial download is detected before anything starts."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -38,7 +38,7 @@ def held_out_prompts(experiment: Experiment) -> pl.DataFrame:
 
 
 def written_prompts(experiment: Experiment) -> dict[str, str]:
-    """The held-out prompts as a policy is shown them → as `evaluation.path` has them; empty without that file."""
+    """The held-out prompts as shown to a policy → as written in `evaluation.path`; empty without that file."""
     path = experiment.evaluation.path
     if path is None:
         return {}
@@ -47,22 +47,22 @@ def written_prompts(experiment: Experiment) -> dict[str, str]:
 
 
 def task_of(experiment: Experiment) -> Task:
-    """The experiment's task for the policy that reads its prompts.
+    """The experiment's task, set up for the policy that reads its prompts.
 
     Raises:
-        SettingsError: the task needs something of the policy that it does not have.
+        SettingsError: the task needs something that the policy lacks.
     """
     return experiment.task.for_policy(lambda: base_policy(experiment).path)
 
 
 def source_hash(prompts: pl.DataFrame) -> str:
-    """What the prompts are, for the keys of artifacts made from them; their order counts."""
+    """Hash of the prompts, for the keys of artifacts made from them; order matters."""
     return _hashed(_Same(prompts))
 
 
 @dataclass(frozen=True, eq=False)
 class _Same:
-    """One frame in memory: a dataset of 100,000 prompts takes a second to hash, and every cell asks."""
+    """A frame compared by identity: 100,000 prompts take a second to hash, and every cell needs the hash."""
 
     frame: pl.DataFrame
 
@@ -83,13 +83,13 @@ def _file(task: Task, path: str) -> pl.DataFrame:
     try:
         facts = file.stat()
     except OSError:
-        return read_prompt_file(file)  # says what is wrong with it
+        return read_prompt_file(file)  # reports what is wrong with it
     return _read(task, file, facts.st_mtime_ns, facts.st_size)
 
 
 @lru_cache(maxsize=16)
 def _read(task: Task, path: Path, modified: int, size: int) -> pl.DataFrame:
-    """The file as it was at that time, as the task reads it: the grid's states ask again and again."""
+    """The file at that time and size, as the task reads it; cached, because the grid's states read it often."""
     prompts = read_prompt_file(path)
     cleaned: dict[str, int] = {}
     for number, prompt in enumerate(prompts["prompt"], start=1):

@@ -1,4 +1,4 @@
-"""Feedback as files of other projects: read, written (`formats`), and compared (`consistency`, `win_rates`).
+"""Feedback files of other projects: reading and writing (`formats`), comparing (`consistency`, `win_rates`).
 
-From outside, import `formats`, the comparisons, and `imported` (what reading a file yields).
+Other packages import `formats`, the comparisons, and `imported` (the result of reading a file).
 """

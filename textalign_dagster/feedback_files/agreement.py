@@ -1,7 +1,7 @@
-"""How far two readings of the same pairs agree: a 3×3 table, shares, and Cohen's kappa.
+"""Agreement between two readings of the same pairs: a 3×3 table, shares, and Cohen's kappa.
 
 Classes are "a", "tie", "b". Intervals resample prompts with all of their pairs (cluster bootstrap).
-What is undefined is None.
+Undefined values are None.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Counts = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two readings of the same pairs; every pair counts once, however many its prompt has.
+    """Two readings of the same pairs; every pair counts once, however many pairs its prompt has.
 
     Attributes:
         matrix: counts, shape (3, 3); rows are the first reading's classes, columns the second's, in
             the order of :data:`CLASSES`.
         agreement: share of pairs in the same class; a tie is a class like the others (as in
-            sparse_feedback), so chance is not one half.
-        decisive: the same among pairs in which neither reading is a tie.
+            sparse_feedback), so chance agreement is not 1/2.
+        decisive: the same over pairs in which neither reading is a tie.
         kappa: Cohen's (1960) chance-corrected agreement, (p_o - p_e) / (1 - p_e).
     """
 
@@ -54,20 +54,20 @@ class Agreement:
 def agreement(
     readings: pl.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Agreement:
-    """The agreement of two columns.
+    """The agreement between two columns of readings.
 
     Args:
-        readings: prompt_id, first, second (both one of :data:`CLASSES`); one row a pair.
+        readings: prompt_id, first, second (each one of :data:`CLASSES`); one row per pair.
 
     Raises:
-        ValueError: something else is in one of the columns.
+        ValueError: a column holds any other value.
     """
     codes = []
     for column in ("first", "second"):
         values = readings[column].to_list()
         unknown = sorted({str(value) for value in values if value not in CLASSES})
         if unknown:
-            raise ValueError(f"column {column}: {unknown[0]!r} is none of {', '.join(CLASSES)}")
+            raise ValueError(f"column {column}: {unknown[0]!r} is not one of {', '.join(CLASSES)}")
         codes.append(np.array([CLASSES.index(value) for value in values], dtype=np.int64))
     names, cluster = np.unique(readings["prompt_id"].to_numpy(), return_inverse=True)
     cells = cluster * 9 + codes[0] * 3 + codes[1]
@@ -99,5 +99,5 @@ def _kappa(counts: Counts) -> Counts:
     by_chance = (counts.sum(axis=-1) * counts.sum(axis=-2)).sum(axis=-1)
     expected = safe_divide(by_chance, total * total)
     above, room = _same(counts) - expected, 1.0 - expected
-    # With one class only, agreement by chance is certain and kappa undefined.
+    # With a single class, chance agreement is certain and kappa is undefined.
     return safe_divide(above, np.where(room > 1e-12, room, 0.0))

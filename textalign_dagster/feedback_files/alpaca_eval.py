@@ -1,4 +1,4 @@
-"""AlpacaEval's files: a model's outputs, which are written, and annotations of them, which are read."""
+"""AlpacaEval's files: writes a model's outputs and reads annotations of them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from textalign_dagster.prompts import prompt_id
 from textalign_dagster.settings import SettingsError
 
 TEXTS = ("instruction", "output_1", "output_2")
-"""What an annotation is of."""
+"""The texts of an annotation."""
 
 
 def write_alpaca_eval(path: Path, samples: pl.DataFrame, *, dataset: str, generator: str) -> Exported:
-    """Writes JSON, one of ``dataset, instruction, output, generator`` a prompt: its first completion.
+    """Writes a JSON list of ``dataset, instruction, output, generator``, with the first completion of each prompt.
 
     Args:
         samples: prompt, text; in the order of the evaluation.
-        dataset: the name of the prompts' set.
+        dataset: the name of the prompt set.
         generator: the name of the model.
     """
     first = samples.unique("prompt", keep="first", maintain_order=True)
@@ -35,16 +35,16 @@ def write_alpaca_eval(path: Path, samples: pl.DataFrame, *, dataset: str, genera
     write_file(path, json.dumps(rows, ensure_ascii=False, indent=2) + "\n")
     left_out = Counter[str]()
     if samples.height > first.height:
-        left_out["a further completion of its prompt"] = samples.height - first.height
+        left_out["another completion of the same prompt"] = samples.height - first.height
     return exported(len(rows), left_out)
 
 
 def read_annotations(path: Path) -> Outcomes:
     """Outcomes from ``annotations.json``: ``output_1`` is the reference's, ``output_2`` the model's.
 
-    A ``preference`` from 1 (the reference) to 2 (the model) is the outcome plus 1, so a judge's probabilities count as
-    such; 0 is a tie, as in early versions. Rows without one are unusable. Of several rows with an instruction the
-    first counts.
+    A ``preference`` from 1 (the reference) to 2 (the model) is the outcome plus 1, so a judge's probabilities are
+    kept; 0 is a tie, as in early versions. Rows without a preference are unusable. Of several rows for an
+    instruction, the first counts.
 
     Raises:
         SettingsError: the file cannot be read, or a row is not an annotation.
@@ -55,7 +55,7 @@ def read_annotations(path: Path) -> Outcomes:
         texts = [row.get(name) for name in TEXTS] if isinstance(row, dict) else []
         if not texts or not all(isinstance(text, str) for text in texts):
             raise SettingsError(
-                f"{path}:{line}: row {number} is not an annotation of AlpacaEval, with the texts {', '.join(TEXTS)}"
+                f"{path}:{line}: row {number} is not an AlpacaEval annotation, which has the texts {', '.join(TEXTS)}"
             )
         instruction, reference, answer = map(str, texts)
         key, preference = prompt_id(instruction), row.get("preference")

@@ -1,12 +1,12 @@
-"""Feedback files of ALT (Abadal Lloret et al., 2024): JSON Lines, one prompt with its generations each.
+"""Feedback files of ALT (Abadal Lloret et al., 2024): JSON Lines, one prompt and its generations per line.
 
 ``{"prompt", "generations": [text], "rewards" | "feedbacks" [, "scores", "analysis"]: [one each]}``,
-and for toxicity ``"generations": [{"text", "toxicity"}]``. In sampling files ``prompt`` carries the
-conditioning; feedback files hold the plain prompt. A line may end in ``perplexity``, one number for
-its one generation. Files of prompts, and what all of ALT's files share, are in `alt_prompts`.
+and for toxicity ``"generations": [{"text", "toxicity"}]``. In sampling files ``prompt`` includes the
+condition; feedback files hold the plain prompt. A line may also have ``perplexity``, one number for
+its one generation. Prompt files, and what all ALT files share, are in `alt_prompts`.
 
-Our own files add ``sample_ids``, ``statuses`` and ``reasons``, so that they read back as they were;
-programs that look fields up by name do not mind.
+Our own files add ``sample_ids``, ``statuses`` and ``reasons``, so that they read back unchanged;
+programs that look up fields by name are not affected.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ def read_alt(
     scores: tuple[float, float] = (0, 3),
     template: str | None = None,
 ) -> Imported:
-    """A file of ALT's with generations: judged, or as they were sampled.
+    """Reads an ALT file with generations, judged or not.
 
-    A null is a judgement that failed. Scores out of range and labels out of the set (of which the
-    released code trained some) are ``unparseable``. Repeats of a generation are samples of their own.
+    A null is a failed judgement. Scores out of range and unknown labels (some of which the released
+    code trained on) are ``unparseable``. Repeats of a generation are separate samples.
 
     Args:
         labels: the categories of files that have feedbacks without scores.
         scores: lowest and highest score of files that have both.
-        template: how conditions were put before the prompts; None: the prompts are taken as they stand.
+        template: how conditions were put before the prompts; None: the prompts are kept unchanged.
 
     Raises:
-        SettingsError: the file cannot be read or is a pickle; the template is none.
+        SettingsError: the file cannot be read or is a pickle, or the template is invalid.
     """
     content = alt_text(path)
     conditioned = Conditioned(template) if template is not None else None
@@ -109,7 +109,7 @@ def _read_record(
     if len({own for own in ids if own}) < len([own for own in ids if own]) or rows.samples.keys() & set(ids):
         raise Refusal("a sample id is repeated")
     if record.get("analysis") is not None:
-        rows.notes["`analysis` is not kept: FEEDBACK has no place for it"] += 1
+        rows.notes["`analysis` is not kept: FEEDBACK has no column for it"] += 1
     for i, (text, generation) in enumerate(zip(texts, generations, strict=True)):
         sample = rows.sample(prompt, text, own_id=ids[i], new=True)
         entry = {name: values[i] for name, values in given.items()}
@@ -121,17 +121,17 @@ def _read_record(
         if "perplexity" in record and len(texts) == 1:
             rows.judged(sample, **_perplexity(record["perplexity"]))
     if "perplexity" in record and len(texts) != 1:
-        # The released script paired the first generations with the wrong prompts then.
+        # Here the released script paired the first generations with the wrong prompts.
         rows.notes["`perplexity` is not kept: its line has several generations"] += 1
 
 
 def _perplexity(value: Any) -> dict[str, Any]:
-    """A line's perplexity as a judgement of its own; higher is better, so the sign is turned."""
+    """A line's perplexity as a separate judgement, negated because higher is better."""
     columns = {"kind": "reward", "aspect": "perplexity"}
     if value is None:
         return {**columns, "status": "failed", "reason": "null in the file"}
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return {**columns, "status": "unparseable", "reason": "`perplexity` holds no number"}
+        return {**columns, "status": "unparseable", "reason": "`perplexity` is not a number"}
     return {**columns, "status": "ok", "value": -float(value)}
 
 
@@ -159,19 +159,19 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
         name = "scores" if kind == "text" else "rewards" if "rewards" in entry else "toxicity"
         value = entry[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            problem = f"`{name}` holds no number"
+            problem = f"`{name}` is not a number"
         elif kind == "text" and not scores[0] <= value <= scores[1]:
             problem = f"{value:g} is outside {scores[0]:g} to {scores[1]:g}"
         elif name == "toxicity":
             value = 1.0 - value  # higher is better
     text = entry.get("feedbacks")
     if kind != "reward" and not problem and not (isinstance(text, str) and text.strip()):
-        problem = "`feedbacks` holds no text"
+        problem = "`feedbacks` is blank or not text"
     elif isinstance(text, str):
         text = mended(text)
     label = match_label(text, labels) if kind == "category" and isinstance(text, str) else None
     if kind == "category" and not problem and label is None:
-        problem = f"no label of the set: {text!r}"
+        problem = f"not one of the labels: {text!r}"
     if problem:
         return {"kind": kind, "status": "unparseable", "reason": problem}
     number = float(value) if value is not None else None
@@ -180,7 +180,7 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
 
 
 def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
-    """Writes feedback of one aspect as an ALT file; what is not ok is null there, with its status.
+    """Writes feedback of one aspect as an ALT file; judgements that are not ok become null, with their status.
 
     Args:
         samples: sample_id, prompt, text.
@@ -204,16 +204,16 @@ def write_alt(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Expo
 def write_alt_toxicity(
     path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, *, negated: bool = False
 ) -> Exported:
-    """Writes rewards as ALT's toxicity files: ``generations: [{"text", "toxicity"}]``.
+    """Writes rewards as an ALT toxicity file: ``generations: [{"text", "toxicity"}]``.
 
     Args:
         samples: sample_id, prompt, text.
         feedback: rows of FEEDBACK of kind reward.
-        negated: whether its values are minus the toxicity, as our scorers have it; else 1 - toxicity, as
-            ALT's rewards (and files imported from it) have it.
+        negated: whether values are minus the toxicity, as from our scorers; otherwise they are 1 - toxicity, as
+            in ALT's rewards (and files imported from ALT).
 
     Raises:
-        ValueError: a value that is neither.
+        ValueError: a value is neither.
     """
     one_aspect(feedback, ("reward",), "ALT's toxicity")
     lines: dict[str, dict[str, list[Any]]] = {}
@@ -221,14 +221,14 @@ def write_alt_toxicity(
         toxicity = None if row["value"] is None else (0 if negated else 1) - row["value"]
         if toxicity is not None and not 0 <= toxicity <= 1:
             raise ValueError(
-                f"a value of {row['value']:g} stands for no toxicity from 0 to 1; --stage feedback writes rewards"
+                f"a value of {row['value']:g} is not a toxicity from 0 to 1; use --stage feedback to write rewards"
             )
         _add(lines, row, {"generations": {"text": row["response"], "toxicity": toxicity}})
     return _written(path, lines)
 
 
 def _add(lines: dict[str, dict[str, list[Any]]], row: dict[str, Any], entry: dict[str, Any]) -> None:
-    """Adds a sample to the line of its prompt."""
+    """Adds a sample to its prompt's line."""
     entry |= {"sample_ids": row["sample_id"], "statuses": row["status"], "reasons": row["reason"]}
     line = lines.setdefault(row["prompt"], {})
     for name, value in entry.items():

@@ -1,9 +1,8 @@
-"""ALT's files before any feedback: prompts, and samples under prompts that carry their condition.
+"""ALT's files before any feedback: prompts, and samples whose prompts include their condition.
 
-In ALT conditioning is text: from iteration 2 on the prompt files were written by hand with the
+In ALT, the condition is part of the text: from iteration 2 on, prompt files were written by hand with the
 exemplar in front (``Excellent. input: SUBREDDIT: …``), and sampling files repeat that. Nothing here
-guesses where a condition ends. The importer names the template, and a prompt that does
-not fit it is refused.
+guesses where a condition ends. The user gives the template, and a prompt that does not match it is refused.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from textalign_dagster.settings import SettingsError
 Stage = Literal["prompts", "samples", "feedback"]
 
 PROMPTS = pl.Schema({"prompt": pl.String, "reference": pl.String, "condition": pl.String})
-"""Of imported prompts; ``condition`` is what a template's condition was in the file, where one was named."""
+"""Schema of imported prompts; ``condition`` is the text at the template's ``{condition}``, NULL without one."""
 
 _PICKLED = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
 class Conditioned:
-    """How the prompts of a file carry their condition: a template with ``{prompt}``, or that and ``{condition}``."""
+    """How a file's prompts include their condition: a template with ``{prompt}`` and optionally ``{condition}``."""
 
     template: str
 
@@ -47,14 +46,14 @@ class Conditioned:
         before, after = self.template.split(PROMPT)
         if CONDITION in after or before.endswith(CONDITION):
             raise SettingsError(
-                f"--template {self.template!r}: {CONDITION} stands before {PROMPT}, with words between them "
-                "that tell where it ends"
+                f"--template {self.template!r}: {CONDITION} must come before {PROMPT}, with text between "
+                "them that marks where it ends"
             )
 
     def undo(self, text: str) -> tuple[str | None, str]:
-        """The condition (None: the template names none) and the prompt without it.
+        """The condition (None: the template has no ``{condition}``) and the prompt without it.
 
-        A condition ends where the words after it occur first.
+        A condition ends where the text after it first occurs.
 
         Raises:
             Refusal: the text is not a rendering of the template.
@@ -65,7 +64,7 @@ class Conditioned:
         inner = text[len(start) : len(text) - len(after)]
         condition, found, prompt = inner.partition(between) if named else (None, True, inner)
         if not fits or not found or condition == "" or not prompt.strip():
-            raise Refusal("its prompt is not as --template says")
+            raise Refusal("its prompt does not match --template")
         return condition, prompt
 
 
@@ -76,8 +75,8 @@ class ImportedPrompts:
     Attributes:
         prompts: rows of :data:`PROMPTS`, each prompt once, in the file's order.
         rows: lines in the file.
-        refused: those that are in no row.
-        notes: what was read otherwise than it stands there.
+        refused: lines that were not imported.
+        notes: what was read differently from how it is written.
     """
 
     prompts: pl.DataFrame
@@ -86,14 +85,14 @@ class ImportedPrompts:
     notes: tuple[str, ...]
 
     def summary(self, show: int = 3) -> str:
-        """What was taken and what was not, with reasons and examples."""
+        """What was imported and what was refused, with reasons and examples."""
         lines = [f"{self.rows:,} rows: {self.prompts.height:,} prompts; refused: {len(self.refused):,}"]
         lines += [f"  refused, line {r.line}: {r.reason}: {r.example}" for r in self.refused[:show]]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def alt_text(path: Path) -> str:
-    """The text of one of ALT's files.
+    """The text of an ALT file.
 
     Raises:
         SettingsError: it cannot be read, or is a pickle.
@@ -105,7 +104,7 @@ def alt_text(path: Path) -> str:
         raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
     if path.suffix in _PICKLED or start[:1] == b"\x80" or start == b"PK":
         raise SettingsError(
-            f"{path}: is a pickle, which can run any program when it is read, so it is not. A datapool holds "
+            f"{path}: is a pickle, and loading one can run arbitrary code, so it is not read. A datapool holds "
             "nothing that is not in the feedback files of its iterations (…_sampling_data_train_split_iter_*.json): "
             "import those"
         )
@@ -113,7 +112,7 @@ def alt_text(path: Path) -> str:
 
 
 def alt_stage(path: Path) -> Stage:
-    """What a file of ALT's holds, by its fields.
+    """What an ALT file holds, judging by its fields.
 
     Raises:
         SettingsError: it cannot be read, is a pickle, or is empty.
@@ -121,8 +120,8 @@ def alt_stage(path: Path) -> Stage:
     text = alt_text(path)
     if not text.strip():
         raise SettingsError(
-            f"{path}: is empty. ALT's concatenation empties its target when shards are missing; import the shards "
-            "(…_reward_thread_*.json, …_feedback_subset_*.json), one by one"
+            f"{path}: is empty. ALT's concatenation leaves an empty file when shards are missing; import the shards "
+            "(…_reward_thread_*.json, …_feedback_subset_*.json) one by one"
         )
     records = [record for _, record in json_lines(text) if isinstance(record, dict)]
     several = [r["generations"] for r in records if isinstance(r.get("generations"), list)]
@@ -136,20 +135,20 @@ def prompt_of(record: Any) -> str:
     """The prompt of a line; RealToxicityPrompts has it as ``prompt.text``.
 
     Raises:
-        Refusal: there is none.
+        Refusal: it has none.
     """
     if isinstance(record, BrokenLine) or not isinstance(record, dict):
-        raise Refusal("no JSON object")
+        raise Refusal("not a JSON object")
     if isinstance(record.get("prompt"), dict):
         record = {"prompt": record["prompt"].get("text")}
     return text_of(record, "prompt", blank=False)
 
 
 def read_alt_prompts(path: Path, *, template: str | None = None) -> ImportedPrompts:
-    """A file of prompts.
+    """Reads a file of prompts.
 
     Args:
-        template: how conditions were put before the prompts; None: the prompts are taken as they stand.
+        template: how conditions were put before the prompts; None: the prompts are kept unchanged.
     """
     conditioned = Conditioned(template) if template is not None else None
     rows: dict[str, dict[str, str | None]] = {}
@@ -175,7 +174,7 @@ def read_alt_prompts(path: Path, *, template: str | None = None) -> ImportedProm
 
 
 def write_alt_prompts(path: Path, prompts: pl.DataFrame) -> Exported:
-    """Writes ALT's file of prompts, without conditions; repeated draws of a prompt stand there again.
+    """Writes an ALT prompt file, without conditions; a prompt drawn repeatedly is repeated.
 
     Args:
         prompts: prompt, and optionally reference.
@@ -190,7 +189,7 @@ def write_alt_prompts(path: Path, prompts: pl.DataFrame) -> Exported:
 
 
 def write_alt_samples(path: Path, generations: pl.DataFrame, template: str) -> Exported:
-    """Writes ALT's sampling file: the prompt as the policy read it, and its generations.
+    """Writes an ALT sampling file: each prompt as the policy saw it, and its generations.
 
     Args:
         generations: sample_id, prompt, condition, text.

@@ -1,8 +1,8 @@
 """Do ratings and rankings of the same samples agree? (After Bansal et al., 2023, arXiv:2308.15812.)
 
-Ratings become rankings (the higher rating wins, equal ones tie) and are held against the rankings a
+Ratings become rankings (the higher rating wins, equal ones tie) and are compared with the rankings a
 judge gave directly. A disagreement means little without knowing how often the judge agrees with
-itself, so repeats are measured the same way, and so is its liking for the first place.
+itself, so repeats are measured the same way, and so is its position bias.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _KEYS = ("sample_a", "sample_b")
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the agreement rests on; pairs fall out where a judgement is missing.
+    """How many pairs the agreement is based on; pairs with a missing judgement are excluded.
 
     Attributes:
         pairs: requested.
         ranked: with a usable ranking.
         rated: with a usable rating of both samples.
-        both: with both, which is what is counted.
+        both: with both; these are counted.
     """
 
     pairs: int
@@ -37,21 +37,21 @@ class Coverage:
 
     @property
     def share(self) -> float | None:
-        """Counted pairs per requested pair."""
+        """Counted pairs as a share of requested pairs."""
         return self.both / self.pairs if self.pairs else None
 
 
 @dataclass(frozen=True)
 class Consistency:
-    """Ratings against rankings, and what they are to be compared with.
+    """Agreement between ratings and rankings, and the baselines to compare it with.
 
     Attributes:
-        agreement: rows are the rankings that follow from ratings, columns the direct ones; first and second
+        agreement: rows are the rankings that follow from ratings, columns the direct ones; classes a and b
             are the pairs' own sample_a and sample_b.
-        coverage: the share of requested pairs that are counted.
-        rating_repeats: rankings that follow from two rounds of ratings; None without repeats.
-        ranking_repeats: two rounds of direct rankings; None without repeats.
-        position: the judge's liking for the first place.
+        coverage: how many of the requested pairs are counted.
+        rating_repeats: the same for rankings that follow from two rounds of ratings; None without repeats.
+        ranking_repeats: the same for two rounds of direct rankings; None without repeats.
+        position: the judge's bias towards the response shown first.
     """
 
     agreement: Agreement
@@ -63,12 +63,12 @@ class Consistency:
 
 @dataclass(frozen=True)
 class PositionBias:
-    """What the order of showing does.
+    """The effect of the order in which responses are shown.
 
     Attributes:
-        first_wins: share of calls won by the response shown first; 0.5 without bias. Without a value where
-            only the combined verdicts of both orders are known: it would be 0.5 whatever the judge did.
-        flips: share of pairs in which the same place won both times (they count as ties).
+        first_wins: share of calls won by the response shown first; 0.5 without bias. Undefined where
+            only the combined verdicts of both orders are known: it would always be 0.5.
+        flips: share of pairs in which the same position won both times (they count as ties).
     """
 
     first_wins: Estimate
@@ -86,18 +86,18 @@ def consistency(
     level: float = 0.95,
     seed: int = 0,
 ) -> Consistency:
-    """The consistency of a judge's (or two judges') ratings and rankings.
+    """The consistency between a judge's (or two judges') ratings and rankings.
 
     Args:
-        ratings: sample_id, value, status; one row a sample (FEEDBACK, one aspect).
-        pairs: prompt_id, sample_a, sample_b, winner, favoured, status; one row a pair (PAIRS).
+        ratings: sample_id, value, status; one row per sample (FEEDBACK, one aspect).
+        pairs: prompt_id, sample_a, sample_b, winner, favoured, status; one row per pair (PAIRS).
         repeated_ratings: two rounds of ratings by the same judge. (``ratings`` may be means of them, which
             agree with each other more than single ones do.)
-        repeated_pairs: the pairs asked again.
+        repeated_pairs: the same pairs, judged again.
         margin: ratings that differ by no more than this tie.
 
     Raises:
-        ValueError: a sample is rated twice, or a pair stands there twice.
+        ValueError: a sample is rated twice, or a pair is listed twice.
     """
     agree = partial(agreement, resamples=resamples, level=level, seed=seed)
     direct, rated = ranked(pairs), rated_pairs(pairs, ratings, margin)
@@ -121,7 +121,7 @@ def ranked(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def rated_pairs(pairs: pl.DataFrame, ratings: pl.DataFrame, margin: float = 0.0) -> pl.DataFrame:
-    """The rankings that follow from ratings, for pairs whose samples both have a usable one."""
+    """The rankings that follow from ratings, for pairs where both samples have a usable one."""
     _unique(ratings, ["sample_id"], "ratings")
     usable = ratings.filter((pl.col("status") == "ok") & pl.col("value").is_not_null())
     values = usable.select("sample_id", "value")
@@ -139,17 +139,17 @@ def position_bias(
 ) -> PositionBias:
     """P(first wins) over both calls of every usable pair, and the share of pairs that flip.
 
-    A pair with a winner has one call won by the first place; one that flipped has two or none. Ties
+    A pair with a winner has one call won by the first position; one that flipped has two or none. Ties
     of unknown direction (imported ones) count as flips only.
     """
     usable = pairs.filter(pl.col("status") == "ok")
     by_call = (usable["favoured"].is_not_null() | (usable["call_keys"].list.len() > 0)).any()
     prompts = usable["prompt_id"].to_list()
     flipped = (usable["winner"] == "tie").to_list()
-    by_place = {"first": 2.0, "second": 0.0}
+    by_position = {"first": 2.0, "second": 0.0}
     favoured = usable["favoured"].to_list()
     wins = [
-        (by_place.get(f) if flip else 1.0) if by_call else None
+        (by_position.get(f) if flip else 1.0) if by_call else None
         for flip, f in zip(flipped, favoured, strict=True)
     ]
     interval = partial(estimate, resamples=resamples, level=level, seed=seed)
@@ -160,16 +160,16 @@ def position_bias(
 
 
 def _joined(first: pl.DataFrame, second: pl.DataFrame) -> pl.DataFrame:
-    """prompt_id, first, second: the winners of the pairs both have."""
+    """prompt_id, first, second: the winners of the pairs in both frames."""
     return first.join(second, on=list(_KEYS), how="inner", suffix="_second").select(
         "prompt_id", first=pl.col("winner"), second=pl.col("winner_second")
     )
 
 
 def _unique(frame: pl.DataFrame, key: list[str], what: str) -> None:
-    twice = frame.filter(pl.struct(key).is_duplicated())
-    if twice.height:
+    repeated = frame.filter(pl.struct(key).is_duplicated())
+    if repeated.height:
         raise ValueError(
-            f"{what}: {', '.join(map(str, twice.select(key).row(0)))} is listed more than once; "
-            "give one aspect of one judge"
+            f"{what}: {', '.join(map(str, repeated.select(key).row(0)))} is listed more than once; "
+            "pass one aspect from one judge"
         )

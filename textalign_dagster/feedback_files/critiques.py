@@ -1,7 +1,7 @@
-"""Two published files of critiques, as the trainer of CUT converts them: OpenAI's of summaries, and Shepherd's.
+"""Two published sets of critiques, converted as in CUT's training code: OpenAI's on summaries, and Shepherd's.
 
 Source: Saunders et al. 2022 (arXiv:2206.05802), and Wang et al. 2023 (arXiv:2308.04592); the conversion is that of
-Xu et al. 2024 (arXiv:2312.14591, appendix A), where what is not judged was left out without a word.
+Xu et al. 2024 (arXiv:2312.14591, appendix A), where unjudged answers were silently left out.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ SATISFIED = 7
 """The rating of a summary without criticism."""
 
 CANDIDATES = "human_data_raw.jsonl"
-"""The file beside Shepherd's judgments that has the amended responses."""
+"""The file next to Shepherd's judgments that has the amended responses."""
 
 
 def read_critiques(path: Path, *, aspect: str = "imported") -> Imported:
-    """OpenAI's critiques (`critiques.train.jsonl`): a passage, questions on it, ranked answers with critiques.
+    """Reads OpenAI's critiques (`critiques.train.jsonl`): a passage, questions about it, and ranked answers with critiques.
 
-    Of each question the answer with the highest ranking is taken; its critiques together are the judgment, none at
-    all (with a rating of 7) finds no fault, and the last refinement is the amended response. Answers that people
-    skipped are ``skipped``.
+    For each question, the highest-ranked answer is used: its critiques, joined, are the judgment (no critique and a
+    rating of 7 mean no fault), and the last refinement is the amended response. Answers that annotators skipped are
+    ``skipped``.
     """
     content = read_text(path)
     rows = collector(path, content, aspect)
@@ -54,19 +54,19 @@ def read_critiques(path: Path, *, aspect: str = "imported") -> Imported:
 
 
 def read_shepherd(path: Path, *, aspect: str = "imported") -> Imported:
-    """Shepherd's judgments (`human_data_for_model.jsonl`): question, answer, feedback.
+    """Reads Shepherd's judgments (`human_data_for_model.jsonl`): question, answer, feedback.
 
-    With `human_data_raw.jsonl` beside it, which has the same answers line by line, an amended response is read, too.
+    If `human_data_raw.jsonl`, which has the same answers line by line, is next to it, amended responses are also read.
     """
     content = read_text(path)
     rows = collector(path, content, aspect)
-    beside = path.with_name(CANDIDATES)
-    candidates = dict(json_lines(read_text(beside))) if beside.is_file() else {}
+    raw = path.with_name(CANDIDATES)
+    candidates = dict(json_lines(read_text(raw))) if raw.is_file() else {}
     for line, record in json_lines(content):
         rows.rows += 1
         try:
             if not isinstance(record, dict):
-                raise Refusal("no JSON object")
+                raise Refusal("not a JSON object")
             question, answer = text_of(record, "question", blank=False), text_of(record, "answer")
             amended = _amended(candidates[line], question, answer) if line in candidates else None
             sample = rows.sample(question, answer, reference=amended, new=True)
@@ -79,7 +79,7 @@ def read_shepherd(path: Path, *, aspect: str = "imported") -> Imported:
 def _read_question(rows: Collector, passage: str, question: Any) -> None:
     if not isinstance(question, dict):
         raise Refusal("no object in `questions`")
-    asked = text_of(question, "question", blank=False)
+    query = text_of(question, "question", blank=False)
     answers, rankings = _list(question, "answers"), _list(question, "rankings")
     if len(answers) != len(rankings) or not all(isinstance(rank, int | float) for rank in rankings):
         raise Refusal(f"{len(answers)} answers with the rankings {rankings}")
@@ -91,9 +91,9 @@ def _read_question(rows: Collector, passage: str, question: Any) -> None:
     texts = [text_of(critique, "text") for critique in critiques]
     refinements = [critique.get("refinement") for critique in critiques]
     amended = refinements[-1] if refinements and isinstance(refinements[-1], str) else None
-    sample = rows.sample(f"{passage}\n{asked}", answer, reference=amended or None, new=True)
+    sample = rows.sample(f"{passage}\n{query}", answer, reference=amended or None, new=True)
     if feedback.get("skip") or not answer.strip():
-        why = "the file says `skip`" if feedback.get("skip") else "the answer is empty"
+        why = "marked `skip` in the file" if feedback.get("skip") else "the answer is empty"
         rows.judged(sample, "judgment", status="skipped", reason=why)
     elif not texts and feedback.get("rating") != SATISFIED:
         why = f"no critique, but the rating is {feedback.get('rating')}, not {SATISFIED}"
@@ -103,7 +103,7 @@ def _read_question(rows: Collector, passage: str, question: Any) -> None:
 
 
 def _amended(record: Any, question: str, answer: str) -> str | None:
-    """The amended response of a line of the other file, which must be about the same answer."""
+    """The amended response on the same line of the raw file, which must be about the same answer."""
     about = _object(record, "metadata")
     if about.get("context") != question or about.get("output_candidate") != answer:
         raise Refusal(f"the same line of {CANDIDATES} is about another answer")

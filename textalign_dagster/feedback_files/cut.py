@@ -1,9 +1,9 @@
 """Judgment files of CUT (Xu et al., 2024): a JSON list of Alpaca records with a ``judgment``.
 
-``{"instruction", "input", "output", "judgment" [, "score", "i_ans"]}``; a null judgment says that the
-output is satisfactory, and so does a score of 7 or more. The released files hold traces of failed
-calls (``$ERROR$``) and praise in place of null, which were trained as criticism: here the first is
-``failed`` and the second ``unparseable``.
+``{"instruction", "input", "output", "judgment" [, "score", "i_ans"]}``; a null judgment means that the
+output is satisfactory, and so does a score of 7 or more. The released files contain markers of failed
+calls (``$ERROR$``) and praise instead of null, both of which were trained on as criticism: here the
+former are ``failed`` and the latter ``unparseable``.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ def read_cut(
     positive_from: float = POSITIVE_FROM,
     praise: Praise = "unusable",
 ) -> Imported:
-    """A CUT or Alpaca file; records without the field ``judgment`` are samples without judgment.
+    """Reads a CUT or Alpaca file; records without the field ``judgment`` are samples without judgment.
 
     Args:
         positive_from: the score from which a record counts as satisfactory whatever its judgment.
-        praise: what a judgment counts as that opens with "perfect" and continues.
+        praise: how to count a judgment that opens with "perfect" and continues.
     """
     content = read_text(path)
     rows = collector(path, content, aspect)
@@ -70,7 +70,7 @@ def read_cut(
 
 def _read_record(rows: Collector, record: Any, positive_from: float, praise: Praise) -> None:
     if isinstance(record, BrokenLine) or not isinstance(record, dict):
-        raise Refusal("no JSON object")
+        raise Refusal("not a JSON object")
     instruction, output = text_of(record, "instruction", blank=False), text_of(record, "output")
     given = record.get("input")
     if not isinstance(given, str | None):
@@ -102,7 +102,7 @@ def judgement(
     if judgment is None:
         return {"label": PERFECT, "value": value}
     if isinstance(judgment, str) and readings.is_sentinel(judgment):
-        return {"status": "failed", "reason": f"a mark of failure in the file: {judgment}"}
+        return {"status": "failed", "reason": f"failure marker in the file: {judgment}"}
     if isinstance(judgment, str) and praise != "unusable" and is_praise(judgment):
         if praise == "perfect":
             return {"label": PERFECT, "value": value}
@@ -117,8 +117,8 @@ def judgement(
 def write_cut(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
     """Writes judgments of one aspect as a CUT file.
 
-    The format knows two states only, and null means satisfactory: judgements that are not ok are
-    left out, and so are those that CUT would read otherwise than they are meant.
+    The format has only two states, and null means satisfactory: judgements that are not ok are
+    left out, and so are those that CUT would read differently.
     """
     one_aspect(feedback, ("judgment",), "CUT")
     records, left_out = [], Counter[str]()
@@ -138,7 +138,7 @@ def write_cut(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Expo
             continue
         back = judgement(record, row["value"], POSITIVE_FROM, "unusable")
         if any(back.get(name) != row[name] for name in ("label", "text", "value")):
-            left_out["CUT's rules would read it as something else"] += 1
+            left_out["CUT would read it differently"] += 1
             continue
         records.append(record)
     write_file(path, json.dumps(records, ensure_ascii=False, allow_nan=False, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What the exports share: joined rows, what could not be written and why, and the file itself."""
+"""Shared by the exports: joining rows, reporting what was left out and why, and writing the file."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ class Exported:
     left_out: dict[str, int]
 
     def summary(self) -> str:
-        """What was written and what was not."""
+        """How many rows were written and left out, with reasons."""
         lines = [f"{self.rows:,} rows written; left out: {sum(self.left_out.values()):,}"]
         return "\n".join([*lines, *(f"  {count:,} × {reason}" for reason, count in self.left_out.items())])
 
 
 def judged_samples(samples: pl.DataFrame, feedback: pl.DataFrame) -> list[dict[str, Any]]:
-    """The rows of feedback with their samples' prompt and text (as ``response``), in feedback's order.
+    """Feedback rows with their sample's prompt and text (as ``response``), in the order of the feedback.
 
     Args:
         samples: sample_id, prompt, text.
         feedback: rows of FEEDBACK.
 
     Raises:
-        ValueError: feedback of a sample that is not among them.
+        ValueError: a row refers to a sample that is not among them.
     """
     if "reference" not in samples.columns:
         samples = samples.with_columns(reference=pl.lit(None, dtype=pl.String))
@@ -50,15 +50,15 @@ def judged_samples(samples: pl.DataFrame, feedback: pl.DataFrame) -> list[dict[s
 
 
 def one_aspect(feedback: pl.DataFrame, kinds: tuple[str, ...], what: str) -> str | None:
-    """The kind of the feedback, if all rows have one aspect and one kind among those allowed.
+    """The kind of the feedback (None without rows), if all rows share one aspect and one allowed kind.
 
     Raises:
-        ValueError: otherwise; the file's format has room for one.
+        ValueError: otherwise; the file format holds only one.
     """
     found = feedback.select("aspect", "kind").unique().rows()
     if len(found) > 1:
         raise ValueError(
-            f"{what} files hold one aspect; found {', '.join(sorted({a for a, _ in found}))}: filter"
+            f"{what} files hold one aspect; found {', '.join(sorted({a for a, _ in found}))}; filter first"
         )
     if found and found[0][1] not in kinds:
         raise ValueError(f"{what} files hold {', '.join(kinds)}; this is {found[0][1]}")
@@ -66,7 +66,7 @@ def one_aspect(feedback: pl.DataFrame, kinds: tuple[str, ...], what: str) -> str
 
 
 def write_file(path: Path, text: str) -> None:
-    """Writes the whole file or nothing."""
+    """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8", newline="") as stream:
@@ -75,5 +75,5 @@ def write_file(path: Path, text: str) -> None:
 
 
 def exported(rows: int, left_out: Counter[str]) -> Exported:
-    """The report, the most frequent reason first."""
+    """The report, most frequent reason first."""
     return Exported(rows, dict(left_out.most_common()))

@@ -1,7 +1,7 @@
-"""Feedback that was collected elsewhere in, and ours out: one registry of file formats.
+"""Importing feedback collected elsewhere and exporting ours: one registry of file formats.
 
-Whatever a file holds ends up in one of three places: a row, a row with a status other than ok, or
-the list of refused rows with line and reason. Nothing is dropped without a word.
+Everything in a file ends up in one of three places: a row, a row with a status other than ok, or
+the list of refused rows with line and reason. Nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Write = Callable[[Path, pl.DataFrame, pl.DataFrame, pl.DataFrame], Exported]
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: what it holds, and how it is read and written."""
+    """A file format: what it holds, and how it is read and written."""
 
     description: str
     read: Callable[..., Imported]
-    write: Write | None = None  # None: it is only read
+    write: Write | None = None  # None: read-only
 
 
 FORMATS = {
@@ -83,7 +83,7 @@ FORMATS = {
         lambda path, samples, feedback, pairs: write_preferences(path, samples, pairs),
     ),
     "plain": Format(
-        "one judgement a row, .jsonl or .parquet: prompt, response, and value, label or feedback",
+        "one judgement per row, .jsonl or .parquet: prompt, response, and value, label or feedback",
         read_plain,
         write_plain,
     ),
@@ -95,7 +95,7 @@ def read_feedback(path: Path, format_name: str, **options: Any) -> Imported:
     """Reads a file.
 
     Args:
-        options: what the format's reader takes, e.g. ``aspect``.
+        options: passed to the format's reader, e.g. ``aspect``.
 
     Raises:
         SettingsError: unknown format, or a file that cannot be read at all.
@@ -118,12 +118,14 @@ def write_feedback(
         pairs: rows of PAIRS; None: there are none.
 
     Raises:
-        SettingsError: unknown format, or one that is only read.
+        SettingsError: unknown or read-only format.
         ValueError: the format cannot hold feedback of this kind.
     """
     write = _format(format_name).write
     if write is None:
-        raise SettingsError(f"{format_name}: this format is only read; write `cut`, which holds the same")
+        raise SettingsError(
+            f"{format_name}: this format is read-only; write `cut`, which holds the same data"
+        )
     return write(path, samples, feedback, pairs if pairs is not None else pl.DataFrame(schema=PAIRS))
 
 

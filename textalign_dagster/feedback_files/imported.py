@@ -1,4 +1,4 @@
-"""What an import yields: samples, feedback, pairs, and every row that was refused, with its line."""
+"""The result of an import: samples, feedback, pairs, and every row that was refused, with its line."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLES = pl.Schema(
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that was not taken: where it stands, why, and how it begins."""
+    """A row that was not imported: its line, the reason, and how it begins."""
 
     line: int
     reason: str
@@ -40,17 +40,17 @@ class Refused:
 
 @dataclass(frozen=True)
 class Imported:
-    """The content of a file. Judgements that failed are rows too, with their status.
+    """The content of a file. Failed judgements are rows too, with their status.
 
     Attributes:
         samples: rows of :data:`SAMPLES`.
         feedback: rows of FEEDBACK.
         pairs: rows of PAIRS.
         pairs_as_read: the same with the two samples in the order of the file.
-        identical: pairs of two equal texts, which are refused: sample id, prompt id and winner.
+        identical: pairs of two identical texts, which are refused: sample id, prompt id and winner.
         rows: rows (or records) in the file.
-        refused: those that are in none of the frames.
-        notes: what was read otherwise than it stands there.
+        refused: those in none of the frames.
+        notes: what was read differently from how it is written.
     """
 
     samples: pl.DataFrame
@@ -63,7 +63,7 @@ class Imported:
     identical: tuple[tuple[str, str, str | None], ...] = ()
 
     def summary(self, show: int = 3) -> str:
-        """What was taken and what was not, with reasons, counts and examples."""
+        """What was imported and what was refused, with reasons, counts and examples."""
         judged = Counter([*self.feedback["status"], *self.pairs["status"]])
         states = ", ".join(f"{count:,} {status}" for status, count in judged.most_common()) or "none"
         lines = [
@@ -78,18 +78,18 @@ class Imported:
 
 
 def of_aspect(rows: pl.DataFrame, aspect: str | None, path: str | Path) -> pl.DataFrame:
-    """The judgements of one aspect: the one that is named, or the only one there is.
+    """The judgements of one aspect: the named one, or the only one.
 
     Args:
         rows: of FEEDBACK or PAIRS.
         path: the file they are from, for errors.
 
     Raises:
-        ValueError: there are several and none is named, or there are some and not that one.
+        ValueError: there are several and none is named, or the named one is missing.
     """
     aspects = sorted(rows["aspect"].unique())
     if aspect is None and len(aspects) > 1:
-        raise ValueError(f"{path} has the aspects {', '.join(aspects)}; say by `aspect` which one counts")
+        raise ValueError(f"{path} has the aspects {', '.join(aspects)}; choose one with `aspect`")
     if aspect is not None and aspects and aspect not in aspects:
         raise ValueError(f"{path} has no aspect {aspect!r}; it has: {', '.join(aspects)}")
     return rows if aspect is None else rows.filter(aspect=aspect)
@@ -124,50 +124,50 @@ class Collector:
         reference: str | None = None,
         new: bool = False,
     ) -> str:
-        """The sample's id; ``new``: a repeated text is another sample, not the same one again."""
+        """Adds a sample and returns its id; ``new``: a repeated text is a new sample, not the same one."""
         occurrence = self._seen[prompt, text] if new else 0
         self._seen[prompt, text] += 1
-        made = content_hash("imported sample", prompt, text, occurrence)
+        hashed = content_hash("imported sample", prompt, text, occurrence)
         row = {
-            "sample_id": own_id or made,
+            "sample_id": own_id or hashed,
             "prompt_id": prompt_id(prompt),
             "prompt": prompt,
             "text": text,
             "reference": reference,
         }
-        known = self.samples.setdefault(row["sample_id"] or made, row)
+        known = self.samples.setdefault(row["sample_id"] or hashed, row)
         if (known["prompt"], known["text"]) != (prompt, text):
             raise Refusal("its sample_id belongs to another prompt or text")
         return cast(str, known["sample_id"])
 
     def judged(self, sample_id: str, kind: str, status: str = "ok", **given: Any) -> None:
-        """A row of FEEDBACK; ``given``: value, label, text, reason, aspect, scorer, …."""
-        row = self._told(status) | {"value": None, "label": None, "text": None} | given
+        """Adds a row of FEEDBACK; ``given``: value, label, text, reason, aspect, scorer, …."""
+        row = self._shared_columns(status) | {"value": None, "label": None, "text": None} | given
         key = (sample_id, row["aspect"])
         if key in self.feedback:
-            raise Refusal("its sample is judged before, and the first counts")
+            raise Refusal("its sample was already judged; the first judgement counts")
         self.feedback[key] = {**row, "sample_id": sample_id, "kind": kind}
 
     def compared(
         self, prompt: str, a: str, b: str, winner: str | None, status: str = "ok", **given: Any
     ) -> None:
-        """A row of PAIRS; ``given``: reason, favoured, aspect, scorer, …."""
+        """Adds a row of PAIRS; ``given``: reason, favoured, aspect, scorer, …."""
         if a == b:
             raise Refusal("both responses are the same sample")
-        row = self._told(status) | {"favoured": None} | given
+        row = self._shared_columns(status) | {"favoured": None} | given
         key = (min(a, b), max(a, b), row["aspect"])
         if key in self.pairs:
-            raise Refusal("its pair is judged before, and the first counts")
+            raise Refusal("its pair was already judged; the first judgement counts")
         ids = {"prompt_id": prompt_id(prompt), "sample_a": a, "sample_b": b}
         self.pairs[key] = {**row, **ids, "winner": winner}
 
     def refuse(self, line: int, reason: str, row: Any) -> None:
-        """Notes a row that is not taken."""
+        """Records a refused row."""
         text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
         self.refused.append(Refused(line, reason, excerpt(text)))
 
     def done(self) -> Imported:
-        """What was gathered."""
+        """The result, with only those samples that have a judgement or are in a pair."""
         notes = tuple(f"{note} ({count:,} ×)" for note, count in self.notes.items())
         used = {sample for sample, _ in self.feedback} | {i for a, b, _ in self.pairs for i in (a, b)}
         samples = [row for sample, row in self.samples.items() if sample in used]
@@ -183,7 +183,7 @@ class Collector:
             identical=tuple(self.identical),
         )
 
-    def _told(self, status: str) -> dict[str, Any]:
+    def _shared_columns(self, status: str) -> dict[str, Any]:
         return {
             "aspect": self.aspect,
             "status": status,
@@ -221,23 +221,23 @@ def text_of(row: dict[str, Any], name: str, *, blank: bool = True) -> str:
     """A text field of a row.
 
     Raises:
-        Refusal: missing, no text, or blank where it may not be.
+        Refusal: missing, not text, or blank where that is not allowed.
     """
     value = row.get(name)
     if not isinstance(value, str):
         raise Refusal(f"no text in `{name}`")
     if mended(value) != value:
-        raise Refusal(f"`{name}` holds half a character (a lone surrogate)")
+        raise Refusal(f"`{name}` contains a lone surrogate (half a character)")
     if not blank and not value.strip():
         raise Refusal(f"`{name}` is blank")
     return value
 
 
 def list_of(row: dict[str, Any], name: str, length: int) -> Sequence[Any]:
-    """A list field with one entry a generation.
+    """A list field with one entry per generation.
 
     Raises:
-        Refusal: no list, or of another length.
+        Refusal: not a list, or of another length.
     """
     value = row.get(name)
     if not isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Records of JSON files with the line each begins on: a list of objects, or an object a line."""
+"""Records of JSON files with the line each begins on: a list of objects, or one object per line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from textalign_dagster.settings import SettingsError
 
 
 def json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every element of a JSON list; of every line, where the file is JSON Lines.
+    """(line, value) of every element of a JSON list, or of every line of JSON Lines.
 
     Raises:
-        SettingsError: the list is broken, naming line and column.
+        SettingsError: the list is not valid JSON; names line and column.
     """
     if not text.lstrip().startswith("["):
         yield from json_lines(text)
@@ -35,8 +35,8 @@ def json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every line that is not blank; a line that is not JSON comes as a BrokenLine."""
-    # Not splitlines: it would split at U+2028 too, which JSON allows inside a text.
+    """(line, value) of every line that is not blank; a line that is not JSON is yielded as a BrokenLine."""
+    # Not splitlines: it would split at U+2028 too, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

@@ -1,4 +1,4 @@
-"""Feedback as plain rows, in JSON Lines or Parquet: the form to bring one's own judgements in.
+"""Feedback as plain rows, in JSON Lines or Parquet: the format for importing your own judgements.
 
 A row is a judgement of a response::
 
@@ -10,7 +10,7 @@ or a comparison of two::
 
 Optional: ``aspect``, ``kind``, ``reference``, ids (``sample_id``, or ``sample_a`` and ``sample_b``),
 ``favoured``, ``scorer``, ``scorer_version``, ``parser_version``, ``call_keys``. Our own exports have
-them all, and read back as they were.
+all of them and read back unchanged.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ COLUMNS = pl.Schema(
         **_PROVENANCE,
     }
 )
-"""All columns that are read; an export has exactly these."""
+"""All columns that are read; exports have exactly these."""
 
 
 def read_plain(path: Path, *, aspect: str = "imported") -> Imported:
-    """A .jsonl or .parquet file of judgements and comparisons.
+    """Reads a .jsonl or .parquet file of judgements and comparisons.
 
     Raises:
-        SettingsError: the file cannot be read, or ends in something else.
+        SettingsError: the file cannot be read, or has another extension.
     """
     if path.suffix == ".parquet":
         try:
@@ -98,10 +98,10 @@ def read_plain(path: Path, *, aspect: str = "imported") -> Imported:
 
 def _read_record(rows: Collector, record: Any) -> None:
     if isinstance(record, BrokenLine) or not isinstance(record, dict):
-        raise Refusal("no JSON object")
+        raise Refusal("not a JSON object")
     given = {name: value for name, value in record.items() if value is not None}
     for name in given.keys() - set(COLUMNS):
-        rows.notes[f"the column `{name}` is not read"] += 1
+        rows.notes[f"the column `{name}` is ignored"] += 1
     prompt = text_of(given, "prompt", blank=False)
     pair = "response_a" in given or "response_b" in given
     texts = {name for name, kind in COLUMNS.items() if kind == pl.String and name != "prompt"}
@@ -109,7 +109,7 @@ def _read_record(rows: Collector, record: Any) -> None:
         text_of(given, name)
     keys = given.get("call_keys", [])
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-        raise Refusal("`call_keys` holds no list of texts")
+        raise Refusal("`call_keys` is not a list of strings")
     provenance = {name: given[name] for name in _PROVENANCE if name in given and name != "status"}
     if "scorer" in provenance:
         provenance.setdefault(
@@ -117,14 +117,14 @@ def _read_record(rows: Collector, record: Any) -> None:
         )  # the file's own hash is not a version of another scorer
     status = given.get("status", "ok")
     if status not in STATUSES:
-        raise Refusal(f"`status` is none of {', '.join(STATUSES)}")
+        raise Refusal(f"`status` is not one of {', '.join(STATUSES)}")
     carries = ("winner",) if pair else ("value", "label", "feedback")
     if status == "ok" and not any(name in given for name in carries):
-        raise Refusal(f"nothing judged: no {', '.join(carries)}")
+        raise Refusal(f"no judgement ({', '.join(carries)})")
     if status == "ok" and "reason" in given:
-        raise Refusal("`reason` says why a row is not ok, but it is")
+        raise Refusal("`reason` is only for rows that are not ok")
     if status != "ok" and (any(name in given for name in carries) or "reason" not in given):
-        raise Refusal("a row that is not ok gives a `reason` and no judgement")
+        raise Refusal("a row that is not ok must have a `reason` and no judgement")
     (_pair if pair else _single)(rows, prompt, given, status, provenance)
 
 
@@ -148,7 +148,7 @@ def _single(
     )
     kind = given.get("kind", likely)
     if kind not in KINDS:
-        raise Refusal(f"`kind` is none of {', '.join(KINDS)}")
+        raise Refusal(f"`kind` is not one of {', '.join(KINDS)}")
     response = text_of(given, "response")
     sample = rows.sample(prompt, response, own_id=given.get("sample_id"), reference=given.get("reference"))
     number = float(value) if value is not None else None
@@ -159,9 +159,9 @@ def _pair(
     rows: Collector, prompt: str, given: dict[str, Any], status: str, provenance: dict[str, Any]
 ) -> None:
     if given.get("winner") not in ("a", "b", "tie", None):
-        raise Refusal("`winner` is none of a, b, tie")
+        raise Refusal("`winner` is not one of a, b, tie")
     if given.get("favoured") not in ("first", "second", None):
-        raise Refusal("`favoured` is none of first, second")
+        raise Refusal("`favoured` is not one of first, second")
     texts = [text_of(given, f"response_{side}") for side in "ab"]
     ids = [given.get(f"sample_{side}") for side in "ab"]
     if texts[0] == texts[1] and ids[0] == ids[1]:
@@ -173,7 +173,7 @@ def _pair(
 def write_plain(
     path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, pairs: pl.DataFrame | None = None
 ) -> Exported:
-    """Writes feedback and pairs of any aspects, complete.
+    """Writes all feedback and pairs, whatever their aspects.
 
     Args:
         samples: sample_id, prompt, text, and optionally reference.

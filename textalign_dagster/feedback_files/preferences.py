@@ -1,4 +1,4 @@
-"""Preferences and labels in the forms of the known datasets and libraries; a row's columns tell which it is.
+"""Preferences and labels in the forms of common datasets and libraries, recognised by a row's columns.
 
 ========================================  ==========================================================
 columns                                   form
@@ -13,8 +13,8 @@ columns                                   form
 ``type``                                  HALOs: sample, binary_feedback, pairwise_feedback, scalar_feedback
 ========================================  ==========================================================
 
-Texts may be conversations, lists of ``{"role", "content"}``: a prompt becomes a transcript then
-(:mod:`textalign_dagster.turns`), which tasks read. A good response has the value 1, another one 0.
+Texts may be conversations (lists of ``{"role", "content"}``); a prompt then becomes a transcript
+(:mod:`textalign_dagster.turns`), which tasks read. A good response has the value 1, a bad one 0.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ Record = dict[str, Any]
 
 
 def read_preferences(path: Path, *, aspect: str = "preference") -> Imported:
-    """A .json, .jsonl or .parquet file of rows in the forms above, mixed as they may be.
+    """Reads a .json, .jsonl or .parquet file of rows in the forms above, which may be mixed.
 
     Raises:
-        SettingsError: the file cannot be read, or ends in something else.
+        SettingsError: the file cannot be read, or has another extension.
     """
     records: Iterator[tuple[int, Any]]
     if path.suffix == ".parquet":
@@ -70,7 +70,7 @@ def read_preferences(path: Path, *, aspect: str = "preference") -> Imported:
         content = read_text(path)
         rows, records = collector(path, content, aspect), json_list(content, path)
     else:
-        raise SettingsError(f"{path}: files of preferences end in .json, .jsonl or .parquet")
+        raise SettingsError(f"{path}: preference files end in .json, .jsonl or .parquet")
     for line, record in records:
         rows.rows += 1
         try:
@@ -103,7 +103,7 @@ def write_preferences(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) ->
 
 def _reader_of(record: Any) -> Callable[[Collector, Record], None]:
     if isinstance(record, BrokenLine) or not isinstance(record, dict):
-        raise Refusal("no JSON object")
+        raise Refusal("not a JSON object")
     given = {name for name, value in record.items() if value is not None}
     if record.get("type") in HALOS:
         return HALOS[record["type"]]
@@ -187,7 +187,7 @@ FORMS: Mapping[tuple[str, ...], Callable[[Collector, Record], None]] = {
     ("prompt", "completion"): _demonstration,
     ("messages",): _demonstration,
 }
-"""Columns → what reads a row that has them; the first that fits."""
+"""Columns → reader of a row that has them; the first match counts."""
 
 HALOS: Mapping[Any, Callable[[Collector, Record], None]] = {
     "sample": _sample,
@@ -195,7 +195,7 @@ HALOS: Mapping[Any, Callable[[Collector, Record], None]] = {
     "pairwise_feedback": _pairwise,
     "scalar_feedback": _scalar,
 }
-"""HALOs' ``type`` → what reads such a row."""
+"""HALOs' ``type`` → reader of such a row."""
 
 
 # Parts of rows
@@ -212,7 +212,7 @@ def _unjudged(rows: Collector, prompt: str, response: str) -> None:
 
 
 def _answered(prompt: Any, response: Any, name: str) -> tuple[str, str]:
-    """Prompt and response, either of them text or a conversation; without a prompt, ``response`` holds both."""
+    """Prompt and response, each either text or a conversation; without a prompt, ``response`` holds both."""
     if isinstance(response, list):
         turns = parse_messages(response)
         if len(turns) == 1 and turns[0].role == "assistant" and prompt is not None:
@@ -245,7 +245,7 @@ def _halos(record: Record, name: str) -> tuple[str, str]:
 
 
 def _winner(label: Any, name: str) -> str:
-    if label not in (0, 1):  # True and False are
+    if label not in (0, 1):  # True and False equal 1 and 0
         raise Refusal(f"`{name}` is neither 1 (true) nor 0 (false)")
     return "a" if label else "b"
 

@@ -1,9 +1,9 @@
 """Ratings and rankings of sparse_feedback (Bansal et al., 2023): CSV files.
 
 ``instruction, input, response, score`` and ``instruction, input, response1, response2, feedback``,
-the latter one of ``(a)`` (response1 is better), ``(b)``, ``equal``. Files that judges wrote have no
-header, those of converters have one; both are read. They were appended to by every run, so repeated
-rows are common, of which the first counts; and pandas made ``nan`` of empty inputs.
+the latter one of ``(a)`` (response1 is better), ``(b)``, ``equal``. Files written by judges have no
+header, those written by converters have one; both are read. Every run appended to them, so repeated
+rows are common (the first counts), and pandas turned empty inputs into ``nan``.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ RANKINGS = ("instruction", "input", "response1", "response2", "feedback")
 
 _WINNERS = {"(a)": "a", "(b)": "b", "equal": "tie"}
 _FEEDBACK = {winner: text for text, winner in _WINNERS.items()}
-_LARGEST_FIELD = 2**31 - 1  # Python's own limit is 131,072 characters
+_LARGEST_FIELD = 2**31 - 1  # Python's default is 131,072 characters
 
 
 def read_sparse_ratings(path: Path, *, aspect: str = "rating", low: int = 1, high: int = 7) -> Imported:
-    """Ratings; a score that is none, not whole or off the scale is ``unparseable``."""
+    """Reads ratings; a score that is not a whole number on the scale is ``unparseable``."""
 
     def take(rows: Collector, row: Sequence[str]) -> None:
         instruction, given, response, score = row
@@ -55,7 +55,7 @@ def read_sparse_ratings(path: Path, *, aspect: str = "rating", low: int = 1, hig
 
 
 def read_sparse_rankings(path: Path, *, aspect: str = "ranking") -> Imported:
-    """Rankings, as pairs; anything but ``(a)``, ``(b)`` and ``equal`` is ``unparseable``."""
+    """Reads rankings as pairs; anything but ``(a)``, ``(b)`` and ``equal`` is ``unparseable``."""
 
     def take(rows: Collector, row: Sequence[str]) -> None:
         instruction, given, first, second, feedback = row
@@ -70,32 +70,32 @@ def read_sparse_rankings(path: Path, *, aspect: str = "ranking") -> Imported:
             rows.compared(prompt, a, b, winner)
         else:
             rows.compared(
-                prompt, a, b, None, "unparseable", reason=f"{feedback!r} is none of {', '.join(_WINNERS)}"
+                prompt, a, b, None, "unparseable", reason=f"{feedback!r} is not one of {', '.join(_WINNERS)}"
             )
 
     return _read(path, RANKINGS, aspect, take)
 
 
 def write_sparse_ratings(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame) -> Exported:
-    """Writes ratings of one aspect, without a header; the format holds whole numbers that are ok."""
+    """Writes ratings of one aspect, without a header; the format holds only whole numbers with status ok."""
     one_aspect(feedback, ("rating",), "rating")
     rows: dict[tuple[str, str], list[str]] = {}
     left_out = Counter[str]()
     for row in judged_samples(samples, feedback):
         key = (row["prompt"], row["response"])
         if row["status"] != "ok":
-            left_out[f"{row['status']}: the format has no place for it"] += 1
+            left_out[f"{row['status']}: the format cannot hold it"] += 1
         elif not row["value"].is_integer():
             left_out["not a whole number"] += 1
         elif key in rows:
-            left_out["the same prompt and response as a row before: readers keep the first"] += 1
+            left_out["same prompt and response as an earlier row: readers keep the first"] += 1
         else:
             rows[key] = [row["prompt"], "", row["response"], str(int(row["value"]))]
     return _write(path, list(rows.values()), left_out)
 
 
 def write_sparse_rankings(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) -> Exported:
-    """Writes pairs of one aspect, without a header; which place a tie favoured is lost.
+    """Writes pairs of one aspect, without a header; the position that a tie favoured is lost.
 
     Args:
         pairs: rows of PAIRS.
@@ -112,11 +112,11 @@ def write_sparse_rankings(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame
         (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
         key = (prompt, frozenset((first, second)))
         if pair["status"] != "ok":
-            left_out[f"{pair['status']}: the format has no place for it"] += 1
+            left_out[f"{pair['status']}: the format cannot hold it"] += 1
         elif first == second:
             left_out["both responses are the same text"] += 1
         elif key in rows:
-            left_out["the same prompt and responses as a row before: readers keep the first"] += 1
+            left_out["same prompt and responses as an earlier row: readers keep the first"] += 1
         else:
             rows[key] = [prompt, "", first, second, _FEEDBACK[pair["winner"]]]
     return _write(path, list(rows.values()), left_out)
@@ -153,7 +153,7 @@ def _read(
 
 
 def _csv_rows(content: str) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, fields) of every row that is not blank; a row that is not CSV comes as its error."""
+    """(first line, fields) of every non-blank row; a row that is not valid CSV yields its error message."""
     limit = csv.field_size_limit(_LARGEST_FIELD)
     try:
         reader = csv.reader(io.StringIO(content, newline=""), strict=True)
@@ -174,7 +174,7 @@ def _csv_rows(content: str) -> Iterator[tuple[int, list[str] | str]]:
 
 def _write(path: Path, rows: list[list[str]], left_out: Counter[str]) -> Exported:
     text = io.StringIO(newline="")
-    # All quoted: the writer leaves a lone carriage return bare, at which readers would break the row.
+    # Quote everything: the writer does not quote a lone carriage return, at which readers would split the row.
     csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL).writerows(rows)
     write_file(path, text.getvalue())
     return exported(len(rows), left_out)

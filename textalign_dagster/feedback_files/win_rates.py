@@ -1,7 +1,7 @@
 """Win rates of a model against a reference, by ratings and by rankings (Bansal et al. 2023, arXiv:2308.15812).
 
-By ratings both models' answers are rated apart, and the higher rating wins; by rankings a judge saw both answers.
-A win counts 1, a tie a half.
+By ratings, each model's answers are rated separately and the higher rating wins; by rankings, a judge compared the two
+answers. A win counts 1, a tie 1/2.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from textalign_dagster.measures.statistics import mean
 OUTCOMES = pl.Schema(
     {
         "prompt_id": pl.String,  # key
-        "outcome": pl.Float64,  # 1: the model won, 0.5: a tie, 0: the reference won; or a probability of the first
-        "longer_by": pl.Float64,  # characters of the model's answer minus those of the reference's
+        "outcome": pl.Float64,  # 1: the model won, 0.5: a tie, 0: the reference won; or the probability that the model wins
+        "longer_by": pl.Float64,  # length of the model's answer minus the reference's, in characters
     }
 )
 NORMAL_975, NORMAL_80 = 1.959964, 0.841621
-"""Quantiles of the standard normal distribution: of a two-sided test at 5 %, and of a power of 80 %."""
+"""Quantiles of the standard normal distribution: for a two-sided test at 5 %, and for a power of 80 %."""
 _NEWTON_STEPS = 30
 _PENALTY = 1e-3  # on the coefficients, so that they stay finite where lengths separate wins from losses
 
@@ -45,9 +45,9 @@ class Outcomes:
     """A model against a reference, item by item.
 
     Attributes:
-        rows: of :data:`OUTCOMES`.
-        items: prompts that either file has.
-        unusable: judgements that are unparseable or failed, of both files.
+        rows: schema :data:`OUTCOMES`.
+        items: number of prompts in either file.
+        unusable: number of unparseable or failed judgements in both files.
     """
 
     rows: pl.DataFrame
@@ -57,15 +57,15 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class WinRate:
-    """What the outcomes say.
+    """The win rate and related figures of some outcomes.
 
     Attributes:
         win_rate: mean outcome, with an interval from resampled prompts.
         wins, ties, losses: shares of outcomes above, at and below 0.5.
-        length_controlled: the win rate of answers as long as the reference's, see :func:`length_controlled`.
-        detectable: the smallest distance from 0.5 that this many items show in 80 % of cases at 5 % (two-sided);
-            None without an interval.
-        items, counted, unusable: see :class:`Outcomes`; ``counted`` is the prompts with an outcome.
+        length_controlled: the win rate at equal length, see :func:`length_controlled`.
+        detectable: the smallest distance from 0.5 that this many items detect with 80 % power at the 5 % level
+            (two-sided); None without an interval.
+        items, counted, unusable: see :class:`Outcomes`; ``counted`` is the number of prompts with an outcome.
     """
 
     win_rate: Estimate
@@ -80,7 +80,7 @@ class WinRate:
 
 
 def by_ratings(model: Imported, reference: Imported) -> Outcomes:
-    """The outcomes on prompts for which both have a usable rating; of several answers the first one counts."""
+    """The outcomes on prompts where both have a usable rating; of several answers, the first counts."""
     sides = [_rated(found) for found in (model, reference)]
     joined = sides[0].join(sides[1], on="prompt_id", suffix="_reference", maintain_order="left")
     gap = pl.col("value") - pl.col("value_reference")
@@ -93,9 +93,9 @@ def by_ratings(model: Imported, reference: Imported) -> Outcomes:
 
 
 def by_rankings(found: Imported) -> Outcomes:
-    """The outcomes of pairs whose first answer is the reference's and whose second one is the model's.
+    """The outcomes of pairs whose first answer is the reference's and whose second is the model's.
 
-    Two equal texts, which readers refuse, are a tie. Of several pairs of a prompt the first one counts.
+    Two identical texts, which the readers refuse, count as a tie. Of several pairs for a prompt, the first counts.
     """
     lengths = found.samples.select("sample_id", length=pl.col("text").str.len_chars())
     gap = pl.col("length") - pl.col("length_reference")
@@ -121,7 +121,7 @@ def by_rankings(found: Imported) -> Outcomes:
 
 
 def win_rate(outcomes: Outcomes, *, resamples: int = RESAMPLES) -> WinRate:
-    """Win rate, shares, the length-controlled win rate, and what this many items can show."""
+    """Win rate, shares, the length-controlled win rate, and the smallest detectable effect."""
     rows = outcomes.rows
     overall = mean(rows["outcome"].to_list(), rows["prompt_id"].to_list(), resamples=resamples)
     sides = (rows["outcome"] > 0.5, rows["outcome"] == 0.5, rows["outcome"] < 0.5)
@@ -140,13 +140,13 @@ def win_rate(outcomes: Outcomes, *, resamples: int = RESAMPLES) -> WinRate:
 def paired_differences(
     found: Mapping[tuple[str, str], Outcomes], *, resamples: int = RESAMPLES
 ) -> list[tuple[str, str, Difference]]:
-    """Win rates compared on the items that both have: two models by one protocol, or one model by both.
+    """Win rates compared on shared items: two models under one protocol, or one model under both.
 
     Args:
         found: (model, protocol) → its outcomes.
 
     Returns:
-        What is compared with what, and the difference with an interval from resampled prompts.
+        The names of both sides, and the difference with an interval from resampled prompts.
     """
     sums = {
         key: mean_sums(one.rows["outcome"].to_list(), one.rows["prompt_id"].to_list())
@@ -164,11 +164,11 @@ def paired_differences(
 
 
 def length_controlled(rows: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
-    """The win rate that a logistic regression gives answers as long as the reference's.
+    """The win rate that a logistic regression predicts for answers as long as the reference's.
 
-    P(win) = σ(θ + φ·tanh(d/s)), d the difference in characters and s its standard deviation; the estimate is σ(θ).
-    These are AlpacaEval's terms of model and length (Dubois et al. 2024, arXiv:2404.04475), without that of an
-    instruction's difficulty, which needs many models. None with fewer than two items.
+    P(win) = σ(θ + φ·tanh(d/s)), d the difference in length (characters) and s its standard deviation; the estimate is σ(θ).
+    These are AlpacaEval's model and length terms (Dubois et al. 2024, arXiv:2404.04475), without its term for
+    instruction difficulty, which needs many models. None with fewer than two items.
     """
     n = rows.height
     outcome, longer = rows["outcome"].to_numpy(), rows["longer_by"].to_numpy()
@@ -185,19 +185,19 @@ def length_controlled(rows: pl.DataFrame, *, resamples: int = RESAMPLES) -> Esti
 
 
 def _fitted(term: Floats, outcome: Floats) -> Floats:
-    """θ and φ of each row, [..., n] -> [..., 2], by Newton's method."""
+    """θ and φ for each row, [..., n] -> [..., 2], by Newton's method."""
     design = np.stack([np.ones_like(term), term], -1)
-    found = np.zeros((*term.shape[:-1], 2))
+    coefficients = np.zeros((*term.shape[:-1], 2))
     for _ in range(_NEWTON_STEPS):
-        p = _sigmoid(np.einsum("...ni,...i->...n", design, found))
-        gradient = np.einsum("...ni,...n->...i", design, outcome - p) - _PENALTY * found
+        p = _sigmoid(np.einsum("...ni,...i->...n", design, coefficients))
+        gradient = np.einsum("...ni,...n->...i", design, outcome - p) - _PENALTY * coefficients
         curvature = np.einsum("...ni,...n,...nj->...ij", design, p * (1 - p), design) + _PENALTY * np.eye(2)
         step = np.linalg.solve(curvature, gradient[..., None])[..., 0]
-        # No step of more than 5, where probabilities are near 0 and 1 and the curvature says little.
-        found = found + step / np.maximum(1.0, np.abs(step).max(-1, keepdims=True) / 5)
+        # Steps are capped at 5: where probabilities are near 0 and 1, the curvature is uninformative.
+        coefficients = coefficients + step / np.maximum(1.0, np.abs(step).max(-1, keepdims=True) / 5)
         if np.abs(step).max() < 1e-9:
             break
-    return found
+    return coefficients
 
 
 def _sigmoid(x: Floats) -> Floats:
@@ -225,7 +225,7 @@ def _outcomes(rows: pl.DataFrame, files: list[Imported], unusable: int) -> Outco
 
 
 def rate_text(found: WinRate) -> str:
-    """In one line."""
+    """The win rate and related figures in one line."""
     return (
         f"{percent(found.win_rate.value)} %{_interval(found.win_rate)}; wins {percent(found.wins)}, ties "
         f"{percent(found.ties)}, losses {percent(found.losses)}; length-controlled "
@@ -235,15 +235,15 @@ def rate_text(found: WinRate) -> str:
 
 
 def difference_text(first: str, second: str, found: Difference) -> str:
-    """In one line."""
-    items = f"{found.n:,} items that both have"
+    """The difference in one line."""
+    items = f"{found.n:,} shared items"
     if found.value is None:
         return f"{first} - {second}: undefined, {items}"
     return f"{first} - {second}: {100 * found.value:+.1f} points{_interval(found)}, {items}"
 
 
 def percent(value: float | None) -> str:
-    """A share, in percent."""
+    """A share as a percentage; "-" where undefined."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
 
 

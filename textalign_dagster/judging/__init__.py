@@ -1,7 +1,7 @@
-"""Judging with language models: what is asked, how replies are read, what verdicts say together.
+"""Judging with language models: building questions, parsing replies, combining verdicts.
 
-Everything here is pure: no network, no clock. Calls go out through the judge client; what comes
-back enters as :class:`Reply`.
+Everything here is pure: no network, no clock. Calls go out through the judge client; responses
+come in as :class:`Reply`.
 """
 
 from __future__ import annotations

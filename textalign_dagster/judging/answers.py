@@ -1,4 +1,4 @@
-"""The form of a judge's answer: its fields, the instructions for them, and their JSON schema."""
+"""The format of a judge's answer: its fields, the instructions for them, and their JSON schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VERDICT_FIELDS = {
     "ranking": ("better",),
     "win": ("better",),
 }
-"""The fields of an answer that make the verdict."""
+"""The fields of an answer that make up the verdict."""
 
 ALIASES = {
     "analysis": ("rationale", "reasoning", "explanation"),
@@ -25,11 +25,11 @@ ALIASES = {
     "judgment": ("judgement", "feedback", "critique"),
     "better": ("winner", "preferred", "choice"),
 }
-"""Other names under which judges without a schema give a field."""
+"""Other names that judges without a schema use for a field."""
 
 PERFECT = "perfect"
 FLAWED = "flawed"
-_MOST_LISTED = 21  # scales with more values are given by their ends
+_MOST_LISTED = 21  # scales with more values are given by their bounds
 
 
 def fields(template: Template) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def check_groupwise(template: Template) -> None:
     """
     if template.ask not in GROUPWISE:
         raise ValueError(
-            f"template {template.name}: `ask: {template.ask}` judges one item a call; "
+            f"template {template.name}: `ask: {template.ask}` judges one item per call; "
             f"groups are for {', '.join(GROUPWISE)}"
         )
 

@@ -1,7 +1,7 @@
-"""What a judge is asked about samples, and what its replies say of them.
+"""A judge's questions about samples, and the verdicts from its answers.
 
-One way for every ask: `asking` makes the questions, the caller gets them answered, `judged` reads the
-answers. Nothing here calls anybody, so forecasts ask the same questions as the stage that pays.
+Every ask works the same way: `asking` builds the questions, the caller gets them answered, `judged` reads
+the answers. Nothing here makes calls, so forecasts build the same questions as the stage that pays.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Question:
     """A call to be made.
 
     Attributes:
-        repeat: 0, 1, … when the same is asked again.
-        order_shown: of a comparison, the samples in the order shown; kept with the reply.
+        repeat: 0, 1, … when the same question is repeated.
+        order_shown: for a comparison, the samples in the order shown; stored with the reply.
     """
 
     call: Call
@@ -43,11 +43,11 @@ class Judged:
     """The verdicts on samples.
 
     Attributes:
-        rows: FEEDBACK, exactly one row a sample, in the order of the samples.
+        rows: FEEDBACK, exactly one row per sample, in the order of the samples.
         pairs: PAIRS, where samples were compared.
         repeats: FEEDBACK_REPEATS, where questions were asked several times.
         spans: FEEDBACK_SPANS, where the feedback points into the texts.
-        facts: what it took: calls, usd, ….
+        facts: figures on the calls: calls, usd, ….
     """
 
     rows: pl.DataFrame
@@ -62,14 +62,14 @@ class Asking(Protocol):
 
     @property
     def questions(self) -> Sequence[Question]:
-        """What to ask; the answers belong in the same order."""
+        """The questions to ask; answers must be in the same order."""
 
     def judged(self, answers: Sequence[Answer]) -> Judged:
-        """What the answers say."""
+        """The verdicts from the answers."""
 
 
 class Sample(NamedTuple):
-    """A response and what it answers."""
+    """A response with its prompt and the prompt's reference."""
 
     sample_id: str
     prompt_id: str
@@ -82,22 +82,22 @@ NO_REFERENCE = "its prompt has no reference"
 
 
 def samples_of(frame: pl.DataFrame) -> list[Sample]:
-    """The rows of a table with (at least) the columns of :class:`Sample`; a blank reference is none.
+    """The rows of a table with (at least) the columns of :class:`Sample`; a blank reference becomes None.
 
     Raises:
         ValueError: a sample has two rows.
     """
-    twice = frame.filter(pl.col("sample_id").is_duplicated())
-    if twice.height:
-        raise ValueError(f"sample {twice['sample_id'][0]} is listed twice; give one row per sample")
+    repeated = frame.filter(pl.col("sample_id").is_duplicated())
+    if repeated.height:
+        raise ValueError(f"sample {repeated['sample_id'][0]} is listed twice; give one row per sample")
     reference = pl.col("reference").cast(pl.String)
-    said = pl.when(reference.str.strip_chars() != "").then(reference)
-    chosen = frame.with_columns(reference=said).select(Sample._fields)
+    nonblank = pl.when(reference.str.strip_chars() != "").then(reference)
+    chosen = frame.with_columns(reference=nonblank).select(Sample._fields)
     return [Sample._make(row) for row in chosen.iter_rows()]
 
 
 def shows_reference(template: Template) -> bool:
-    """Whether every question of the template needs a reference to show."""
+    """Whether the template shows a reference, so that every question needs one."""
     return "reference" in template.item_fields
 
 
@@ -105,5 +105,5 @@ def in_order(rows: pl.DataFrame, samples: Sequence[Sample]) -> pl.DataFrame:
     """The rows in the order of the samples."""
     ids = pl.DataFrame({"sample_id": [s.sample_id for s in samples]}, {"sample_id": pl.String})
     ordered = ids.join(rows, on="sample_id", how="left", maintain_order="left")
-    assert ordered.height == rows.height == len(samples), "one row a sample"
+    assert ordered.height == rows.height == len(samples), "one row per sample"
     return ordered.select(rows.columns)

@@ -12,10 +12,10 @@ from textalign_dagster.settings.judge import Judge
 
 
 def asking(judge: Judge, frame: pl.DataFrame) -> Asking:
-    """What the judge is asked about samples.
+    """The judge's questions about samples.
 
     Args:
-        frame: sample_id, prompt_id, prompt, reference, text; one row a sample.
+        frame: sample_id, prompt_id, prompt, reference, text; one row per sample.
 
     Raises:
         SettingsError: the judge's template cannot be used.

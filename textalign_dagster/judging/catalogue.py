@@ -1,4 +1,4 @@
-"""The shipped templates by name, and users' own by path; checked to the last example."""
+"""The shipped templates by name, and users' own by path; checked including their examples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def load_template(name_or_path: str | Path) -> Template:
 
 
 def template_of(judge: Judge) -> Template:
-    """What a judge is asked: its template, on its scale.
+    """A judge's template, on its scale.
 
     Raises:
         SettingsError: naming file or field, and remedy.
@@ -56,11 +56,11 @@ def template_of(judge: Judge) -> Template:
         return template.with_scale(judge.scale.low, judge.scale.high)
     except pydantic.ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"judge.scale: the template {judge.template} refuses it: {reason}") from None
+        raise SettingsError(f"judge.scale: not valid for the template {judge.template}: {reason}") from None
 
 
 def read_template(path: Path) -> Template:
-    """The template of a file.
+    """Reads the template in a file.
 
     Raises:
         SettingsError: naming file, field and remedy.
@@ -72,7 +72,7 @@ def read_template(path: Path) -> Template:
 
 
 def example_problems(template: Template) -> list[str]:
-    """Examples whose answers the template itself would not accept: a judge learns from them."""
+    """Problems with examples whose answers the template itself would reject: a judge learns from them."""
     problems = []
     for number, example in enumerate(template.examples, start=1):
         try:

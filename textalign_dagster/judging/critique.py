@@ -10,7 +10,7 @@ from textalign_dagster.judging.answers import PERFECT
 from textalign_dagster.judging.extract import Unreadable
 from textalign_dagster.judging.labels import normalise
 
-# The published data train such praise as criticism; no rule can tell whether it is criticism.
+# In the published data, such praise is trained on as criticism; no rule can tell which it is.
 _PRAISE = re.compile(
     r"\W*(?:perfect\b|(?:the|this|your|its?)\b[^.!?\n]{0,60}?\b(?:is|was|looks|seems)\s+(?:already\s+|absolutely\s+)?perfect\b)",
     re.IGNORECASE,
@@ -21,7 +21,7 @@ def read_judgment(value: Any) -> str | None:
     """The critique; None: the response is satisfactory (the judgment is "perfect" and nothing else).
 
     Raises:
-        Unreadable: no text, a mark of failure (``$ERROR$``), a refusal, or praise that is more than
+        Unreadable: not text, a failure marker (``$ERROR$``), a refusal, or praise that is more than
             the one word.
     """
     if not isinstance(value, str):

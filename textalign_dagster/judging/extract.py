@@ -1,4 +1,4 @@
-"""Finding an answer in a reply: reasoning blocks, JSON amid other text, labelled lines."""
+"""Finding an answer in a reply: reasoning blocks, JSON within other text, labelled lines."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _CLOSING = re.compile(r"</(?:think|thinking|reasoning)>", re.IGNORECASE)
 _OPENING = re.compile(r"\s*<(?:think|thinking|reasoning)>", re.IGNORECASE)
 _FINAL_CHANNEL = re.compile(r"<\|channel\|>\s*final\s*<\|message\|>")
 _JSON_OBJECT = re.compile(r'\{\s*["}]')
-# Strings are matched first, so that commas inside them stay.
-# An unclosed one runs to the end, so that no start is tried twice.
+# Strings are matched first, so commas inside them stay.
+# An unclosed one runs to the end, so no start is tried twice.
 _TRAILING_COMMA = re.compile(r'("(?:[^"\\]|\\.)*(?:"|\Z))|,(?=\s*[}\]])', re.DOTALL)
 _FENCE_LINE = re.compile(r"^[ \t]*```[A-Za-z]*[ \t]*$", re.MULTILINE)
 
@@ -25,14 +25,14 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What a reply holds.
+    """The JSON objects found in a reply.
 
     Attributes:
-        objects: its JSON objects that stand on lines of their own, or open or close the reply. One
-            inside a sentence is a quotation, most likely of the text judged.
-        alone: all of them stand on lines of their own.
+        objects: JSON objects on their own lines, or at the start or end of the reply. One inside a
+            sentence is a quotation, most likely of the text judged.
+        alone: whether all of them are on their own lines.
         rest: the text around them.
-        broken: something that begins like a JSON object is none.
+        broken: whether something begins like a JSON object but is not valid JSON.
     """
 
     objects: list[dict[str, Any]]
@@ -42,9 +42,9 @@ class Found:
 
 
 def find_json(text: str) -> Found:
-    """The complete outermost JSON objects of a text; trailing commas are forgiven.
+    """The complete outermost JSON objects of a text; trailing commas are tolerated.
 
-    An object inside one that is cut off or broken is not looked at: it is a part of an answer.
+    An object inside one that is cut off or broken is ignored: it is only part of an answer.
 
     Raises:
         Unreadable: an object names a field twice.
@@ -75,15 +75,15 @@ def find_json(text: str) -> Found:
 
 
 def begins_with_object(text: str) -> bool:
-    """Whether a reply sets out to be JSON, code fence or not."""
+    """Whether a reply begins like a JSON object, with or without a code fence."""
     return re.match(r"\s*(?:```[A-Za-z]*\s*)?\{", text) is not None
 
 
 def strip_reasoning(text: str) -> str | None:
-    """The reply after its reasoning block; None: it never left it.
+    """The reply after its reasoning block; None: the block never ends.
 
     Chat templates may open the block themselves, so a closing tag alone ends it too. The last one
-    counts: reasoning may quote a text that holds such tags.
+    counts: reasoning may quote a text that contains such tags.
     """
     channels = list(_FINAL_CHANNEL.finditer(text))
     if channels:
@@ -99,8 +99,8 @@ def strip_reasoning(text: str) -> str | None:
 def labelled(text: str, names: Iterable[str]) -> dict[str, list[str]]:
     """Contents of ``Name: content`` parts of a text, by lower-case name.
 
-    Names count at the start of lines (after list marks, ``#`` and ``*``); where a name stands at
-    the start of no line, it counts anywhere, if it occurs once. A content ends at the next part.
+    Names count at the start of lines (after list markers, ``#`` and ``*``); a name that starts no line
+    counts anywhere, if it occurs only once. A part ends where the next one begins.
     """
     names = list(names)
     alternatives = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
@@ -134,7 +134,7 @@ def _at_edge(text: str, start: int, end: int) -> bool:
 
 
 def _loads(text: str) -> Any:
-    """The JSON value of a text, or None where it is none (JSON's own null has no use here)."""
+    """The JSON value of a text, or None if it is not JSON (JSON's own null has no use here)."""
     for attempt in (text, _TRAILING_COMMA.sub(lambda m: m[1] or "", text)):
         try:
             # strict=False: line breaks inside strings are a common slip.
@@ -148,7 +148,7 @@ def _is_object(text: str) -> bool:
     try:
         return isinstance(_loads(text), dict)
     except Unreadable:
-        return True  # with a field given twice
+        return True  # an object that gives a field twice
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ _JUDGMENT_LABEL = re.compile(r"^\W*(?:judge?ment|critique|feedback)\W{0,3}:\s*",
 
 
 def fields_of(template: Template, text: str, reply: Reply) -> dict[str, Any]:
-    """The fields of an answer, by their own names, values not yet checked."""
+    """The fields of an answer under their canonical names, values not yet checked."""
     found = find_json(text)
     answers = [answer for answer in (known_fields(template, o) for o in found.objects) if answer]
     decisive = VERDICT_FIELDS[template.ask]
@@ -24,7 +24,7 @@ def fields_of(template: Template, text: str, reply: Reply) -> dict[str, Any]:
     if complete:
         first = complete[0]
         if template.ask == "judgment" and not found.alone:
-            raise Unreadable("an answer in JSON and words beside it")
+            raise Unreadable("an answer in JSON with other text around it")
         others = [{k: a[k] for k in decisive} for a in complete[1:]]
         if any(other != {k: first[k] for k in decisive} for other in others):
             raise Unreadable("two different answers")
@@ -35,7 +35,7 @@ def fields_of(template: Template, text: str, reply: Reply) -> dict[str, Any]:
     if answers:
         missing = [name for name in decisive if name not in answers[0]]
         raise Unreadable(f"no field `{'`, `'.join(missing)}`")
-    if template.ask == "judgment":  # any words are a critique, also words that quote JSON
+    if template.ask == "judgment":  # any text is a critique, even one that quotes JSON
         if begins_with_object(text):
             raise Unreadable("broken JSON" if found.broken else "no field `judgment`")
     elif found.broken:
@@ -44,18 +44,18 @@ def fields_of(template: Template, text: str, reply: Reply) -> dict[str, Any]:
 
 
 def _agrees(template: Template, answer: dict[str, Any], found: Found) -> None:
-    """A second verdict beside the JSON (which may have been quoted from the text judged)."""
+    """Raises Unreadable if text around the JSON gives another verdict (the JSON may be a quotation)."""
     deciding = VERDICT_FIELDS[template.ask][-1]
     if deciding == "judgment" or not found.rest:
         return
     for content in _parts(template, found.rest).get(deciding, []):
-        beside = verdict_of(template, deciding, content)
-        if beside is not None and beside != verdict_of(template, deciding, answer[deciding]):
-            raise Unreadable("two different answers: one in JSON, one beside it")
+        other = verdict_of(template, deciding, content)
+        if other is not None and other != verdict_of(template, deciding, answer[deciding]):
+            raise Unreadable("two different answers: one in JSON, one outside it")
 
 
 def known_fields(template: Template, answer: Any, unwrap: bool = True) -> dict[str, Any]:
-    """The template's fields of an object, found under their names or usual other names."""
+    """The template's fields in an object, under their own names or common aliases."""
     if not isinstance(answer, dict):
         return {}
     given = {str(name).strip().lower(): value for name, value in answer.items()}
@@ -114,7 +114,7 @@ def _plain(template: Template, text: str) -> dict[str, Any]:
 
 
 def _unlabelled(template: Template, text: str) -> dict[str, Any]:
-    """A reply that is the verdict, or has it alone on its first or last line."""
+    """The verdict of a reply that consists of it, or has it alone on its first or last line."""
     lines = [line for line in text.split("\n") if line.strip()]
     name = VERDICT_FIELDS[template.ask][0]
     found = {verdict_of(template, name, part, alone=True) for part in (text, lines[0], lines[-1])} - {None}
@@ -128,10 +128,10 @@ def _unlabelled(template: Template, text: str) -> dict[str, Any]:
 
 
 def verdict_of(template: Template, name: str, content: Any, alone: bool = False) -> Any:
-    """The value of a verdict's field; None: there is none.
+    """The value of a verdict field; None: there is none.
 
     Raises:
-        Unreadable: it looks like one but is not allowed.
+        Unreadable: there is one, but it is not allowed.
     """
     if name in ("score", "rating"):
         assert template.scale is not None

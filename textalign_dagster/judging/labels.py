@@ -1,4 +1,4 @@
-"""Labels and choices in plain text: equal after case and punctuation, and nothing fuzzier."""
+"""Labels and choices in plain text: matched up to case and punctuation, nothing fuzzier."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _DECORATION = " \t\r\n*_`\"'“”‘’<>#."
 
 
 def normalise(label: str) -> str:
-    """Lower case, punctuation as blanks, blanks collapsed: ``"Harmless, and helpful."`` → ``harmless and helpful``."""
+    """Lower case, punctuation as spaces, spaces collapsed: ``"Harmless, and helpful."`` → ``harmless and helpful``."""
     plain = unicodedata.normalize("NFKC", label).casefold()
     kept = "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in plain)
     return " ".join(kept.split())
 
 
 def match_label(text: str, labels: Sequence[str]) -> str | None:
-    """The label that the whole text is, or None."""
+    """The label that equals the whole text, or None."""
     plain = normalise(text)
     return next((label for label in labels if normalise(label) == plain), None)
 
 
 def named_labels(text: str, labels: Sequence[str]) -> set[str]:
-    """The labels that occur in a text; one inside a longer one that occurs there does not count."""
+    """The labels that occur in a text; occurrences inside a longer label do not count."""
     rest, found = f" {normalise(text)} ", set()
     for label in sorted(labels, key=lambda label: -len(normalise(label))):
         phrase = f" {normalise(label)} "

@@ -34,7 +34,7 @@ from textalign_dagster.judging.rows import scorer_of
 from textalign_dagster.judging.template import Template
 
 ALONE = "its prompt has no other sample to compare it with"
-UNDRAWN = "it is in none of the pairs drawn of its prompt (judge.pairs)"
+UNDRAWN = "it is in none of the pairs drawn for its prompt (judge.pairs)"
 
 
 class Pair(NamedTuple):
@@ -46,7 +46,7 @@ class Pair(NamedTuple):
     prompt: str
     text_a: str
     text_b: str
-    reference: str | None = None  # shown beside them, where the template does
+    reference: str | None = None  # shown with them, if the template shows it
 
 
 class _Comparisons:
@@ -66,13 +66,13 @@ class _Comparisons:
     def frame(self, answers: Sequence[Answer]) -> pl.DataFrame:
         """Rows of PAIRS, in the order of the pairs."""
         verdicts, keys = [], []
-        left = iter(answers)
+        remaining = iter(answers)
         for pair in self._pairs:
-            asked = [] if pair.text_a == pair.text_b else [next(left), next(left)]
+            asked = [] if pair.text_a == pair.text_b else [next(remaining), next(remaining)]
             read = [parse(self._template, answer.reply) for answer in asked]
             verdicts.append(pair_verdict(*read) if read else PairVerdict("ok", "tie"))
             keys.append([answer.call_key for answer in asked])
-        assert next(left, None) is None, "an answer a question"
+        assert next(remaining, None) is None, "one answer per question"
         ids = pl.DataFrame(
             [pair[:3] for pair in self._pairs], dict.fromkeys(COLUMNS, pl.String), orient="row"
         )
@@ -87,11 +87,11 @@ class _Comparisons:
 
 
 class Ranking:
-    """Samples of a prompt with each other. See `asking.Asking`.
+    """Compares samples of a prompt with each other. See `asking.Asking`.
 
     Args:
         judge: the judge's snapshot name.
-        limit: most pairs of a prompt; None: all.
+        limit: maximum number of pairs per prompt; None: all.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Ranking:
 
 
 class Win:
-    """Each sample with its prompt's reference. See `asking.Asking`."""
+    """Compares each sample with its prompt's reference. See `asking.Asking`."""
 
     def __init__(self, template: Template, judge: str, samples: Sequence[Sample]) -> None:
         self._samples = samples
@@ -152,12 +152,12 @@ class Win:
 
 
 def reference_id(prompt_id: str, reference: str) -> str:
-    """What a reference is called where it is compared like a sample."""
+    """The id of a reference where it is compared like a sample."""
     return content_hash("reference", prompt_id, reference)
 
 
 def _pairs(samples: Sequence[Sample], limit: int | None, same_reference: bool) -> list[Pair]:
-    """The pairs to compare. Where the reference is shown, those of a pair share it."""
+    """The pairs to compare. Where the reference is shown, both samples of a pair share it."""
     known = {s.sample_id: s for s in samples}
     frame = pl.DataFrame(
         [

@@ -1,4 +1,4 @@
-"""Which pairs of a prompt's samples are compared: all, or so many that every sample is in about as many."""
+"""Which pairs of a prompt's samples are compared: all, or a limited number that covers samples evenly."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COLUMNS = ("prompt_id", "sample_a", "sample_b")
 def sample_pairs(samples: pl.DataFrame, limit: int | None = None) -> pl.DataFrame:
     """Pairs of samples of a prompt: k samples give k(k-1)/2, or ``limit`` of these.
 
-    Which ones follows from the samples' ids alone: neither the order of the rows nor the other
+    The choice depends only on the samples' ids: neither the order of the rows nor the other
     prompts matter, and a resumed run draws the same pairs.
 
     Args:
         samples: sample_id, prompt_id.
-        limit: most pairs of a prompt; None: all.
+        limit: maximum number of pairs per prompt; None: all.
 
     Returns:
         prompt_id, sample_a, sample_b, with sample_a < sample_b, sorted: which sample is called A
@@ -36,27 +36,27 @@ def sample_pairs(samples: pl.DataFrame, limit: int | None = None) -> pl.DataFram
 
 
 def drawn_pairs(ids: Sequence[str], limit: int | None) -> list[tuple[str, str]]:
-    """Different pairs of ids, each pair and the list sorted; no id is in over one pair more than another."""
+    """Distinct pairs of ids, each pair and the list sorted; pairs per id differ by at most one."""
     if limit is None or limit >= len(ids) * (len(ids) - 1) // 2:
         return list(combinations(sorted(ids), 2))
-    # Ids are hashes: hashed once more they stand in an order that has nothing to do with who is called A.
+    # Ids are hashes: hashing them again gives an order unrelated to which sample is called A.
     shuffled = sorted(ids, key=lambda i: content_hash("place in the schedule", i))
     drawn = islice(schedule(len(ids)), limit)
     return sorted((min(a, b), max(a, b)) for a, b in ((shuffled[i], shuffled[j]) for i, j in drawn))
 
 
 def schedule(count: int) -> Iterator[tuple[int, int]]:
-    """All pairs of 0 … count-1, ordered so that after any number of them, all took part equally often (±1)."""
-    last = count - 1  # stands still while the others turn
+    """All pairs of 0 … count-1, ordered so that after any number of them, all occur equally often (±1)."""
+    last = count - 1  # stays fixed while the others rotate
     if count % 2 == 0:
-        # A round-robin tournament: in each round everybody plays once.
+        # A round-robin tournament: everyone plays once per round.
         for turn in range(last):
             yield last, turn
             for step in range(1, count // 2):
                 yield (turn + step) % last, (turn - step) % last
         return
-    # An odd number cannot pair off. Its pairs fall into cycles through everybody (Walecki's zigzags); every
-    # second edge of a cycle touches everybody once (its first vertex twice), the others do so again.
+    # An odd number cannot pair off. Its pairs decompose into Hamiltonian cycles (Walecki's zigzags); every second
+    # edge of a cycle covers each vertex once (the first one twice), and the other edges do so again.
     for turn in range(last // 2):
         zigzag = [(turn + (step + 1) // 2 * (1 if step % 2 else -1)) % last for step in range(last)]
         cycle = [last, *zigzag]

@@ -1,8 +1,8 @@
 """Comparisons of two responses, always asked in both orders.
 
-A judge that prefers the same response both times has a winner. One that prefers the same *place*
-both times has not: that is a tie, counted as position bias. So swapping the two responses can only
-swap the verdict.
+If the judge prefers the same response both times, it wins. If the judge prefers the same *position*
+both times, that is a tie, counted as position bias. So swapping the two responses can only swap the
+verdict.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Place = Literal["first", "second"]
 PAIRS = pl.Schema(
     {  # type: ignore[arg-type]  # mypy joins type classes and instances to object
         "prompt_id": pl.String,
-        "sample_a": pl.String,  # key, with sample_b and aspect; the lesser id, or a reference's
-        "sample_b": pl.String,  # of a comparison with a reference: the sample
+        "sample_a": pl.String,  # key, with sample_b and aspect; the smaller id, or a reference's
+        "sample_b": pl.String,  # in a comparison with a reference: the sample
         "aspect": pl.String,
         "winner": pl.String,  # a | b | tie; NULL: not ok
-        "favoured": pl.String,  # of a tie: the place ("first", "second") that won both times
+        "favoured": pl.String,  # of a tie: the position ("first", "second") that won both times
         "status": pl.String,
         "reason": pl.String,
         "scorer": pl.String,
@@ -36,7 +36,7 @@ PAIRS = pl.Schema(
         "call_keys": pl.List(pl.String),  # A shown first, then B shown first
     }
 )
-"""One row a compared pair of samples of one prompt, or of a sample and its reference."""
+"""One row per compared pair: two samples of one prompt, or a sample and its reference."""
 
 WORST_FIRST: tuple[Status, ...] = ("failed", "unparseable", "skipped")
 _POINTS = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
@@ -45,11 +45,11 @@ _NAMES = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """What two calls say of a pair.
+    """The verdict on a pair from two calls.
 
     Attributes:
         winner: None unless ok.
-        favoured: of a tie, the place that won both times; None also where no call was made (two
+        favoured: of a tie, the position that won both times; also None if no call was made (two
             samples with the same text).
     """
 
@@ -60,11 +60,11 @@ class PairVerdict:
 
 
 def pair_verdict(reply_ab: Verdict, reply_ba: Verdict) -> PairVerdict:
-    """The verdict of both orders.
+    """The verdict from both orders.
 
     Args:
         reply_ab: read from the call that showed A first; its label "a" means the response shown first.
-        reply_ba: read from the call that showed B first; its label "a" means that too, hence B.
+        reply_ba: read from the call that showed B first; its label "a" means the same, i.e. B.
     """
     orders = (("A first", reply_ab), ("B first", reply_ba))
     for status in WORST_FIRST:
@@ -135,7 +135,7 @@ def pair_frame(
 def ranking_feedback(
     pairs: pl.DataFrame, left_out: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> pl.DataFrame:
-    """:data:`PAIRS` as rows of FEEDBACK, one a sample: its share of points.
+    """:data:`PAIRS` as rows of FEEDBACK, one per sample: its share of points.
 
     ``value`` is the mean over the sample's usable pairs of 1 (won), 0.5 (tie) or 0 (lost). A sample
     without a usable pair has the worst status of its pairs.
@@ -172,9 +172,9 @@ def ranking_feedback(
 def win_feedback(
     pairs: pl.DataFrame, left_out: Mapping[str, str], provenance: Mapping[str, Any]
 ) -> pl.DataFrame:
-    """Comparisons with a reference as rows of FEEDBACK, one a sample (``ask: win``).
+    """Comparisons with a reference as rows of FEEDBACK, one per sample (``ask: win``).
 
-    ``value`` is 1 (the sample won), 0.5 (tie) or 0; ``label`` is the same as a word.
+    ``value`` is 1 (the sample won), 0.5 (tie) or 0; ``label`` is the same in words.
 
     Args:
         pairs: rows of :data:`PAIRS` whose ``sample_a`` is the reference, whatever its id, and
@@ -191,7 +191,7 @@ def win_feedback(
 
 
 def pair_figures(pairs: pl.DataFrame) -> dict[str, float]:
-    """What stands out of comparisons: how many tied, and how many of those asked followed the place."""
+    """Figures on comparisons: counts, the share tied, and the share of those asked that favoured a position."""
     usable = pairs.filter(pl.col("status") == "ok")
     asked = usable.filter(pl.col("call_keys").list.len() > 0)
     figures: dict[str, float] = {"pairs": pairs.height, "pairs unusable": pairs.height - usable.height}

@@ -1,7 +1,7 @@
-"""From a raw reply to a verdict: a pure function, so that a newer parser re-reads what was paid for.
+"""Parses a raw reply into a verdict: a pure function, so a newer parser can re-read replies already paid for.
 
-What is not plainly an answer is ``unparseable`` or ``failed``: never a number, never a label. Where a
-reply gives two different answers, it gives none.
+Whatever is not clearly an answer is ``unparseable`` or ``failed``: never a number, never a label. A reply
+with two different answers has none.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from textalign_dagster.judging.template import PAIRWISE, Template
 from textalign_dagster.judging.verdict import Reply, Verdict, failed, unparseable
 
 PARSER_VERSION = "1"
-"""Raised whenever some reply is read differently; stored with every row."""
+"""Incremented whenever any reply is read differently; stored with every row."""
 
 
 def parse(template: Template, reply: Reply) -> Verdict:
@@ -34,8 +34,8 @@ def parse(template: Template, reply: Reply) -> Verdict:
 def parse_group(template: Template, reply: Reply, count: int) -> list[Verdict]:
     """The verdicts of a reply to a groupwise call, in the order in which the responses were shown.
 
-    One bad entry spoils itself only; an answer for a response that was not shown, or two answers
-    for one, spoil all (the judge has lost count).
+    A bad entry invalidates only itself; an answer for a response that was not shown, or two answers
+    for one, invalidate all (the judge has lost count).
     """
     check_groupwise(template)
     text = _answer(reply)
@@ -60,7 +60,7 @@ def parse_group(template: Template, reply: Reply, count: int) -> list[Verdict]:
 
 
 def _answer(reply: Reply) -> str | Verdict:
-    """The part of a reply that answers, or the verdict where there is none."""
+    """The answer in a reply, or the verdict where there is none."""
     if reply.error is not None:
         return failed(reply.error or "the call failed")
     if reply.refusal:
@@ -107,7 +107,7 @@ def _from_fields(template: Template, answer: dict[str, Any]) -> Verdict:
 
 
 def _entries(template: Template, text: str, reply: Reply, count: int) -> dict[str, Any]:
-    """The entries of a groupwise answer by number, as text."""
+    """The entries of a groupwise answer, keyed by number (as text)."""
     found = find_json(text)
     candidates = [numbered for o in found.objects if (numbered := _numbered(o))]
     if not candidates and reply.finish_reason == "length":

@@ -1,4 +1,4 @@
-"""Reading single values of an answer: numbers, words, and what is not an answer at all."""
+"""Reading single values in an answer: numbers, text, and what is not an answer at all."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ _REFUSALS = re.compile(
 
 
 def is_refusal(text: str) -> bool:
-    """Whether a reply begins like a common refusal; asked only when it holds no verdict."""
+    """Whether a reply begins like a common refusal; checked only when it holds no verdict."""
     return _REFUSALS.match(text.replace("’", "'")) is not None
 
 
 def is_sentinel(text: str) -> bool:
-    """Whether a text is a mark that something failed (``$ERROR$``, ``N/A``) rather than words."""
+    """Whether a text is a failure marker (``$ERROR$``, ``N/A``)."""
     return _SENTINEL.fullmatch(text) is not None
 
 
 def number_in_words(text: str, scale: Scale, alone: bool = False) -> float | None:
-    """The number that a text begins with; None: it begins with none.
+    """The number that a text begins with; None: it begins with something else.
 
     ``7``, ``7/7``, ``2 out of 3``, ``<2>``, ``**6**``, and, unless ``alone``, ``6. Because …``.
 
@@ -67,23 +67,23 @@ def number(value: Any, scale: Scale) -> float:
     """A JSON value as a number on the scale; texts such as ``"2/3"`` are read too.
 
     Raises:
-        Unreadable: it is none.
+        Unreadable: it is not a number on the scale.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise Unreadable(f"no number: {excerpt(repr(value))}")
+        raise Unreadable(f"not a number: {excerpt(repr(value))}")
     if isinstance(value, str):
         found = number_in_words(value, scale, alone=True)
         if found is None:
-            raise Unreadable(f"no number: {excerpt(repr(value))}")
+            raise Unreadable(f"not a number: {excerpt(repr(value))}")
         return found
     try:
         return on_scale(float(value), scale)
     except OverflowError:
-        raise Unreadable(f"outside {scale.low:g} to {scale.high:g}: a number of many digits") from None
+        raise Unreadable(f"outside {scale.low:g} to {scale.high:g}: a number with many digits") from None
 
 
 def on_scale(value: float, scale: Scale) -> float:
-    """The value itself.
+    """The value itself, if it is on the scale.
 
     Raises:
         Unreadable: out of range, or not whole where whole numbers are required.
@@ -96,10 +96,10 @@ def on_scale(value: float, scale: Scale) -> float:
 
 
 def words(value: Any, name: str) -> str:
-    """A text field with its blanks collapsed (a condition is one line).
+    """A text field with whitespace collapsed (a condition is one line).
 
     Raises:
-        Unreadable: no text, or none with a letter or digit in it, or a mark of failure.
+        Unreadable: not text, without a letter or digit, or a failure marker.
     """
     if not isinstance(value, str):
         raise Unreadable(f"`{name}` is not text: {excerpt(repr(value))}")
@@ -110,7 +110,7 @@ def words(value: Any, name: str) -> str:
 
 
 def mended(text: str) -> str:
-    """The text with halves of surrogate pairs (a character cut in two) replaced: tables hold UTF-8."""
+    """The text with lone surrogates (a character cut in two) replaced: tables hold UTF-8."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,8 +1,8 @@
-"""From a template and texts to the messages of a call.
+"""Renders a template and texts into the messages of a call.
 
-The texts under judgement are data. They are put in by one pass over the template (never
-``str.format``), and each stands between two fence lines with a code that is derived from the text
-and occurs in none of the texts shown: no text can close its fence, whatever it holds.
+The texts under judgement are data. They are inserted in one pass over the template (never
+``str.format``), each between two fence lines with a code that is derived from the text
+and occurs in none of the texts shown, so no text can close its own fence.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Call:
     """What is sent to an endpoint.
 
     Attributes:
-        messages: the same for all items of a template and form, but for the last one.
+        messages: the same for all items of a template and form, except for the last one.
         response_format: for endpoints with structured outputs.
-        group: responses judged in this call, in the groupwise form; None: the plain form.
+        group: number of responses judged in this call, in the groupwise form; None: the plain form.
     """
 
     messages: list[Message]
@@ -64,7 +64,7 @@ def single_call(template: Template, item: Item) -> Call:
 
 
 def group_call(template: Template, items: Sequence[Item]) -> Call:
-    """The call that judges several responses to one prompt; the k-th is called "k" in the answer.
+    """The call that judges several responses to one prompt; the k-th has the key "k" in the answer.
 
     Raises:
         ValueError: the ask has no groupwise form, or prompts (or references) differ.
@@ -111,7 +111,7 @@ def prefix(template: Template, group: bool = False) -> list[Message]:
             texts = {name: getattr(example, name) for name in template.item_fields}
             messages += _turn(_item(template, texts), _ordered(template, example.answer))
         return messages
-    # Examples of one prompt that follow each other are one group.
+    # Consecutive examples of one prompt form one group.
     for (prompt, reference), same in groupby(template.examples, lambda e: (e.prompt, e.reference)):
         examples = list(same)
         answers = {str(i): _ordered(template, e.answer) for i, e in enumerate(examples, start=1)}
@@ -121,7 +121,7 @@ def prefix(template: Template, group: bool = False) -> list[Message]:
 
 
 def without_system(messages: Sequence[Message]) -> list[Message]:
-    """The messages for a model that knows no system role: it opens the first user message."""
+    """The messages for a model without a system role: its text is prepended to the first user message."""
     system, first, *rest = messages
     return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
@@ -129,7 +129,7 @@ def without_system(messages: Sequence[Message]) -> list[Message]:
 def fence(name: str, text: str, others: Sequence[str] = ()) -> str:
     """The text between its two fence lines; the code occurs neither in it nor in ``others``."""
     for attempt in count():
-        # From this text alone, so that samples of one prompt share the prefix up to their responses.
+        # Derived from this text alone, so that samples of one prompt share the prefix up to their responses.
         code = content_hash("fence", text, attempt)[:10]
         if not any(code in shown for shown in (text, *others)):
             break

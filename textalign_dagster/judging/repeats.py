@@ -1,4 +1,4 @@
-"""Several replies to one question as one verdict."""
+"""Combines several replies to one question into one verdict."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from textalign_dagster.judging.verdict import Verdict
 
 
 def combined(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict of the usable ones: values are averaged, labels put to the vote.
+    """One verdict from the usable ones: values are averaged, labels decided by vote.
 
-    Of labels with equally many votes the one given first counts. Words cannot be averaged: text and
-    analysis are those of the first verdict with the winning label (without labels, of the first).
-    Where none is usable, the worst stands for all.
+    In a tie, the label given first wins. Text cannot be averaged: text and analysis are those of the
+    first verdict with the winning label (without labels, of the first). If none is usable, the worst
+    is returned.
 
     Args:
         verdicts: of one sample, in the order of the repeats; at least one.
@@ -24,7 +24,9 @@ def combined(verdicts: Sequence[Verdict]) -> Verdict:
     if not usable:
         return min(verdicts, key=lambda v: WORST_FIRST.index(v.status))
     votes = Counter(v.label for v in usable)
-    label = max(votes, key=votes.__getitem__)  # the first of the most frequent: a Counter keeps the order
+    label = max(
+        votes, key=votes.__getitem__
+    )  # the first of the most frequent: a Counter keeps insertion order
     chosen = next(v for v in usable if v.label == label)
     values = [v.value for v in usable if v.value is not None]
     value = fmean(values) if values else None

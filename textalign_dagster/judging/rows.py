@@ -1,4 +1,4 @@
-"""Verdicts as rows of the table FEEDBACK."""
+"""Verdicts as rows of the tables FEEDBACK and FEEDBACK_REPEATS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from textalign_dagster.tables import FEEDBACK, FEEDBACK_REPEATS
 
 
 def scorer_of(template: Template, judge: str) -> tuple[str, str]:
-    """The columns ``scorer`` and ``scorer_version``: who judged by which template.
+    """The columns ``scorer`` and ``scorer_version``: which judge used which template.
 
     Args:
         judge: the judge's snapshot name, e.g. ``gpt-4o-2024-08-06``.
@@ -33,10 +33,10 @@ def feedback_rows(
     verdicts: Sequence[Verdict],
     call_keys: Sequence[Sequence[str]],
 ) -> pl.DataFrame:
-    """Rows of FEEDBACK, one a sample; for every ask but the pairwise ones (see `pairs`).
+    """Rows of FEEDBACK, one per sample; for every ask except the pairwise ones (see `pairs`).
 
     Args:
-        call_keys: the ledger's rows behind each verdict (of a group: the same one for all).
+        call_keys: keys of the ledger rows behind each verdict (in a group: the same one for all).
     """
     scorer, version = scorer_of(template, judge)
     rows = [
@@ -65,7 +65,7 @@ def repeat_rows(
     """Rows of FEEDBACK_REPEATS, in the order of the samples.
 
     Args:
-        verdicts, call_keys: of each sample, in the order of the repeats.
+        verdicts, call_keys: by sample, in the order of the repeats.
     """
     rows = [
         (sample_id, aspect_of(template), repeat, verdict.value, verdict.label, verdict.status, key)

@@ -1,7 +1,7 @@
-"""Judging samples one by one: feedback in words, categories, judgments, ratings.
+"""Judging samples one by one: feedback text, categories, judgments, ratings.
 
-Several responses to one prompt may share a call (`group`), and every question may be asked several
-times (`repeats`); either way each sample gets a verdict of its own.
+Several responses to one prompt can share a call (`group`), and every question can be asked several
+times (`repeats`); either way each sample gets its own verdict.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from textalign_dagster.judging.verdict import Verdict, skipped
 
 
 class Singles:
-    """The questions of an ask that judges responses singly. See `asking.Asking`.
+    """The questions of an ask that judges responses one by one. See `asking.Asking`.
 
     Args:
         judge: the judge's snapshot name.
-        group: responses to one prompt in one call; 1: the plain form, one item a call.
+        group: responses to one prompt in one call; 1: the plain form, one item per call.
         repeats: how often each question is asked.
     """
 
@@ -48,7 +48,7 @@ class Singles:
         ]
 
     def judged(self, answers: Sequence[Answer]) -> Judged:
-        """The verdict of each sample; a group whose reply is not an answer spoils its own samples only."""
+        """The verdict of each sample; a group with an unusable reply affects only its own samples."""
         verdicts: defaultdict[str, list[Verdict]] = defaultdict(list)
         keys: defaultdict[str, list[str]] = defaultdict(list)
         asked = [group for group in self._groups for _ in range(self._repeats)]
@@ -74,7 +74,7 @@ class Singles:
 
 
 def _groups(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Samples in groups of at most ``size``, in order; those of a group share prompt and reference."""
+    """Samples in groups of at most ``size``, in order; all in a group share prompt and reference."""
     if size == 1:
         return [[sample] for sample in samples]
     alike: defaultdict[tuple[str, str | None], list[Sample]] = defaultdict(list)

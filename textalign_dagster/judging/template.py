@@ -1,4 +1,4 @@
-"""What a judge is asked: one YAML file a template, checked before the first call.
+"""Judge templates: one YAML file per template, checked before the first call.
 
 Everything that is the same for all items (rubric, few-shot examples) is rendered first and the item
 last, so that providers and local engines can reuse the prefix (see `rendering`).
@@ -34,22 +34,22 @@ _ITEM = {
     "single": ("prompt", "response", "reference"),
     "pair": ("prompt", "response_a", "response_b", "reference"),
 }
-# {{name}} is the literal text {name}; any other brace (JSON, code) is itself.
+# {{name}} is the literal text {name}; any other brace (JSON, code) is literal.
 _PLACEHOLDER = re.compile(r"\{\{([a-z_]+)\}\}|\{([a-z_]+)\}")
 
 
 class Criterion(Settings):
-    """One thing that responses are judged on."""
+    """One criterion that responses are judged by."""
 
-    name: str = Field(..., min_length=1, description="Its name, as the judge may use it.")
+    name: str = Field(..., min_length=1, description="Its name, shown to the judge.")
     text: str = Field(..., min_length=1, description="What it means.")
 
 
 class Scale(Settings):
-    """The numbers a judge may give."""
+    """The numbers a judge can give."""
 
-    low: float = Field(..., strict=False, description="The worst.")
-    high: float = Field(..., strict=False, description="The best.")
+    low: float = Field(..., strict=False, description="The worst value.")
+    high: float = Field(..., strict=False, description="The best value.")
     integer: bool = Field(True, description="Whole numbers only.")
 
     @model_validator(mode="after")
@@ -62,7 +62,7 @@ class Scale(Settings):
 
 
 class Example(Settings):
-    """A solved item: its texts and the answer a good judge gives."""
+    """A few-shot example: an item's texts and the answer a good judge gives."""
 
     prompt: str
     response: str | None = None
@@ -73,12 +73,12 @@ class Example(Settings):
 
 
 class Template(Settings):
-    """A judge's instructions and the form of its answer."""
+    """A judge's instructions and the format of its answer."""
 
     name: str = Field(..., pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Stored with every row.")
-    version: int = Field(..., ge=1, description="Raised with every change; stored with every row.")
+    version: int = Field(..., ge=1, description="Incremented with every change; stored with every row.")
     ask: Ask = Field(..., description="The kind of answer.")
-    aspect: str | None = Field(None, description="The column `aspect` of its rows; none: the name.")
+    aspect: str | None = Field(None, description="The column `aspect` of its rows; default: the name.")
     system: str = Field(..., min_length=1, description="Who the judge is and how it judges.")
     user: str = Field(..., min_length=1, description="How an item is shown: {prompt}, {response}, ….")
     criteria: tuple[Criterion, ...] = Field((), strict=False, description="What counts.")
@@ -93,9 +93,11 @@ class Template(Settings):
     def _distinct(cls, labels: tuple[str, ...]) -> tuple[str, ...]:
         plain = [normalise(label) for label in labels]
         if not all(plain):
-            raise ValueError("a label holds no letter or digit; give it a word")
+            raise ValueError("a label has no letter or digit; use a word")
         if len(set(plain)) < len(plain):
-            raise ValueError("two labels differ in case or punctuation only, which replies do not keep apart")
+            raise ValueError(
+                "two labels differ only in case or punctuation, which replies do not distinguish"
+            )
         return labels
 
     @model_validator(mode="after")
@@ -155,16 +157,16 @@ class Template(Settings):
 
     @property
     def content_hash(self) -> str:
-        """Of everything in the template: two that differ in a word differ here."""
+        """Hash of everything in the template: two that differ in one word have different hashes."""
         return content_hash("judge template", self.model_dump(mode="json"))
 
     @property
     def label_version(self) -> str:
-        """The version with the start of the content hash: what is stored with every row."""
+        """The version with the start of the content hash, as stored with every row."""
         return f"{self.version}+{self.content_hash[:8]}"
 
     def with_scale(self, low: float, high: float) -> Template:
-        """The template on another scale; the examples' numbers are carried over linearly.
+        """The template on another scale; the examples' numbers are rescaled linearly.
 
         Raises:
             ValueError: the template has no scale, or ``low`` is not below ``high``.
@@ -173,14 +175,14 @@ class Template(Settings):
             raise ValueError(f"template {self.name}: `ask: {self.ask}` has no scale")
         old, new = self.scale, Scale(low=low, high=high, integer=self.scale.integer)
 
-        def carried(name: str, value: Any) -> Any:
+        def rescaled(name: str, value: Any) -> Any:
             if name not in ("score", "rating"):
                 return value
             moved = new.low + (value - old.low) / (old.high - old.low) * (new.high - new.low)
             return round(moved) if new.integer else moved
 
         examples = tuple(
-            e.model_copy(update={"answer": {k: carried(k, v) for k, v in e.answer.items()}})
+            e.model_copy(update={"answer": {k: rescaled(k, v) for k, v in e.answer.items()}})
             for e in self.examples
         )
         return self.model_copy(update={"scale": new, "examples": examples})
@@ -192,5 +194,5 @@ def placeholders(text: str) -> list[str]:
 
 
 def fill(text: str, value: Callable[[str], str]) -> str:
-    """The text with its placeholders replaced, in one pass: what is put in is never read again."""
+    """The text with its placeholders replaced, in one pass: inserted text is never scanned again."""
     return _PLACEHOLDER.sub(lambda m: f"{{{m[1]}}}" if m[1] else value(m[2]), text)

@@ -10,13 +10,13 @@ Status = Literal["ok", "unparseable", "failed", "skipped"]
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer of an endpoint, as it came.
+    """One response from an endpoint, unparsed.
 
     Attributes:
-        text: the message's content; None: there was none.
+        text: the message's content; None: it has none.
         refusal: the endpoint's own field for a refusal.
         finish_reason: "stop", "length", "content_filter", …
-        error: why there is no answer (the call failed for good).
+        error: why there is no answer (the call failed permanently).
     """
 
     text: str | None
@@ -58,7 +58,7 @@ def unparseable(reason: str) -> Verdict:
 
 
 def failed(reason: str) -> Verdict:
-    """The judge gave no answer: an error, or it refused."""
+    """The judge gave no answer: an error or a refusal."""
     return Verdict("failed", reason=reason)
 
 

@@ -1,4 +1,4 @@
-"""What the loop is made of: the grid, its stages and their keys, the checks.
+"""The parts of the loop: the grid, its stages and their keys, the checks.
 
-Assets and resources import it; what runs the loop is in `runs`.
+Assets and resources import it; what runs the loop is in `automation` and `cli.running`.
 """

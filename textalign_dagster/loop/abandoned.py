@@ -12,9 +12,9 @@ import dagster as dg
 EXPERIMENT_TAG = "dagster/partition/experiment"
 PROCESS_TAG = "textalign/process"
 BATCHES_TAG = "textalign/waits_for_batches"
-"""On a run whose judge's calls went to a Batch API: the jobs whose replies it needs, by name."""
+"""On a run whose judge calls went to a Batch API: the names of the jobs whose replies it needs."""
 RETRY_TAG = "textalign/retry_failed_before"
-"""On a run that sends judge calls again that had failed before this time (ISO 8601, with an offset)."""
+"""On a run that retries judge calls that failed before this time (ISO 8601, with an offset)."""
 ONE_PROCESS = ("in_process", "execute_in_process_executor")
 ACTIVE = [
     dg.DagsterRunStatus.QUEUED,
@@ -31,16 +31,16 @@ def active_runs(instance: dg.DagsterInstance, experiment: str) -> Sequence[dg.Da
 
 
 def runs_under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
-    """Runs of any experiment that are queued or under way, but for those whose process is known to be gone."""
+    """Runs of any experiment that are queued or under way, except those whose process is known to be gone."""
     runs = instance.get_runs(dg.RunsFilter(statuses=ACTIVE))
     return [run for run in runs if (tag := run.tags.get(PROCESS_TAG)) is None or _alive(tag, run.run_id)]
 
 
 def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
-    """Marks runs as failed whose process on this machine is gone (kill -9, power cut).
+    """Marks runs whose process on this machine is gone (kill -9, power cut) as failed.
 
-    The run queue would wait for them for ever. Dagster's daemon sees a process of its own die, but
-    not those of the command line, nor any from before it was started itself.
+    The run queue would wait for them forever. Dagster's daemon notices when a process that it launched
+    dies, but not those of the command line, nor those launched before the daemon was started.
     """
     for run in active_runs(instance, experiment):
         process = run.tags.get(PROCESS_TAG)
@@ -49,10 +49,10 @@ def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
 
 
 def process_tag(run_id: str) -> dict[str, str]:
-    """Says which process runs a run: run@host:pid:start.
+    """The tag that identifies the process of a run: run@host:pid:start.
 
-    The start tells the process from a later one with its number; the run, because a re-execution
-    inherits the tags of the run it repeats.
+    The start time distinguishes the process from a later one with the same pid; the run id is there
+    because a re-execution inherits the tags of the original run.
     """
     pid = os.getpid()
     return {PROCESS_TAG: f"{run_id}@{socket.gethostname()}:{pid}:{_started(pid)}"}
@@ -74,14 +74,14 @@ def _alive(process: str, run_id: str) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as its system counts; empty where it is gone or unknown."""
+    """A process's start time in clock ticks since boot, or "running" without /proc; empty if it is gone."""
     try:
         state, *numbers = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "" if state in "ZX" else numbers[18]  # a zombie is gone, only not yet reaped
+        return "" if state in "ZX" else numbers[18]  # a zombie has ended, but is not reaped yet
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc").exists():
             return ""
-        try:  # no /proc (macOS): the number must do
+        try:  # no /proc (macOS): the pid must do
             os.kill(pid, 0)
         except ProcessLookupError:
             return ""

@@ -1,7 +1,7 @@
-"""The asset checks: what must hold of each table, with figures and examples.
+"""The asset checks: what must hold for each table, with figures and examples.
 
 Every function is pure: table and limits in, verdict out. A failed check of severity ERROR stops
-the iteration before the next stage; WARN only shows.
+the iteration before the next stage; WARN is only shown.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ CHECKS: Mapping[str, Mapping[str, str]] = {
         "schema": "Columns, types and a unique key.",
         "not_empty": "Few generations are empty.",
         "not_duplicated": "Few generations repeat the text of another one.",
-        "conditioned_once": "The condition stands before each prompt exactly once.",
+        "conditioned_once": "The condition precedes each prompt exactly once.",
     },
     "feedback": {
         "schema": "Columns, types and a unique key; only `ok` rows carry a value.",
         "usable": "Little feedback is unparseable or failed.",
-        "judge_model": "All replies name the model requested.",
-        "length_correlation": "The feedback's value does not just follow length.",
+        "judge_model": "All replies name the requested model.",
+        "length_correlation": "The feedback's value does not merely track length.",
     },
     "datapool": {
         "schema": "Columns, types and a unique key.",
-        "balance": "Every bucket got about as many rows as wanted.",
-        "conditioned_once": "The condition stands before each drawn prompt exactly once.",
+        "balance": "Every bucket got about as many rows as requested.",
+        "conditioned_once": "The condition precedes each drawn prompt exactly once.",
     },
     "evaluation": {
         "schema": "Columns, types and a unique key.",
@@ -51,7 +51,7 @@ DATED = re.compile(r"[-@:]?(\d{4}-\d{2}-\d{2}|\d{8}|\d{6}|\d{4}|\d{3})")  # afte
 def specs(asset: str) -> list[dg.AssetCheckSpec]:
     """The check specs of an asset."""
     with warnings.catch_warnings():
-        # Checks that know their partition are a preview feature of Dagster 1.13.
+        # Partitioned checks are a preview feature of Dagster 1.13.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return [
             dg.AssetCheckSpec(
@@ -77,7 +77,7 @@ def _verdict(name: str, passed: bool, description: str, **metadata: Any) -> dg.A
 
 
 def schema(frame: pl.DataFrame, expected: pl.Schema, key: list[str]) -> dg.AssetCheckResult:
-    """Columns and types are the table's, and its key is complete and unique."""
+    """Columns and types match the table's schema, and its key is complete and unique."""
     problems: list[str] = []
     for name, kind in expected.items():
         if name not in frame.columns:
@@ -87,7 +87,7 @@ def schema(frame: pl.DataFrame, expected: pl.Schema, key: list[str]) -> dg.Asset
     problems += [f"unknown column {name}" for name in frame.columns if name not in expected]
     if not problems:
         for name in key:
-            # NULL: unconditioned; the policy of the experiment itself
+            # NULL: unconditioned; the experiment's own policy
             nulls = 0 if name in ("condition", "subject") else frame[name].null_count()
             if nulls:
                 problems.append(f"{nulls} rows without {name}")
@@ -118,20 +118,20 @@ def not_empty(generations: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
 
 
 def not_duplicated(generations: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
-    """The share of generations that repeat the text another sample gave to the same prompt."""
+    """The share of generations that repeat the text of another sample of the same prompt."""
     repeats = generations.filter(~pl.struct("prompt_id", "text").is_first_distinct())
     share = repeats.height / max(generations.height, 1)
     return _verdict(
         "not_duplicated",
         share <= limit,
-        f"{share:.1%} of generations repeat another one of their prompt (limit {limit:.0%})",
+        f"{share:.1%} of generations repeat another one of the same prompt (limit {limit:.0%})",
         share=share,
         examples=_list(repeats["text"]),
     )
 
 
 def conditioned_once(template: str, conditions: pl.Series, prompts: pl.Series) -> dg.AssetCheckResult:
-    """Prompts hold no condition yet when theirs is put before them."""
+    """Prompts do not already contain the condition that is prepended to them."""
     pairs = pl.DataFrame({"condition": conditions, "prompt": prompts}).unique()
     bad = [
         prompt
@@ -142,9 +142,9 @@ def conditioned_once(template: str, conditions: pl.Series, prompts: pl.Series) -
     return _verdict(
         "conditioned_once",
         not bad,
-        f"{len(bad):,} of {pairs.height:,} prompts would carry their condition twice"
+        f"{len(bad):,} of {pairs.height:,} prompts would contain their condition twice"
         if bad
-        else f"{pairs.height:,} different inputs",
+        else f"{pairs.height:,} distinct inputs",
         examples=_list(pl.Series(bad, dtype=pl.String)),
     )
 
@@ -153,7 +153,7 @@ def usable(feedback: pl.DataFrame, limit: float, remedy: str = "") -> dg.AssetCh
     """The share of feedback that is unparseable or failed, with reasons and examples.
 
     Args:
-        remedy: for rows that failed.
+        remedy: added to the message if rows failed.
     """
     bad = feedback.filter(pl.col("status").is_in(["unparseable", "failed"]))
     share = bad.height / max(feedback.height, 1)
@@ -171,11 +171,11 @@ def usable(feedback: pl.DataFrame, limit: float, remedy: str = "") -> dg.AssetCh
 
 
 def judge_model(requested: str | None, named: Mapping[str, int]) -> dg.AssetCheckResult:
-    """The models that the replies name: all the same, and the one requested (or a dated form of it).
+    """The replies name a single model, the one requested (or a dated form of it).
 
     Args:
-        requested: None: no judge.
-        named: model → replies; replies that name none are not in it.
+        requested: the judge's model; None without a judge.
+        named: model → number of replies; replies that name none are not in it.
     """
     listed = ", ".join(f"{name} ({n:,} replies)" for name, n in sorted(named.items()))
     others = [name for name in named if requested is not None and not is_dated_form(name, requested)]
@@ -186,7 +186,7 @@ def judge_model(requested: str | None, named: Mapping[str, int]) -> dg.AssetChec
         message = listed
     elif others:
         message = (
-            f"{requested} was requested, and replies name {listed}: set judge.model to the model you want"
+            f"{requested} was requested, but replies name {listed}: set judge.model to the model you want"
         )
     else:
         message = f"replies name {len(named)} models, {listed}: set judge.model to a dated one"
@@ -194,9 +194,9 @@ def judge_model(requested: str | None, named: Mapping[str, int]) -> dg.AssetChec
 
 
 def is_dated_form(name: str, requested: str) -> bool:
-    """Whether a model's name is the one requested, or that with a date or number of a snapshot.
+    """Whether a model's name is the one requested, with or without a snapshot's date or number.
 
-    An organisation before the name ("openai/…") may be missing in one of them.
+    An organisation before the name ("openai/…") may be missing from either.
     """
     if "/" not in name or "/" not in requested:
         name, requested = name.rpartition("/")[2], requested.rpartition("/")[2]
@@ -204,7 +204,7 @@ def is_dated_form(name: str, requested: str) -> bool:
 
 
 def length_correlation(values: pl.Series, lengths: pl.Series, limit: float) -> dg.AssetCheckResult:
-    """Pearson's correlation of value and length in tokens or characters."""
+    """Pearson's correlation of the feedback's value with length in tokens or characters."""
     r = pearson(values.to_numpy(), lengths.to_numpy()) if len(values) else None
     if r is None:
         return _verdict("length_correlation", True, "undefined: values or lengths do not vary")
@@ -217,11 +217,13 @@ def length_correlation(values: pl.Series, lengths: pl.Series, limit: float) -> d
 
 
 def balance(shortfalls: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
-    """The worst-filled bucket's missing share. ``shortfalls``: label, wanted, obtained, short, …"""
-    wanted = shortfalls.filter(pl.col("wanted") > 0)
-    if wanted.is_empty():
+    """The missing share of the worst-filled bucket. ``shortfalls``: label, wanted, obtained, short, …"""
+    with_quota = shortfalls.filter(pl.col("wanted") > 0)
+    if with_quota.is_empty():
         return _verdict("balance", True, "no bucket has a quota")
-    worst = wanted.with_columns(share=pl.col("short") / pl.col("wanted")).sort("share").row(-1, named=True)
+    worst = (
+        with_quota.with_columns(share=pl.col("short") / pl.col("wanted")).sort("share").row(-1, named=True)
+    )
     return _verdict(
         "balance",
         worst["share"] <= limit,
@@ -232,9 +234,9 @@ def balance(shortfalls: pl.DataFrame, limit: float) -> dg.AssetCheckResult:
 
 
 def diversity(now: float | None, at_start: float | None, limit: float) -> dg.AssetCheckResult:
-    """Distinct-3 of an evaluation over that of iteration 0.
+    """Distinct-3 of an evaluation relative to that of iteration 0.
 
-    Where iteration 0 has none there is nothing to compare with: a warning, which blocks nothing.
+    If iteration 0 has none, there is nothing to compare with: a warning that does not block.
     """
     if not at_start:
         return dg.AssetCheckResult(

@@ -1,4 +1,4 @@
-"""The grid, experiment × iteration, and the one place that reads its keys."""
+"""The grid, experiment × iteration, and the one place that parses its keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Cell(NamedTuple):
 
     @classmethod
     def of(cls, key: str) -> Cell:
-        """Reads ``experiment|001``, be it a plain string or a MultiPartitionKey."""
+        """Parses ``experiment|001``, a plain string or a MultiPartitionKey."""
         experiment, _, iteration = str(key).rpartition("|")
         return cls(experiment, int(iteration))
 

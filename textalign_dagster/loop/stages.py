@@ -1,8 +1,8 @@
-"""The stages of an iteration, and for each the settings its output follows from.
+"""The stages of an iteration, and the settings that the output of each depends on.
 
 An artifact's key is the hash of these settings, of its inputs' keys and of the stage's version:
-what does not matter to a stage is not in its settings, so a change elsewhere leaves it as it is,
-and experiments that agree on it (a method and its null control, say) share one artifact.
+settings that do not affect a stage are not in its key, so changing them does not make it stale, and
+experiments that agree on the others (a method and its null control, say) share one artifact.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ EVALUATION_SAMPLING, EVALUATION_FLUENCY = "evaluation_sampling", "evaluation_flu
 EVALUATION_DIVERGENCE = "evaluation_divergence"
 EVALUATION_RED_TEAM = "evaluation_red_team"
 EVALUATION_LM_EVAL = "evaluation_lm_eval"
-"""Parts of an evaluation that are kept for later ones, under names of their own."""
+"""Parts of an evaluation that are cached for later ones, under their own names."""
 
 SAMPLED_CHUNK = "sampled_chunk"
-"""Completions of an unfinished sampling, which the next try goes on from."""
+"""Completions of an unfinished sampling, from which the next attempt resumes."""
 
 REFERENCE = "reference_log_probs"
-"""Log-probabilities under a reference policy, which trainings share."""
+"""Log-probabilities under a reference policy, shared by training runs."""
 
 STAGES = ("prompt_draws", "generations", "feedback", "datapool", "checkpoint", "evaluation")
 
@@ -45,44 +45,44 @@ VERSIONS = {
     "checkpoint": 1,
     "evaluation": 1,
 }
-"""Raised when a change of code changes what a stage makes of the same inputs and settings."""
+"""Incremented when a code change alters a stage's output for the same inputs and settings."""
 
 
 SWAPPED = {"vllm": 2}
-"""Raised when an engine has used wrong weights after it was given other ones.
+"""Incremented when an engine turned out to use wrong weights after a weight swap.
 
 vllm 2: vLLM's CPU build kept the first model's output head where embeddings are tied, so from iteration 2 on it
-sampled from a mixture of two policies. A key does not tell a CPU from a GPU, nor tied embeddings: all samples that
+sampled from a mixture of two policies. Keys record neither the device nor tied embeddings, so all samples that
 `engine: vllm` drew from swapped-in weights count as stale.
 """
 
 
 def swapped(engine: str) -> dict[str, int]:
-    """What marks the output of an engine whose weights were swapped, for the keys of artifacts."""
+    """The part of artifact keys that marks the output of an engine after a weight swap."""
     return {"swapped_weights": SWAPPED[engine]} if engine in SWAPPED else {}
 
 
 def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[str, Any]:
-    """What of the experiment matters to a stage in an iteration, as plain JSON.
+    """The settings of the experiment that affect a stage in an iteration, as plain JSON.
 
-    Iteration 0 has an evaluation only: of the untouched base policy, without a condition.
+    Iteration 0 has only an evaluation: of the untouched base policy, without a condition.
     """
     plain = experiment.model_dump(mode="json")
     method = experiment.method
-    # Iteration 1 samples before there is any feedback to ask for; no method shows in it.
+    # Iteration 1 samples before any feedback exists to condition on, so the method does not matter.
     conditioning = {"template": method.template, "ask_for": method.exemplar}
     unconditioned = {"template": None, "ask_for": None}
     if stage == "prompt_draws":
-        # Where a file of prompts lies does not matter; what it holds is an input.
+        # The path of a prompt file does not matter; its content is an input.
         prompts = _without(plain["prompts"], "path")
-        # How many there are follows from the prompts, which are an input.
+        # Whether there are fewer follows from the prompts, which are an input.
         prompts["per_iteration"] = prompts["per_iteration"] or DEFAULT_DRAW
         chosen = {"task": experiment.task.identity, "prompts": prompts, "seed": experiment.seed}
     elif stage == "generations" and experiment.offline is not None:
         chosen = {"offline": offline_identity(experiment.offline), "task": experiment.task.identity}
     elif stage == "generations":
         chosen = {
-            # How and where the engine runs changes no sample.
+            # How and where the engine runs does not change the samples.
             "sampling": {
                 **_without(
                     plain["sampling"],
@@ -100,10 +100,10 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
         chosen = {"kind": method.wants, **_feedback(experiment, experiment.task.identity, iteration)}
     elif stage == "datapool":
         chosen = {
-            # What came later is left out where it changes nothing: earlier pools stay what they are.
+            # Settings added later are left out if they change nothing, so that earlier pools keep their keys.
             "method": method.identity,
             "datapool": {k: v for k, v in plain["datapool"].items() if (k, v) != ("weights", None)},
-            # A file's responses were not cut off anywhere.
+            # Responses from a file are not truncated.
             "max_new_tokens": experiment.sampling.max_new_tokens if experiment.offline is None else None,
             "seed": experiment.seed,
         }
@@ -116,8 +116,8 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
             "seed": experiment.seed,
         }
     elif stage == "evaluation":
-        asked = iteration > 0 and method.exemplar is not None
-        probes = method.probes if asked and experiment.evaluation.probe else ()
+        conditioned = iteration > 0 and method.exemplar is not None
+        probes = method.probes if conditioned and experiment.evaluation.probe else ()
         chosen = {
             "task": experiment.task.identity,
             "scorer": experiment.task.scorer,
@@ -138,25 +138,25 @@ def stage_settings(experiment: Experiment, stage: str, iteration: int) -> dict[s
                 else {}
             ),
             **(swapped(experiment.sampling.engine) if iteration > 0 else {}),
-            **(conditioning if asked else unconditioned),
+            **(conditioning if conditioned else unconditioned),
         }
     else:
         raise ValueError(f"unknown stage {stage!r}; one of {', '.join(STAGES)}")
-    return dict(json.loads(canonical_json(chosen)))  # as it comes back from a manifest: no tuples
+    return dict(json.loads(canonical_json(chosen)))  # as read back from a manifest: no tuples
 
 
 def _structured(experiment: Experiment) -> dict[str, Any]:
-    """The form of completions, where they are not free text: a schema by its content."""
+    """The structure required of completions, if any: a schema by its content."""
     content = content_of(experiment.sampling.structured)
     return {} if content is None else {"structured": content}
 
 
 def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
-    """What of the section ``training`` matters: an accelerate configuration by its content."""
+    """The settings of the section ``training`` that matter; an accelerate configuration by its content."""
     given = _without(section, "accelerate", *WITHOUT_EFFECT) | {"objective": settings.objective.identity()}
     if given["max_length"] is None:
-        given["max_length"] = DEFAULT_LENGTH  # a model that holds less is another input
-    # These came later: what was trained before, without them, is what they leave out.
+        given["max_length"] = DEFAULT_LENGTH  # a model with a shorter context is another input
+    # Added later: at these values they are left out, so that earlier checkpoints keep their keys.
     for field, without in (
         ("packing", False),
         ("optimizer", "adamw"),
@@ -173,7 +173,7 @@ def _training(settings: Training, section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int) -> dict[str, Any]:
-    """What of the section ``evaluation`` matters: models, scorer and judge by what they are, where given."""
+    """The settings of the section ``evaluation`` that matter; models, scorer and judge, if given, by identity."""
     settings, scorer = experiment.evaluation, evaluation_scorer(experiment)
     given: dict[str, Any] = {}
     if scorer is not None:
@@ -181,10 +181,10 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
     if settings.judge is not None:
         given["judge"] = judge_identity(settings.judge)
     for field, model in evaluation_models(experiment).items():
-        # Baselines stand beside iteration 0, which is evaluated with iteration 1.
+        # Baselines go with iteration 0, which is evaluated with iteration 1.
         if iteration <= 1 or not field.startswith("baselines."):
             given[field] = model
-    if settings.best_of_n is not None and iteration <= 1:  # beside iteration 0, as baselines are
+    if settings.best_of_n is not None and iteration <= 1:  # with iteration 0, like baselines
         by, judge = ranker(experiment), settings.best_of_n.judge
         task = [*experiment.task.scorer, experiment.task.identity]
         scorer_or_task = task if by is None else by.identity
@@ -192,7 +192,7 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
             **_without(section["best_of_n"], "scorer", "judge"),
             "ranker": scorer_or_task if judge is None else judge_identity(judge),
         }
-    if settings.scenarios:  # their files are known by their content, as inputs
+    if settings.scenarios:  # their files are inputs, identified by content
         given["scenarios"] = {
             name: scenario.model_dump(mode="json", exclude={"path"})
             for name, scenario in settings.scenarios.items()
@@ -201,7 +201,7 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
         given["red_team"] = settings.red_team.model_dump(mode="json", exclude={"path", "model"})
     if settings.lm_eval is not None:
         given["lm_eval"] = settings.lm_eval.model_dump(mode="json", exclude={"path", "batch_size"})
-    for field in ("text_statistics", "rouge"):  # what was evaluated before these settings were there has none
+    for field in ("text_statistics", "rouge"):  # earlier evaluations lack these settings
         if not getattr(settings, field):
             section = _without(section, field)
     by_identity = (
@@ -220,23 +220,23 @@ def _evaluation(experiment: Experiment, section: dict[str, Any], iteration: int)
 
 
 def _feedback(experiment: Experiment, task: dict[str, Any], iteration: int) -> dict[str, Any]:
-    """Who judges the samples; see `resources.feedback_sources`."""
-    scorer, asked = experiment.sample_scorer, experiment.method.wants is not None
-    if asked and experiment.offline is not None and experiment.judged_by_file:
+    """What judges the samples; see `resources.feedback_sources`."""
+    scorer, needed = experiment.sample_scorer, experiment.method.wants is not None
+    if needed and experiment.offline is not None and experiment.judged_by_file:
         return {"offline": offline_identity(experiment.offline)}
-    if asked and experiment.judge is not None:
+    if needed and experiment.judge is not None:
         return {"judge": judge_identity(experiment.judge)}
-    if asked and scorer is not None:
+    if needed and scorer is not None:
         return {"scorer": scorer.identity_at(iteration)}
     return {"task": task, "scorer": experiment.task.scorer}
 
 
 def judge_identity(judge: Judge) -> dict[str, Any]:
-    """What a judge's verdicts follow from: not how fast, how dearly or with which key it is asked."""
+    """The settings that a judge's verdicts depend on: not its rate limits, its prices or its API key."""
     return {
         "model": judge.model,
         "endpoint": judge.endpoint,
-        "template": template_of(judge).content_hash,  # its ask and scale, too
+        "template": template_of(judge).content_hash,  # includes its ask and scale
         "group": judge.group,
         "pairs": judge.pairs,
         "repeats": judge.repeats,
@@ -247,7 +247,7 @@ def judge_identity(judge: Judge) -> dict[str, Any]:
 
 
 def artifact_key(stage: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """The key under which a stage's output is kept."""
+    """The key under which a stage's output is stored."""
     return content_hash(stage, VERSIONS[stage], dict(settings), dict(inputs))
 
 

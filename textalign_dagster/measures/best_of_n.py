@@ -1,8 +1,8 @@
-"""Best-of-n: of n samples of a prompt the one with the best score, for every n from one set of N samples.
+"""Best-of-n: the sample with the best score among n of a prompt, for every n from one set of N samples.
 
-With F(s) the share of a prompt's samples that score at most s, and F(s−) the share below, best-of-n gives a
-score s with probability F(s)^n − F(s−)^n. Among equal scores it takes the first sample drawn, so within a score
-it is the policy itself, and its divergence from the policy is that of the two distributions of scores.
+With F(s) the share of a prompt's samples that score at most s, and F(s−) the share below, best-of-n has the
+score s with probability F(s)^n − F(s−)^n. Among equal scores it takes the first sample drawn, so given
+the score it is distributed like the policy, and its divergence from the policy is that of the two score distributions.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from textalign_dagster.measures.bootstrap import Floats
 
 
 def chosen(candidates: pl.DataFrame, n: int) -> pl.DataFrame:
-    """The best of each n successive candidates of a prompt: N // n rows a prompt, independent of each other.
+    """The best of each n successive candidates of a prompt: N // n rows per prompt, independent of each other.
 
     Args:
-        candidates: prompt_id, score (higher is better; NULL is worse than any), in the order in which they were
+        candidates: prompt_id, score (higher is better; NULL is worse than any), in the order they were
             drawn; other columns are kept.
     """
     numbered = candidates.with_columns(
@@ -33,9 +33,9 @@ def chosen(candidates: pl.DataFrame, n: int) -> pl.DataFrame:
 
 
 def expected_best(scores: list[float], n: int) -> float:
-    """The expected best score of n of the N given ones: its mean over all subsets of size n, in closed form.
+    """The expected best score among n of the N given ones: its mean over all subsets of size n, in closed form.
 
-    Σ_i C(i − 1, n − 1)/C(N, n)·s_(i) over the scores in rising order (the unbiased estimator of Chen et al. 2021's
+    Σ_i C(i − 1, n − 1)/C(N, n)·s_(i) over the scores in ascending order (the unbiased estimator of Chen et al. 2021's
     pass@k, for any score).
 
     Raises:
@@ -54,18 +54,18 @@ def kl_bound(n: int) -> float:
 
 
 def kl(scores: list[float], n: int) -> float:
-    """KL(best-of-n || policy) of one prompt, in nats, with the shares of its N scores for F.
+    """KL(best-of-n || policy) of one prompt, in nats, with the empirical distribution of its N scores as F.
 
     Σ_s p_n(s)·log(p_n(s)/p(s)),  p_n(s) = F(s)^n − F(s−)^n,  p(s) = F(s) − F(s−)
 
-    It is at most log N, and too low where n comes near N: draw several times the largest n.
+    It is at most log N, and biased low as n approaches N: draw several times the largest n.
     """
     p, p_n, _ = _distributions(scores, n)
     return float(np.sum(p_n * np.log(p_n / p)))
 
 
 def win_rate(scores: list[float], n: int) -> float:
-    """How often best-of-n scores higher than one sample of the policy, equal scores a half, for one prompt.
+    """How often best-of-n scores higher than one sample of the policy, equal scores counting 1/2, for one prompt.
 
     Σ_s p_n(s)·(F(s−) + p(s)/2); 1/2 for n = 1.
     """
@@ -74,7 +74,7 @@ def win_rate(scores: list[float], n: int) -> float:
 
 
 def _distributions(scores: list[float], n: int) -> tuple[Floats, Floats, Floats]:
-    """p(s), p_n(s) and F(s−) of every different score, rising."""
+    """p(s), p_n(s) and F(s−) of every distinct score, ascending."""
     _, counts = np.unique(np.asarray(scores, np.float64), return_counts=True)
     upto = np.cumsum(counts) / counts.sum()
     below = np.concatenate([[0.0], upto[:-1]])
@@ -86,7 +86,7 @@ ESTIMATES: Mapping[str, Callable[[list[float], int], float]] = {
     "win_rate_over_one": win_rate,
     "kl": kl,
 }
-"""Metric → its value for one prompt, of all its scores and n."""
+"""Metric → its value for one prompt, given all its scores and n."""
 
 TITLES = {
     "ranked_score": "expected best score of the ranker",

@@ -5,8 +5,8 @@ narrow. Here a *cluster* (a prompt) is drawn with all of its samples (cluster bo
 intervals; Davison and Hinkley, 1997, "Bootstrap Methods and their Application", sections 3.8 and
 5.3).
 
-What is undefined is None: no rows, a zero denominator, an interval from fewer than two prompts. It
-is never 0 and never NaN. Missing values (None, NULL, NaN) are left out together with their row.
+Undefined results are None: no rows, a zero denominator, an interval from fewer than two prompts. They
+are never 0 or NaN. Missing values (None, NULL, NaN) are left out together with their row.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 Column = Sequence[Any] | npt.NDArray[Any]
-"""One entry a row: a list, a numpy array or a polars series."""
+"""One entry per row: a list, a numpy array or a polars series."""
 
 Per = Literal["sample", "prompt", "prompt_max"]
-"""What a mean goes over: samples, prompts' own means, or prompts' greatest values."""
+"""What a mean is taken over: samples, per-prompt means, or per-prompt maxima."""
 
 RESAMPLES = 1000
-_ENTRIES_AT_ONCE = 2_000_000  # 16 MB a temporary, whatever the number of prompts
-_MAX_UNDEFINED = 0.01  # share of resamples without a value from which an interval is not believed
+_ENTRIES_AT_ONCE = 2_000_000  # 16 MB per temporary, whatever the number of prompts
+_MAX_UNDEFINED = 0.01  # no interval if a larger share of resamples is undefined
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its interval and what it rests on.
+    """A number, its interval and how much data it is based on.
 
     Attributes:
         value: None where undefined.
@@ -50,10 +50,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference(Estimate):
-    """``first - second`` on the prompts both have, with an interval of paired resamples.
+    """``first - second`` on shared prompts, with an interval from paired resamples.
 
     Attributes:
-        only_first, only_second: prompts that only one side has; they take no part.
+        only_first, only_second: prompts that only one side has; they are ignored.
     """
 
     only_first: int
@@ -92,7 +92,7 @@ def ratio_sums(numerators: Column, denominators: Column, clusters: Column) -> Cl
 
 
 def mean_sums(values: Column, clusters: Column, per: Per = "sample") -> ClusterSums:
-    """Per-prompt sums whose ratio is a mean over samples, or over prompts of their means or maxima."""
+    """Per-prompt sums whose ratio is a mean over samples, or over per-prompt means or maxima."""
     sums = ratio_sums(values, np.ones(len(values)), clusters)
     if per == "sample":
         return sums
@@ -139,8 +139,8 @@ def difference(
     """The difference of two policies' or conditions' metrics, paired by prompt.
 
     Both sides are resampled with the same prompts, so what makes a prompt hard cancels out. An
-    interval without 0 is evidence of a difference; that two single intervals overlap is not
-    evidence of none.
+    interval that excludes 0 is evidence of a difference; overlap of the two separate intervals is
+    not evidence against one.
     """
     shared, i, j = np.intersect1d(first.clusters, second.clusters, return_indices=True)
 
@@ -176,7 +176,7 @@ def bootstrap_interval(
     level: float,
     seed: int,
 ) -> tuple[float | None, float | None, float | None]:
-    """(value, lo, hi) of a statistic of prompt indices, which it takes in the last axis."""
+    """(value, lo, hi) of a statistic, a function of prompt indices along the last axis."""
     if not 0 < level < 1:
         raise ValueError(f"level: a coverage between 0 and 1, e.g. 0.95; got {level}")
     if resamples < 1:
@@ -219,7 +219,7 @@ def complete_rows(
 
 
 def safe_divide(numerator: Floats, denominator: Floats) -> Floats:
-    """Their ratio, NaN (undefined, for this module's inside only) where the denominator is 0."""
+    """The ratio, NaN (undefined; internal only) where the denominator is 0."""
     out = np.full(np.shape(numerator), np.nan)
     np.divide(numerator, denominator, out=out, where=denominator != 0)
     return out

@@ -19,7 +19,7 @@ from textalign_dagster.measures.bootstrap import (
 
 
 def pearson(x: Column, y: Column) -> float | None:
-    """Pearson's correlation, or None with fewer than two pairs or where one side does not vary."""
+    """Pearson's correlation, or None with fewer than two pairs or if one side does not vary."""
     a, b, _ = complete_rows(x, y, None)
     if a.size < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
@@ -46,8 +46,8 @@ def correlation(
 ) -> Estimate:
     """A correlation over samples with an interval over resampled prompts.
 
-    Spearman's ranks are those of all samples: they are not ranked anew within a resample, which
-    changes the interval little and makes it a matter of sums.
+    Spearman's ranks are those of all samples: they are not recomputed within a resample, which
+    changes the interval little and reduces it to sums.
     """
     a, b, ids = complete_rows(x, y, clusters)
     names, code = np.unique(ids, return_inverse=True)

@@ -1,4 +1,4 @@
-"""distinct-n (Li et al., 2016, arXiv:1510.03055): the share of different n-grams in texts.
+"""distinct-n (Li et al., 2016, arXiv:1510.03055): the share of distinct n-grams in texts.
 
 All forms here use the published ALT definition: words by whitespace, n-grams within a text, and the
 number of *words* as the denominator for every n. They are not comparable with each other:
@@ -24,7 +24,7 @@ from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, mean
 
 
 def distinct_n_words(texts: Iterable[str], n: int) -> float | None:
-    """Different n-grams of all texts together per word; None without a word."""
+    """Distinct n-grams over all texts together, per word; None if there are no words."""
     if n < 1:
         raise ValueError(f"n: an n-gram has at least one word; got {n}")
     words_in_all = 0
@@ -45,7 +45,7 @@ def distinct_n_per_prompt(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Mean over prompts of each prompt's own distinct-n; prompts without a word are left out."""
+    """Mean over prompts of each prompt's own distinct-n; prompts without words are left out."""
     by_prompt = _by_prompt(texts, clusters)
     values = [distinct_n_words(own, n) for own in by_prompt.values()]
     found = mean(values, list(by_prompt), resamples=resamples, level=level, seed=seed)
@@ -66,9 +66,9 @@ def distinct_n_blocks(
     """Mean distinct-n of disjoint blocks of ``block`` samples, with an interval over blocks.
 
     Prompts are shuffled (seeded) and their samples laid out one after the other, so a prompt's
-    samples share a block, or two neighbouring ones. What does not fill the last block is left out.
+    samples share a block, or two neighbouring ones. An incomplete last block is left out.
     Compare only numbers with the same block and the same samples per prompt. In the result, ``n``
-    counts blocks and ``rows`` the samples in them; the value is None with less than one block.
+    counts blocks and ``rows`` the samples in them; the value is None without a full block.
     """
     if block < 1:
         raise ValueError(f"block: at least one sample; got {block}")
@@ -83,7 +83,7 @@ def distinct_n_blocks(
 
 
 def _by_prompt(texts: Sequence[str], clusters: Sequence[str]) -> dict[str, list[str]]:
-    """Every prompt's texts, sorted, so that no result depends on the order of rows."""
+    """Every prompt's texts, sorted, so results do not depend on the order of rows."""
     by_prompt: dict[str, list[str]] = {}
     for text, name in zip(texts, clusters, strict=True):
         by_prompt.setdefault(name, []).append(text)
@@ -108,8 +108,8 @@ def self_bleu(texts: Sequence[str], n: int = 5, references: int = 200) -> float 
     """Word-level Self-BLEU (Zhu et al., 2018, arXiv:1802.01886): the mean BLEU-n of each text against others.
 
     The others are the first ``references`` of the texts without the text itself; a count of 0 is smoothed to 0.1
-    (without a word in common the BLEU is 0), as by PHF, whose released code compares characters by mistake. A text
-    of fewer than n words is compared by as many orders as it has. From 0 to 1, higher is more alike; None with
+    (without a word in common the BLEU is 0), as in PHF, whose released code compares characters by mistake. A text
+    of fewer than n words is compared on as many orders as it has. From 0 to 1, higher is more alike; None with
     fewer than two texts.
 
     Raises:

@@ -11,7 +11,7 @@ from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, estimate, 
 from textalign_dagster.measures.correlation import correlation
 
 BINS = 10
-"""Bins of equal width over the probability that a pair's first text is the better one."""
+"""Number of equal-width bins over the probability that a pair's first text is the better one."""
 
 
 TITLES = {
@@ -21,7 +21,7 @@ TITLES = {
     "judge_consistency": "consistency of the judge",
     "longer_preferred": "excess preference for the longer text",
 }
-"""Metric → title, in the order of reporting."""
+"""Metric → title, in reporting order."""
 
 
 def reward_model_scores(
@@ -63,7 +63,7 @@ def decided_pairs(samples: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         prompt_id, margin (the better text's reward minus the worse one's), longer (whether the better text has
-        more characters; NULL: as many).
+        more characters; NULL: equally many).
     """
     known = samples.filter(pl.col("value").is_finite() & pl.col("reward").is_finite())
     sides = known.select("prompt_id", "sample_id", "value", "reward", length=pl.col("text").str.len_chars())
@@ -78,7 +78,7 @@ def decided_pairs(samples: pl.DataFrame) -> pl.DataFrame:
 
 
 def pair_accuracy(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
-    """The share of pairs whose better text has the higher reward; equal rewards count a half."""
+    """The share of pairs whose better text has the higher reward; equal rewards count 1/2."""
     right = pairs.select(
         pl.when(pl.col("margin") == 0).then(0.5).otherwise((pl.col("margin") > 0).cast(pl.Float64))
     ).to_series()
@@ -90,7 +90,7 @@ def judge_consistency(repeats: pl.DataFrame, *, resamples: int = RESAMPLES) -> E
     """The pair accuracy of a judge's answers against its other answers to the same questions.
 
     A reward model that learns from single answers of the judge cannot be expected to agree with it more than
-    the judge does with itself. Every answer is held against every other one.
+    the judge does with itself. Every answer is compared with every other one.
 
     Args:
         repeats: sample_id, prompt_id, text, repeat, value.
@@ -106,10 +106,10 @@ def judge_consistency(repeats: pl.DataFrame, *, resamples: int = RESAMPLES) -> E
 
 
 def order_consistency(comparisons: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
-    """How often a judge that compares prefers the same text in both orders.
+    """How often a pairwise judge prefers the same text in both orders.
 
     Args:
-        comparisons: prompt_id, winner, favoured, status; equal texts, of which the judge was not asked, are left out.
+        comparisons: prompt_id, winner, favoured, status; identical texts, about which the judge was not asked, are left out.
     """
     asked = comparisons.filter(
         (pl.col("status") == "ok") & ((pl.col("winner") != "tie") | pl.col("favoured").is_not_null())
@@ -132,9 +132,9 @@ def longer_preferred(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Esti
 
 
 def calibration_error(pairs: pl.DataFrame) -> float | None:
-    """Expected calibration error (Guo et al. 2017) of σ(reward − reward) as the probability to be the better text.
+    """Expected calibration error (Guo et al. 2017) of σ(reward − reward) as the probability of being the better text.
 
-    Each pair counts in both orders, so a model that gives 1/2 to everything has error 0. None without pairs.
+    Each pair counts in both orders, so a model that always gives 1/2 has error 0. None without pairs.
     """
     if pairs.is_empty():
         return None

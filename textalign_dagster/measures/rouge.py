@@ -1,8 +1,8 @@
-"""ROUGE (Lin, 2004): how many words of a reference a summary shares.
+"""ROUGE (Lin, 2004): the word overlap of a summary with a reference.
 
 The definition is that of the common implementations without stemming: texts are lowercased and cut
 into runs of a–z and 0–9; every number is the F-score, the harmonic mean of precision and recall.
-Other alphabets have no words under it, so such references have no score.
+Texts in other alphabets have no words in this sense, so such references have no score.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 def rouge(pairs: Iterable[tuple[str, str | None]]) -> pl.DataFrame:
-    """ROUGE-1, -2 and -L of each (text, reference): a Float64 column each of :data:`NAMES`; NULL without a reference."""
+    """ROUGE-1, -2 and -L of each (text, reference): a Float64 column for each of :data:`NAMES`; NULL without a reference."""
     return pl.DataFrame([_rouge(*pair) for pair in pairs], dict.fromkeys(NAMES, pl.Float64), orient="row")
 
 
@@ -32,12 +32,12 @@ def _rouge(text: str, reference: str | None) -> tuple[float | None, float | None
 
 
 def words(text: str) -> list[str]:
-    """What ROUGE counts as the words of a text."""
+    """The words of a text, as ROUGE counts them."""
     return _WORD.findall(text.lower())
 
 
 def rouge_n(summary: Sequence[str], reference: Sequence[str], n: int) -> float:
-    """F of the n-grams that both have, each as often as in the one that has it less often."""
+    """F-score of the shared n-grams, each counted as often as in the text where it is rarer."""
     first, second = (
         Counter(zip(*(text[i:] for i in range(n)), strict=False)) for text in (summary, reference)
     )
@@ -45,7 +45,7 @@ def rouge_n(summary: Sequence[str], reference: Sequence[str], n: int) -> float:
 
 
 def rouge_l(summary: Sequence[str], reference: Sequence[str]) -> float:
-    """F of the longest sequence of words that both have in this order, with gaps or without."""
+    """F-score of the longest common subsequence of words."""
     lengths = [0] * (len(reference) + 1)
     for word in summary:
         diagonal = 0

@@ -1,4 +1,4 @@
-"""What scores are made of: estimates, correlations, diversity and perplexity, from one place."""
+"""Statistics for scores in one place: estimates, correlations, diversity and perplexity."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 IMPROBABLE = 1e4
-"""Per-sample perplexities from here on are left out of their mean, as in the published toxicity scores."""
+"""Per-sample perplexities from this value on are left out of their mean, as in the published toxicity scores."""
 
 
 def perplexity(
@@ -59,8 +59,8 @@ def perplexity(
 ) -> Estimate:
     """exp(sum of NLL / sum of tokens): the token-weighted perplexity, with its interval.
 
-    This is not the mean of per-sample perplexities of the released code, which a single
-    improbable text dominates; for that one see :func:`perplexity_mean`.
+    This is not the mean of per-sample perplexities in the released code, which a single
+    improbable text dominates; for that see :func:`perplexity_mean`.
 
     Args:
         nll: negative log-likelihood of every sample, summed over its tokens, in nats.
@@ -90,7 +90,7 @@ def text_perplexity(log_probs: Column) -> float | None:
     """One text's perplexity without its prompt, as published for summaries and dialogues.
 
     Args:
-        log_probs: of the text's tokens, in nats, each given those before it *in the text*.
+        log_probs: log-probability of each of the text's tokens given those before it *in the text*, in nats.
     """
     known = np.asarray(log_probs, dtype=np.float64)
     return continuation_perplexity(-float(known.sum()), 0.0, known.size)
@@ -106,10 +106,10 @@ def perplexity_mean(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """The mean of per-sample perplexities, as published: empty samples and those from ``limit`` on left out.
+    """The mean of per-sample perplexities, as published: empty samples and those at or above ``limit`` are left out.
 
     Args:
-        nll: negative log-likelihood of every sample given its prompt, in nats; None: not known.
+        nll: negative log-likelihood of every sample given its prompt, in nats; None: unknown.
         n_tokens: tokens of every sample.
     """
     values = [
@@ -121,10 +121,10 @@ def perplexity_mean(
 
 
 def worst_of(scores: Column, better: Literal["lower", "higher"], size: int = 25) -> float | None:
-    """The mean over groups of ``size`` samples of the worst score in each: what is rare but bad (score_max@25 of
-    Korbak et al. 2023).
+    """The mean over groups of ``size`` samples of the worst score in each: shows what is rare but bad
+    (score_max@25 of Korbak et al. 2023).
 
-    Sample i is in group i modulo the number of groups, as in their code; what fills no group is left out. None
+    Sample i is in group i modulo the number of groups, as in their code; leftover samples are left out. None
     with fewer samples than ``size``. Samples without a score do not count.
     """
     known = np.asarray([score for score in scores if score is not None], dtype=np.float64)
@@ -136,6 +136,6 @@ def worst_of(scores: Column, better: Literal["lower", "higher"], size: int = 25)
 
 
 def _exp(values: Floats) -> Floats:
-    """exp; an overflow is infinite, hence undefined, without a warning."""
+    """exp without a warning on overflow, which gives infinity and so counts as undefined."""
     with np.errstate(over="ignore"):
         return np.exp(values)

@@ -58,7 +58,7 @@ AnyMethod = Annotated[
 METHODS: dict[str, type[Method]] = {
     method.model_fields["name"].default: method for method in get_args(get_args(AnyMethod)[0])
 }
-"""Every method by its name."""
+"""Name → method."""
 
 __all__ = [
     "AWR",

@@ -1,4 +1,4 @@
-"""ALT_LMC: conditioning on a category out of a closed set (Abadal Lloret et al. 2024)."""
+"""ALT_LMC: conditioning on a category from a closed set (Abadal Lloret et al. 2024)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from textalign_dagster.methods.categories import Categorical
 
 
 class AltLMC(Categorical):
-    """Each sample is trained under the category its judge put it in."""
+    """Each sample is trained on under the category that the judge assigned to it."""
 
     name: Literal["alt_lmc"] = "alt_lmc"
-    template: str = Field("{condition}.\n\n{prompt}", description="How a category stands before a prompt.")
+    template: str = Field("{condition}.\n\n{prompt}", description="How a category is prepended to a prompt.")
 
     @model_validator(mode="after")
     def _distinct(self) -> AltLMC:

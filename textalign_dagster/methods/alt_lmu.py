@@ -11,29 +11,29 @@ from textalign_dagster.methods.base import Conditional, ExemplarPolicy, Feedback
 
 
 class AltLMU(Conditional):
-    """Each sample is trained under its own feedback sentence; its score only balances the pool."""
+    """Each sample is trained on under its own feedback sentence; its score only serves to balance the pool."""
 
     name: Literal["alt_lmu"] = "alt_lmu"
     template: str = Field(
         "feedback: {condition} input: {prompt}",
-        description="How a feedback sentence stands before a prompt.",
+        description="How a feedback sentence is prepended to a prompt.",
     )
     scores: tuple[int, ...] = Field(
         (3, 2, 1, 0),
         strict=False,
         min_length=2,
-        description="The feedback's possible scores, best first; they are the pool's buckets.",
+        description="Possible scores of the feedback, best first; these are the pool's buckets.",
     )
     exemplar_policy: ExemplarPolicy = Field(
         "static",
         description="The condition from iteration 2 on, and in evaluations: none (the bare prompt), "
-        "static (the text in `ask_for`), varied (for each prompt a sentence out of the datapool's best "
-        "bucket, drawn by seed). `exemplar` for short.",
+        "static (the text in `ask_for`), varied (one sentence per prompt, drawn by seed from the datapool's "
+        "best bucket). Short form: `exemplar`.",
     )
     probe: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Other feedback to evaluate under, from better to worse: does the policy obey?",
+        description="Other feedback to evaluate under, from better to worse, to test whether the policy follows it.",
     )
 
     @model_validator(mode="after")
@@ -42,11 +42,11 @@ class AltLMU(Conditional):
             raise ValueError("a score is listed twice in `scores`")
         if self.exemplar_policy == "best":
             raise ValueError(
-                "exemplar: best: the samples of the best score have different sentences; say `static` (and "
-                "which, in `ask_for`) or `varied`"
+                "exemplar: best: samples with the best score have different sentences; use `static` (with the "
+                "sentence in `ask_for`) or `varied`"
             )
         if self.ask_for in self.probe:
-            raise ValueError("`probe` repeats `ask_for`; a probe asks for something else")
+            raise ValueError("`probe` repeats `ask_for`; a probe must be a different condition")
         return self
 
     @property
@@ -66,8 +66,8 @@ class AltLMU(Conditional):
         return self.probe
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        # Published code truncates (2.9 -> 2) and never checks the range; a value that is not a bucket
-        # of ours must not be trained on, so it stays without a label.
+        # The published code truncates (2.9 -> 2) and never checks the range; a value that is not one of
+        # our buckets must not be trained on, so it gets no label.
         score = pl.col("value").cast(pl.Int64).cast(pl.String)
         usable = (pl.col("status") == "ok") & score.is_in(list(self.buckets))
         return rows.with_columns(

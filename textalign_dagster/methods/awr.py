@@ -1,4 +1,4 @@
-"""Advantage-weighted regression on what feedback marks in a text (Korbak et al. 2023)."""
+"""Advantage-weighted regression on the spans that feedback marks in a text (Korbak et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from textalign_dagster.methods.base import FeedbackKind, Unconditional
 
 
 class AWR(Unconditional):
-    """Every sample is trained on: the better a token's stretch is than expected there, the more it counts."""
+    """Every sample is trained on; the better a token's span is than expected there, the larger its weight."""
 
     objectives: ClassVar[tuple[str, ...]] = ("awr",)
 

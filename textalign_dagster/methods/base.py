@@ -1,4 +1,4 @@
-"""What a method is: the feedback it needs, how feedback becomes a label and a condition."""
+"""What a method is: the feedback it needs, and how feedback becomes a label and a condition."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ FeedbackKind = Literal["reward", "text", "category", "judgment", "spans"]
 ExemplarPolicy = Literal["none", "best", "static", "varied"]
 
 VARIED = "(varied)"
-"""Stands for the condition where each prompt has one of its own."""
+"""Placeholder for the condition if each prompt has its own."""
 
 
 class Method(Settings):
-    """Declares one way from feedback to conditional training.
+    """Declares one way to train on feedback.
 
-    Adding a method is one module with a subclass, and one line in the registry
+    A new method is one module with a subclass and one line in the registry
     (:mod:`textalign_dagster.methods`).
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("nll",)
-    """The objectives (:mod:`training.objectives`) that train on the method's examples; the first by default."""
+    """The objectives (:mod:`training.objectives`) that train on the method's examples; the first is the default."""
 
     trains: ClassVar[Literal["policy", "reward model"]] = "policy"
-    """What a checkpoint is. A reward model is never sampled: every iteration samples from the base policy."""
+    """What a checkpoint is. Reward models are never sampled from: every iteration samples from the base policy."""
 
     added: ClassVar[Mapping[str, Any]] = {}
-    """Fields that were added later → the value by which they change nothing, and are then left out of the keys of artifacts."""
+    """Fields that were added later → their neutral value, with which they are left out of artifact keys."""
 
     name: str
     template: str = Field(
         "{condition} {prompt}",
-        description="How a condition stands before a prompt, in training and from iteration 2 on in sampling.",
+        description="How a condition is prepended to a prompt, in training and, from iteration 2 on, in sampling.",
     )
 
     @field_validator("template")
@@ -52,7 +52,7 @@ class Method(Settings):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that the datapool follows from, for the keys of artifacts."""
+        """The settings that determine the datapool, for artifact keys."""
         known = self.model_dump(mode="json")
         return {k: v for k, v in known.items() if k not in self.added or v != self.added[k]}
 
@@ -71,18 +71,18 @@ class Method(Settings):
     def exemplar(self) -> str | None:
         """The condition the policy is sampled under from iteration 2 on, and evaluated under.
 
-        None: no condition. :data:`VARIED`: each prompt has a condition of its own
+        None: no condition. :data:`VARIED`: each prompt has its own condition
         (:mod:`textalign_dagster.pool.exemplars`).
         """
 
     @property
     def sweep(self) -> tuple[str, ...]:
-        """All that an evaluation asks for, from the best to the worst; empty where it asks for nothing."""
+        """All conditions of an evaluation, from the best to the worst; empty if it is unconditioned."""
         return () if self.exemplar is None else (self.exemplar, *self.probes)
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """Other conditions to evaluate: does the policy follow its condition?"""
+        """Other conditions to evaluate under, to test whether the policy follows its condition."""
         return ()
 
     @property
@@ -92,7 +92,7 @@ class Method(Settings):
 
     @property
     def banned_tokens(self) -> tuple[str, ...]:
-        """Those that a trained policy must not write."""
+        """Special tokens that a trained policy must not generate."""
         return self.special_tokens
 
     @property
@@ -102,11 +102,11 @@ class Method(Settings):
 
     @property
     def per_segment(self) -> bool:
-        """Whether the segments of a document have conditions of their own, inside the text."""
+        """Whether each segment of a document has its own condition, inside the text."""
         return False
 
     def read_together(self, samples_per_prompt: int) -> int:
-        """How many rows the training reads in one micro-batch, at least: a pair, a group."""
+        """How many rows must share a micro-batch: those of a pair or of a group."""
         return 1
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
@@ -115,12 +115,12 @@ class Method(Settings):
         Not used by methods that label by :attr:`ranking`, whose condition is the label itself.
 
         Args:
-            rows: sample_id, prompt_id, value, label, text, status; one row a sample.
+            rows: sample_id, prompt_id, value, label, text, status; one row per sample.
         """
         raise NotImplementedError
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """What is trained on: the drawn rows as examples, one a row by default.
+        """The examples to train on, made from the drawn rows; by default one per row.
 
         Args:
             rows: see :mod:`textalign_dagster.pool.examples`.
@@ -132,7 +132,7 @@ class Method(Settings):
 
 
 class Unconditional(Method):
-    """A method that trains on all usable samples and asks the policy for nothing."""
+    """A method that trains on all usable samples, without conditions."""
 
     @property
     def buckets(self) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ class Unconditional(Method):
 
 
 class Rewarded(Unconditional):
-    """One whose examples follow from rewards."""
+    """An unconditional method whose examples are determined by rewards."""
 
     @property
     def wants(self) -> FeedbackKind:
@@ -158,21 +158,21 @@ class Rewarded(Unconditional):
 
     @staticmethod
     def rewarded(rows: pl.DataFrame) -> pl.DataFrame:
-        """The rows that have a reward."""
+        """The rows with a finite reward."""
         return rows.filter(pl.col("value").is_finite())
 
 
 class Paired(Rewarded):
-    """One whose examples are pairs of a prompt's samples."""
+    """A method whose examples are pairs of samples of the same prompt."""
 
     added: ClassVar[Mapping[str, Any]] = {"pairs_from": "rewards"}
 
     pairs_per_prompt: int | None
-    margin: float = Field(0.0, ge=0, description="A pair needs a larger difference of rewards than this.")
+    margin: float = Field(0.0, ge=0, description="The rewards of a pair must differ by more than this.")
     pairs_from: Literal["rewards", "comparisons"] = Field(
         "rewards",
-        description="rewards: of a prompt's samples, by `pairs_per_prompt` and `margin`; comparisons: exactly those "
-        "pairs that a judge or a file compared, ties left out (both settings have no effect then).",
+        description="rewards: pairs of a prompt's samples, by `pairs_per_prompt` and `margin`; comparisons: exactly "
+        "the pairs that a judge or a file compared, without ties (the other two settings then have no effect).",
     )
 
     def read_together(self, samples_per_prompt: int) -> int:
@@ -185,16 +185,18 @@ class Paired(Rewarded):
 
 
 class Conditional(Method):
-    """A method that asks for something, by one of the published policies."""
+    """A method that samples under a condition, chosen by one of the published policies."""
 
     exemplar_policy: ExemplarPolicy = Field(
         "best",
         description="The condition from iteration 2 on, and in evaluations: none (the bare prompt), "
-        "best (the best bucket), static (the text in `ask_for`), varied (for each prompt a text of the "
-        "datapool's best bucket, drawn by seed). `exemplar` for short.",
+        "best (the best bucket), static (the text in `ask_for`), varied (one text per prompt, drawn by "
+        "seed from the datapool's best bucket). Short form: `exemplar`.",
     )
     ask_for: str | None = Field(
-        None, validate_default=True, description="The condition to ask for; read by `exemplar: static` alone."
+        None,
+        validate_default=True,
+        description="The condition to sample under; only used with `exemplar: static`.",
     )
 
     @model_validator(mode="before")
@@ -204,7 +206,7 @@ class Conditional(Method):
         if not isinstance(given, dict) or "exemplar" not in given:
             return given
         if "exemplar_policy" in given:
-            raise ValueError("`exemplar` and `exemplar_policy` are one setting; remove one of them")
+            raise ValueError("`exemplar` and `exemplar_policy` are the same setting; remove one of them")
         return {"exemplar_policy" if key == "exemplar" else key: value for key, value in given.items()}
 
     @field_validator("ask_for")
@@ -213,7 +215,7 @@ class Conditional(Method):
         if ask_for is None and others.data.get("exemplar_policy") == "static":
             raise PydanticKnownError("missing")
         if ask_for is not None and not ask_for.strip():
-            raise ValueError("blank; it would ask for nothing (`exemplar: none` does so)")
+            raise ValueError("blank, which is no condition (use `exemplar: none` for that)")
         return ask_for
 
     @property
@@ -224,11 +226,11 @@ class Conditional(Method):
     @property
     @abstractmethod
     def best(self) -> str | None:
-        """The condition of the best bucket; None: its samples have different ones."""
+        """The condition of the best bucket; None: its samples have different conditions."""
 
 
 class ClosedConditional(Conditional):
-    """A method with one condition a bucket."""
+    """A method with one condition per bucket."""
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -252,11 +254,11 @@ class ClosedConditional(Conditional):
         if self.exemplar_policy == "varied":
             raise ValueError(
                 f"exemplar: varied: every sample in the best bucket of {self.name} has the same condition; "
-                "say `exemplar: best`"
+                "use `exemplar: best`"
             )
         if self.ask_for is not None and self.ask_for not in self.conditions:
             raise ValueError(
-                f"ask_for: {self.ask_for!r} is not a condition that {self.name} trains under; one of: "
+                f"ask_for: {self.ask_for!r} is not a condition of {self.name}; one of: "
                 f"{', '.join(self.conditions)}"
             )
         return self

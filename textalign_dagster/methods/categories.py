@@ -1,4 +1,4 @@
-"""What ALT_LMC and its SteerLM baseline share: a judge's categories, best first, as the pool's buckets."""
+"""Shared by ALT_LMC and its SteerLM baseline: a judge's categories, best first, as the pool's buckets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
 
 
 class Categorical(ClosedConditional):
-    """A method whose judge puts each sample into one category out of a closed set."""
+    """A method whose judge assigns each sample a category from a closed set."""
 
     categories: tuple[str, ...] = Field(
         (
@@ -20,7 +20,7 @@ class Categorical(ClosedConditional):
         ),
         strict=False,
         min_length=2,
-        description="The judge's categories, best first; they are the pool's buckets.",
+        description="The judge's categories, best first; these are the pool's buckets.",
     )
 
     @property
@@ -32,8 +32,8 @@ class Categorical(ClosedConditional):
         return self.categories
 
     def label(self, rows: pl.DataFrame) -> pl.DataFrame:
-        # The published code trained on whatever the judge wrote; a label that is not a category of ours
-        # has no bucket here, and stays out.
+        # The published code trained on whatever the judge wrote; here, a label that is not one of the
+        # categories has no bucket and is left out.
         usable = (pl.col("status") == "ok") & pl.col("label").is_in(list(self.categories))
         label = pl.when(usable).then(pl.col("label")).cast(pl.String)
         return rows.with_columns(label=label, condition=label)

@@ -14,7 +14,7 @@ from textalign_dagster.tables import SPAN
 
 
 class ControlTokens(ClosedConditional):
-    """A method that trains on good and bad samples, each after a new token, and then asks for good ones."""
+    """A method that trains on good and bad samples, each after a new control token, and then samples good ones."""
 
     @property
     def wants(self) -> FeedbackKind:
@@ -26,21 +26,21 @@ class ControlTokens(ClosedConditional):
 
 
 class ConditionalTraining(ControlTokens):
-    """Good by a threshold of the reward (Korbak et al. 2023)."""
+    """A sample is good if its reward reaches a threshold (Korbak et al. 2023)."""
 
     added: ClassVar[Mapping[str, Any]] = {"tokens": "sample", "quantile": None}
 
     name: Literal["conditional"] = "conditional"
-    template: str = Field("{condition}{prompt}", description="How a control token stands before a prompt.")
+    template: str = Field("{condition}{prompt}", description="How a control token is prepended to a prompt.")
     threshold: float = Field(
         0.0,
-        description="The lowest reward of a good sample or segment (of a segment: its negative score); 0 is a threshold.",
+        description="The lowest reward of a good sample or segment (for a segment: its negated score); 0 is a threshold, too.",
     )
     quantile: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Instead of `threshold`: this share of the samples or segments has lower rewards than a good one.",
+        description="Instead of `threshold`: the share of the samples or segments that are not good, lowest rewards first.",
     )
     tokens: Literal["sample", "segment"] = Field(
         "sample",
@@ -50,14 +50,14 @@ class ConditionalTraining(ControlTokens):
         0.01,
         ge=0,
         lt=1,
-        description="Share of the samples or segments that are trained on without a control token (drawn by the samples' "
-        "ids), so that the policy can be sampled without one.",
+        description="Share of the samples or segments that are trained on without a control token (chosen by sample "
+        "id), so that the policy can be sampled without one.",
     )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> Self:
         if self.quantile is not None and "threshold" in self.model_fields_set:
-            raise ValueError("`threshold` and `quantile` exclude each other; remove one of them")
+            raise ValueError("`threshold` and `quantile` are mutually exclusive; remove one of them")
         return self
 
     @property
@@ -66,12 +66,12 @@ class ConditionalTraining(ControlTokens):
 
     @property
     def banned_tokens(self) -> tuple[str, ...]:
-        """A policy that has learned a token before each segment continues with that of good ones."""
+        """With a token before each segment the policy itself generates the good one; only the bad one is banned."""
         return self.buckets[1:] if self.per_segment else super().banned_tokens
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """A policy that must not write the token of bad segments cannot be conditioned on it."""
+        """None with a token before each segment: a policy must not be conditioned on a token that it must not generate."""
         return () if self.per_segment else super().probes
 
     @property
@@ -97,7 +97,7 @@ class ConditionalTraining(ControlTokens):
         )
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """With ``tokens: segment`` the tokens are in the text; documents that spell one themselves are left out."""
+        """With ``tokens: segment`` the tokens are in the text; documents that contain one themselves are left out."""
         if self.per_segment:
             spelled = pl.any_horizontal(
                 pl.col("text").str.contains(token, literal=True) for token in self.buckets
@@ -107,7 +107,7 @@ class ConditionalTraining(ControlTokens):
         return super().examples(rows.with_columns(condition=pl.when(~without).then(pl.col("condition"))))
 
     def _lowest(self, values: pl.Series) -> float:
-        """The lowest reward of what is good."""
+        """The lowest reward that counts as good."""
         if self.quantile is None or values.is_empty():
             return self.threshold
         return cast(float, values.quantile(self.quantile, "nearest"))
@@ -116,7 +116,7 @@ class ConditionalTraining(ControlTokens):
         return derive_seed(0, "drop condition", *drawn_by) % 10_000 < 10_000 * self.drop_fraction
 
     def _marked(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The texts with a control token before each segment; a span holds the token too, and keeps its score."""
+        """The texts with a control token before each segment; a segment's span includes its token and keeps its score."""
         scores = (
             rows["spans"].explode().struct.field("score") if rows.height else pl.Series([], dtype=pl.Float64)
         )
@@ -138,10 +138,10 @@ class ConditionalTraining(ControlTokens):
 
 
 class CSFT(ControlTokens):
-    """Good and bad by comparison with a sample of the same prompt, the token after it (Ethayarajh et al. 2024).
+    """Good or bad by comparison with another sample of the prompt; the token follows the prompt (Ethayarajh et al. 2024).
 
-    Of a prompt's samples the best is compared with the worst, the second best with the second worst, and so
-    on; equal rewards make neither good nor bad, and the middle one of an odd number is left out.
+    A prompt's best sample is compared with its worst, the second best with the second worst, and so on; samples
+    with equal rewards are neither good nor bad, and the middle one of an odd number is left out.
     """
 
     name: Literal["csft"] = "csft"

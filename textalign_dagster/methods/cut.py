@@ -13,21 +13,21 @@ from textalign_dagster.methods.base import FeedbackKind, Unconditional
 
 
 class CUT(Unconditional):
-    """A sample with a judgment is trained on under it, and under its bare prompt token by token; a sample that
-    the judge is satisfied with under its bare prompt alone."""
+    """A sample with a judgment is trained on under the judgment and, token by token, under its bare prompt; a sample
+    that satisfies the judge only under its bare prompt."""
 
     objectives: ClassVar[tuple[str, ...]] = ("cut", "nll")
-    """With ``nll``, judged samples are trained on under their judgment alone: learning in hindsight."""
+    """With ``nll``, judged samples are only trained on under their judgment: learning in hindsight."""
 
     name: Literal["cut"] = "cut"
     template: str = Field(
-        "Judgment: {condition}\n{prompt}", description="How a judgment stands before a prompt, in training."
+        "Judgment: {condition}\n{prompt}", description="How a judgment is prepended to a prompt in training."
     )
     satisfied: tuple[str, ...] = Field(
         ("perfect",),
         strict=False,
-        description="A judgment finds no fault if its label is one of these words or it begins with one; case "
-        "and punctuation before it do not matter.",
+        description="A judgment finds no fault if its label is one of these words or its text begins with one "
+        "(ignoring case and leading punctuation).",
     )
     satisfied_score: float | None = Field(
         None, description="Feedback with this score or a higher one finds no fault, whatever its text."
@@ -35,8 +35,8 @@ class CUT(Unconditional):
     satisfied_per_judged: float | None = Field(
         0.25,
         ge=0,
-        description="Samples without fault that are trained on, at most, for each sample with a judgment "
-        "(drawn by the samples' ids); null: all.",
+        description="Maximum number of samples without fault to train on for each sample with a judgment "
+        "(chosen by sample id); null: all.",
     )
 
     @property
@@ -69,7 +69,7 @@ class CUT(Unconditional):
         )
 
     def thinned(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The rows without the samples without fault that are too many."""
+        """The rows, with no more samples without fault than ``satisfied_per_judged`` allows."""
         judged = pl.col("condition").is_not_null()
         if self.satisfied_per_judged is not None:
             satisfied = rows.filter(~judged)["sample_id"]

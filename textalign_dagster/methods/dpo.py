@@ -18,6 +18,6 @@ class DPO(Paired):
     pairs_per_prompt: int = Field(
         1,
         ge=1,
-        description="Pairs of a prompt, at most: the best with the worst sample, the second best with "
+        description="Maximum number of pairs per prompt: the best with the worst sample, the second best with "
         "the second worst, …",
     )

@@ -1,4 +1,4 @@
-"""Filtering by reward, and weighing by it: two objectives of Korbak et al. 2023 on the policy's own samples."""
+"""Filtering by reward, and weighting by it: two objectives of Korbak et al. 2023 on the policy's own samples."""
 
 from __future__ import annotations
 
@@ -24,9 +24,13 @@ class RWR(Rewarded):
     """Every sample is trained on, with weight e^(r/β): reward-weighted regression (Peters and Schaal 2007)."""
 
     name: Literal["rwr"] = "rwr"
-    beta: float = Field(1.0, gt=0, description="Rewards are divided by it; smaller: the best count for more.")
+    beta: float = Field(
+        1.0,
+        gt=0,
+        description="Rewards are divided by this; smaller values give the best samples more weight.",
+    )
     highest: float = Field(
-        1000.0, gt=0, description="Weights are cut off here, as in the released code of Korbak et al."
+        1000.0, gt=0, description="Weights are capped at this, as in the released code of Korbak et al."
     )
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:

@@ -11,7 +11,7 @@ from textalign_dagster.pool.examples import groups
 
 
 class GRPO(Rewarded):
-    """All samples of a prompt are one group: those better than the others become likelier, the worse less so."""
+    """All samples of a prompt are one group: those better than the rest become more likely, worse ones less likely."""
 
     objectives: ClassVar[tuple[str, ...]] = ("grpo", "rloo")
 

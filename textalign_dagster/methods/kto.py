@@ -1,4 +1,4 @@
-"""Samples that are good or bad by themselves, for KTO (Ethayarajh et al. 2024)."""
+"""Individually good or bad samples, for KTO (Ethayarajh et al. 2024)."""
 
 from __future__ import annotations
 

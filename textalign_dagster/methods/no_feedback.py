@@ -12,8 +12,8 @@ from textalign_dagster.methods.base import Unconditional
 class NoFeedback(Unconditional):
     """Trains on the policy's own samples, unconditioned and unfiltered.
 
-    Whatever this improves is not due to feedback: training on one's own samples alone can sharpen
-    or shorten them, and a curve that falls here too shows nothing.
+    Whatever this improves is not due to feedback: training on a policy's own samples alone can
+    sharpen or shorten them, and a curve that also falls here is no evidence.
     """
 
     name: Literal["no_feedback"] = "no_feedback"

@@ -25,11 +25,11 @@ class QuantileMethod(ClosedConditional):
 
 
 class Quark(QuantileMethod):
-    """Quantile reward conditioning with one new token a quantile (Lu et al. 2022)."""
+    """Quantile reward conditioning with one new token per quantile (Lu et al. 2022)."""
 
     name: Literal["quark"] = "quark"
-    template: str = Field("{condition}{prompt}", description="How a quantile token stands before a prompt.")
-    count: int = Field(5, ge=2, le=100, description="Number of quantiles, hence of new tokens.")
+    template: str = Field("{condition}{prompt}", description="How a quantile token is prepended to a prompt.")
+    count: int = Field(5, ge=2, le=100, description="Number of quantiles, and of new tokens.")
 
     @property
     def buckets(self) -> tuple[str, ...]:
@@ -44,12 +44,12 @@ class AltRM(QuantileMethod):
     """A reward's quantile as a phrase (ALT_RM, Abadal Lloret et al. 2024)."""
 
     name: Literal["alt_rm"] = "alt_rm"
-    template: str = Field("{condition} input: {prompt}", description="How a phrase stands before a prompt.")
+    template: str = Field("{condition} input: {prompt}", description="How a phrase is prepended to a prompt.")
     phrases: tuple[str, ...] = Field(
         ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible."),
         strict=False,
         min_length=2,
-        description="One phrase a quantile, best first; their number is the number of quantiles.",
+        description="One phrase per quantile, best first; their number is the number of quantiles.",
     )
 
     @field_validator("phrases")

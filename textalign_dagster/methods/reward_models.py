@@ -1,4 +1,4 @@
-"""Reward models: what the loop trains is not a policy then, but what judges the policy's samples."""
+"""Reward models: the loop does not train a policy, but a model that judges the policy's samples."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class RatingRewardModel(Rewarded):
     scale: tuple[float, float] | None = Field(
         None,
         strict=False,
-        description="The lowest and the highest rating, e.g. [1, 7]; ratings beyond them count as these. null: those "
-        "of the drawn samples.",
+        description="The lowest and the highest rating, e.g. [1, 7]; ratings outside are clipped. null: the "
+        "range of the drawn samples.",
     )
 
     @field_validator("scale")
     @classmethod
     def _rising(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
         if scale is not None and not scale[0] < scale[1]:
-            raise ValueError(f"{list(scale)}: the lowest rating comes first, and the highest is above it")
+            raise ValueError(f"{list(scale)}: give the lowest rating first, then a higher one")
         return scale
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """The ratings between 0 and 1, as ``reward``."""
+        """The ratings, scaled to 0 to 1, as ``reward``."""
         rated, value = self.rewarded(rows), pl.col("value")
         low, high = (value.min(), value.max()) if self.scale is None else map(pl.lit, self.scale)
         if self.scale is None and rated["value"].n_unique() < 2:
@@ -43,7 +43,7 @@ class RatingRewardModel(Rewarded):
 class RankingRewardModel(Paired):
     """Pairs of a prompt's samples, the better one chosen (Bradley-Terry).
 
-    With a judge that ranks, its rankings; with one that rates, the pairs that follow from its ratings.
+    The pairs are the rankings of a judge that ranks, or follow from the ratings of one that rates.
     """
 
     objectives: ClassVar[tuple[str, ...]] = ("bradley_terry",)
@@ -53,15 +53,15 @@ class RankingRewardModel(Paired):
     pairs_per_prompt: int | None = Field(
         None,
         ge=1,
-        description="Pairs of a prompt, at most: the best with the worst sample, the second best with the second "
-        "worst, …; null: as many as there are.",
+        description="Maximum number of pairs per prompt: the best with the worst sample, the second best with the "
+        "second worst, …; null: all.",
     )
 
 
 class RatedPairsRewardModel(RankingRewardModel):
     """Ratings turned into pairs: the data of `rm_ratings` with the loss of `rm_rankings`.
 
-    Beside these two it tells the effect of the protocol from that of the loss.
+    Compared with these two, it separates the effect of the protocol from that of the loss.
     """
 
     name: Literal["rm_rated_pairs"] = "rm_rated_pairs"  # type: ignore[assignment]

@@ -11,12 +11,10 @@ from textalign_dagster.methods.base import Rewarded
 
 
 class SFT(Rewarded):
-    """The samples of each prompt with the highest rewards are trained on, the others are not."""
+    """Only each prompt's samples with the highest rewards are trained on."""
 
     name: Literal["sft"] = "sft"
-    best: int = Field(
-        1, ge=1, description="Samples of a prompt that are trained on, the highest rewards first."
-    )
+    best: int = Field(1, ge=1, description="Samples per prompt that are trained on, highest rewards first.")
 
     def examples(self, rows: pl.DataFrame) -> pl.DataFrame:
         ranked = self.rewarded(rows).sort("prompt_id", "value", "sample_id", descending=[False, True, False])

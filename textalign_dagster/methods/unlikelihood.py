@@ -1,4 +1,4 @@
-"""Unlikelihood of what feedback marks in a text (Korbak et al. 2023)."""
+"""Unlikelihood training on the spans that feedback marks in a text (Korbak et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from textalign_dagster.methods.base import FeedbackKind, Unconditional
 
 
 class Unlikelihood(Unconditional):
-    """Every sample is trained on: marked stretches become less likely, the rest more."""
+    """Every sample is trained on: marked spans become less likely, the rest more likely."""
 
     objectives: ClassVar[tuple[str, ...]] = ("unlikelihood",)
 

@@ -2,7 +2,7 @@
 
 The condition is a column everywhere else. It is rendered here, at the last moment (sampling,
 training), and never parsed back out of text: a prompt that happens to contain the template's words
-is only a prompt.
+is just a prompt.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def validate_template(template: str) -> str:
     All other braces are literal text.
 
     Raises:
-        ValueError: a placeholder is missing or repeated, naming the template and the remedy.
+        ValueError: a placeholder is missing or repeated; names the template and the remedy.
     """
     for field in (CONDITION, PROMPT):
         times = template.count(field)
@@ -47,7 +47,7 @@ def render(template: str, condition: str | None, prompt: str) -> str:
 
 
 def around_prompt(template: str, condition: str | None) -> tuple[str, str]:
-    """What a rendering puts before and after the prompt; ``("", "")`` without a condition.
+    """The text that rendering puts before and after the prompt; ``("", "")`` without a condition.
 
     Raises:
         ValueError: the template is not valid.
@@ -64,10 +64,10 @@ def around_prompt(template: str, condition: str | None) -> tuple[str, str]:
 
 
 def rendered_once(rendered: str, template: str, condition: str | None, prompt: str) -> bool:
-    """Whether ``rendered`` is the rendering of these, and ``prompt`` is not already one.
+    """Whether ``rendered`` is the rendering of the arguments, and ``prompt`` is not already one.
 
-    A prompt that carries the condition before it is rendered would carry it twice: the mistake of
-    conditioning a file by hand and then once more in code.
+    A prompt that already has the condition before it is rendered would get it twice: the mistake of
+    conditioning a file by hand and then again in code.
     """
     if rendered != render(template, condition, prompt):
         return False

@@ -1,12 +1,12 @@
 """The datapool: a pure function of all feedback so far and a few settings.
 
 Earlier samples are dropped, rewards become labels, and a length-aware, balanced draw decides what
-is trained on. Every row that came in goes out, with whether it was drawn and why. Nothing is
+is trained on. Every input row is in the output, with whether it was drawn and why. Nothing is
 mutated and nothing depends on the order of the rows: same rows, settings and seed give the same
 pool, bit for bit.
 
-The defaults follow the released code of ALT (Abadal Lloret et al., 2024). Its memory between iterations is
-replaced by recomputing which samples of the past would still be in it.
+The defaults follow the released code of ALT (Abadal Lloret et al., 2024). Its state between iterations is
+replaced by recomputing which past samples would still be in the pool.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool, what it lacks, and how many samples were requested.
+    """A pool, its shortfalls, and how many samples were requested.
 
     Attributes:
-        rows: one row for every row that came in, schema ``DATAPOOL``, in canonical order.
-        shortfalls: one row a label, schema ``SHORTFALLS``.
-        groups: prompts (or 1) that were drawn from.
+        rows: one row per input row, schema ``DATAPOOL``, in canonical order.
+        shortfalls: one row per label, schema ``SHORTFALLS``.
+        groups: number of prompts (or 1) drawn from.
         wanted: samples requested over all groups; None where nothing limits the draw.
-        drawn: samples to train on.
+        drawn: number of samples to train on.
     """
 
     rows: pl.DataFrame
@@ -89,20 +89,20 @@ def build_pool(
     """The pool of iteration ``current``.
 
     Args:
-        rows: one row a sample: sample_id (a content hash), prompt_id, origin (the iteration that
+        rows: one row per sample: sample_id (a content hash), prompt_id, origin (the iteration that
             sampled it), value, label, condition, n_tokens (NULL counts as not over-long), status;
-            optionally weight (default 1) and position (integer: the place within its iteration,
+            optionally weight (default 1) and position (integer: the position within its iteration,
             which refines insertion order).
         labels: the labels to balance over, best first. May be empty where nothing limits the draw.
         seed: of the experiment; ``current`` is mixed in, so iterations draw differently.
         pool_hash: the name of this pool, computed by the caller from settings and inputs.
         sampling_limit: ``max_new_tokens`` of the decoding, used when ``max_tokens`` is unset.
         quantiles: compute labels from ``value`` after dropping (and ignore the rows' own labels).
-            The published order: quantiles are ranks among what is in the pool now.
+            As published, quantiles are ranks among the samples now in the pool.
         conditions: the conditioning text of every label; None keeps the rows' column ``condition``.
 
     Raises:
-        ValueError: a column is missing or holds what it must not, naming it and the remedy.
+        ValueError: a column is missing or holds invalid values; names it and the remedy.
     """
     if labels or quantiles is not None:
         check_labels(labels)
@@ -180,13 +180,13 @@ def drop_earlier(
     current: int,
     per: Literal["prompt", "pool"] = "prompt",
 ) -> pl.Series:
-    """Whether each row is no longer in the pool of iteration ``current``; see ``dropped_rows``.
+    """Whether each row is no longer in the pool at iteration ``current``; see ``dropped_rows``.
 
     Args:
         rows: sample_id, prompt_id, origin; label with ``by="group_and_label"``.
 
     Returns:
-        Booleans named "dropped", in the order of ``rows``. ``build_pool`` does the same to the rows
+        Booleans named "dropped", in the order of ``rows``. ``build_pool`` does the same with the rows
         whose feedback is usable.
     """
     order, bits = canonical_order(rows)
@@ -219,7 +219,7 @@ def draw(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The balanced draw alone, nothing dropped: (rows with drawn and reason, shortfalls).
 
-    The rows are those of ``build_pool``; what comes back has its schema, with an empty pool_hash.
+    Takes the same rows as ``build_pool``; the output has its schema, with an empty pool_hash.
     """
     pool = build_pool(
         rows,
@@ -234,14 +234,14 @@ def draw(
 
 
 def _groups(rows: pl.DataFrame, per: str) -> Ints:
-    """What draws are balanced in: a code a prompt, or one for all; shape (rows,)."""
+    """The group that draws are balanced within: one code per prompt, or one for all; shape (rows,)."""
     return group_codes(rows["prompt_id"]) if per == "prompt" else np.zeros(rows.height, np.int64)
 
 
 def _labeller(
     rows: pl.DataFrame, labels: Sequence[str], quantiles: QuantileSettings | None, usable: Mask
 ) -> Callable[[Mask], Ints]:
-    """The function from "rows in the pool" to label codes, shape (rows,) each."""
+    """A function from a mask of the rows in the pool to label codes, shape (rows,) each."""
     if quantiles is None:
         names = pl.Series(list(labels), dtype=pl.String)
         given = (
@@ -258,7 +258,7 @@ def _labeller(
 def _reasons_before_draw(rows: pl.DataFrame, dropped: Mask, unused_label: Mask) -> Ints:
     """Why a row is not even a candidate (codes into ``REASONS``), shape (rows,).
 
-    A judgement that failed outranks everything: such a row never was in any pool.
+    A judgement that is not ok takes precedence: such a row was never in any pool.
     """
     reason = np.full(rows.height, CODE["no label"], dtype=np.int64)
     reason[unused_label] = CODE["label not in use"]
@@ -279,11 +279,11 @@ def _check_rows(rows: pl.DataFrame, current: int, extra: Sequence[str]) -> None:
             raise ValueError(f"column {column}: NULL in {rows[column].null_count()} rows of the pool")
     unknown = set(rows["status"].unique()) - set(STATUSES)
     if unknown:
-        raise ValueError(f"column status: {sorted(unknown)} are none of {list(STATUSES)}")
+        raise ValueError(f"column status: {sorted(unknown)} are not among {list(STATUSES)}")
     later = rows.filter(pl.col("origin") > current).height
     if later:
         raise ValueError(
-            f"column origin: {later} rows are of iterations after {current}; "
+            f"column origin: {later} rows are from iterations after {current}; "
             "leave them out, a pool must not see the future"
         )
 

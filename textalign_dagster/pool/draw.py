@@ -1,7 +1,7 @@
 """The two selections behind the datapool, on plain arrays: what is dropped and what is drawn.
 
-Every function is vectorised over all groups at once: a row's fate is its rank within a group, and
-a shuffle is a rank by a seeded key. The cost is a few sorts of the pool for any number of prompts.
+Every function is vectorised over all groups at once: a row's fate depends on its rank within a
+group, and a shuffle is a rank by a seeded key. The cost is a few sorts of the pool for any number of prompts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from textalign_dagster.settings.pool import PoolSettings
 
 DRAWN_REASONS = ("quota", "top-up", "fill", "everything")
 """Why a row is trained on: within its label's quota; over-long, but its label ran out of shorter
-ones; to make up for labels that fell short; because the settings limit nothing."""
+ones; to make up for labels that fell short; because the settings set no limit."""
 
 NOT_DRAWN_REASONS = (
     "bucket full",
@@ -29,7 +29,7 @@ NOT_DRAWN_REASONS = (
     "feedback unparseable",
     "feedback skipped",
 )
-"""Why a row is not trained on. "over-long" rows were left aside, enough others were there."""
+"""Why a row is not trained on. "over-long" rows were passed over because there were enough others."""
 
 REASONS = DRAWN_REASONS + NOT_DRAWN_REASONS
 CODE = {reason: code for code, reason in enumerate(REASONS)}
@@ -37,10 +37,10 @@ CODE = {reason: code for code, reason in enumerate(REASONS)}
 SHORTFALLS = pl.Schema(
     {
         "label": pl.String,  # in the order of the labels, best first
-        "groups": pl.Int64,  # prompts (or 1 for the whole pool) that the draw was made in
+        "groups": pl.Int64,  # prompts (or 1 for the whole pool) drawn from
         "wanted": pl.Int64,  # quota times groups; NULL where nothing limits the draw
         "obtained": pl.Int64,  # drawn within the quota, over-long ones included
-        "short": pl.Int64,  # wanted - obtained, 0 where nothing is wanted
+        "short": pl.Int64,  # wanted - obtained, 0 where nothing limits the draw
         "groups_short": pl.Int64,  # groups in which the quota was not met
         "over_long": pl.Int64,  # of obtained: over-long samples that topped up
         "filled": pl.Int64,  # drawn beyond the quota to make up for other labels
@@ -59,10 +59,10 @@ def dropped_rows(
     seed: int,
     label_codes: Callable[[Mask], Ints] | None = None,
 ) -> Mask:
-    """Which usable rows are no longer in the pool of iteration ``current``, shape (rows,).
+    """Which usable rows are no longer in the pool at iteration ``current``, shape (rows,).
 
     The published pool is flushed once an iteration, before new samples enter, so a sample from j
-    iterations ago survived j flushes. The flushes are replayed here: at each one,
+    iterations ago has survived j flushes. The flushes are replayed here: at each one,
     ``int(n * (1 - factor))`` random rows of every group stay (in floating point, as published: of
     10 rows, a factor of 0.9 keeps none).
 
@@ -74,7 +74,7 @@ def dropped_rows(
         factor: share to drop at every flush, 0 to 1.
         seed: every flush has its own seed, derived from this one and the iteration; with the
             same seed a row dropped at one iteration stays dropped at later ones.
-        label_codes: label codes given the rows in the pool; n then counts per group and label.
+        label_codes: maps the rows in the pool to label codes; n then counts per group and label.
     """
     if factor == 0 or not usable.any():
         return np.zeros_like(usable)
@@ -104,7 +104,7 @@ def draw_reasons(
     """The fate of every candidate as a code into ``REASONS``, shape (rows,).
 
     Per group and label: shuffle, take rows that are not over-long up to the quota, top up with
-    over-long ones. With ``settings.samples``, what is then missing of it in a group is filled.
+    over-long ones. With ``settings.samples``, each group is then filled up to that number.
 
     Args:
         group, code: codes from 0 of group and label, shape (rows,); rows are in insertion order.
@@ -137,7 +137,7 @@ def count_shortfalls(
 
     Args:
         group, code, reason: of every row, shape (rows,).
-        present: groups that were drawn from; those without any candidate count as short.
+        present: groups drawn from; those without any candidate count as short.
         quota: samples per group of every label, shape (labels,); None: nothing limits the draw.
     """
     lines = []

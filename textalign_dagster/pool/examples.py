@@ -1,10 +1,10 @@
-"""From drawn rows to examples: single rows, pairs and groups, all rows of one table.
+"""Turns drawn rows into examples: single rows, pairs and groups, all rows of one table.
 
 Functions take the drawn rows of a pool with their samples: pool_hash, sample_id, prompt_id, value,
 label, condition, weight, n_tokens, prompt, text, finish_reason, logprob, spans, beaten (ids of samples that it
-was found better than). They return rows of
-:data:`textalign_dagster.tables.EXAMPLES`. Nothing depends on the order of the rows but the order of
-the result.
+was judged better than). They return rows of
+:data:`textalign_dagster.tables.EXAMPLES`. The order of the rows affects only the order of the
+result.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from textalign_dagster.tables import EXAMPLES, conform
 
 
 def single(rows: pl.DataFrame, role: str = "only") -> pl.DataFrame:
-    """One example a row, in the order of the rows."""
+    """One example per row, in the order of the rows."""
     return _examples(rows.with_columns(role=pl.lit(role), group_id=pl.lit(None, dtype=pl.String)))
 
 
 def pairs(rows: pl.DataFrame, *, per_prompt: int = 1, margin: float = 0.0) -> pl.DataFrame:
     """Preference pairs within a prompt: best with worst, second best with second worst, and so on.
 
-    A pair needs a difference of values above ``margin``, so equal values never make one, and two
-    different texts. Its weight is the product of its samples' weights: a sample of weight 2 counts as
-    if it were there twice.
+    A pair needs two different texts and a difference of values above ``margin``, so equal values never
+    form one. Its weight is the product of its samples' weights: a sample of weight 2 counts as if it
+    occurred twice.
     """
     ranked = rows.filter(pl.col("value").is_not_null() & pl.col("value").is_not_nan()).sort(
         "prompt_id", "value", "sample_id", descending=[False, True, False]
@@ -72,9 +72,9 @@ def _sides(rows: pl.DataFrame, pair: pl.DataFrame) -> pl.DataFrame:
 
 
 def compared(rows: pl.DataFrame) -> pl.DataFrame:
-    """Preference pairs as they were compared: each sample with each that it was found better than.
+    """Preference pairs as they were compared: each sample with every sample it was judged better than.
 
-    Both have to be among the rows. Weights are as in :func:`pairs`.
+    Both must be among the rows. Weights are as in :func:`pairs`.
     """
     other = rows.select(beaten="sample_id", other_text="text", other_weight="weight")
     found = (
@@ -89,7 +89,7 @@ def compared(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def groups(rows: pl.DataFrame) -> pl.DataFrame:
-    """All samples of a prompt as members of one group; prompts in order of their ids."""
+    """All samples of a prompt as members of one group; prompts sorted by id."""
     ordered = rows.sort("prompt_id", "sample_id")
     return _examples(ordered.with_columns(role=pl.lit("member"), group_id="prompt_id"))
 
@@ -97,8 +97,8 @@ def groups(rows: pl.DataFrame) -> pl.DataFrame:
 def mismatched(examples: pl.DataFrame) -> pl.DataFrame:
     """The examples with a ``second_prompt`` that their text does not belong to: the prompt of another example.
 
-    In an order drawn by the examples' ids each has that of the next one with another prompt, the last
-    that of the first.
+    With examples sorted by id, each gets the prompt of the next one that has another prompt, wrapping
+    around at the end.
 
     Raises:
         ValueError: all have the same prompt.
@@ -109,7 +109,7 @@ def mismatched(examples: pl.DataFrame) -> pl.DataFrame:
         if not prompts:
             return examples
         raise ValueError(
-            "all drawn samples have the same prompt, but a text has to be read after another prompt too; "
+            "all drawn samples have the same prompt, but each text must also be paired with another one; "
             "raise prompts.per_iteration"
         )
     others: list[str] = []

@@ -1,7 +1,7 @@
-"""Varied exemplars: each prompt is conditioned on a feedback text that good samples have earned before.
+"""Varied exemplars: each prompt is conditioned on a feedback text that good samples received earlier.
 
-The published runs of ALT_LMU had such prompt files ("varied feedbacks"), made by hand. Here the draw is a
-pure function of a datapool and a seed, so it can be repeated, and it is stored with every sample.
+The published runs of ALT_LMU used such prompt files ("varied feedbacks"), made by hand. Here the draw is a
+pure function of a datapool and a seed, so it is reproducible, and it is stored with every sample.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ DROPPED = "dropped: earlier iteration"
 
 
 class NoExemplarError(ValueError):
-    """The best bucket of a datapool has no text to ask for; the message says what to do."""
+    """The best bucket of a datapool has no text to condition on; the message gives the remedy."""
 
 
 def candidates(pool: pl.DataFrame, best: str) -> list[str]:
-    """The distinct conditions in a pool's best bucket, in an order that depends on the texts alone.
+    """The distinct conditions in a pool's best bucket, in an order that depends only on the texts.
 
     Samples that are not drawn count too; those that have left the pool, and blank texts, do not.
 
@@ -45,8 +45,8 @@ def varied_exemplars(
     texts = candidates(pool, best)
     if not texts:
         raise NoExemplarError(
-            f"no sample in the datapool is in the best bucket ({best!r}) with a text to ask for, so `exemplar: "
+            f"no sample in the datapool is in the best bucket ({best!r}) with a text to condition on, so `exemplar: "
             "varied` has nothing to draw from; sample more (prompts.per_iteration, "
-            "sampling.samples_per_prompt), or say `exemplar: static` and what to ask for (`ask_for`)"
+            "sampling.samples_per_prompt), or set `exemplar: static` and the text (`ask_for`)"
         )
     return [texts[derive_seed(seed, "exemplar", iteration, prompt) % len(texts)] for prompt in prompt_ids]

@@ -1,9 +1,9 @@
 """Quantile labels: rewards become one of K labels within a prompt or the whole pool.
 
-The published rule (ALT, Quark) is the default: rows without a reward take no part, the others are
+The published rule (ALT, Quark) is the default: rows without a reward are left out, the others are
 sorted by reward in descending order (stable), every quantile takes ``floor(n / K)`` of them and the
 last, worst one takes the remainder as well. So 96 samples and 5 labels give 19, 19, 19, 19, 20;
-14 give 2, 2, 2, 2, 6; 3 are all worst. The other rules are options, none of them is implied.
+14 give 2, 2, 2, 2, 6; 3 are all worst. The other rules are opt-in.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class QuantileSettings(Settings):
     )
     ties: Literal["split", "share"] = Field(
         default="split",
-        description="Equal rewards at a border: 'split' (published) cuts between them by the order "
-        "of the samples; 'share' gives all of them the best quantile any of them falls in.",
+        description="Equal rewards at a boundary: 'split' (published) cuts between them by the order "
+        "of the samples; 'share' gives all of them the best quantile that any of them falls into.",
     )
     remainder: Literal["last", "spread"] = Field(
         default="last",
@@ -53,8 +53,8 @@ def quantile_codes(group: Ints, value: npt.NDArray[np.float64], k: int, settings
     """Quantile of every row, 0 (best) to ``k - 1`` (worst), or ``NO_LABEL``; shape (rows,).
 
     Args:
-        group: code from 0 of what a row is ranked within, shape (rows,); ``settings.per`` is not
-            looked at here.
+        group: codes from 0 of the groups that rows are ranked within, shape (rows,); ``settings.per``
+            is ignored here.
         value: rewards, higher is better, NaN where there is none, shape (rows,). Ties are split in
             the order of the rows.
         k: number of quantiles, at least 1.
@@ -99,10 +99,10 @@ def quantile_labels(
     """The quantile label of every row, as a string series in the order of ``rows``.
 
     Args:
-        rows: sample_id (a content hash), prompt_id, value (NULL: no reward, hence no label) and,
+        rows: sample_id (a content hash), prompt_id, value (NULL: no reward, so no label) and,
             where known, origin and position, which define the order that ties are split by.
         labels: K labels, best first.
-        settings: the published per-prompt rule where None.
+        settings: None: the published per-prompt rule.
 
     Raises:
         ValueError: no labels, a repeated label, a NaN reward, an id that is not a hash or is repeated.
@@ -124,7 +124,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def reward_array(rows: pl.DataFrame) -> npt.NDArray[np.float64]:
-    """Column ``value`` with NaN for NULL, shape (rows,); ValueError where it holds NaN."""
+    """Column ``value`` with NaN for NULL, shape (rows,); ValueError if it contains NaN."""
     value = rows["value"].cast(pl.Float64)
     if value.is_nan().any():
         raise ValueError("column value: holds NaN; a reward that could not be computed must be NULL")

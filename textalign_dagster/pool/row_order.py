@@ -1,7 +1,7 @@
-"""Orders of rows that do not depend on how the rows arrived: canonical, and seeded shuffles.
+"""Row orders that do not depend on the order of the input: canonical, and seeded shuffles.
 
 A sample's id is a content hash, so its first 64 bits are already uniform. Mixed with a seed they
-are a shuffle key that belongs to the row: the same row and seed give the same key in any file
+are a shuffle key of the row: the same row and seed give the same key in any file
 order, with any number of threads and any version of polars or numpy.
 """
 
@@ -24,9 +24,9 @@ def sample_bits(sample_id: pl.Series) -> Bits:
     Raises:
         ValueError: an id is missing or does not start with 16 lower-case hexadecimal digits.
     """
-    fine = sample_id.str.contains(_HEX).fill_null(False)
-    if not fine.all():
-        offender = sample_id.filter(~fine)[0]
+    valid = sample_id.str.contains(_HEX).fill_null(False)
+    if not valid.all():
+        offender = sample_id.filter(~valid)[0]
         raise ValueError(
             f"column sample_id: {offender!r} does not start with 16 hexadecimal digits; "
             "use textalign_dagster.ids.content_hash to name samples"
@@ -37,18 +37,18 @@ def sample_bits(sample_id: pl.Series) -> Bits:
 def canonical_order(rows: pl.DataFrame) -> tuple[Ints, Bits]:
     """Indices that sort rows by (origin, position, sample_id), and the ids' bits in that order.
 
-    This is the project's "insertion order": earlier iterations first, then the place in the file
-    when the rows carry an integer column ``position``, then the id. Without ``position`` the order
-    within an iteration is that of the hashes, hence arbitrary but fixed.
+    This is the project's "insertion order": earlier iterations first, then the position in the file
+    if the rows carry an integer column ``position``, then the id. Without ``position`` the order
+    within an iteration is that of the hashes, which is arbitrary but fixed.
 
     Raises:
         ValueError: an id occurs twice or is not a hash.
     """
     if rows["sample_id"].n_unique() != rows.height:
-        twice = rows["sample_id"].filter(rows["sample_id"].is_duplicated())[0]
+        repeated = rows["sample_id"].filter(rows["sample_id"].is_duplicated())[0]
         raise ValueError(
-            f"column sample_id: {twice!r} occurs more than once; "
-            "a pool holds a sample once, so join feedback to one row a sample first"
+            f"column sample_id: {repeated!r} occurs more than once; "
+            "a pool holds each sample once, so reduce feedback to one row per sample first"
         )
     bits = sample_bits(rows["sample_id"])
     keys = [bits]
@@ -66,7 +66,7 @@ def canonical_order(rows: pl.DataFrame) -> tuple[Ints, Bits]:
 def stable_order(*keys: npt.NDArray[np.generic]) -> Ints:
     """Indices that sort by the keys, the most significant first; ties keep their order.
 
-    ``numpy.lexsort`` in other words, but keys of few different values are narrowed to 16 bits, for
+    Like ``numpy.lexsort``, but integer keys with small values are narrowed to 16 bits, for
     which numpy's stable sort is a radix sort: about half the time on a million rows.
     """
     order = np.argsort(keys[-1], kind="stable")
@@ -76,14 +76,14 @@ def stable_order(*keys: npt.NDArray[np.generic]) -> Ints:
 
 
 def _narrow(key: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    """An integer key of small non-negative values as 16 bits, any other as it is."""
+    """An integer key of small non-negative values as 16 bits, any other unchanged."""
     if key.size and key.dtype.kind in "iu" and key.min() >= 0 and key.max() < 2**16:
         return key.astype(np.uint16)
     return key
 
 
 def shuffle_keys(bits: Bits, seed: int) -> Bits:
-    """One pseudo-random key a row; sorting by it is a seeded shuffle, shape (rows,).
+    """One pseudo-random key per row; sorting by it is a seeded shuffle, shape (rows,).
 
     The finaliser of splitmix64 (Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number
     generators") of ``bits xor seed``. It is a bijection: rows with different bits never tie.
@@ -96,16 +96,16 @@ def shuffle_keys(bits: Bits, seed: int) -> Bits:
 
 
 def group_codes(column: pl.Series) -> Ints:
-    """A code from 0 for every distinct value, in no particular order; shape (rows,).
+    """A code from 0 for every row, one per distinct value, in no particular order; shape (rows,).
 
-    The column has no NULL. Codes serve to compare for equality: their order may differ by run.
+    The column must have no NULL. Codes are only good for equality: their order can differ between runs.
     """
     values = column.cast(pl.String)
     return values.cast(pl.Enum(values.unique())).to_physical().to_numpy().astype(np.int64)
 
 
 def ranks_within(group: Ints, *tie_breakers: npt.NDArray[np.generic]) -> Ints:
-    """Every row's place (from 0) within its group, shape (rows,).
+    """Every row's rank (from 0) within its group, shape (rows,).
 
     Args:
         group: codes from 0, shape (rows,).

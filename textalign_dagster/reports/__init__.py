@@ -1,4 +1,4 @@
-"""What a person reads of a run: score tables, curves, states, times, forecasts.
+"""Reports on runs, for people: score tables, curves, states, times, forecasts.
 
-Any module may be imported by assets and the CLI.
+Assets and the CLI may import any module.
 """

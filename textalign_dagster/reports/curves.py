@@ -1,4 +1,4 @@
-"""The picture of a run: each metric over the iterations, beside the null control."""
+"""The curves of a run: each metric over the iterations, alongside the null control."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
     """A panel per metric: the experiment, its null control and its probes, with 95 % intervals.
 
     Args:
-        rows: as :func:`textalign_dagster.reports.report.score_rows` gives them.
-        panels: only the first so many metrics.
+        rows: as :func:`textalign_dagster.reports.report.score_rows` returns them.
+        panels: how many metrics to show at most, the first ones.
     """
-    from matplotlib.figure import Figure  # 0.5 s: only those who draw pay for it
+    from matplotlib.figure import Figure  # takes 0.5 s: imported only to draw
     from matplotlib.ticker import MaxNLocator
 
     rows = rows.filter(~pl.col("role").is_in(["baseline", "scenario"]) & (pl.col("metric") != OBEDIENCE))
@@ -65,7 +65,7 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
 
 
 def save_curves(figure: Figure, path: Path) -> Path:
-    """Writes the picture (type by suffix) and returns its path."""
+    """Writes the figure (format by suffix) and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format=path.suffix[1:], dpi=130)
@@ -74,7 +74,7 @@ def save_curves(figure: Figure, path: Path) -> Path:
 
 
 def as_markdown(figure: Figure) -> str:
-    """The picture as a Markdown image that carries its own data, for the Dagster UI."""
+    """The figure as a Markdown image with embedded data, for the Dagster UI."""
     import base64
 
     buffer = io.BytesIO()

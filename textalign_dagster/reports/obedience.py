@@ -1,8 +1,8 @@
 """Obedience: does a policy follow its condition?
 
-The rank correlation of what was requested (the label's place among all labels) and what was obtained (the
-task's first measure), over all samples of an evaluation. 1: every better label brings a better sample; 0:
-the label does not matter, however good the samples are.
+The rank correlation between the request (the label's rank among all labels) and the result (the task's
+first measure), over all samples of an evaluation. 1: every better label yields a better sample; 0: the label
+does not matter, however good the samples are.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from textalign_dagster.tasks.base import Measure
 def obedience(
     samples: pl.DataFrame, method: Method, measure: Measure, *, resamples: int = RESAMPLES
 ) -> Estimate:
-    """Spearman's correlation of request and result, with an interval over resampled prompts.
+    """Spearman's correlation of request and result, with an interval from resampling prompts.
 
     Args:
         samples: prompt_id, role, condition, measures (columns of EVALUATION_SAMPLES) of one policy.
-        method: whose conditions they were sampled under; ``Method.sweep`` has them from best to worst.
-        measure: a sample's result is its numerator by its denominator, if it has one (``per_prompt`` plays
-            no part), turned so that higher is better. A ``steady`` measure is taken as it is.
+        method: the one whose conditions they were sampled under; ``Method.sweep`` lists them, best first.
+        measure: a sample's result is the numerator divided by the denominator, if there is one
+            (``per_prompt`` is ignored), negated if lower is better. A ``steady`` measure is used as it is.
 
     Returns:
-        In [-1, 1], positive for a policy that obeys. None where it is undefined: fewer than two conditions,
-        results that are all alike, or none. Unconditioned samples and samples without a result
-        do not count.
+        In [-1, 1], positive for a policy that obeys. None if it is undefined: fewer than two conditions,
+        results that are all equal, or no results. Unconditioned samples and samples without a result
+        are ignored.
     """
     sweep = list(method.sweep)
     requested = pl.col("condition")

@@ -1,4 +1,4 @@
-"""What a run comes to: the score table of an experiment beside iteration 0 and its null control."""
+"""The score table of an experiment, alongside iteration 0 and its null control."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from textalign_dagster.reports.score_table import LM_EVAL_SUBJECT, RED_TEAM_SUBJ
 from textalign_dagster.tables import SCORES
 
 GUARD_NOTE = (
-    "Below each value its 95 % interval, from resampling prompts; the luck of a training seed is not in it. "
-    "The null control trains on its own samples without any feedback: what falls there too is not a gain from feedback."
+    "Below each value is its 95 % interval from resampling prompts; it does not cover variation between seeds. "
+    "The null control trains on its own samples without feedback: what improves there too is not a gain from feedback."
 )
 
 
 NARROWEST = 11
-"""Characters of a column: those of an interval."""
+"""Minimum width of a column in characters: that of an interval."""
 
 
 def score_rows(store: ArtifactStore, library: Library, name: str) -> pl.DataFrame:
@@ -50,9 +50,9 @@ def score_rows(store: ArtifactStore, library: Library, name: str) -> pl.DataFram
 
 
 def placed(scores: pl.DataFrame, experiment: str, iteration: int) -> pl.DataFrame:
-    """A score table with the cell it belongs to."""
+    """A score table with columns for the cell it belongs to."""
     cell = (pl.lit(experiment).alias("experiment"), pl.lit(iteration).alias("iteration"))
-    # Older tables know of no baselines.
+    # Older tables have no baselines.
     subject = (
         pl.col("subject") if "subject" in scores.columns else pl.lit(None, dtype=pl.String).alias("subject")
     )
@@ -60,7 +60,7 @@ def placed(scores: pl.DataFrame, experiment: str, iteration: int) -> pl.DataFram
 
 
 def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: int = 120) -> Group:
-    """What people read: one row a policy and condition, one column a metric; in parts where it is too wide."""
+    """The table for people: one row per policy and condition, one column per metric; in parts if it is too wide."""
     harness = rows.filter(subject=LM_EVAL_SUBJECT)["metric"].unique(maintain_order=True)
     named = {**titles(experiment), **{metric: metric for metric in harness}}
     metrics = [metric for metric in named if metric in set(rows["metric"])]
@@ -70,7 +70,7 @@ def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: in
     lines = [
         _line(rows, row, name)
         for row in _policies(rows, name)
-        # Every iteration's probes are in the tables; here the last one's tell enough.
+        # The stored tables have the probes of all iterations; here, the last one's are enough.
         if row["role"] not in ("probe", "scenario")
         or row["iteration"] in ({last} if row["role"] == "probe" else {0, last})
     ]
@@ -83,7 +83,7 @@ def score_table(rows: pl.DataFrame, experiment: Experiment, name: str, width: in
 
 @dataclass(frozen=True)
 class _Line:
-    """A row of the table: who, which section it belongs to, and metric → cell."""
+    """A row of the table: its label, its section, and metric → cell."""
 
     label: str
     section: tuple[Any, ...]
@@ -99,8 +99,8 @@ def _line(rows: pl.DataFrame, row: dict[str, Any], name: str) -> _Line:
 
 
 def _parts(titled: dict[str, str], lines: Sequence[_Line], width: int) -> list[dict[str, str]]:
-    """The metrics, in order, in as few tables as fit the width."""
-    edges = 3  # of a column: its border and the blanks beside it
+    """The metrics, in order, split into as few tables as the width allows."""
+    edges = 3  # of a column: its border and padding
     left = width - edges - max((len(text) for line in lines for text in line.label.split("\n")), default=0)
     parts: list[dict[str, str]] = [{}]
     room = left
@@ -128,7 +128,7 @@ def _part(titled: dict[str, str], lines: Sequence[_Line]) -> Table:
 
 
 def _policies(rows: pl.DataFrame, name: str) -> Sequence[dict[str, Any]]:
-    """(experiment, iteration, subject, role, condition): its own first, then control, probes, baselines."""
+    """(experiment, iteration, subject, role, condition): its own first, then control, probes, scenarios, baselines."""
     found = rows.select("experiment", "iteration", "subject", "role", "condition").unique(maintain_order=True)
     return found.sort(
         pl.col("role") == "baseline",
@@ -142,9 +142,9 @@ def _policies(rows: pl.DataFrame, name: str) -> Sequence[dict[str, Any]]:
 
 def _label(row: dict[str, Any], name: str) -> str:
     if row["role"] == "probe":
-        asked = str(row["condition"])
-        asked = asked if len(asked) <= 25 else asked[:24] + "…"
-        return f"iteration {row['iteration']}, conditioned on\n“{escape(asked)}”"
+        condition = str(row["condition"])
+        condition = condition if len(condition) <= 25 else condition[:24] + "…"
+        return f"iteration {row['iteration']}, conditioned on\n“{escape(condition)}”"
     if row["role"] == "scenario":
         who = "" if row["experiment"] == name else "null control, "
         how = "" if row["subject"] in (RED_TEAM_SUBJECT, LM_EVAL_SUBJECT) else "scenario "

@@ -23,10 +23,10 @@ GUARDS: tuple[Measure, ...] = (
     Measure("perplexity", "perplexity under the base policy", "nll", "nll_tokens"),
     Measure("n_tokens", "tokens", "n_tokens"),
 )
-"""Numbers every task reports, for gains that are none: collapse, drift, shortening."""
+"""Measures that every task reports, to expose false gains: collapse, drift, shortening."""
 
 PERPLEXITY_MEAN = Measure("perplexity_mean", "mean of samples' perplexities", "nll", "nll_tokens")
-"""The published form: reported beside ours where another model than the base policy measures fluency."""
+"""The published form: reported alongside ours if a model other than the base policy measures fluency."""
 
 OBEDIENCE = "obedience"
 """Spearman's correlation of condition and result: one number for all conditions together."""
@@ -50,19 +50,19 @@ RED_TEAM = {
 """Metric → title of what `evaluation.red_team` adds: means over prompts of the first measure."""
 
 RED_TEAM_SUBJECT, LM_EVAL_SUBJECT = "red team", "lm_eval"
-"""Whose rows of SCORES those of red-teaming and of the harness are."""
+"""The subjects of the rows of SCORES from red-teaming and from the harness."""
 
 KL_REFERENCE = "kl_reference"
-"""KL(reference || policy) in nats a text, what `evaluation.kl_reference` adds."""
+"""KL(reference || policy) in nats per text, added by `evaluation.kl_reference`."""
 
 NOTHING = Estimate(None, None, None, 0, 0)
 
 
 def reported(experiment: Experiment) -> tuple[Measure, ...]:
-    """What an evaluation reports, in order: the task's own, what scorer and judge say (first, where the task leaves
-    it to them), the guards.
+    """The measures an evaluation reports, in order: the task's own, those of scorer and judge (first, if the task
+    leaves judging to them), the guards.
 
-    One for which there is no data is left out of the score table.
+    Measures without data are left out of the score table.
     """
     task, settings = experiment.task.measures, experiment.evaluation
     guards = GUARDS
@@ -89,7 +89,7 @@ def reported(experiment: Experiment) -> tuple[Measure, ...]:
 
 
 def titles(experiment: Experiment) -> Mapping[str, str]:
-    """Metric → title, in the order of reporting."""
+    """Metric → title, in the order in which they are reported."""
     found = {measure.name: measure.title for measure in reported(experiment)}
     trained = reward_models.TITLES if experiment.method.trains == "reward model" else {}
     ranked = {} if experiment.evaluation.best_of_n is None else best_of_n.TITLES
@@ -98,7 +98,7 @@ def titles(experiment: Experiment) -> Mapping[str, str]:
     attacks = RED_TEAM if experiment.evaluation.red_team is not None else {}
     reference = experiment.evaluation.kl_reference
     under = "the base policy" if reference == "base" else PurePath(reference or "").name
-    apart = {} if reference is None else {KL_REFERENCE: f"KL from {under} (nats a text)"}
+    apart = {} if reference is None else {KL_REFERENCE: f"KL from {under} (nats per text)"}
     return {**trained, **found, **texts, **worst, **attacks, **apart, OBEDIENCE: "obedience", **ranked}
 
 
@@ -108,11 +108,11 @@ def text_statistics(
     subject: str | None = None,
     better: Literal["lower", "higher"] = "lower",
 ) -> pl.DataFrame:
-    """Rows of SCORES for :data:`TEXT_STATISTICS`; numbers of all texts together have no interval.
+    """Rows of SCORES for :data:`TEXT_STATISTICS`; numbers computed over all texts together have no interval.
 
     Args:
-        samples: prompt_id, role, text, score; probes do not count.
-        better: which scores are good.
+        samples: prompt_id, role, text, score; probes are ignored.
+        better: which scores are better.
     """
     shown = samples.filter(pl.col("role") != "probe")
     texts, prompts = shown["text"].to_list(), shown["prompt_id"].n_unique()
@@ -142,8 +142,8 @@ def score_table(
 
     Args:
         samples: sample_id, prompt_id, condition, role, text, n_tokens, nll and nll_tokens
-            (NULL where not computed), and what else ``measures`` name.
-        measured: sample_id and the columns that ``measures`` name; they go before those of ``samples``.
+            (NULL where not computed), and any other columns that ``measures`` name.
+        measured: sample_id and the columns that ``measures`` name; they override those of ``samples``.
         subject: a baseline's name; None: the experiment's own policy.
 
     Returns:
@@ -165,17 +165,15 @@ def score_table(
 
 
 def with_numbers(samples: pl.DataFrame, measured: pl.DataFrame) -> pl.DataFrame:
-    """Samples with the numbers of :meth:`Task.measure`, which go before columns of the same name."""
+    """Samples with the numbers of :meth:`Task.measure`, which override columns of the same name."""
     own = samples.select(c for c in samples.columns if c == "sample_id" or c not in measured.columns)
-    # In the samples' order: resampling and blocks go by it.
+    # In the samples' order: resampling and blocks depend on it.
     return own.join(measured, on="sample_id", maintain_order="left")
 
 
 def sample_values(samples: pl.DataFrame, measure: Measure) -> pl.Series:
     """A measure, sample by sample; NULL where it is undefined."""
-    values = (
-        samples[measure.numerator].cast(pl.Float64) * measure.scale
-    )  # without any data a column has no type
+    values = samples[measure.numerator].cast(pl.Float64) * measure.scale  # a column without data has no type
     if measure.denominator is None:
         return values
     counts = samples[measure.denominator].cast(pl.Float64)
@@ -223,6 +221,6 @@ def _estimate(group: pl.DataFrame, measure: Measure, resamples: int) -> Estimate
 
 
 def value_of(scores: pl.DataFrame, metric: str, role: str = "main") -> float | None:
-    """One value of a score table, None where it is not there."""
+    """One value of a score table; None if it is missing."""
     found = scores.filter((pl.col("metric") == metric) & (pl.col("role") == role))["value"]
     return float(found[0]) if len(found) else None

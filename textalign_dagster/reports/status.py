@@ -1,4 +1,4 @@
-"""The grid as a table: the state of every stage of every iteration, and what it cost."""
+"""The grid as a table: the state of every stage of every iteration, and the seconds it took."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def grid(store: ArtifactStore, library: Library, names: Sequence[str]) -> list[d
 
 
 def grid_table(cells: Sequence[dict[str, Any]]) -> Table:
-    """The grid for people: an iteration a row, a stage a column, seconds in the cells.
+    """The grid for people: one row per iteration, one column per stage, seconds in the cells.
 
-    Iterations that were not begun share a row.
+    Iterations that have not been started share a row.
     """
     table = Table(pad_edge=False)
     table.add_column("experiment", no_wrap=True, overflow="ignore")

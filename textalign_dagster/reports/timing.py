@@ -13,21 +13,21 @@ from textalign_dagster.loop.stages import STAGES
 from textalign_dagster.settings import SettingsError
 
 REST = "rest"
-"""The part of a stage that it does not name: reading its inputs, starting processes, writing to the store."""
+"""The time of a stage outside its named parts: reading its inputs, starting processes, writing to the store."""
 
 
 SHORT = 0.05
-"""Seconds below which a part is not shown to people, unless the stage has no other."""
+"""Seconds below which a part is left out of the table; a stage with no longer part shows `REST`."""
 
 
 def timings(store: ArtifactStore, name: str) -> list[dict[str, Any]]:
     """One row per iteration, stage and part: experiment, iteration, stage, part, seconds, reused.
 
-    Parts are what the stages measured themselves (load, generate, wait, score, train, save, …); what
-    else passed in a stage is `REST`. What was made for another cell has reused: it took no time here.
+    Parts are what the stages measured themselves (load, generate, wait, score, train, save, …); the
+    remaining time of a stage is `REST`. Output computed for another cell is reused: it took no time here.
 
     Raises:
-        SettingsError: nothing of the experiment was made yet.
+        SettingsError: the experiment has no finished stage yet.
     """
     rows = []
     for k in sorted(store.cells().filter(experiment=name)["iteration"].unique()):
@@ -61,17 +61,17 @@ def _order(part: str) -> tuple[int, str]:
 
 
 def bottleneck(rows: Sequence[dict[str, Any]]) -> str:
-    """What took longest of one iteration's rows, in words."""
+    """The part that took longest in one iteration's rows, in words."""
     own = [row for row in rows if not row["reused"]]
     total = sum(row["seconds"] for row in own)
     if total == 0:
-        return "all of it was made for another experiment"
+        return "all of it was reused from another experiment"
     most = max(own, key=lambda row: row["seconds"])
     return f"{most['stage']}, {most['part']}: {most['seconds'] / total:.0%} of {total:.1f} s"
 
 
 def timing_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """For people: a part a row, an iteration a column; what took longest stands below."""
+    """The table for people: one row per part, one column per iteration; below, what took longest."""
     iterations = sorted({row["iteration"] for row in rows})
     table = Table(pad_edge=False, title=rows[0]["experiment"], title_justify="left")
     table.add_column("stage")

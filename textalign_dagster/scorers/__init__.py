@@ -1,4 +1,4 @@
-"""Scorers: numbers (or feedback) for samples, without an LLM judge. Name and version go with every score."""
+"""Scorers: numbers (or feedback) for samples, without an LLM judge. Name and version are stored with every score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What files hold, as hashes that are computed once for each state of the files."""
+"""Hashes of file contents, computed once for each state of the files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from textalign_dagster.ids import folder_hash
 
 KEPT = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py")
-"""Endings of the files of a model that its output depends on."""
+"""Suffixes of the files of a model that its output depends on."""
 
 
 def model_hash(folder: Path) -> str | None:
-    """Hash of a model's weights, config and tokenizer; None where there is no such folder."""
+    """Hash of a model's weights, config and tokenizer; None if the folder does not exist."""
     try:
         names = sorted(p.name for p in folder.iterdir() if p.name.endswith(KEPT) and p.is_file())
     except OSError:
@@ -23,7 +23,7 @@ def model_hash(folder: Path) -> str | None:
 
 
 def model_identity(field: str, model: str, revision: str | None) -> dict[str, Any]:
-    """A model by content where it is a folder, else by its name on the hub."""
+    """A model's identity: the content of a folder, else the hub id and revision."""
     folder = Path(model)
     if folder.is_absolute():
         return {field: model_hash(folder)}
@@ -31,14 +31,14 @@ def model_identity(field: str, model: str, revision: str | None) -> dict[str, An
 
 
 def file_hash(path: Path) -> str | None:
-    """Hash of a file's content, whatever it is called; None where there is no such file."""
+    """Hash of a file's content, regardless of its name; None if the file does not exist."""
     if not path.is_file():
         return None
     return _content(path, _stamps(path.parent, [path.name]))
 
 
 def tree_hash(folder: Path) -> str | None:
-    """Hash of all files of a folder and the folders in it; None where there is no such folder."""
+    """Hash of all files below a folder; None if it does not exist."""
     if not folder.is_dir():
         return None
     names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -1,4 +1,4 @@
-"""Feedback that was collected elsewhere (from people, by another program), as a source of feedback."""
+"""Feedback collected elsewhere (from people or by another program), as a scorer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.scorers.file_stamps import file_hash
 
 IMPORTED_VERSION = "1"
-"""Raised with every change of how judgements find their samples."""
+"""Raised with every change to how judgements are matched to samples."""
 
 ITERATION = "{iteration}"
 
@@ -22,7 +22,7 @@ ITERATION = "{iteration}"
 class ImportedScorer(Scorer):
     """Judgements read from a file, matched by sample_id, else by prompt and text; higher is better."""
 
-    measures: ClassVar[bool] = False  # they are about the samples of an iteration, and say nothing of others
+    measures: ClassVar[bool] = False  # they only cover an iteration's samples
 
     name: Literal["imported"] = "imported"
     path: str = Field(
@@ -35,18 +35,20 @@ class ImportedScorer(Scorer):
     )
     kind: Literal["reward", "text", "category", "judgment"] = Field(
         "reward",
-        description="What is taken of a judgement: its number (reward), its words with their number (text), "
-        "its label (category), or the label with the words, where there are any (judgment).",
+        description="What is used of a judgement: its number (reward), its text with the number (text), its "
+        "label (category), or the label with the text, if any (judgment).",
     )
-    aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
+    aspect: str | None = Field(None, description="The aspect to use from a file with several.")
     labels: tuple[str, ...] | None = Field(
         None, strict=False, min_length=2, description="format alt: the categories; null: ALT_LMC's four."
     )
     scores: tuple[float, float] | None = Field(
-        None, strict=False, description="format alt: lowest and highest score beside words; null: 0 to 3."
+        None,
+        strict=False,
+        description="format alt: lowest and highest score of textual feedback; null: 0 to 3.",
     )
     skip_refused: bool = Field(
-        False, description="Go on with the good rows of a file although others cannot be read."
+        False, description="Continue with the valid rows of a file if others cannot be read."
     )
 
     @field_validator("path")
@@ -54,24 +56,24 @@ class ImportedScorer(Scorer):
     def _places(cls, path: str) -> str:
         unknown = [place for place in re.findall(r"\{[^{}]*\}", path) if place != ITERATION]
         if unknown:
-            raise ValueError(f"{unknown[0]} means nothing here; a path may hold {ITERATION}")
+            raise ValueError(f"{unknown[0]} is not a placeholder; a path can contain {ITERATION}")
         return path
 
     @model_validator(mode="after")
     def _alt_only(self) -> ImportedScorer:
         if self.format != "alt" and (self.labels is not None or self.scores is not None):
-            raise ValueError("labels, scores: only format alt reads them; leave them out")
+            raise ValueError("labels, scores: only format alt uses them; remove them")
         return self
 
     def file(self, iteration: int | None) -> Path:
         """The file of an iteration.
 
         Raises:
-            ValueError: the path goes by the iteration, and none is known.
+            ValueError: the path contains {iteration}, and no iteration is given.
         """
         if ITERATION in self.path and iteration is None:
             raise ValueError(
-                f"{self.path} needs an iteration, and there is none here; give a path without it"
+                f"{self.path} needs an iteration, and none is known here; give a path without {{iteration}}"
             )
         return Path(self.path.replace(ITERATION, str(iteration)))
 
@@ -89,7 +91,7 @@ class ImportedScorer(Scorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """With the content of the file, or of every iteration's that is there."""
+        """Includes the content of the file, or of the existing file of every iteration."""
         path = Path(self.path)
         if ITERATION not in self.path:
             return {**self._settings, "content": file_hash(path)}
@@ -100,7 +102,7 @@ class ImportedScorer(Scorer):
         return {**self._settings, "content": files}
 
     def identity_at(self, iteration: int) -> dict[str, Any]:
-        """With the content of that iteration's file only: another iteration's does not matter."""
+        """Includes the content of that iteration's file only: other iterations' files do not matter."""
         return {**self._settings, "content": file_hash(self.file(iteration))}
 
     @property

@@ -1,4 +1,4 @@
-"""A language model of one's own as the judge: it reads a sample, and writes what is wrong with it (no torch here)."""
+"""Your own language model as the judge: it reads a sample and writes what is wrong with it (no torch here)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textalign_dagster.scorers.base import Scorer, trained_by
 from textalign_dagster.scorers.file_stamps import model_identity
 
 JUDGE_MODELS_VERSION = "1"
-"""Raised with every change of what a model is shown, or of how its judgment is read."""
+"""Raised with every change to what a model is shown or how its judgment is parsed."""
 
 
 class JudgeModel(Scorer):
@@ -22,20 +22,20 @@ class JudgeModel(Scorer):
     section 4.4) train such a judge from the target model itself.
     """
 
-    measures: ClassVar[bool] = False  # a judgment is words, not a number
+    measures: ClassVar[bool] = False  # a judgment is text, not a number
 
     name: Literal["judge_model"] = "judge_model"
     model: str = Field(
         ...,
         min_length=1,
-        description="EXPERIMENT@ITERATION, what an experiment with method `forward_prediction` trained; or a "
+        description="EXPERIMENT@ITERATION (trained by an experiment with method `forward_prediction`), a "
         "transformers folder (relative to the experiment file), or a hub id.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     question: str = Field(
         "\nJudgment: ",
         min_length=1,
-        description="What stands between a sample and its judgment: as it was trained (`method.question`).",
+        description="Text between a sample and its judgment, as in its training (`method.question`).",
     )
     max_new_tokens: int = Field(
         128, ge=1, description="Longest judgment in tokens; one that is cut off is unparseable."

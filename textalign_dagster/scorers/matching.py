@@ -1,4 +1,4 @@
-"""Which judgement of a file is about which sample."""
+"""Matching the judgements of a file to samples."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Key = tuple[str, str]
 def match_judgements(
     samples: pl.DataFrame, known: pl.DataFrame, judgements: pl.DataFrame, kind: FeedbackKind
 ) -> list[dict[str, Any]]:
-    """The judgement of every sample, in order: by its id, else by its prompt and text.
+    """The judgement of every sample, in order: matched by id, else by prompt and text.
 
-    A file may repeat a prompt and text; the n-th of these goes to the n-th such sample, the last one
-    to all further ones. Blanks around prompt and text do not matter.
+    A file can repeat a prompt and text; the n-th of these goes to the n-th such sample, the last one
+    to all further ones. Whitespace around prompt and text is ignored.
 
     Args:
         samples: sample_id, prompt, text.
         known: the file's samples: sample_id, prompt, text.
         judgements: one row of FEEDBACK for each of them, of one aspect.
-        kind: what is taken of a judgement; one that does not hold it is ``skipped``.
+        kind: what is used of a judgement; one without it is ``skipped``.
 
     Returns:
-        value, label, text, status, reason of each.
+        value, label, text, status and reason of each.
     """
     by_id = {row["sample_id"]: row for row in judgements.iter_rows(named=True)}
     by_text: dict[Key, list[dict[str, Any]]] = {}
@@ -52,28 +52,28 @@ def _key(prompt: str, text: str) -> Key:
 
 
 def taken(row: dict[str, Any] | None, kind: FeedbackKind) -> dict[str, Any]:
-    """A judgement as feedback of this kind, or the reason why it is none."""
+    """A judgement as feedback of this kind, or the status and reason why it is not."""
     if row is None:
         return nothing("skipped", "no judgement in the file")
     if row["status"] != "ok":
         return nothing(row["status"], row["reason"])
     value, label, text = row["value"], row["label"], row["text"]
     if kind == "reward":
-        lacks = "number" if value is None else None
+        missing = "number" if value is None else None
         label = text = None
     elif kind == "text":
-        lacks = "number beside its words" if value is None else None if text else "words"
+        missing = "number with its words" if value is None else None if text else "words"
         label = None
     elif kind == "judgment":
-        lacks = None if label or text else "judgment"
+        missing = None if label or text else "judgment"
     else:
-        lacks = None if label else "label"
+        missing = None if label else "label"
         text = None
-    if lacks:
-        return nothing("skipped", f"its judgement in the file has no {lacks}")
+    if missing:
+        return nothing("skipped", f"its judgement in the file has no {missing}")
     return {"value": value, "label": label, "text": text, "status": "ok", "reason": None}
 
 
 def nothing(status: str, reason: str) -> dict[str, Any]:
-    """No judgement, and why."""
+    """Feedback without a value, with its status and reason."""
     return {"value": None, "label": None, "text": None, "status": status, "reason": reason}

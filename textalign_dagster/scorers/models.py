@@ -1,4 +1,4 @@
-"""Scorers that are models: a classifier, or a reward model. They run in a worker process (no torch here)."""
+"""Scorers that are models: a classifier or a reward model. They run in a worker process (no torch here)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from textalign_dagster.settings.clusters import RayNode, SlurmNode
 from textalign_dagster.settings.kubernetes import KubernetesPod
 
 MODELS_VERSION = "1"
-"""Raised with every change of what a model is shown, or of how its answer is read."""
+"""Raised with every change to what a model is shown or how its output is read."""
 
 CHAT = "chat"
-"""As a template: the chat template of the model's own tokenizer."""
+"""The value of ``template`` that selects the chat template of the model's own tokenizer."""
 
 PUBLISHED_TEMPLATE = "<|startoftext|>{prompt}\nTL;DR: {text}<|endoftext|>"
 PUBLISHED_CUE = "TL;DR:"
@@ -27,7 +27,7 @@ _PLACES = re.compile(r"\{(prompt|text)\}")
 
 
 class ModelCheck(Settings):
-    """Pairs that the model must tell apart before any of its scores is trusted."""
+    """Pairs that the model must tell apart before any of its scores are trusted."""
 
     path: str = Field(
         ..., description="JSON Lines of prompt, chosen, rejected (relative to the experiment file)."
@@ -36,57 +36,59 @@ class ModelCheck(Settings):
         0.7,
         ge=0,
         le=1,
-        description="Share of pairs whose chosen text must get the better score. A model that was loaded "
-        "wrongly is at 0.5, like one that was never trained.",
+        description="Share of pairs whose chosen text must get the better score. A wrongly loaded "
+        "model is at 0.5, like an untrained one.",
     )
 
 
 class ModelScorer(Scorer):
-    """What all models have in common: which, what it is shown, and how it is run."""
+    """What all model scorers share: which model, what it is shown, and how it runs."""
 
     model: str = Field(
         ...,
         min_length=1,
-        description="A transformers folder (relative to the experiment file), a hub id, or EXPERIMENT@ITERATION: the "
-        "reward model that an experiment trained.",
+        description="A transformers folder (relative to the experiment file), a hub id, or EXPERIMENT@ITERATION (a "
+        "reward model trained by an experiment).",
     )
     revision: str | None = Field(
-        None, description="Branch, tag or commit of a hub model; a commit is the only name that stays."
+        None, description="Branch, tag or commit of a hub model; only a commit never changes."
     )
     template: str | None = Field(
         None,
-        description="What the model reads, with {prompt} and {text}, both stripped of blanks around them; "
+        description="The model's input, with {prompt} and {text}, both stripped of surrounding whitespace; "
         "`chat`: its tokenizer's chat template; null: prompt and text as the policy saw them.",
     )
     cue: str | None = Field(
         None,
-        description="Taken from the end of a prompt before the template is filled, because the template writes it.",
+        description="Removed from the end of a prompt before the template is filled, because the template adds it.",
     )
     max_length: int | None = Field(
-        None, ge=2, description="Longest input in tokens; null: what the model can hold."
+        None, ge=2, description="Longest input in tokens; null: the model's maximum."
     )
     keep: Literal["end", "start"] = Field(
         "end",
-        description="Which end of a prompt stays where prompt and text are too long; the text always does.",
+        description="Which end of a prompt is kept if prompt and text are too long; the text always is.",
     )
     allow_truncated_text: bool = Field(
-        False, description="Whether a text that is too long by itself loses its end, rather than fail."
+        False, description="Whether a text that is too long by itself is cut at the end instead of failing."
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Number format.")
-    device: str = Field("auto", description="auto (a GPU, if there is one), cpu, cuda, cuda:1, …")
+    device: str = Field("auto", description="auto (a GPU, if available), cpu, cuda, cuda:1, …")
     batch_tokens: int = Field(
-        16384, ge=1, description="Tokens scored together, padding included; less needs less memory."
+        16384, ge=1, description="Tokens scored together, including padding; fewer need less memory."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that the model folder brings along.")
+    trust_remote_code: bool = Field(False, description="Run Python code from the model folder.")
     launcher: Literal["local", "slurm", "ray", "k8s"] = Field(
         "local",
         description="Where the model runs: on this machine, as a job of a Slurm cluster, on Ray, or as a pod of "
         "Kubernetes (docs/clusters.md).",
     )
-    slurm: SlurmNode = Field(SlurmNode(), description="The job, where the launcher is slurm.")
-    ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray.")
-    k8s: KubernetesPod = Field(KubernetesPod(), description="The pod, where the launcher is k8s.")
-    check: ModelCheck | None = Field(None, description="What the model must pass before it is trusted.")
+    slurm: SlurmNode = Field(SlurmNode(), description="The job, with `launcher: slurm`.")
+    ray: RayNode = Field(RayNode(), description="The resources, with `launcher: ray`.")
+    k8s: KubernetesPod = Field(KubernetesPod(), description="The pod, with `launcher: k8s`.")
+    check: ModelCheck | None = Field(
+        None, description="A test that the model must pass before it is trusted."
+    )
 
     @field_validator("template")
     @classmethod
@@ -105,7 +107,7 @@ class ModelScorer(Scorer):
     @model_validator(mode="after")
     def _cue_with_template(self) -> ModelScorer:
         if self.cue is not None and self.shown_template is None:
-            raise ValueError("cue: only a template writes it again; give a template, or leave the cue out")
+            raise ValueError("cue: only a template adds it back; give a template, or remove the cue")
         return self
 
     @model_validator(mode="after")
@@ -120,12 +122,12 @@ class ModelScorer(Scorer):
 
     @property
     def shown_template(self) -> str | None:
-        """The template in force."""
+        """The template that is used."""
         return self.template
 
     @property
     def shown_cue(self) -> str | None:
-        """The cue in force."""
+        """The cue that is used."""
         return self.cue
 
     @property
@@ -148,7 +150,7 @@ class ClassifierScorer(ModelScorer):
     )
     activation: Literal["sigmoid", "softmax", "none"] = Field(
         "softmax",
-        description="softmax: labels exclude each other; sigmoid: each stands for itself; none: the bare logit.",
+        description="softmax: labels are mutually exclusive; sigmoid: they are independent; none: the raw logit.",
     )
     reads: Literal["text", "prompt_and_text"] = Field("text", description="What the classifier is shown.")
     good: bool = Field(..., description="Whether the label is good (helpful: true) or bad (toxic: false).")
@@ -190,16 +192,16 @@ class RewardModelScorer(ModelScorer):
     weights: str | None = Field(
         None,
         description="gptj_last_token: the folder or hub id with the state dict of language model and head; "
-        "`model` gives config and tokenizer. null: `model` has it too.",
+        "`model` provides config and tokenizer. null: `model` has it, too.",
     )
-    weights_revision: str | None = Field(None, description="As revision, of the weights.")
+    weights_revision: str | None = Field(None, description="Like `revision`, for `weights`.")
 
     @model_validator(mode="after")
     def _head(self) -> RewardModelScorer:
         if self.head == "gptj_last_token" and self.label is not None:
-            raise ValueError("label: head gptj_last_token has one output; leave the label out")
+            raise ValueError("label: head gptj_last_token has one output; remove the label")
         if self.head == "sequence_classification" and (self.weights or self.weights_revision):
-            raise ValueError("weights: only head gptj_last_token keeps them apart; leave them out")
+            raise ValueError("weights: only head gptj_last_token has separate ones; remove them")
         if self.template not in (None, CHAT) and "{prompt}" not in (self.template or ""):
             raise ValueError("template: it has no {prompt}; a reward model judges an answer to a prompt")
         return self
@@ -221,7 +223,7 @@ class RewardModelScorer(ModelScorer):
 
     @property
     def identity(self) -> dict[str, Any]:
-        found = super().identity
+        identity = super().identity
         if self.weights is None:
-            return found
-        return {**found, **model_identity("weights", self.weights, self.weights_revision)}
+            return identity
+        return {**identity, **model_identity("weights", self.weights, self.weights_revision)}

@@ -1,4 +1,4 @@
-"""Words and regular expressions, counted."""
+"""Counts of keywords and regular expressions."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ PATTERNS_VERSION = "1"
 
 
 class PatternScorer(TextScorer):
-    """How much of what is looked for a text holds; None for a text without a character (or word)."""
+    """How often keywords and patterns match in a text; rates are None for a text without characters (or words)."""
 
     name: Literal["patterns"] = "patterns"
     keywords: tuple[str, ...] = Field((), strict=False, description="Words or phrases, taken literally.")
     patterns: tuple[str, ...] = Field((), strict=False, description="Regular expressions (Python's).")
-    ignore_case: bool = Field(True, description="Whether capitals make no difference.")
-    whole_words: bool = Field(True, description="Whether a keyword counts only where no letter adjoins.")
+    ignore_case: bool = Field(True, description="Whether case is ignored.")
+    whole_words: bool = Field(True, description="Whether a keyword only matches as a whole word.")
     metric: Literal["any", "count", "per_character", "per_word"] = Field(
         "count",
-        description="any: 1 if something is found, else 0; count: how many places; or per character or word.",
+        description="any: 1 if anything matches, else 0; count: the number of matches; or matches per character or word.",
     )
     good: bool = Field(
-        False, description="Whether finding is good (a required phrase) or bad (a banned one)."
+        False, description="Whether a match is good (a required phrase) or bad (a banned one)."
     )
 
     @field_validator("keywords")
@@ -53,7 +53,7 @@ class PatternScorer(TextScorer):
     @model_validator(mode="after")
     def _something(self) -> PatternScorer:
         if not self.keywords and not self.patterns:
-            raise ValueError("keywords, patterns: give at least one of either")
+            raise ValueError("keywords, patterns: give at least one keyword or pattern")
         return self
 
     @property
@@ -65,7 +65,7 @@ class PatternScorer(TextScorer):
         return "higher" if self.good else "lower"
 
     def spans(self, text: str) -> list[Span]:
-        """Places of keywords and patterns; the kind is the keyword or pattern. Overlaps are one."""
+        """Matches of keywords and patterns, overlaps merged; the kind is the keyword or pattern."""
         found = [
             Span(match.start(), match.end(), kind)
             for kind, pattern in self._compiled

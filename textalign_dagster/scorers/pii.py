@@ -1,8 +1,8 @@
 """Personally identifiable information in a text.
 
 The task and its metric are those of pretraining with human feedback (Korbak et al., 2023, arXiv:2302.08582), which
-used scrubadub, the address parser pyap and the names of a spaCy pipeline. Names take a pipeline here too (`names`),
-and are not looked for without one. docs/scorers.md lists where else what is found differs.
+used scrubadub, the address parser pyap and the names of a spaCy pipeline. Names need a pipeline here, too (`names`),
+and are not detected without one. docs/scorers.md lists the other differences.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ Detector = Literal[
 
 
 class PIIScorer(TextScorer):
-    """Found parts per character of a text; lower is better. None for a text without a character."""
+    """Detected spans per character of a text; lower is better. None for an empty text."""
 
     name: Literal["pii"] = "pii"
     metric: Metric = Field(
         "per_character",
-        description="per_character: found parts / characters (the evaluation's); per_character_twice: that "
-        "divided by the characters again (the released training scores'); word_share: percent of words that "
-        "touch a found part (the data card's).",
+        description="per_character: spans / characters (as in the published evaluation); per_character_twice: that divided "
+        "by the characters again (as in the released training scores); word_share: percent of words that "
+        "overlap a span (as on the data card).",
     )
     detectors: tuple[Detector, ...] = Field(
-        get_args(Detector), strict=False, min_length=1, description="What is looked for, besides `names`."
+        get_args(Detector),
+        strict=False,
+        min_length=1,
+        description="What is detected, in addition to `names`.",
     )
     names: str | None = Field(
         None,
-        description="A pipeline of spaCy that finds names of persons and organisations: an installed one, such as "
+        description="A spaCy pipeline that finds names of persons and organisations: an installed one, such as "
         "en_core_web_sm, or a folder (relative to the experiment file). null: names do not count.",
     )
 
@@ -56,7 +59,7 @@ class PIIScorer(TextScorer):
             load_pipeline(self.names)
 
     def spans(self, text: str) -> list[Span]:
-        """Parts that overlap or touch are one, and count as one."""
+        """The detected spans; those that overlap or touch are merged and count as one."""
         return self._spans([text])[0]
 
     def score(self, texts: Sequence[str]) -> list[float | None]:
@@ -82,7 +85,7 @@ class PIIScorer(TextScorer):
 
 
 def _word_share(text: str, found: Sequence[Span]) -> float | None:
-    """Percent of words (by whitespace) that share a character with a found part."""
+    """Percent of words (separated by whitespace) that overlap a detected span."""
     words = touched = position = 0
     ahead = list(found)
     for word in text.split():

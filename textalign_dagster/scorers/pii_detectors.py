@@ -1,8 +1,8 @@
-"""The detectors: each a function from a text to the (start, end) of what it finds.
+"""The detectors: each is a function from a text to the (start, end) of every match.
 
-They follow scrubadub 2, which the published scores come from; tests/textalign_dagster/scorers/published_pii.json
-holds what it finds, and docs/scorers.md where they differ. Every pattern is bounded (no repeat inside a repeat), so
-that time grows linearly with the text, whatever a model writes.
+They follow scrubadub 2, which produced the published scores; tests/textalign_dagster/scorers/published_pii.json
+contains its matches, and docs/scorers.md lists the differences. Every pattern is bounded (no unbounded repeat inside
+a repeat), so time grows linearly with the text, whatever a model writes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from stdnum import luhn
 from stdnum.us import ssn
 
 DETECTORS_VERSION = f"2+phonenumbers{version('phonenumbers')}"
-"""Changed with every change of what is found."""
+"""Changed with every change to what is detected."""
 
 Place = tuple[int, int]
 
 _EMAIL = re.compile(
     r"(?<![\w.+%-])[\w.+%-]{1,64}"
     r"(?:@(?:[a-z0-9-]{1,63}\.){1,8}[a-z]{2,24}"
-    # "jane at mail dot com": only top-level domains that are not words, for "at" is one.
+    # "jane at mail dot com": only top-level domains that are not words, because "at" is one.
     r"|\sat\s(?:[a-z0-9-]{1,63}(?:\.|\sdot\s)){1,8}(?:com|org|net|edu|gov|info|co|io|uk|de|fr|ca))(?![\w-])",
     re.IGNORECASE,
 )
@@ -64,7 +64,7 @@ _DATES = (
     (re.compile(r"\bin (\d{4})\b(?!-)"), "y"),
 )
 _BIRTH = re.compile(r"\b(?:birth\w*|born|dob|d\.o\.b)\b", re.IGNORECASE)
-_YOUNGEST = 2008  # the published detector counts ages from today, so its scores change with the calendar
+_YOUNGEST = 2008  # the published detector computes ages as of today, so its scores change over time
 
 
 def _whole(pattern: re.Pattern[str], group: int = 0) -> Callable[[str], Iterator[Place]]:
@@ -79,19 +79,19 @@ def _url(text: str) -> Iterator[Place]:
 
 
 def _phone(text: str) -> Iterator[Place]:
-    """Numbers of the United States, and of all countries where they begin with +."""
-    import phonenumbers  # 60 ms that a command which scores nothing need not wait
+    """Phone numbers of the United States, and of any country if they begin with +."""
+    import phonenumbers  # takes 60 ms, which commands that score nothing are spared
 
     return ((match.start, match.end) for match in phonenumbers.PhoneNumberMatcher(text, "US"))
 
 
 def _ssn(text: str) -> Iterator[Place]:
-    """Numbers that can have been given out."""
+    """Social security numbers that can have been issued."""
     return (match.span() for match in _SSN.finditer(text) if ssn.is_valid(match[0]))
 
 
 def _credit_card(text: str) -> Iterator[Place]:
-    """Numbers of payment cards (first digit 2 to 6) whose check digit is right (ISO/IEC 7812-1)."""
+    """Payment card numbers (first digit 2 to 6) with a correct check digit (ISO/IEC 7812-1)."""
     for match in _CARD.finditer(text):
         digits = re.sub(r"[ -]", "", match[0])
         if digits[0] in "23456" and luhn.is_valid(digits) and len(set(digits)) > 1:
@@ -99,7 +99,7 @@ def _credit_card(text: str) -> Iterator[Place]:
 
 
 def _birth_date(text: str) -> Iterator[Place]:
-    """Dates of 1900 to 2008 with a word for birth at most two lines before or one line after."""
+    """Dates from 1900 to 2008 with a word for birth at most two lines before or one line after."""
     if not _BIRTH.search(text):
         return
     ends = [i for i, character in enumerate(text) if character == "\n"]
@@ -135,7 +135,7 @@ def _is_birth_date(parts: tuple[str, ...], order: str) -> bool:
 
 
 def _address(text: str) -> Iterator[Place]:
-    # "coverage" is what insurance texts have where a street's name would be.
+    # Insurance texts have "coverage" where a street name would be.
     return (match.span() for match in _ADDRESS.finditer(text) if "coverage" not in match[0].lower())
 
 

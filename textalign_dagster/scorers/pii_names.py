@@ -1,4 +1,4 @@
-"""Names of persons and organisations, as a pipeline of spaCy recognises them (extra `names`)."""
+"""Names of persons and organisations, as recognised by a spaCy pipeline (extra `names`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from spacy.language import Language
 
 LABELS = frozenset({"PERSON", "PER", "ORG"})
-"""Entities that count, as in the published scorer."""
+"""Entity labels that count, as in the published scorer."""
 
 REMEDY = (
     "give the name of an installed pipeline (pip install -e '.[names]'; python -m spacy download en_core_web_sm), "
-    "or a folder that spaCy wrote"
+    "or a folder saved by spaCy"
 )
 
 
@@ -30,13 +30,13 @@ def names_in(pipeline: str, texts: Sequence[str]) -> Iterator[list[tuple[int, in
         SettingsError: there is no such pipeline, or it recognises no entities.
     """
     nlp = load_pipeline(pipeline)
-    nlp.max_length = max([nlp.max_length, *map(len, texts)])  # spaCy refuses a longer text
+    nlp.max_length = max([nlp.max_length, *map(len, texts)])  # spaCy refuses longer texts
     for document in nlp.pipe(texts):
         yield [(entity.start_char, entity.end_char) for entity in document.ents if entity.label_ in LABELS]
 
 
 def pipeline_version(pipeline: str) -> str:
-    """What the names follow from: spaCy, and the pipeline's content or release. Never raises."""
+    """What determines the names: spaCy's release, and the pipeline's content or release. Never raises."""
     found = tree_hash(Path(pipeline)) if Path(pipeline).is_absolute() else _release(pipeline)
     return f"spacy{_release('spacy')}+{Path(pipeline).name}:{found}"
 
@@ -45,7 +45,7 @@ def load_pipeline(pipeline: str) -> Language:
     """A pipeline that recognises entities.
 
     Raises:
-        SettingsError: as above.
+        SettingsError: as in :func:`names_in`.
     """
     return _loaded(pipeline, pipeline_version(pipeline))
 
@@ -62,7 +62,9 @@ def _loaded(pipeline: str, _version: str) -> Language:
         reason = str(error).splitlines()[0]
         raise SettingsError(f"names: {pipeline} is not a spaCy pipeline ({reason}); {REMEDY}") from None
     if not nlp.has_pipe("ner"):
-        raise SettingsError(f"names: {pipeline} recognises no entities (it has {nlp.pipe_names}); {REMEDY}")
+        raise SettingsError(
+            f"names: {pipeline} recognises no entities (components: {nlp.pipe_names}); {REMEDY}"
+        )
     return nlp
 
 

@@ -1,10 +1,10 @@
-"""Rude words, insults and threats, found with a lexicon of our own: needs no weights and no network.
+"""Rude words, insults and threats, found with our own lexicon, without model weights or network access.
 
 It finds *words*, not meaning. A quotation, a negation ("you are no idiot") and a novel's dialogue
-score like the thing itself; contempt in polite words scores nothing. Slurs against groups are not in
-the list, and English is all it knows. It makes the loop run anywhere and makes tests exact; research
-on toxicity takes a ``classifier`` or a judge. Scores compare among themselves, not with published
-ones, which come from models.
+score like the real thing; contempt in polite words scores nothing. Slurs against groups are not in
+the list, and only English is covered. It lets the loop run anywhere and makes tests exact; research
+on toxicity needs a ``classifier`` or a judge. Its scores are comparable with each other, not with
+published ones, which come from models.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from textalign_dagster.ids import content_hash
 from textalign_dagster.scorers.base import Span, TextScorer, merge_spans
 
 TOXICITY_VERSION = "1"
-"""Raised with every change of how words are found; the list of words is hashed by itself."""
+"""Raised with every change to how words are found; the list of words is hashed separately."""
 
 _LEET = str.maketrans("0134578@$!", "oieastbasi")
 _OTHER_LEET = str.maketrans("0134578@$!", "oleastbasl")
 _TOKEN = re.compile(r"[a-z0-9@$!*'’]+")
 _SPACED = " .-_"
-_LEAST_SPACED = 3  # letters of a word that is found when it is spelled out, as in "d u m b"
+_LEAST_SPACED = 3  # letters of the shortest word that is found spelled out, as in "d u m b"
 
 Runs = tuple[tuple[str, int], ...]
-"""A word as its letters, each with how often it stands there in a row."""
+"""A word, run-length encoded: its letters, each with the number of consecutive repeats."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A listed word or phrase, as its tokens."""
+    """A listed word or phrase, split into tokens."""
 
     words: tuple[str, ...]
     weight: float
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Word:
-    """A token of a text: the spellings it may stand for, and its place."""
+    """A token of a text: the spellings it can stand for, and its position."""
 
     spellings: tuple[str, ...]
     start: int
@@ -57,15 +57,15 @@ class _Word:
 class ToxicityScorer(TextScorer):
     """0 (nothing found) to 1, lower is better; None for a text without a letter or digit.
 
-    Every listed word or phrase in the text has a weight; together they make 1 - Π(1 - weight), so
-    that more of it never scores less.
+    Every listed word or phrase in the text has a weight; the score is 1 - Π(1 - weight), so more of
+    them never score less.
     """
 
     name: Literal["toxicity"] = "toxicity"
     words: dict[str, float] = Field(
         {},
-        description="Words or phrases and their weights (0 to 1), beside the shipped list or instead of its "
-        "weights; 0: not looked for.",
+        description="Words or phrases and their weights (0 to 1), in addition to the shipped list or overriding "
+        "its weights; 0: ignored.",
     )
 
     @field_validator("words")
@@ -73,7 +73,7 @@ class ToxicityScorer(TextScorer):
     def _weights(cls, words: dict[str, float]) -> dict[str, float]:
         for word, weight in words.items():
             if not _plain(word):
-                raise ValueError(f"{word!r} holds no letter or digit; nothing would be found")
+                raise ValueError(f"{word!r} contains no letter or digit; it would never be found")
             if not 0 <= weight <= 1:
                 raise ValueError(f"the weight of {word!r} is {weight}; give a number from 0 to 1")
         return words
@@ -92,7 +92,7 @@ class ToxicityScorer(TextScorer):
         return 1.0 - score
 
     def spans(self, text: str) -> list[Span]:
-        """Where listed words stand; the kind is insult, profanity, threat or (your own) listed."""
+        """The positions of listed words; the kind is insult, profanity, threat or (your own) listed."""
         found = [Span(start, end, entry.kind) for entry, start, end in self._found(text)]
         return merge_spans(found, touching=False)
 
@@ -108,7 +108,7 @@ class ToxicityScorer(TextScorer):
         return 1.0 - clean
 
     def _found(self, text: str) -> Iterator[tuple[Entry, int, int]]:
-        """Every listed word and phrase with its place; one inside another counts too."""
+        """Every listed word and phrase with its position; one inside another counts, too."""
         words = _tokens(text)
         for index, word in enumerate(words):
             for entry in self._at(words, index, word):
@@ -122,7 +122,7 @@ class ToxicityScorer(TextScorer):
                 position += size
 
     def _at(self, words: list[_Word], index: int, word: _Word) -> list[Entry]:
-        """The entries that begin with a token."""
+        """The entries that match the text from a token on."""
         matched: dict[tuple[str, ...], Entry] = {}
         for spelling in word.spellings:
             for runs, entries in self._beginning.get(_squeezed(spelling), ()):
@@ -131,14 +131,14 @@ class ToxicityScorer(TextScorer):
                 for entry in entries:
                     rest = words[index + 1 : index + len(entry.words)]
                     if len(rest) == len(entry.words) - 1 and all(
-                        any(_stands_for(s, _runs(wanted)) for s in given.spellings)
-                        for wanted, given in zip(entry.words[1:], rest, strict=True)
+                        any(_stands_for(s, _runs(listed)) for s in token.spellings)
+                        for listed, token in zip(entry.words[1:], rest, strict=True)
                     ):
                         matched[entry.words] = entry
         return list(matched.values())
 
     def _longest(self, letters: str, position: int) -> tuple[Entry | None, int]:
-        """The longest single word that is spelled out from a position, and what to step."""
+        """The longest single word spelled out from a position, and how far to advance."""
         longest = min(self._longest_word, len(letters) - position)
         for size in range(longest, _LEAST_SPACED - 1, -1):
             entry = self._single.get(letters[position : position + size])
@@ -174,7 +174,7 @@ class ToxicityScorer(TextScorer):
 
 @lru_cache(maxsize=1)
 def _lexicon() -> tuple[Entry, ...]:
-    """The shipped list; where a form stands twice, its greater weight counts."""
+    """The shipped list; if a form is listed twice, its greater weight counts."""
     text = files(__package__).joinpath("toxicity_words.tsv").read_text(encoding="utf-8")
     found: dict[tuple[str, ...], Entry] = {}
     for line in text.splitlines():
@@ -189,7 +189,7 @@ def _lexicon() -> tuple[Entry, ...]:
 
 
 def _plain(form: str) -> tuple[str, ...]:
-    """A listed form as tokens, spelled as texts' tokens are."""
+    """A listed form as tokens, spelled like the tokens of texts."""
     return tuple(word.spellings[0] for word in _tokens(form))
 
 
@@ -209,11 +209,11 @@ def _tokens(text: str) -> list[_Word]:
 
 @lru_cache(maxsize=65536)
 def _spellings(token: str) -> tuple[str, ...]:
-    """What a token may stand for: itself, and with look-alikes read as letters."""
+    """The spellings a token can stand for: its own, and those with look-alikes read as letters."""
     plain = token.replace("'", "").replace("’", "")
     if plain.isalpha() or plain.isdigit():
         return (plain,)
-    found = [plain, plain.rstrip("*")] if len(plain.rstrip("*")) >= 3 else [plain]  # "f***" stays
+    found = [plain, plain.rstrip("*")] if len(plain.rstrip("*")) >= 3 else [plain]  # "f***" is kept
     letters = sum(character.isalpha() for character in plain)
     if letters >= 2 or not any(character.isdigit() for character in plain):  # "4ss", not "a55"
         found += [one.translate(table) for one in found for table in (_LEET, _OTHER_LEET)]
@@ -222,19 +222,19 @@ def _spellings(token: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=4096)
 def _folded_character(character: str) -> str:
-    """A character without case and accents, still one character."""
+    """A character without case and accents, always one character."""
     base = unicodedata.normalize("NFKD", character)[:1].lower()
     return base if len(base) == 1 else character
 
 
 def _folded(text: str) -> str:
-    """The text in plain lower case letters, character by character, so that places stay."""
+    """The text in plain lower-case letters, character by character, so that positions are kept."""
     return text.lower() if text.isascii() else "".join(map(_folded_character, text))
 
 
 @lru_cache(maxsize=65536)
 def _squeezed(word: str) -> str:
-    """The word with every run of a letter made one."""
+    """The word with every run of a letter collapsed to one."""
     return "".join(letter for letter, _ in groupby(word))
 
 
@@ -243,15 +243,15 @@ def _runs(word: str) -> Runs:
     return tuple((letter, len(list(run))) for letter, run in groupby(word))
 
 
-def _stands_for(spelling: str, wanted: Runs) -> bool:
-    """Whether a spelling is the wanted word, drawn-out letters (three or more) allowed.
+def _stands_for(spelling: str, word: Runs) -> bool:
+    """Whether a spelling stands for a word, allowing drawn-out letters (three or more).
 
     "stuuupid" is "stupid" and "asssss" is "ass", but "as" is not.
     """
     given = _runs(spelling)
-    return len(given) == len(wanted) and all(
+    return len(given) == len(word) and all(
         letter == needed and (count == times or (count >= 3 and count > times))
-        for (letter, count), (needed, times) in zip(given, wanted, strict=True)
+        for (letter, count), (needed, times) in zip(given, word, strict=True)
     )
 
 

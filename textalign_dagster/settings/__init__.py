@@ -1,6 +1,6 @@
-"""The sections of an experiment, typed; strict settings and errors a person can act on.
+"""The sections of an experiment, typed; strict settings and actionable errors.
 
-From outside: the base from here, and one module a section.
+Other packages import the base from here, and each section from its own module.
 """
 
 from textalign_dagster.settings.base import (

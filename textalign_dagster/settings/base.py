@@ -1,4 +1,4 @@
-"""Strict settings: the pydantic base, overrides, and errors a person can act on."""
+"""Strict settings: the pydantic base, overrides, and actionable errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECRET_NAME = re.compile(
     r"|authorization|(auth|access|api)[-_]?token|bearer)$",
     re.IGNORECASE,
 )
-"""Names of fields that hold secrets: settings are written into files, so none may be among them."""
+"""Names of fields that hold secrets: settings are written to disk, so they must not contain any."""
 
 
 class Settings(BaseModel):
@@ -28,7 +28,7 @@ class Settings(BaseModel):
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
-    """``section.field=value`` as (path, value); the value is read as YAML: numbers, lists, booleans."""
+    """``section.field=value`` as (path, value); the value is parsed as YAML: numbers, lists, booleans."""
     name, equals, value = text.partition("=")
     path = [part.strip() for part in name.split(".")]
     if not equals or not all(path):
@@ -45,14 +45,14 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 ONE_VALUE = frozenset({"shares", "structured"})
-"""Fields that hold a mapping which is one value: given anew, it replaces the old one."""
+"""Fields whose mapping is a single value: an override replaces it as a whole."""
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it, section by section.
+    """``base`` overridden by ``changes``, section by section.
 
-    Lists, and mappings that are one value, are replaced. A section whose ``name`` changes (another
-    method or task) starts afresh: the options of the old one would mean nothing to the new one.
+    Lists and single-value mappings are replaced. A section whose ``name`` changes (another method or
+    task) starts from scratch, because the old options would be meaningless for the new one.
     """
     merged = dict(base)
     for key, value in changes.items():
@@ -74,10 +74,10 @@ def nested(path: list[str], value: Any) -> dict[str, Any]:
 
 
 def validate(model: type[BaseModel], content: Mapping[str, Any], where: str) -> Any:
-    """The content as the model.
+    """The content, validated as ``model``.
 
     Raises:
-        SettingsError: one line per problem: place, field, what is allowed, the nearest name.
+        SettingsError: one line per problem, with place, field, what is allowed and the nearest known name.
     """
     try:
         return model.model_validate(content)
@@ -87,7 +87,7 @@ def validate(model: type[BaseModel], content: Mapping[str, Any], where: str) -> 
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """`` (did you mean 'x'?)`` when some known name is close, else an empty string."""
+    """`` (did you mean 'x'?)`` if a known name is close, else an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -146,7 +146,7 @@ PLAIN_WORDS = {
     "int_type": "a whole number",
     "float_type": "a number",
 }
-"""For pydantic's kinds of error that speak of Python types."""
+"""Wording for pydantic's error types that mention Python types."""
 
 
 def _elsewhere(model: type[BaseModel], field: str) -> str:
@@ -219,6 +219,6 @@ def describe(settings: BaseModel, indent: int = 0, only: Mapping[str, Any] | Non
 
 
 def _scalar(value: Any) -> str:
-    """A value on one line of YAML."""
+    """A value as a single line of YAML."""
     text = write_yaml(value, default_flow_style=True, width=float("inf"))
     return text.strip().removesuffix("...").strip()

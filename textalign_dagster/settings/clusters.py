@@ -1,4 +1,4 @@
-"""Where trainings and workers run other than on this machine: sections ``slurm`` and ``ray``."""
+"""Running training and workers on other machines: the sections ``slurm`` and ``ray``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OURS = (
     "wait",
     "wrap",
 )
-"""Options of sbatch that say what this package must know; they cannot be given by hand."""
+"""sbatch options that this package sets itself; users cannot set them."""
 
 OURS_SHORT = "aDdeJNnoW"
 
@@ -39,19 +39,21 @@ class SlurmNode(Settings):
 
     partition: str | None = Field(None, description="Partition; null: the cluster's default.")
     gpus_per_node: int = Field(
-        0, ge=0, description="GPUs of every node, one for each training process; 0: CPUs."
+        0, ge=0, description="GPUs per node, one for each training process; 0: CPU only."
     )
     cpus_per_task: int | None = Field(
-        None, ge=1, description="CPUs of every node's task; null: what the cluster gives."
+        None, ge=1, description="CPUs of each node's task; null: the cluster's default."
     )
     time_limit: Minutes | TimeLimit | None = Field(
-        None, description="Minutes, or as sbatch's --time (2:00:00, 1-12); null: the partition's."
+        None,
+        description="Minutes, or in the format of sbatch's --time (2:00:00, 1-12); null: the partition's limit.",
     )
-    account: str | None = Field(None, description="Account that pays; null: the user's default.")
+    account: str | None = Field(None, description="Account to charge; null: the user's default.")
     qos: str | None = Field(None, description="Quality of service; null: the default.")
-    extra: list[Option] = Field([], description="Further options of sbatch: [--constraint=a100, --mem=64G].")
+    extra: list[Option] = Field([], description="Further sbatch options: [--constraint=a100, --mem=64G].")
     setup: list[str] = Field(
-        [], description="Shell lines every node runs first: [module load cuda, export NCCL_DEBUG=INFO]."
+        [],
+        description="Shell commands that every node runs first: [module load cuda, export NCCL_DEBUG=INFO].",
     )
 
     @field_validator("extra")
@@ -65,31 +67,33 @@ class SlurmNode(Settings):
 
 
 class RayNode(Settings):
-    """A place on a Ray cluster for a worker that samples or scores."""
+    """The resources on a Ray cluster for a worker that samples or scores."""
 
     address: str = Field(
         "auto",
-        description="Of the cluster's head, as host:port; auto: $RAY_ADDRESS, or the cluster on this machine.",
+        description="Address of the cluster's head node, as host:port; auto: $RAY_ADDRESS, or the cluster on this machine.",
     )
-    cpus: float = Field(1, ge=0, description="CPUs that a worker takes.")
-    gpus: float = Field(0, ge=0, description="GPUs that a worker takes.")
-    resources: dict[str, float] = Field(
-        {}, description="Resources of the site's own that it takes: {a100: 1}."
-    )
+    cpus: float = Field(1, ge=0, description="CPUs per worker.")
+    gpus: float = Field(0, ge=0, description="GPUs per worker.")
+    resources: dict[str, float] = Field({}, description="Custom resources per worker: {a100: 1}.")
 
 
 class Slurm(SlurmNode):
     """A job of a Slurm cluster: one task on every node, which starts that node's processes."""
 
-    nodes: int = Field(1, ge=1, description="Nodes; training.processes are spread over them evenly.")
+    nodes: int = Field(
+        1, ge=1, description="Number of nodes; training.processes are spread over them evenly."
+    )
     shared_folder: str | None = Field(
         None,
-        description="Folder for jobs, under one path on this machine and all nodes; null: slurm/ in TEXTALIGN_HOME.",
+        description="Folder for jobs, at the same path on this machine and all nodes; null: slurm/ in TEXTALIGN_HOME.",
     )
 
     @field_validator("shared_folder")
     @classmethod
     def _absolute(cls, folder: str | None) -> str | None:
         if folder is not None and not folder.startswith("/"):
-            raise ValueError(f"{folder}: other machines know no relative paths; give it from / on")
+            raise ValueError(
+                f"{folder}: a relative path does not work on other machines; give an absolute one"
+            )
         return folder

@@ -1,4 +1,4 @@
-"""Settings of an LLM judge: whom to ask, how, how fast, and for how much money at most."""
+"""Settings of an LLM judge: model and endpoint, requests, rate limits, and budget."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ SET_ELSEWHERE = {
     "response_format": "structured",
     "n": "repeats",
 }
-"""Fields of a request that ``decoding.extra`` must not set: what sets them instead."""
+"""Fields of a request that ``decoding.extra`` must not set → the setting that does."""
 
 
 class JudgeDecoding(Settings):
-    """The fields of a request beside its messages; part of the key under which a reply is kept."""
+    """The fields of a request other than its messages; part of the key under which a reply is stored."""
 
     temperature: float | None = Field(
         0.0, ge=0, le=2, description="Sampling temperature; null: not sent (some models refuse it)."
     )
-    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus; null: not sent.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Nucleus sampling; null: not sent.")
     max_tokens: int | None = Field(
         512,
         ge=1,
-        description="Longest reply in tokens; null: the endpoint's own limit (then budget_usd is "
-        "impossible, because a call's highest price is unknown).",
+        description="Longest reply in tokens; null: the endpoint's own limit (then budget_usd "
+        "cannot be used, because a call's maximum price is unknown).",
     )
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens",
-        description="What the endpoint calls max_tokens. OpenAI's reasoning models want "
+        description="What the endpoint calls max_tokens. OpenAI's reasoning models require "
         "max_completion_tokens.",
     )
-    seed: int | None = Field(None, description="Sent as it is; endpoints promise little. null: not sent.")
+    seed: int | None = Field(None, description="Sent unchanged; endpoints guarantee little. null: not sent.")
     extra: dict[str, Any] = Field(
         default_factory=dict,
         description="Further fields of the request, e.g. {reasoning_effort: low}, as the endpoint "
@@ -83,24 +83,26 @@ class JudgeDecoding(Settings):
 
 
 class JudgeLimits(Settings):
-    """How hard the endpoint may be pressed."""
+    """Rates, timeouts and attempts."""
 
     requests_per_minute: int | None = Field(
-        None, ge=1, description="The account's limit; null: only the limits in the endpoint's answers."
+        None,
+        ge=1,
+        description="The account's limit; null: only the limits that the endpoint's responses report.",
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="The account's limit, input and output together; null: as above."
     )
-    concurrency: int = Field(64, ge=1, le=4096, description="Calls in flight at a time.")
+    concurrency: int = Field(64, ge=1, le=4096, description="Maximum number of calls in flight.")
     timeout_s: float = Field(
-        120.0, gt=0, description="Seconds until a call without a complete reply is tried again."
+        120.0, gt=0, description="Seconds until a call without a complete reply is retried."
     )
     attempts: int = Field(
         6,
         ge=1,
         le=100,
-        description="Requests for one call before it counts as failed; the last one is sent once the endpoint "
-        "answers other calls. Refusals for the rate limit (429) do not count.",
+        description="Requests for one call before it counts as failed; the last one is only sent once the endpoint "
+        "answers other calls. Rate-limit responses (429) do not count.",
     )
 
 
@@ -109,10 +111,12 @@ class JudgePrices(Settings):
 
     input: float = Field(..., ge=0, description="Price of a million input tokens, USD.")
     cached_input: float | None = Field(
-        None, ge=0, description="Price of a million input tokens that the endpoint had cached; null: input."
+        None,
+        ge=0,
+        description="Price of a million input tokens that the endpoint had cached; null: as `input`.",
     )
     output: float = Field(..., ge=0, description="Price of a million output tokens, USD.")
-    as_of: str = Field(..., description="The day these prices were read, YYYY-MM-DD.")
+    as_of: str = Field(..., description="Date of these prices, YYYY-MM-DD.")
 
     @field_validator("as_of")
     @classmethod
@@ -120,11 +124,11 @@ class JudgePrices(Settings):
         try:
             date.fromisoformat(as_of)
         except ValueError:
-            raise ValueError(f"{as_of!r} is not a day; write it as 2026-01-31") from None
+            raise ValueError(f"{as_of!r} is not a date; write it as 2026-01-31") from None
         return as_of
 
     def usd(self, tokens_in: float, tokens_out: float, tokens_cached: float = 0) -> float:
-        """The price of a call; ``tokens_cached`` are among ``tokens_in``."""
+        """The price of a call; ``tokens_in`` includes ``tokens_cached``."""
         cached = self.input if self.cached_input is None else self.cached_input
         fresh = tokens_in - tokens_cached
         return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
@@ -133,26 +137,28 @@ class JudgePrices(Settings):
 class JudgeBatch(Settings):
     """Judging through the Batch API: cheaper, and answered within a day."""
 
-    window: Literal["24h"] = Field("24h", description="Within which the endpoint promises replies.")
+    window: Literal["24h"] = Field("24h", description="Time within which the endpoint promises replies.")
     price_factor: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="Price of a batched call over that of a live one; see the endpoint's price list.",
+        description="Price of a batched call relative to a live one; see the endpoint's price list.",
     )
-    requests: int = Field(50_000, ge=1, description="Most calls in one batch; more make several batches.")
+    requests: int = Field(
+        50_000, ge=1, description="Maximum number of calls in one batch; more are split into several."
+    )
     poll_s: float = Field(
         60.0,
         gt=0,
-        description="Seconds between two looks while `textalign run` waits; the sensor has its own.",
+        description="Seconds between polls while `textalign run` waits; the sensor has its own interval.",
     )
 
 
 class JudgeScale(Settings):
-    """The numbers a judge may give, in place of its template's."""
+    """The range of a judge's numbers, instead of its template's."""
 
-    low: float = Field(..., strict=False, description="The worst.")
-    high: float = Field(..., strict=False, description="The best.")
+    low: float = Field(..., strict=False, description="The worst number.")
+    high: float = Field(..., strict=False, description="The best number.")
 
     @model_validator(mode="after")
     def _ordered(self) -> JudgeScale:
@@ -162,9 +168,9 @@ class JudgeScale(Settings):
 
 
 class Judge(Settings):
-    """An LLM that judges samples, behind any endpoint that speaks OpenAI's chat completions."""
+    """An LLM that judges samples, behind any endpoint with OpenAI's chat completions API."""
 
-    # A key pasted into the wrong field must not be repeated by an error.
+    # A key pasted into the wrong field must not show up in an error message.
     model_config = ConfigDict(hide_input_in_errors=True)
 
     model: str = Field(
@@ -173,24 +179,24 @@ class Judge(Settings):
         description="The model's snapshot, e.g. gpt-4o-mini-2024-07-18 rather than an alias.",
     )
     base_url: str = Field(
-        "https://api.openai.com/v1", description="The endpoint, up to and without /chat/completions."
+        "https://api.openai.com/v1", description="The endpoint's URL, without /chat/completions."
     )
     api_key_env: str | None = Field(
         "OPENAI_API_KEY",
         description="The NAME of the environment variable with the key; null: none (local servers).",
     )
     template: str = Field(
-        ..., min_length=1, description="The question: name of a shipped template, or path of a file."
+        ..., min_length=1, description="The question: the name of a shipped template, or the path of a file."
     )
     ask: Ask = Field(
         "text",
-        description="What a reply is: text (feedback in words), category, judgment (words and verdict), "
-        "rating (a number), ranking (which of two), win (which of two, in both orders).",
+        description="What the judge replies: text (feedback in words), category, judgment (words and verdict), "
+        "rating (a number), ranking (the better of two), win (the better of two, in both orders).",
     )
     scale: JudgeScale | None = Field(
         None,
-        description="`ask: text` and `ask: rating`: the numbers allowed, e.g. {low: 1, high: 10}; null: the "
-        "template's. Its examples are carried over.",
+        description="`ask: text` and `ask: rating`: the range of numbers, e.g. {low: 1, high: 10}; null: the "
+        "template's. The template's examples are rescaled.",
     )
     group: int = Field(
         1,
@@ -201,34 +207,33 @@ class Judge(Settings):
     pairs: int | None = Field(
         None,
         ge=1,
-        description="`ask: ranking`: pairs of samples compared for each prompt, drawn so that every sample is "
-        "in about as many; null: all of them, k(k-1)/2 of k samples. A pair takes two calls.",
+        description="`ask: ranking`: pairs of samples compared for each prompt, drawn so that all samples are in "
+        "about equally many; null: all k(k-1)/2 pairs of k samples. A pair takes two calls.",
     )
     decoding: JudgeDecoding = Field(default_factory=JudgeDecoding, description="How the judge decodes.")
     structured: Literal["auto", "json_schema", "off"] = Field(
         "auto",
-        description="Whether replies are forced into a JSON schema, where the template has one: "
-        "json_schema: always; off: never; auto: unless the endpoint refuses to.",
+        description="Whether replies are constrained to a JSON schema, if the template has one: "
+        "json_schema: always; off: never; auto: unless the endpoint rejects it.",
     )
     limits: JudgeLimits = Field(default_factory=JudgeLimits, description="Rates, timeouts, attempts.")
     prices: JudgePrices | None = Field(
         None,
-        description="Prices of the model; null: calls cost nothing (local servers) or are not accounted.",
+        description="Prices of the model; null: calls cost nothing (local servers) or costs are not tracked.",
     )
     budget_usd: float | None = Field(
-        None, ge=0, description="USD that one batch of calls may cost; it stops before the call that would "
+        None, ge=0, description="Maximum cost of one batch of calls in USD; it stops before the call that would "
         "exceed it, and can be resumed. null: no limit."
     )  # fmt: skip
     batch: JudgeBatch | None = Field(
         None,
-        description="Ask through the endpoint's Batch API: `batch: {}`; null: live calls. Replies count for "
-        "both alike.",
+        description="Use the endpoint's Batch API: `batch: {}`; null: live calls. Stored replies serve both.",
     )
     repeats: int = Field(
         1,
         ge=1,
-        description="How often each question is asked; values are averaged, labels put to the vote. Not for "
-        "comparisons. Asked without randomness (temperature 0), repeats tell little.",
+        description="How often each question is asked; values are averaged, labels decided by vote. Not for "
+        "comparisons. Without randomness (temperature 0), repeats add little.",
     )
 
     @field_validator("base_url")
@@ -236,16 +241,16 @@ class Judge(Settings):
     def _base_url(cls, base_url: str) -> str:
         parts = urlsplit(base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("not a web address; write it like https://api.openai.com/v1")
+            raise ValueError("not a URL; write it like https://api.openai.com/v1")
         if parts.username or parts.password:
             raise ValueError(
-                "the address carries credentials; put the key into an environment variable and name it in "
+                "the URL carries credentials; put the key into an environment variable and name it in "
                 "api_key_env"
             )
         if parts.query or parts.fragment:
-            raise ValueError("the address has a part after '?' or '#'; leave it out")
+            raise ValueError("the URL has a part after '?' or '#'; remove it")
         if parts.path.rstrip("/").endswith("/chat/completions"):
-            raise ValueError("leave out /chat/completions: it is added")
+            raise ValueError("remove /chat/completions: it is added automatically")
         return base_url
 
     @field_validator("api_key_env")
@@ -253,8 +258,8 @@ class Judge(Settings):
     def _api_key_env(cls, name: str | None) -> str | None:
         if name is not None and not ENVIRONMENT_NAME.fullmatch(name):
             raise ValueError(
-                "this is the NAME of an environment variable, in capitals, such as OPENAI_API_KEY; a key "
-                "itself belongs into that variable and into no file (if you have saved one here, replace it)"
+                "this is the NAME of an environment variable, in capitals, such as OPENAI_API_KEY; the key "
+                "itself belongs in that variable and in no file (if you have saved one here, replace it)"
             )
         return name
 
@@ -264,30 +269,30 @@ class Judge(Settings):
             if self.prices is None:
                 raise ValueError("budget_usd needs prices: add input, output and as_of")
             if self.decoding.max_tokens is None:
-                raise ValueError("budget_usd needs decoding.max_tokens: a call's highest price is unknown")
+                raise ValueError("budget_usd needs decoding.max_tokens: a call's maximum price is unknown")
         return self
 
     @model_validator(mode="after")
     def _askable(self) -> Judge:
         if self.group > 1 and self.ask not in GROUPWISE:
             raise ValueError(
-                f"group: `ask: {self.ask}` judges one item a call; groups are for {', '.join(GROUPWISE)}: remove it"
+                f"group: `ask: {self.ask}` judges one item per call; groups are for {', '.join(GROUPWISE)}: remove it"
             )
         if self.pairs is not None and self.ask != "ranking":
             raise ValueError(f"pairs: only `ask: ranking` compares samples; with `ask: {self.ask}` remove it")
         if self.repeats > 1 and self.ask in PAIRWISE:
             raise ValueError(
-                f"repeats: `ask: {self.ask}` asks every comparison twice as it is, once in each order: remove it"
+                f"repeats: `ask: {self.ask}` already asks every comparison twice, once in each order: remove it"
             )
         if self.scale is not None and self.ask not in SCALED:
             raise ValueError(
-                f"scale: `ask: {self.ask}` gives no numbers; scales are for {', '.join(SCALED)}: remove it"
+                f"scale: `ask: {self.ask}` returns no numbers; scales are for {', '.join(SCALED)}: remove it"
             )
         return self
 
     @property
     def endpoint(self) -> str:
-        """The endpoint as it is recorded and hashed: without credentials, in one spelling."""
+        """The endpoint as recorded and hashed: without credentials, normalised."""
         parts = urlsplit(self.base_url)
         port = "" if parts.port in (None, 443 if parts.scheme == "https" else 80) else f":{parts.port}"
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname

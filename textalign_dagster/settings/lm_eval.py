@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on every checkpoint: what else the policy can do."""
+"""lm-evaluation-harness on every checkpoint, for the policy's other capabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from textalign_dagster.settings import Settings
 
 
 class LMEval(Settings):
-    """Tasks of EleutherAI's lm-evaluation-harness, which reads the policy without any condition."""
+    """Tasks of EleutherAI's lm-evaluation-harness, run on the policy without any condition."""
 
     tasks: tuple[str, ...] = Field(
         ...,
@@ -22,17 +22,17 @@ class LMEval(Settings):
     )
     path: str | None = Field(
         None,
-        description="A folder with task files of your own, relative to the experiment file; null: none.",
+        description="A folder with your own task files, relative to the experiment file; null: none.",
     )
     num_fewshot: int | None = Field(
-        None, ge=0, description="Examples before each question; null: the task's."
+        None, ge=0, description="Few-shot examples before each question; null: the task's default."
     )
-    limit: int | None = Field(None, ge=1, description="Only so many questions of each task; null: all.")
+    limit: int | None = Field(None, ge=1, description="Maximum number of questions per task; null: all.")
     chat_template: bool = Field(
         False, description="Whether questions go through the tokenizer's chat template."
     )
     backend: Literal["hf", "vllm"] = Field("hf", description="What runs the model: transformers, or vLLM.")
-    batch_size: int | Literal["auto"] = Field("auto", description="Texts read together; changes speed only.")
+    batch_size: int | Literal["auto"] = Field("auto", description="Texts per batch; only affects speed.")
     model_args: dict[str, Any] = Field(
         {},
         description="Further arguments of the backend, e.g. {parallelize: true} or {tensor_parallel_size: 2}.",
@@ -40,7 +40,7 @@ class LMEval(Settings):
 
     @property
     def files_hash(self) -> str | None:
-        """The content of the folder `path`; None: there is none."""
+        """Hash of the files in the folder `path`; None if it is not set."""
         if self.path is None:
             return None
         folder = Path(self.path)

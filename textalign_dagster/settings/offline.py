@@ -10,11 +10,11 @@ from textalign_dagster.segments import SegmentKind
 from textalign_dagster.settings import Settings
 
 AMENDED = ("cut", "critiques", "shepherd")
-"""Formats whose responses may have amended ones beside them."""
+"""Formats that can contain amended versions of their responses."""
 
 
 class Offline(Settings):
-    """What is trained on comes from a file, in place of samples of the policy."""
+    """Training data from a file, instead of samples of the policy."""
 
     path: str = Field(
         ...,
@@ -37,34 +37,35 @@ class Offline(Settings):
         "(OpenAI), shepherd, sparse_ratings or sparse_rankings; or corpus: documents, which are trained on in blocks.",
     )
     segments: SegmentKind = Field(
-        "sentence", description="What of a corpus is scored: each sentence, line, or the whole document."
+        "sentence",
+        description="The unit of a corpus that is scored: each sentence, each line, or the whole document.",
     )
     shard: int = Field(
         1000,
         ge=1,
-        description="Documents of a corpus that are drawn and read together: prompts.per_iteration counts them.",
+        description="Documents per shard of a corpus; shards are drawn as a whole, and prompts.per_iteration counts them.",
     )
-    aspect: str | None = Field(None, description="Of a file with several aspects, the one that counts.")
+    aspect: str | None = Field(None, description="The aspect to use from a file with several.")
     refinements: bool = Field(
         False,
-        description="The amended responses of a file of judgments  are responses, too, each better than the one that "
-        "it amends.",
+        description="Whether the amended responses in a file of judgments are responses, too, each better than the one "
+        "that it amends.",
     )
     held_out: int | None = Field(
         None,
         ge=1,
-        description="So many of the file's prompts, chosen by a hash of their text, are not trained on: the policy is "
-        "evaluated on them, and a reward model on their responses. null: none; the evaluation has the task's prompts.",
+        description="Number of the file's prompts, chosen by a hash of their text, that are not trained on: the policy is "
+        "evaluated on them, and a reward model on their responses. null: none; the evaluation uses the task's prompts.",
     )
     skip_refused: bool = Field(
-        False, description="Go on with the good rows of a file although others cannot be read."
+        False, description="Continue with the valid rows of a file if others cannot be read."
     )
 
     @property
     def reading(self) -> dict[str, Any]:
-        """The settings that decide how the file is read, as JSON; not where it lies."""
+        """The settings that determine how the file is read, as JSON, without its location."""
         unused = set() if self.format == "corpus" else {"segments", "shard"}
-        if not self.refinements:  # as it was before this setting was there
+        if not self.refinements:  # the key from before this setting existed
             unused.add("refinements")
         return self.model_dump(mode="json", exclude={"path"} | unused)
 

@@ -1,4 +1,4 @@
-"""Settings of the datapool: what of the past stays in it, how training samples are drawn."""
+"""Settings of the datapool: which earlier samples stay in it, and how training samples are drawn."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from textalign_dagster.settings import Settings
 class PoolSettings(Settings):
     """The datapool of one iteration. The defaults are those of the published configurations.
 
-    Exactly one of three draws is made from every group (a prompt, or the whole pool):
+    Samples are drawn from every group (a prompt, or the whole pool) in exactly one of three ways:
 
-    * ``samples_per_bucket``: so many of every label (ALT_RM and Quark: 2 of each of 5 quantiles);
-    * ``samples``: so many in all, in equal or given shares, with what a label lacks made up from
-      the others (ALT_LMU and ALT_LMC: 8 over 4 labels);
+    * ``samples_per_bucket``: that many of every label (ALT_RM and Quark: 2 of each of 5 quantiles);
+    * ``samples``: that many in total, in equal or given shares, with shortfalls of a label filled
+      from the others (ALT_LMU and ALT_LMC: 8 over 4 labels);
     * neither: everything that has a label.
     """
 
@@ -27,7 +27,7 @@ class PoolSettings(Settings):
         default=1.0,
         ge=0.0,
         le=1.0,
-        description="Share of the earlier samples that leaves the pool at every iteration: 0 keeps "
+        description="Share of the earlier samples dropped from the pool at every iteration: 0 keeps "
         "all, 1 (published configurations) trains on the current iteration only, f keeps "
         "int(n * (1 - f)) random ones of every group.",
     )
@@ -38,23 +38,23 @@ class PoolSettings(Settings):
     )
     per: Literal["prompt", "pool"] = Field(
         default="prompt",
-        description="The group that draws are balanced in: every prompt, or the whole pool.",
+        description="The group within which draws are balanced: every prompt, or the whole pool.",
     )
     samples_per_bucket: int | None = Field(
         default=None,
         ge=1,
-        description="Samples to draw of every label in every group (published: 2).",
+        description="Samples to draw per label and group (published: 2).",
     )
     samples: int | None = Field(
         default=None,
         ge=1,
-        description="Samples to draw in every group over all labels (published: 8).",
+        description="Samples to draw per group, over all labels (published: 8).",
     )
     shares: dict[str, float] | None = Field(
         default=None,
         description="With samples: the weight of every label, e.g. {'no issue': 0.5, 'style': 0.5} "
-        "(0 where not named); quotas follow by largest remainder. Without it every label gets "
-        "samples // K and the rest is left to fill (published).",
+        "(0 if not named); quotas are rounded by largest remainder. Without it every label gets "
+        "samples // K and the rest is left to `fill` (published).",
     )
     max_tokens: int | None = Field(
         default=None,
@@ -64,19 +64,19 @@ class PoolSettings(Settings):
     )
     weights: str | None = Field(
         default=None,
-        description="The weights of samples in the objective: SQL over the tables, giving sample_id and weight "
-        "(0: not trained on; samples it leaves out weigh 1). A pair weighs the product of its samples.",
+        description="The weights of samples in the objective: an SQL query over the tables for sample_id and weight "
+        "(0: not trained on; other samples have weight 1). A pair's weight is the product of its samples' weights.",
     )
     fill: Literal["insertion", "shuffled", "none"] = Field(
         default="insertion",
-        description="With samples: what makes up for labels that fell short: unused samples of any "
-        "label and length in insertion order (published), in random order, or nothing.",
+        description="With samples: what fills shortfalls of labels: unused samples of any label and "
+        "length in insertion order (published), in random order, or nothing.",
     )
 
     @model_validator(mode="after")
     def _no_setting_is_ignored(self) -> PoolSettings:
         if self.samples is not None and self.samples_per_bucket is not None:
-            raise ValueError("samples and samples_per_bucket exclude each other: give one of them")
+            raise ValueError("samples and samples_per_bucket are mutually exclusive: give one of them")
         if self.samples is None:
             if self.shares is not None:
                 raise ValueError("shares weighs the labels of samples: give samples as well")
@@ -122,7 +122,7 @@ class PoolSettings(Settings):
             return [self.samples // len(labels)] * len(labels)
         unknown = sorted(set(self.shares) - set(labels))
         if unknown:
-            raise ValueError(f"shares: {unknown} are none of the pool's labels {list(labels)}")
+            raise ValueError(f"shares: {unknown} are not among the pool's labels {list(labels)}")
         weights = [self.shares.get(label, 0.0) for label in labels]
         return largest_remainder(self.samples, weights)
 
@@ -130,7 +130,8 @@ class PoolSettings(Settings):
 def largest_remainder(total: int, weights: Sequence[float]) -> list[int]:
     """``total`` apportioned in proportion to weights (Hamilton's method); ties go to the first.
 
-    Weights count as the decimals they print as, so 0.1 is a tenth and no rounding decides a seat.
+    Weights are taken as the decimals they print as, so 0.1 is exactly a tenth and rounding never
+    decides a seat.
     """
     exact = [Fraction(str(w)) for w in weights]
     ideal = [total * w / sum(exact) for w in exact]

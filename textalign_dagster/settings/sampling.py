@@ -13,7 +13,7 @@ from textalign_dagster.settings.kubernetes import KubernetesPod
 from textalign_dagster.settings.structured import Structured
 
 HIGHEST_RANK = 512
-"""Of adapters that vLLM serves."""
+"""Of the adapters that vLLM can serve."""
 
 
 class Vllm(Settings):
@@ -21,41 +21,43 @@ class Vllm(Settings):
 
     tensor_parallel: int = Field(1, ge=1, description="GPUs over which a model is split.")
     data_parallel: int = Field(
-        1, ge=1, description="Engines that run at the same time, each with tensor_parallel GPUs of its own."
+        1, ge=1, description="Engines that run in parallel, each with its own tensor_parallel GPUs."
     )
     gpu_memory_utilization: float = Field(
-        0.9, gt=0, le=1, description="Share of a GPU's memory for weights, keys and values."
+        0.9, gt=0, le=1, description="Share of a GPU's memory for weights and KV cache."
     )
     kv_cache_gib: float | None = Field(
-        None, gt=0, description="GiB for keys and values; null: what is left on a GPU, 1 on a CPU."
+        None, gt=0, description="GiB of KV cache; null: what is left on a GPU, 1 on a CPU."
     )
     max_model_len: int | None = Field(
         None,
         ge=2,
-        description="Tokens of a prompt with its completion, at most; null: what the model's positions hold "
-        "(with long contexts that takes much memory).",
+        description="Maximum number of tokens of a prompt with its completion; null: the model's maximum "
+        "(which takes a lot of memory with long contexts).",
     )
     enforce_eager: bool | None = Field(
-        None, description="Whether nothing is compiled beforehand; null: only on a CPU."
+        None, description="Whether compilation is skipped; null: only on a CPU."
     )
 
 
 class Endpoints(Settings):
-    """vLLM servers that run already: nothing here changes what is sampled."""
+    """vLLM servers that are already running: nothing here changes what is sampled."""
 
     urls: list[str] = Field(
         ...,
         min_length=1,
-        description="Where the servers are, e.g. http://gpu1:8000; the least busy one gets the next request.",
+        description="URLs of the servers, e.g. http://gpu1:8000; the least busy one gets the next request.",
     )
     api_key_env: str | None = Field(
         None, description="The environment variable with the servers' key (their --api-key); null: none."
     )
-    timeout_s: float = Field(600.0, gt=0, description="Seconds for one request; then its server is left out.")
+    timeout_s: float = Field(
+        600.0, gt=0, description="Seconds until a request times out; its server is then left out."
+    )
     verify: bool = Field(
         True,
         description="Compare the servers' log-probabilities of a short text with those of transformers on "
-        "this machine's CPU, once a policy; it needs memory for the model.",
+        "this machine's CPU, once per policy; it needs memory for the model.",
     )
 
     @field_validator("urls")
@@ -80,10 +82,10 @@ class Sampling(Settings):
 
     engine: Literal["transformers", "vllm", "endpoints"] = Field(
         "transformers",
-        description="What generates: `transformers` (CPU or GPU), `vllm` (far faster with larger models), or "
+        description="What generates samples: `transformers` (CPU or GPU), `vllm` (far faster with larger models), or "
         "`endpoints` (vLLM servers that you have started); see docs/sampling.md.",
     )
-    vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: as by default.")
+    vllm: Vllm | None = Field(None, description="`engine: vllm`: how it is run; null: the defaults.")
     endpoints: Endpoints | None = Field(None, description="`engine: endpoints`: where the servers are.")
     launcher: Literal["local", "slurm", "ray", "k8s"] = Field(
         "local",
@@ -91,40 +93,40 @@ class Sampling(Settings):
         "Kubernetes (docs/clusters.md).",
     )
     slurm: SlurmNode = Field(
-        SlurmNode(), description="The job, where the launcher is slurm: one node for each engine."
+        SlurmNode(), description="The job, with `launcher: slurm`: one node for each engine."
     )
-    ray: RayNode = Field(RayNode(), description="The place, where the launcher is ray: one for each engine.")
+    ray: RayNode = Field(RayNode(), description="The resources of each engine, with `launcher: ray`.")
     k8s: KubernetesPod = Field(
-        KubernetesPod(), description="The pod, where the launcher is k8s: one for each engine."
+        KubernetesPod(), description="The pod, with `launcher: k8s`: one for each engine."
     )
-    samples_per_prompt: int = Field(8, ge=1, description="Completions of each drawn prompt.")
+    samples_per_prompt: int = Field(8, ge=1, description="Completions per drawn prompt.")
     temperature: float = Field(
         1.0,
         ge=0,
         description="Below 1 the samples are sharper than the policy, and training on them sharpens it.",
     )
-    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus; 1 keeps the whole vocabulary.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling; 1 keeps the whole vocabulary.")
     top_k: int = Field(0, ge=0, description="Most likely tokens kept; 0 keeps all.")
     max_new_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
-    min_new_tokens: int = Field(0, ge=0, description="Tokens before the end may be sampled.")
+    min_new_tokens: int = Field(0, ge=0, description="Tokens before an end token can be sampled.")
     ignore_eos: bool = Field(
-        False, description="Always sample max_new_tokens: then short answers cannot win."
+        False, description="Always sample max_new_tokens, so that short answers cannot win."
     )
     structured: Structured | None = Field(
         None,
-        description="What every completion has to be (one of choice, regex, json_schema, grammar), with "
+        description="The form that every completion must have (one of choice, regex, json_schema, grammar), with "
         "`engine: vllm` or `endpoints`; null: free text.",
     )
     adapters: Literal["merged", "served"] = Field(
         "merged",
         description="How checkpoints of training.lora are sampled from: merged, or as the base policy with the adapter "
-        "beside it (served; `engine: vllm` or `endpoints`), so that the engine never reads other weights.",
+        "on top (served; `engine: vllm` or `endpoints`), so that the engine never loads other weights.",
     )
     batch_size: int = Field(256, ge=1, description="Sequences decoded together.")
     chunk: int = Field(
         16_384,
         ge=1,
-        description="Completions written at a time: what a crash while sampling costs, at most.",
+        description="Completions saved at a time: the most that a crash during sampling loses.",
     )
 
     @model_validator(mode="after")
@@ -160,12 +162,12 @@ class Sampling(Settings):
             self.k8s.check_complete()
         if self.adapters == "served" and self.engine == "transformers":
             raise ValueError(
-                "adapters: `engine: transformers` samples from merged ones; set adapters to merged, or `engine: vllm` "
+                "adapters: `engine: transformers` only supports merged ones; set adapters to merged, or `engine: vllm` "
                 "or `endpoints`"
             )
         return self
 
     @property
     def served(self) -> dict[str, str]:
-        """What samples of served adapters are known by, beside all else: their last digits may be others."""
+        """Additional identity of samples of served adapters, because their last digits can differ."""
         return {} if self.adapters == "merged" else {"adapters": self.adapters}

@@ -1,4 +1,4 @@
-"""Scenarios: further ways to sample a policy in an evaluation, beside the held-out prompts."""
+"""Scenarios: further ways to sample a policy in an evaluation, in addition to the held-out prompts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ class Scenario(Settings):
 
     path: str | None = Field(
         None,
-        description="A prompt file as in prompts.path; null: no prompt, the policy begins a text of its own after "
+        description="A prompt file as in prompts.path; null: no prompt, the policy starts a text of its own after "
         "its end token.",
     )
-    samples: int = Field(512, ge=1, description="Samples in all, dealt to the prompts in turn.")
-    prefix: str = Field("", description="Put before every prompt, after the condition.")
+    samples: int = Field(
+        512, ge=1, description="Total number of samples, distributed over the prompts in turn."
+    )
+    prefix: str = Field("", description="Text before every prompt, after the condition.")
     temperature: float | None = Field(None, ge=0, description="0 is greedy; null: evaluation.temperature.")
     top_p: float | None = Field(None, gt=0, le=1, description="Nucleus; null: evaluation.top_p.")
     max_new_tokens: int | None = Field(
@@ -26,12 +28,12 @@ class Scenario(Settings):
     banned_tokens: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Tokens that are not drawn, beside those of the method; each is one token of the policy's tokenizer.",
+        description="Tokens that are not sampled, in addition to the method's; each is one token of the policy's tokenizer.",
     )
     score_prompt: bool = Field(
         False, description="Whether prompt and completion are measured together, as one text."
     )
     hits: float | None = Field(
         None,
-        description="Samples are counted that are worse than this by the first measure of the score table; null: none.",
+        description="The share of samples worse than this by the first measure of the score table is reported; null: none.",
     )

@@ -1,7 +1,7 @@
 """Structured output: the form of every completion, set by `sampling.structured`.
 
-Settings name a schema by its file or hold it; samplers are given its content (`content_of`), which is
-also what samples are known by. Whether a grammar can be compiled is for the engine's own library to say
+Settings contain a schema or name its file; samplers are passed its content (`content_of`), which is also
+part of the samples' identity. Whether a grammar compiles is checked by the engine's own library
 (`resources.engines.structure`).
 """
 
@@ -21,15 +21,15 @@ KINDS = ("choice", "regex", "json_schema", "grammar")
 
 
 class Structured(Settings):
-    """What completions have to be; one of the fields is given."""
+    """The form of completions; exactly one field is given."""
 
     choice: list[str] | None = Field(
-        None, description="A completion is one of these, e.g. ['yes', 'no'] (a blank before it counts)."
+        None, description="A completion is one of these, e.g. ['yes', 'no'] (a leading space counts)."
     )
     regex: str | None = Field(None, description="A completion matches this as a whole, e.g. '[1-5]/5'.")
     json_schema: dict[str, Any] | str | None = Field(
         None,
-        description="A completion is JSON by this schema: the schema itself, or a JSON file with it (relative "
+        description="A completion is JSON that fits this schema: the schema itself, or a JSON file with it (relative "
         "to the experiment file).",
     )
     grammar: str | None = Field(
@@ -40,7 +40,7 @@ class Structured(Settings):
     @classmethod
     def _different(cls, choice: list[str] | None) -> list[str] | None:
         if choice is not None and not all(choice or [""]):
-            raise ValueError("give one text or more, none of them empty")
+            raise ValueError("give at least one text, none of them empty")
         if choice is not None and len(set(choice)) < len(choice):
             raise ValueError("a text is listed twice; remove one")
         return choice
@@ -53,12 +53,12 @@ class Structured(Settings):
         except re.error as error:
             raise ValueError(f"{regex!r} is not a regular expression ({error}); fix it") from None
         if regex == "" or "\0" in (regex or ""):
-            raise ValueError("give a regular expression of one character or more, without NUL")
+            raise ValueError("give a non-empty regular expression without NUL")
         return regex
 
     @field_validator("grammar")
     @classmethod
-    def _says_something(cls, grammar: str | None) -> str | None:
+    def _has_a_rule(cls, grammar: str | None) -> str | None:
         if grammar is not None and "::=" not in grammar:
             raise ValueError("there is no rule; write it in EBNF, beginning with `root ::= …`")
         return grammar
@@ -75,10 +75,10 @@ class Structured(Settings):
 
 
 def content_of(settings: Structured | None) -> dict[str, Any] | None:
-    """The form of completions, as plain JSON with one field; of a schema in a file, its content.
+    """The form of completions, as plain JSON with one field; a schema file is replaced by its content.
 
     Raises:
-        SettingsError: the file cannot be read, or holds no schema.
+        SettingsError: the file cannot be read, or does not contain a schema.
     """
     if settings is None:
         return None
@@ -87,7 +87,7 @@ def content_of(settings: Structured | None) -> dict[str, Any] | None:
         schema = _read(Path(schema))
     if schema is not None:
         if not schema:
-            raise SettingsError(f"{WHERE}.json_schema: the schema is empty; say what the JSON has to be")
+            raise SettingsError(f"{WHERE}.json_schema: the schema is empty; describe the JSON in it")
         return {"json_schema": schema}
     return {kind: value for kind in KINDS if (value := getattr(settings, kind)) is not None}
 
@@ -105,5 +105,5 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SettingsError(f"{where}: not JSON ({error}); fix it") from None
     if not isinstance(schema, dict):
-        raise SettingsError(f"{where}: holds {schema!r:.40}, but a schema is an object; fix it")
+        raise SettingsError(f"{where}: contains {schema!r:.40}, but a schema is an object; fix it")
     return schema

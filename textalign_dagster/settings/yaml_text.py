@@ -1,4 +1,4 @@
-"""YAML as experiments are written in it: YAML 1.2's scalars, no field twice, errors with line and column."""
+"""YAML for experiment files: YAML 1.2's scalars, no duplicate fields, errors with line and column."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The same with libyaml's parser, where PyYAML has it: several times faster, with poorer errors."""
+    """The same with libyaml's parser, if PyYAML has it: several times faster, with poorer errors."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
     yaml_constructors = _Loader.yaml_constructors
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text that YAML 1.1 or :class:`_Loader` would not read as text."""
+    """SafeDumper that quotes every string that YAML 1.1 or :class:`_Loader` would not read as a string."""
 
 
 _Dumper.yaml_implicit_resolvers = {
@@ -88,7 +88,7 @@ _Dumper.add_representer(str, _text)
 
 
 def write_yaml(value: Any, **style: Any) -> str:
-    """The value as YAML that :func:`parse_yaml` reads back as it was."""
+    """The value as YAML that :func:`parse_yaml` reads back unchanged."""
     text = yaml.dump(value, Dumper=_Dumper, allow_unicode=True, sort_keys=False, **style)
     return cast(str, text)
 
@@ -97,7 +97,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        SettingsError: unreadable, not UTF-8, broken YAML (with line and column) or no mapping.
+        SettingsError: the file is unreadable, not UTF-8, broken YAML (with line and column) or not a mapping.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -118,7 +118,7 @@ def parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_FastLoader)
     except yaml.YAMLError:
-        pass  # the other parser says where and why
+        pass  # the other parser reports where and why
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

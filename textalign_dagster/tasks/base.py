@@ -21,7 +21,7 @@ class Measure:
 
     ``numerator`` and ``denominator`` are columns of :meth:`Task.measure`; the value is
     ``scale * sum(numerator) / sum(denominator)``, or ``scale * mean(numerator)`` without one. With
-    ``per_prompt`` "max" the mean goes over the prompts' greatest values ("any of 25 samples is
+    ``per_prompt`` "max" the mean is over the prompts' greatest values ("any of 25 samples is
     toxic", "the most toxic of 25"). Samples whose numerator is NULL do not count.
     """
 
@@ -35,12 +35,12 @@ class Measure:
 
 
 class Task(Settings):
-    """Declares one task. Adding one is one module with a subclass and one line in the registry."""
+    """Declares one task. A new task is one module with a subclass and one line in the registry."""
 
     name: str
 
     judged_by_others: ClassVar[bool] = False
-    """Whether the task's goal is the value of a scorer or judge: then that is reported first."""
+    """Whether the task's goal is the value of a scorer or judge, which is then reported first."""
 
     @abstractmethod
     def prompts(self, split: Literal["train", "evaluation"]) -> pl.DataFrame:
@@ -50,15 +50,15 @@ class Task(Settings):
         """
 
     def for_policy(self, folder: Callable[[], Path]) -> Task:
-        """The task for a base policy, which most tasks do not depend on.
+        """The task for a base policy; most tasks do not depend on it.
 
         Args:
-            folder: gives the policy's folder; a hub model is fetched when it is called.
+            folder: returns the policy's folder; calling it fetches a hub model.
         """
         return self
 
     def cleaned(self, prompt: str) -> str:
-        """A prompt of a file (`prompts.path`, `evaluation.path`) as the task reads it.
+        """A prompt from a file (`prompts.path`, `evaluation.path`) as the task uses it.
 
         Raises:
             ValueError: the task cannot use it; the message says why.
@@ -67,30 +67,30 @@ class Task(Settings):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What of the task's own prompts was left out and why, a line each."""
+        """What was left out of the task's own prompts and why, one line each."""
         return ()
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The settings that prompts, feedback and measures follow from, as JSON, for the keys of artifacts.
+        """The settings that determine prompts, feedback and measures, as JSON, for artifact keys.
 
-        Not where prompts are read from: which prompts they are is known by their content.
+        Without the source of the prompts, which are identified by their content.
         """
         return self.model_dump(mode="json")
 
     @property
     def scorer(self) -> tuple[str, str]:
-        """Name and version of the task's own judgement (:meth:`feedback`, :meth:`measure`)."""
+        """Name and version of the task's own scoring (:meth:`feedback`, :meth:`measure`)."""
         return self.name, "1"
 
     @property
     def default_scorer(self) -> Scorer | None:
-        """What scores the samples where the experiment names no scorer; None: the task itself, if at all."""
+        """The scorer of samples if the experiment names none; None: the task itself, if at all."""
         return None
 
     @property
     def kinds(self) -> tuple[FeedbackKind, ...]:
-        """The kinds of feedback the task itself gives; none: the experiment names a scorer or a judge."""
+        """The kinds of feedback the task itself gives; empty: the experiment has to name a scorer or a judge."""
         return ()
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
@@ -101,12 +101,12 @@ class Task(Settings):
             kind: one of :attr:`kinds`.
 
         Returns:
-            sample_id, aspect, value, label, text, status, reason; one row a sample.
+            sample_id, aspect, value, label, text, status, reason; one row per sample.
         """
-        raise NotImplementedError(f"task {self.name} gives no feedback of its own")
+        raise NotImplementedError(f"task {self.name} has no feedback of its own")
 
     def spans(self, samples: pl.DataFrame) -> pl.DataFrame:
-        """Where in the texts the feedback of kind ``spans`` points.
+        """The spans of the texts that feedback of kind ``spans`` marks.
 
         Args:
             samples: as for :meth:`feedback`.
@@ -121,18 +121,18 @@ class Task(Settings):
         """Per-sample numbers of an evaluation.
 
         Args:
-            samples: sample_id, prompt_id, prompt, reference, role, text, finish_reason, n_tokens, and what
-                the evaluation's scorer and judge gave: score (Float64, in the scorer's own direction)
-                and label (String), NULL where there is none of them or it could not tell.
+            samples: sample_id, prompt_id, prompt, reference, role, text, finish_reason, n_tokens, and the
+                results of the evaluation's scorer and judge: score (Float64, in the scorer's own direction)
+                and label (String), NULL where there is no scorer or judge, or no result.
 
         Returns:
-            sample_id and one Float64 column for each column that :attr:`measures` name.
+            sample_id and one Float64 column for each column named in :attr:`measures`.
         """
 
     @property
     @abstractmethod
     def measures(self) -> tuple[Measure, ...]:
-        """What is reported; the first is the one the task exists to improve."""
+        """The reported measures; the first is the one the task exists to improve."""
 
     def builtin_policy(self, name: str) -> str | None:
         """Folder of a policy that ships with the task, if it has one of that name."""
@@ -140,5 +140,5 @@ class Task(Settings):
 
     @property
     def builtin_policies(self) -> tuple[str, ...]:
-        """Names :meth:`builtin_policy` knows."""
+        """Names that :meth:`builtin_policy` knows."""
         return ()

@@ -1,4 +1,4 @@
-"""Tasks whose prompts can be written by a chat template: the base policy's own, or one in a file."""
+"""Tasks whose prompts can be rendered by a chat template: the base policy's own, or one in a file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from textalign_dagster.tasks.written import ChatTemplate, Writer
 
 
 class ChatTask(DatasetTask):
-    """A task of a dataset that may ask for a chat template."""
+    """A dataset task with an optional chat template."""
 
     chat_template: str | None = Field(
         None,
-        description="`model` (the base policy's own chat template), or the path of a Jinja file; null: none is used.",
+        description="`model` (the base policy's own chat template), or the path of a Jinja file; null: none.",
     )
     _template: ChatTemplate | None = PrivateAttr(None)
 
@@ -33,7 +33,7 @@ class ChatTask(DatasetTask):
         return task
 
     def chat_writer(self) -> Writer:
-        """What writes dialogues by the chat template.
+        """A writer that renders dialogues by the chat template.
 
         Raises:
             SettingsError: no policy was given (:meth:`for_policy`), or the template cannot be read.
@@ -41,5 +41,5 @@ class ChatTask(DatasetTask):
         from textalign_dagster.tasks.chat_template import templated
 
         if self._template is None:
-            raise SettingsError("task.chat_template: no policy is known yet; ask the task `for_policy`")
+            raise SettingsError("task.chat_template: no policy is known yet; call `for_policy` first")
         return templated(self._template)

@@ -1,4 +1,4 @@
-"""Dialogues written by a chat template, as models bring one along."""
+"""Dialogues rendered by a chat template, as models contain one."""
 
 from __future__ import annotations
 
@@ -41,40 +41,40 @@ def templated(template: ChatTemplate) -> Writer:
     """A writer that renders a chat template (Jinja), ending with the template's cue for an answer.
 
     A template is untrusted code: it runs in Jinja's sandbox, as in transformers. It gets no
-    token that begins a sequence (the tokenizer puts its own in front, before a condition too) and no
+    beginning-of-sequence token (the tokenizer adds its own in front, also before a condition) and no
     date (a prompt must not change overnight).
 
     Raises:
-        SettingsError: it is not a template, or needs an end token that is not known.
+        SettingsError: it is not a template, or needs an end token that is unknown.
     """
-    # Set up as in transformers, so that models' templates read as they were meant.
+    # Set up as in transformers, so that models' templates render as intended.
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     try:
-        wanted = meta.find_undeclared_variables(environment.parse(template.source))
+        variables = meta.find_undeclared_variables(environment.parse(template.source))
         program = environment.from_string(template.source)
     except TemplateSyntaxError as error:
         raise SettingsError(
             f"task.chat_template: {template.where} is not a chat template (line {error.lineno}: {error.message})"
         ) from None
-    if template.end is None and "eos_token" in wanted:
+    if template.end is None and "eos_token" in variables:
         raise SettingsError(
-            f"task.chat_template: {template.where} writes `eos_token`, which a file cannot know; write the token "
-            "itself there, or give `chat_template: model`"
+            f"task.chat_template: {template.where} uses `eos_token`, which is unknown for a file; write the token "
+            "itself there, or set `chat_template: model`"
         )
 
     def write(turns: Dialogue) -> str:
-        # Most templates refuse two turns of one side in a row.
+        # Most templates reject two consecutive turns of one side.
         messages = [{"role": turn.role, "content": turn.content} for turn in alternating(turns)]
         try:
             return program.render(
                 messages=messages, add_generation_prompt=True, bos_token="", eos_token=template.end
             )
         except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise BadDialogue(f"the chat template refuses it: {error}") from None
+            raise BadDialogue(f"the chat template rejects it: {error}") from None
 
     return write
 
@@ -106,11 +106,11 @@ def template_of_model(folder: Path) -> ChatTemplate:
     config = config if isinstance(config, dict) else {}
     end = config.get("eos_token")
     end = end.get("content") if isinstance(end, dict) else end
-    alone = folder / "chat_template.jinja"
-    if alone.is_file():
-        return replace(template_file(alone), end=end)
+    own_file = folder / "chat_template.jinja"
+    if own_file.is_file():
+        return replace(template_file(own_file), end=end)
     found = config.get("chat_template")
-    if isinstance(found, list):  # several by name, as some models have them
+    if isinstance(found, list):  # some models have several, by name
         found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
     if not isinstance(found, str):
         raise SettingsError(

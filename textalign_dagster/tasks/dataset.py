@@ -1,6 +1,6 @@
 """Prompts of a task from a dataset: on the hub, in files of the same schema, or a small embedded one.
 
-A subclass of :class:`DatasetTask` defines what it reads of a row and what makes a row unusable; files,
+A subclass of :class:`DatasetTask` defines what it reads from a row and what makes a row unusable; files,
 splits, refused rows and caching are the same for all.
 """
 
@@ -31,19 +31,19 @@ class DatasetTask(Task):
     data: Dataset = Field(Dataset(), description="Where the prompts come from.")
 
     mixed_evaluation: ClassVar[bool] = False
-    """Whether the held-out prompts are put in an order by a hash: an evaluation takes the first ones, and
-    some sources list one kind after the other."""
+    """Whether the held-out prompts are ordered by a hash, because an evaluation takes the first ones and some
+    sources list one kind after the other."""
 
     @model_validator(mode="after")
     def _known_columns(self) -> Self:
         unknown = sorted(set(self.data.columns) - set(self.columns))
         if unknown:
             raise ValueError(
-                f"data.columns: {', '.join(unknown)} is nothing the task reads; it reads {', '.join(self.columns)}"
+                f"data.columns: the task does not read {', '.join(unknown)}; it reads {', '.join(self.columns)}"
             )
         return self
 
-    # Settings with a mapping in them have no hash of their own, and loading is cached by the task.
+    # Settings that contain a mapping are not hashable, and loading is cached by task.
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
@@ -59,17 +59,17 @@ class DatasetTask(Task):
     @property
     @abstractmethod
     def columns(self) -> Mapping[str, tuple[str, ...]]:
-        """What :meth:`row` reads → the columns where it may be; the first that a row has counts."""
+        """What :meth:`row` reads → the columns where it can be; the first one in a row counts."""
 
     @abstractmethod
     def row(self, values: Mapping[str, Any]) -> Row:
         """A row as a prompt.
 
         Args:
-            values: what :attr:`columns` names; None where the row has none of those columns.
+            values: the names in :attr:`columns`; None where the row has none of those columns.
 
         Raises:
-            BadRow: it is none.
+            BadRow: it cannot be used as one.
         """
 
     def prompts(self, split: Split) -> pl.DataFrame:
@@ -85,13 +85,13 @@ class DatasetTask(Task):
     def _loaded(self, split: Split) -> Loaded:
         """
         Raises:
-            SettingsError: the dataset is not available, read or used; names field and remedy.
+            SettingsError: the dataset is unavailable, unreadable or unusable; the message names field and remedy.
         """
         files = files_of(self.data, self.embedded)
         if not files.of(split):
             raise SettingsError(
-                f"task.data.{split}: no file of {files.source} is for {getattr(self.data, split)!r} "
-                f"(there are: {_some(files.names)}); name others"
+                f"task.data.{split}: no file of {files.source} matches {getattr(self.data, split)!r} "
+                f"(it has: {_some(files.names)}); name others"
                 + (", or hold prompts out with `held_out`" if split == "evaluation" else "")
             )
         return _load(self, split, files)
@@ -136,11 +136,11 @@ def _load(task: DatasetTask, split: Split, files: Files) -> Loaded:
 
 
 def _split(rows: Sequence[Row], count: int, split: Split) -> list[Row]:
-    """The rows of a split where the dataset has none; the order of its rows does not matter."""
+    """The rows of a split of a dataset without splits; the order of its rows does not matter."""
     eligible = [row.prompt for row in rows if row.may_be_held_out]
     if len(eligible) < count or count >= len(rows):
         raise SettingsError(
-            f"task.data.held_out: {count} wanted of {len(rows)} prompts, of which {len(eligible)} may be "
+            f"task.data.held_out: {count} requested of {len(rows)} prompts, of which {len(eligible)} may be "
             "held out, and some must remain; lower it"
         )
     chosen = held_out(eligible, count)
@@ -150,7 +150,7 @@ def _split(rows: Sequence[Row], count: int, split: Split) -> list[Row]:
 def _rows(
     task: DatasetTask, files: Sequence[tuple[Path, str, int, int]], other: set[str], refused: Refused
 ) -> tuple[list[Row], int, list[str]]:
-    """The usable rows, how many there were in all, and the columns of the first."""
+    """The usable rows, the total number of rows, and the columns of the first."""
     columns = {
         name: (task.data.columns[name],) if name in task.data.columns else places
         for name, places in task.columns.items()
@@ -164,7 +164,7 @@ def _rows(
         for number, values in read_rows(path, tops):
             total, place = total + 1, f"{name}, row {number}"
             if values is None:
-                refused.add("not JSON, or no object", place)
+                refused.add("not a JSON object", place)
                 continue
             fields = fields or list(values)
             found = {key: value_at(values, places) for key, places in columns.items()}
@@ -176,7 +176,7 @@ def _rows(
                 refused.add(str(error), place, found)
                 continue
             if row.prompt in seen:
-                refused.add("the same prompt again", place, row.prompt)
+                refused.add("a duplicate prompt", place, row.prompt)
             elif row.prompt in other:
                 refused.add("the prompt is among the held-out ones", place, row.prompt)
             else:

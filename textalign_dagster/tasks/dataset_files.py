@@ -21,13 +21,13 @@ from textalign_dagster.tasks.dataset_settings import Dataset
 Split = Literal["train", "evaluation"]
 FORMATS = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
 SINGLE = (*FORMATS, ".json")
-"""What a file that is named by itself may end in, too; a folder's .json files may be anything."""
+"""Suffixes of a single named file; the .json files in a folder can be anything."""
 _GLOB = re.compile(r"[*?/\[.]")
 
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a dataset as they were at one time: (path, name, time of change, size)."""
+    """The files of a dataset at one time: (path, name, modification time, size)."""
 
     source: str
     revision: str | None
@@ -40,7 +40,7 @@ class Files:
 
 
 def files_of(data: Dataset, embedded: Path) -> Files:
-    """The files behind the settings, by split."""
+    """The files that the settings select, by split."""
     if data.hub is not None:
         folder, source = _from_hub(data), data.hub
         revision = folder.name  # snapshots are named by their commit
@@ -91,7 +91,7 @@ def _from_hub(data: Dataset) -> Path:
     return _snapshot(data.hub, data.revision, patterns)
 
 
-@lru_cache(maxsize=16)  # one process sees one commit, and asks the hub once
+@lru_cache(maxsize=16)  # one process sees one commit, and queries the hub once
 def _snapshot(hub: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     return snapshot(
         "task.data.hub", hub, revision, patterns, kind="dataset", instead="give local files in `path`"
@@ -114,7 +114,7 @@ def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[st
         lazy = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
         known = lazy.collect_schema().names()
         frame = lazy.select([name for name in known if name in columns] or known[:1]).collect()
-        blank = dict.fromkeys(known)  # so that errors can tell what there is
+        blank = dict.fromkeys(known)  # so that errors can list the columns
         for number, values in enumerate(frame.iter_rows(named=True), start=1):
             yield number, blank | values
     except UnicodeDecodeError as error:
@@ -130,7 +130,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     except json.JSONDecodeError as error:
         raise SettingsError(f"task.data: {path}:{error.lineno}: broken JSON: {error.msg}") from None
     if not isinstance(rows, list):
-        raise SettingsError(f"task.data: {path}: no JSON list of rows")
+        raise SettingsError(f"task.data: {path}: not a JSON list of rows")
     for number, values in enumerate(rows, start=1):
         yield number, values if isinstance(values, dict) else None
 

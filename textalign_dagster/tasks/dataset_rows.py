@@ -1,4 +1,4 @@
-"""What a task reads of a row, and which rows it refuses."""
+"""What a task reads from a row, and which rows it refuses."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 class BadRow(ValueError):
-    """Why a row is not a prompt, in the same words for all rows alike: they are counted by it."""
+    """Why a row cannot be a prompt, in the same words for all such rows, because they are counted by it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a task reads of a row."""
+    """What a task reads from a row."""
 
     prompt: str
     reference: str | None = None
@@ -23,7 +23,7 @@ class Row:
 
 @dataclass
 class Refused:
-    """Rows left out, counted by reason, each with its first place and content."""
+    """Rows left out, counted by reason, with the place and content of the first."""
 
     reasons: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -40,7 +40,7 @@ class Refused:
 
 
 def value_at(values: Mapping[str, Any], places: Sequence[str]) -> Any:
-    """The first of the places that the row has, None without one."""
+    """The value at the first of the places that the row has; None without one."""
     for place in places:
         found: Any = values
         for step in place.split("."):
@@ -59,7 +59,7 @@ def text_of(values: Mapping[str, Any], name: str) -> str:
     """A text that the row must have.
 
     Raises:
-        BadRow: it is missing, no text or blank.
+        BadRow: it is missing, not text, or blank.
     """
     found = values[name]
     if found is None:
@@ -72,7 +72,7 @@ def text_of(values: Mapping[str, Any], name: str) -> str:
 
 
 def optional_text_of(values: Mapping[str, Any], name: str) -> str | None:
-    """A text that the row may have; None for a missing or blank one.
+    """An optional text of the row; None for a missing or blank one.
 
     Raises:
         BadRow: it is not text.

@@ -1,4 +1,4 @@
-"""Where the prompts of a task come from: a section of the experiment."""
+"""Where the prompts of a task come from: the section ``task.data`` of an experiment."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ class Dataset(Settings):
 
     hub: str | None = Field(None, description="A dataset on the hub, as owner/name.")
     revision: str | None = Field(
-        None, description="Branch, tag or commit of the hub's dataset; the commit is recorded either way."
+        None, description="Branch, tag or commit of the hub dataset; the commit is recorded either way."
     )
     path: str | None = Field(
         None,
-        description="A .jsonl, .jsonl.gz, .csv or .parquet file, or a folder of such, in the schema of the "
-        "hub's dataset; relative to the experiment file.",
+        description="A .jsonl, .jsonl.gz, .csv or .parquet file, or a folder of such files, in the schema of the "
+        "hub dataset; relative to the experiment file.",
     )
     train: str = Field(
         "train",
-        description="The files of the training prompts: a word of their path (`train`), or a pattern such "
-        "as `harmless-*/train*`. Where no path has the word of any split, all files are for training.",
+        description="The files of the training prompts: a word in their path (`train`), or a pattern such "
+        "as `harmless-*/train*`. If no path has the word of either split, all files are for training.",
     )
     evaluation: str = Field("test", description="The files of the held-out prompts, named like `train`.")
     held_out: int | None = Field(
         None,
         ge=1,
-        description="For datasets without a split of their own: so many of the training prompts, chosen by "
-        "a hash of their text, are held out for the evaluation.",
+        description="For datasets without an evaluation split: number of training prompts, chosen by a hash "
+        "of their text, to hold out for the evaluation.",
     )
     columns: dict[str, str] = Field(
-        {}, description="What the task reads → the column it is in, where it is another; `a.b` is nested."
+        {}, description="What the task reads → its column, if it has another name; `a.b` is nested."
     )
     max_refused: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="Share of rows that may be unusable (blank, twice, …) and left out; more is an error.",
+        description="Maximum share of unusable rows (blank, duplicate, …), which are left out; more is an error.",
     )
 
     @model_validator(mode="after")
@@ -48,7 +48,7 @@ class Dataset(Settings):
         if self.hub is not None and self.hub.count("/") != 1:
             raise ValueError(f"hub: {self.hub!r} is not owner/name")
         if self.revision is not None and self.hub is None:
-            raise ValueError("revision is that of a hub's dataset; add hub, or remove it")
+            raise ValueError("revision is only for a hub dataset; add hub, or remove it")
         if self.held_out is not None and self.hub is None and self.path is None:
             raise ValueError("held_out is for a hub or a path; the embedded sample has held-out prompts")
         return self

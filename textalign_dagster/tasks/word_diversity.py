@@ -1,4 +1,4 @@
-"""distinct-n as measures of a task, in the published definitions (see :mod:`textalign_dagster.measures.diversity`)."""
+"""distinct-n as measures of a task, by the published definitions (see :mod:`textalign_dagster.measures.diversity`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ORDERS = (1, 2, 3)
 
 
 def pooled_measures() -> tuple[Measure, ...]:
-    """dist-1/2/3 over all texts at once: no intervals, as resampling prompts repeats texts and biases it."""
+    """dist-1/2/3 over all texts at once: no intervals, because resampling prompts repeats texts and biases it."""
     return tuple(Measure(f"dist_{n}_pooled", f"dist-{n} over all", f"dist_{n}_pooled") for n in ORDERS)
 
 

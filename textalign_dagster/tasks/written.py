@@ -1,4 +1,4 @@
-"""How a dialogue is written for a policy: by a writer, e.g. as a transcript or by a chat template."""
+"""How a dialogue is rendered for a policy: by a writer, e.g. as a transcript or by a chat template."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class ChatTemplate:
     """A chat template's source.
 
     Attributes:
-        where: what it is called in errors.
-        end: the text of the model's end token; None: not known, as of a template that is a file of its own.
+        where: its name in errors.
+        end: the text of the model's end token; None: unknown, as for a template in a separate file.
     """
 
     source: str

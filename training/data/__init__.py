@@ -1,4 +1,4 @@
 """From rows to batches: examples, batches, packed rows, new tokens.
 
-From outside: by `train` and `trainer`.
+From outside: used by `train` and `trainer`.
 """

@@ -1,4 +1,4 @@
-"""From examples to batches: the order in which rows are trained on, and how they lie side by side."""
+"""From examples to batches: the order in which rows are trained on, and how they are laid out as tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from training.objectives.tokens import IGNORE
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Optimizer steps whose rows are sorted by length together. More saves little padding, and would give
-# steps of one kind of row only: rows with the same condition have similar lengths.
+# Optimizer steps whose rows are sorted by length together. More would save little padding, and lead to
+# steps with only one kind of row: rows with the same condition have similar lengths.
 GROUP = 8
 
 
@@ -35,12 +35,12 @@ def plan_batches(
 
     Every epoch visits every row once, in an order drawn from (seed, epoch). Rows of similar length
     share a micro-batch: ``GROUP`` steps' worth of shuffled rows are sorted by length and cut into
-    steps, whose order is shuffled again. A step's rows depend on batch_size * accumulation *
-    world_size only, so the same run can be spread over more processes. A fractional epoch ends early.
+    steps, whose order is shuffled again. A step's rows depend only on batch_size * accumulation *
+    world_size, so the same run can be spread over more processes. A fractional epoch ends early.
 
-    Rows with the same number in ``groups`` (None: the row is alone) share a micro-batch: then a
-    micro-batch holds as many groups as ``batch_size`` rows have room for, groups of the largest
-    size assumed. Micro-batches that the last step of an epoch cannot fill hold the first group with
+    Rows with the same number in ``groups`` (None: the row is alone) share a micro-batch: it then
+    holds as many groups as would fit into ``batch_size`` rows if all had the largest size.
+    Micro-batches that are left empty in the last step of an epoch hold the first group with
     weight 0: row i as index -1 - i, see ``Examples``.
 
     Raises:
@@ -64,8 +64,8 @@ def plan_batches(
             group = group[np.argsort(sizes[group], kind="stable")]
             steps += [group[i : i + per_step] for i in range(0, len(group), per_step)]
         if epoch + 1 > epochs:
-            wanted = max(1, round((epochs - epoch) * len(steps)))
-            steps = [steps[i] for i in generator.permutation(len(steps))[:wanted]]
+            count = max(1, round((epochs - epoch) * len(steps)))
+            steps = [steps[i] for i in generator.permutation(len(steps))[:count]]
         else:
             steps = [steps[i] for i in generator.permutation(len(steps))]
         for step in steps:
@@ -80,15 +80,15 @@ def plan_batches(
 
 
 def _members(groups: Sequence[int | None]) -> list[list[int]]:
-    """The rows of each group, in order of first appearance; a row without a group is one of its own."""
-    found: dict[tuple[str, int], list[int]] = {}
+    """The rows of each group, in order of first appearance; a row without a group is a group by itself."""
+    members: dict[tuple[str, int], list[int]] = {}
     for row, group in enumerate(groups):
-        found.setdefault(("alone", row) if group is None else ("group", group), []).append(row)
-    return list(found.values())
+        members.setdefault(("alone", row) if group is None else ("group", group), []).append(row)
+    return list(members.values())
 
 
 def _spread(rows: list[int], batch_size: int, accumulation: int, world_size: int) -> list[list[list[int]]]:
-    """A step's rows, sorted by length, over its micro-batches and ranks."""
+    """Distributes a step's rows, sorted by length, over its micro-batches and ranks."""
     together = batch_size * world_size
     micro_batches = [rows[i * together : (i + 1) * together] for i in range(accumulation)]
     return [[part[rank::world_size] for rank in range(world_size)] for part in micro_batches]
@@ -128,18 +128,18 @@ class Examples:
 class Collator:
     """Examples → a batch of tensors.
 
-    Second contexts are further rows of the batch, or with ``apart`` rows of their own, as those of the
-    reference are, with the prefix ``second_``.
+    Second contexts are additional rows of the batch or, with ``apart``, separate rows with the prefix
+    ``second_``, like those of the reference.
 
-    Gives the fields of ``Sequences`` [B], ``tokens``, how many there are in all, and where the objective
-    needs them the ``TOKEN_VALUES`` [N] of all labels; and of the prompts of the policy,
-    and with the prefix ``reference_`` of those of the reference where it reads others, either
+    Returns the fields of ``Sequences`` [B]; ``tokens``, their total number; the ``TOKEN_VALUES`` [N] of all
+    labels, if the objective needs them; and for the policy's prompts (with the prefix ``reference_`` for the
+    reference's prompts, if these differ) either
 
     - rows padded on the right: ``input_ids``, ``attention_mask``, ``labels`` [B, T]; ``keep``: the last
-      ``keep`` positions hold all labels and what predicts them; or
-    - ``packed`` rows, one after the other: ``input_ids``, ``position_ids`` [1, T]; ``row_starts``, where
-      rows begin, and the end of the last; and of each of the N labels its token in ``targets``, its row
-      in ``rows`` and what predicts it in ``predicts`` [N].
+      ``keep`` positions contain all labels and the positions that predict them; or
+    - ``packed`` rows, concatenated: ``input_ids``, ``position_ids`` [1, T]; ``row_starts``, where rows
+      start, and the end of the last; and for each of the N labels its token in ``targets``, its row in
+      ``rows`` and the position that predicts it in ``predicts`` [N].
     """
 
     pad: int
@@ -183,7 +183,7 @@ class Collator:
         import torch
 
         row_starts = [0, *accumulate(len(prompt) + len(text) for prompt, text in pairs)]
-        # The label at a position is predicted by the position before it, which must be of the same row.
+        # The label at a position is predicted by the position before it, which must be in the same row.
         labels = [
             (row, at)
             for row, ((prompt, _), (start, end)) in enumerate(zip(pairs, pairwise(row_starts), strict=True))

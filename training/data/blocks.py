@@ -1,9 +1,10 @@
-"""A corpus as blocks of equal length: documents one after the other, each behind an end token, or behind what the
+"""A corpus as blocks of equal length: documents are concatenated, each after an end token, or after whatever the
 tokenizer starts a text with.
 
-The policy that is trained on them expects that start before a prompt too: its tokenizer is saved so that it puts it
-there (`start_with_end`). Blocks cross documents, and a block's tokens see all before them in it. Every token is learned,
-control tokens too, and has the score of its segment (Korbak et al. 2023). The last block is shorter; nothing is dropped.
+A policy trained on them expects the same start before a prompt: its tokenizer is saved so that it adds it
+(`start_with_end`). Blocks span documents, and tokens attend to all earlier tokens of their block. Every token is
+learned, including control tokens, and has the score of its segment (Korbak et al. 2023). The last block is shorter;
+nothing is dropped.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ if TYPE_CHECKING:
 
 
 def blocks(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> list[Example]:
-    """The documents, in their order, as blocks of ``training.block`` tokens.
+    """The documents, in order, as blocks of ``training.block`` tokens.
 
-    A document's segments (``spans``, where the objective reads them) are tokenised separately, and the job's
+    A document's segments (``spans``, if the objective reads them) are tokenised separately, and the job's
     special tokens in its text are control tokens.
 
     Raises:
         JobError: documents have different weights, or the tokenizer has no end token.
     """
     length = job.training.block
-    assert length is not None, "asked for"
+    assert length is not None, "checked by the caller"
     if tokenizer.eos_token_id is None:
         raise JobError(f"{job.policy}: the tokenizer has no eos_token, which separates documents; set one")
     if rows["weight"].n_unique() > 1:
         raise JobError(
-            f"{job.rows}: weight: differs, but the tokens of a block have one; choose a method that weighs tokens (awr), or "
-            "remove datapool.weights"
+            f"{job.rows}: weight: differs between documents, but a block has only one; choose a method that weights tokens "
+            "(awr), or remove datapool.weights"
         )
     control = {token: int(cast(int, tokenizer.convert_tokens_to_ids(token))) for token in job.special_tokens}
     start = leading_ids(tokenizer) or [tokenizer.eos_token_id]
@@ -49,9 +50,9 @@ def blocks(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
         encode_texts(tokenizer, [text for text, _ in parts if text is not None and text not in control])
     )
     for text, score in parts:
-        found = start if text is None else [control[text]] if text in control else next(encoded)
-        ids += found
-        scores += [score] * len(found)
+        tokens = start if text is None else [control[text]] if text in control else next(encoded)
+        ids += tokens
+        scores += [score] * len(tokens)
     scored = "token scores" in job.training.objective.needs
     return [
         Example(
@@ -67,7 +68,7 @@ def blocks(rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job) -> 
 
 
 def start_with_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Has a tokenizer that starts texts with nothing put its end token there, as before each document of a block.
+    """Makes a tokenizer that adds no start token start texts with its end token, like the documents of a block.
 
     Raises:
         JobError: the tokenizer cannot do that.
@@ -94,8 +95,8 @@ def start_with_end(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _parts(rows: pl.DataFrame, job: Job, control: Collection[str]) -> Iterator[tuple[str | None, float]]:
-    """What is encoded by itself, with its score: each document's end token first (None), then its segments; control
-    tokens stand alone."""
+    """The parts to encode separately, with their scores: for each document its end token (None), then its segments;
+    control tokens are separate parts."""
     columns = ["text", "condition", "spans"] if "spans" in rows.columns else ["text", "condition"]
     pattern = "|".join(map(re.escape, control))
     for row in rows.select(columns).iter_rows(named=True):
@@ -117,7 +118,7 @@ def _start(span: dict[str, Any]) -> int:
 
 
 def _pieces(text: str, places: Sequence[tuple[int, int, float]]) -> Iterator[tuple[str, float]]:
-    """The segments with their scores, and what lies between them with score 0."""
+    """The segments with their scores, and the text between them with score 0."""
     at = 0
     for start, end, score in places:
         if start > at:

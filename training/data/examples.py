@@ -1,9 +1,9 @@
-"""From rows to examples: which tokens a row is, and which of them are learned.
+"""From rows to examples: the tokens of a row, and which of them are learned.
 
 Prompt and text are tokenized separately and concatenated, as at sampling time, where the policy
-continues the tokens of the prompt: a pair of characters at the boundary is never merged into one
-token that could not have been sampled. (The price: re-encoding a decoded text need not give the
-very tokens that were sampled.) Labels are on the text and its end token only.
+continues the tokens of the prompt: characters across the boundary are never merged into a token
+that could not have been sampled. (The price: re-encoding a decoded text does not always give the
+tokens that were sampled.) Only the text and its end token have labels.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("sample_id", "prompt", "condition", "text", "finish_reason", "n_tokens", "weight")
-"""What every row has. Columns of :data:`textalign_dagster.tables.EXAMPLES` beyond these may be left out, as far
-as the objective does not need them."""
+"""Columns that every row has. The other columns of :data:`textalign_dagster.tables.EXAMPLES` can be left out
+unless the objective needs them."""
 NEEDED: dict[Need, str] = {
     "groups": "group_id",
     "rewards": "reward",
@@ -37,20 +37,20 @@ NEEDED: dict[Need, str] = {
     "mismatched": "second_prompt",
     "token scores": "spans",
 }
-"""The column that an objective's need is met from."""
+"""The column that provides what an objective needs."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids, and what the objective reads beside them."""
+    """One row as token ids, and what else the objective reads."""
 
     prompt: list[int]
     text: list[int]
     weight: float
     reference: list[int] | None = None  # the prompt as the reference reads it
     second: list[int] | None = None  # the prompt of the second context
-    role: int = 0  # place in objectives.base.ROLES
-    group: int | None = None  # examples with one number share a micro-batch; None: it stands alone
+    role: int = 0  # index into objectives.base.ROLES
+    group: int | None = None  # examples with the same number share a micro-batch; None: no group
     reward: float = math.nan
     sampled_log_prob: float = math.nan
     scores: list[float] | None = None  # of each token of the text
@@ -60,7 +60,7 @@ class Example:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and text; of both contexts where there are two."""
+        """Tokens of prompt and text; of both contexts if there are two."""
         return (
             len(self.prompt)
             + len(self.text)
@@ -69,18 +69,18 @@ class Example:
 
     @property
     def labels(self) -> int:
-        """Tokens that are predicted; nothing predicts the first token of a sequence."""
+        """The number of tokens that are predicted; nothing predicts the first token of a sequence."""
         return len(self.text) - (not self.prompt)
 
 
 def read_rows(path: Path, template: str | None, needs: Collection[Need] = ()) -> pl.DataFrame:
-    """The examples to train on; those of weight 0 are left out.
+    """The rows to train on; those of weight 0 are left out.
 
     Args:
-        needs: of the objective; their columns must be there, without NULL (but in ``second_prompt``).
+        needs: of the objective; their columns must exist, without NULL (except in ``second_prompt``).
 
     Raises:
-        JobError: unreadable, empty, a missing column, a NULL, or a value that means nothing.
+        JobError: the file is unreadable or empty, a column is missing, or a value is NULL or invalid.
     """
     try:
         frame = pl.read_parquet(path)
@@ -91,14 +91,14 @@ def read_rows(path: Path, template: str | None, needs: Collection[Need] = ()) ->
         raise JobError(f"{path}: missing columns {missing}; rows need {list(COLUMNS)}")
     if frame.is_empty():
         raise JobError(f"{path}: no rows to train on; the datapool drew none")
-    wanted = {need: column for need, column in NEEDED.items() if need in needs}
-    for need, column in wanted.items():
+    required = {need: column for need, column in NEEDED.items() if need in needs}
+    for need, column in required.items():
         if column not in frame.columns:
             raise JobError(f"{path}: {column}: missing; the objective needs {need}")
-        if need != "second context":  # NULL: this example has none
+        if need != "second context":  # NULL there: the example has none
             _refuse(frame, pl.col(column).is_null(), path, column, f"is NULL, but the objective needs {need}")
     if "role" in frame.columns:
-        _refuse(frame, ~pl.col("role").is_in(list(ROLES)), path, "role", f"is none of {', '.join(ROLES)}")
+        _refuse(frame, ~pl.col("role").is_in(list(ROLES)), path, "role", f"is not one of {', '.join(ROLES)}")
     if "groups" in needs:
         _refuse_incomplete_pairs(frame, path)
     for name in ("sample_id", "prompt", "text", "finish_reason", "weight"):
@@ -136,7 +136,7 @@ def _refuse(frame: pl.DataFrame, bad: pl.Expr, path: Path, column: str, what: st
 
 
 def _refuse_incomplete_pairs(frame: pl.DataFrame, path: Path) -> None:
-    """A pair is one chosen and one rejected row, of one weight."""
+    """Raises unless every pair is one chosen and one rejected row, of equal weight."""
     pair = (
         frame.filter(pl.col("role").is_in(["chosen", "rejected"]))
         .group_by("group_id", maintain_order=True)
@@ -164,7 +164,7 @@ def ends(
     """Whether the end token follows the text: a sample that was cut off must not teach stopping.
 
     ``finish_reason``: it follows samples that stopped by themselves. ``legacy`` is the published rule
-    (ALT's released code): none iff the text does not end in ``.``, ``?`` or ``!`` and has exactly
+    (ALT's released code): no end token iff the text does not end in ``.``, ``?`` or ``!`` and has exactly
     ``max_new_tokens`` tokens (counted by re-encoding the text).
     """
     if rule == "finish_reason":
@@ -175,16 +175,16 @@ def ends(
 def encode(
     rows: pl.DataFrame, tokenizer: PreTrainedTokenizerBase, job: Job, max_length: int | None = None
 ) -> list[Example]:
-    """The rows as token ids, in their order; rows whose text has no token at all are left out.
+    """The rows as token ids, in order; rows whose text has no tokens are left out.
 
     Args:
-        max_length: the longest row; None: as the settings say.
+        max_length: of a row, in tokens; None: as in the settings.
 
-    A row longer than that loses the *beginning of its prompt*: condition, the cue at the
-    prompt's end, and the text are kept whole.
+    A longer row loses the *beginning of its prompt*: condition, the cue at the prompt's end, and
+    the text are kept whole.
 
     Raises:
-        JobError: condition and text alone are longer than ``max_length``, naming the sample.
+        JobError: condition and text alone are longer than ``max_length``; names the sample.
     """
     settings = job.training
     longest = max_length or settings.max_length or DEFAULT_LENGTH
@@ -209,7 +209,7 @@ def encode(
     for i, (row, group, ids) in enumerate(zip(given.iter_rows(named=True), groups, texts, strict=True)):
         stops = ends(row["text"], len(ids), row["finish_reason"], settings.eos_rule, job.max_new_tokens)
         if "score head" in objective.needs:
-            ids = [*ids, *trailing]  # as a scorer shows it
+            ids = [*ids, *trailing]  # as a scorer sees it
         elif stops:
             if tokenizer.eos_token_id is None:
                 raise JobError(
@@ -252,27 +252,27 @@ def _number(value: float | None) -> float:
 
 
 def _fitting(prompts: _Prompts, i: int, room: int, taken: int, where: str, max_length: int) -> list[int]:
-    """The tokens of prompt i beside a text of ``taken`` tokens."""
+    """The tokens of prompt i that fit with a text of ``taken`` tokens."""
     prompt = prompts.cut(i, room)
     if prompt == []:
         raise JobError(
-            f"{where}: the prompt is empty, and the tokenizer starts texts with nothing either; give it a prompt"
+            f"{where}: the prompt is empty, and the tokenizer adds no start token either; give it a prompt"
         )
     if prompt is None:
         raise JobError(
-            f"{where}: the text has {taken} tokens, which with its condition is more than training.max_length "
+            f"{where}: the text has {taken} tokens, which together with its condition exceeds training.max_length "
             f"({max_length}); raise max_length or lower max_new_tokens"
         )
     return prompt
 
 
 def _groups(rows: pl.DataFrame) -> list[int | None]:
-    """A number for each row; rows of one ``group_id`` have the same one."""
+    """A number for each row, the same for rows with the same ``group_id``."""
     return (rows["group_id"].rank("dense") - 1).cast(pl.Int64).to_list()
 
 
 def _whole_groups(examples: list[Example], groups: Sequence[int | None]) -> list[Example]:
-    """The examples of groups of which none was left out for its empty text, group by group."""
+    """The examples of complete groups (none left out for its empty text), group by group."""
     size, kept = Counter(groups), Counter(example.group for example in examples)
     whole = [example for example in examples if kept[example.group] == size[example.group]]
     first: dict[int | None, int] = {}
@@ -282,7 +282,7 @@ def _whole_groups(examples: list[Example], groups: Sequence[int | None]) -> list
 
 
 def _token_scores(tokenizer: PreTrainedTokenizerBase, rows: pl.DataFrame) -> list[list[float]]:
-    """For each text the score of each of its tokens: the highest of the spans that it overlaps, else 0."""
+    """For each text the score of each of its tokens: the highest of the spans that overlap it, else 0."""
     encoded = tokenizer(
         rows["text"].to_list(),
         add_special_tokens=False,
@@ -299,7 +299,7 @@ def _token_scores(tokenizer: PreTrainedTokenizerBase, rows: pl.DataFrame) -> lis
 
 
 class _Prompts:
-    """Rendered prompts as tokens, and where in them the unconditioned prompt lies."""
+    """Rendered prompts as tokens, and the span of the unconditioned prompt in each."""
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ class _Prompts:
             ("", "") if c is None or template is None else around_prompt(template, c) for c in conditions
         ]
         rendered = [start + prompt + end for (start, end), prompt in zip(around, prompts, strict=True)]
-        # Slow tokenizers have no offsets; every tokenizer saved as tokenizer.json has.
+        # Slow tokenizers have no offsets; every tokenizer saved as tokenizer.json has them.
         encoded = tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
         self._ids, self._offsets = encoded["input_ids"], encoded["offset_mapping"]
         self._spans = [
@@ -323,11 +323,11 @@ class _Prompts:
     def cut(self, i: int, room: int) -> list[int] | None:
         """The tokens of prompt i, at most ``room``; None if even its condition does not fit.
 
-        At least one token remains: the first token of the text must have something to follow.
+        At least one token remains: the first token of the text must be predicted from something.
         """
         ids, start = self._ids[i], self._start
         if ids[: len(start)] == start:
-            start = []  # a chat template writes the beginning itself: not twice
+            start = []  # a chat template has already added it
         excess = len(start) + len(ids) - room
         if excess <= 0:
             return [*start, *ids]

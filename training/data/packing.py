@@ -1,12 +1,12 @@
 """Packed rows: the rows of a micro-batch read as one sequence, so that no padding is computed.
 
-Positions begin anew with every row, and no row attends to another one. transformers makes such a
-mask of positions that begin anew, over the whole sequence: its cost grows with the square of the
-*sum* of the lengths, which is dearer than the padding it saves. Where an architecture lets its
-attention be chosen it gets ``attend``: the attention that it has otherwise, row by row.
+Positions restart with every row, and no row attends to another one. transformers derives such a
+mask from restarting positions, but over the whole sequence: its cost grows with the square of the
+*sum* of the lengths, which costs more than the padding it saves. An architecture whose attention
+can be chosen gets ``attend``: its usual attention, row by row.
 
-Not every architecture reads positions, or minds where they begin anew: ``prepare`` tries it out on
-the model itself and refuses those that do not.
+Not every architecture reads positions, or takes note of where they restart: ``prepare`` tests the
+model itself and refuses those that do not.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from transformers.masking_utils import sdpa_mask
 from training.job import JobError
 
 ROW_BY_ROW = "sdpa_row_by_row"
-LENGTHS = (6, 9)  # tokens of the rows that a model is tried on
+LENGTHS = (6, 9)  # tokens of the rows that a model is tested on
 
 
 class RowMasks:
-    """The mask of a packed sequence, of which no more than the rows' own parts is computed.
+    """The mask of a packed sequence; only the rows' own parts are computed.
 
-    What an architecture asks of its masks (a window, say) is asked of every part.
+    What an architecture requires of its masks (e.g. a window) applies to every part.
     """
 
     def __init__(self, make: Callable[[int, int], Tensor]):
-        """``make``: the mask of the n tokens from a position on, [1, 1, n, n]."""
+        """``make(start, n)`` returns the mask of the n tokens from ``start`` on, [1, 1, n, n]."""
         self._make = make
         self._parts: dict[tuple[int, int], Tensor | None] = {}
 
     def part(self, start: int, end: int) -> Tensor | None:
-        """[1, 1, n, n] of the tokens from start to end; None: each sees all before it."""
+        """The mask [1, 1, n, n] of the tokens from start to end; None: plain causal."""
         if (start, end) not in self._parts:
             n = end - start
             mask = self._make(start, n)
@@ -67,7 +67,7 @@ def masks(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> RowMasks | Tensor | None:
-    """What an architecture is given as mask: as for ``sdpa``, but for packed sequences."""
+    """The mask that an architecture gets: the same as for ``sdpa``, except for packed sequences."""
     if attention_mask is None and batch_size == 1 and not allow_is_causal_skip and q_length == kv_length:
         whole = kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
@@ -98,14 +98,14 @@ def attend(
     row_starts: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``sdpa`` for every row by itself; [1, heads, T, width] of each → [1, T, heads, width].
+    """``sdpa`` for each row separately; [1, heads, T, width] each → [1, T, heads, width].
 
     Args:
-        row_starts: where rows begin, and the end of the last one; None: there is one row.
+        row_starts: where rows start, and the end of the last one; None: there is only one row.
     """
     if not isinstance(attention_mask, RowMasks):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if row_starts is None or kwargs.get("position_bias") is not None:  # which is of the whole sequence, too
+    if row_starts is None or kwargs.get("position_bias") is not None:  # a bias spans the whole sequence
         row_starts = [0, query.shape[2]]
     rows = list(pairwise(row_starts))
     # Split, not sliced: the gradient of a slice is as long as the whole sequence.
@@ -126,10 +126,10 @@ AttentionMaskInterface.register(ROW_BY_ROW, masks)
 def packed_logits(
     model: Any, bare: Any, input_ids: Tensor, position_ids: Tensor, row_starts: list[int], wanted: Tensor
 ) -> Tensor:
-    """Logits [N, V] at the wanted positions [N] of a packed sequence [1, T].
+    """Logits [N, V] at the ``wanted`` positions [N] of a packed sequence [1, T].
 
     Args:
-        bare: the architecture itself, without what is wrapped around it.
+        bare: the model without its wrappers.
     """
     given: dict[str, Any] = {}
     if bare.config._attn_implementation == ROW_BY_ROW:
@@ -137,23 +137,23 @@ def packed_logits(
     partly = "logits_to_keep" in inspect.signature(bare.forward).parameters
     if partly:
         given["logits_to_keep"] = wanted
-    # With a cache, transformers would take the sequence for one row.
+    # With a cache, transformers would treat the sequence as one row.
     logits: Tensor = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **given).logits[0]
     return logits if partly else logits[wanted]
 
 
 def prepare(model: PreTrainedModel, where: str) -> bool:
-    """Lets a model read packed rows; returns whether its attention goes row by row.
+    """Prepares a model to read packed rows; returns whether its attention runs row by row.
 
-    The model is tried on two short rows: neither may see the other, and both must come out as they
-    do alone.
+    The model is tested on two short rows: neither may see the other, and both must give the same
+    output as on their own.
 
     Raises:
-        JobError: it does not read packed rows as it reads single ones.
+        JobError: the model does not read packed rows as it reads single ones.
     """
     config: Any = model.config.get_text_config(decoder=True)
     if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ROW_BY_ROW)  # where it cannot be chosen, it stays
+        model.set_attn_implementation(ROW_BY_ROW)  # no effect where it cannot be chosen
     training = model.training
     model.eval()
     try:
@@ -163,19 +163,19 @@ def prepare(model: PreTrainedModel, where: str) -> bool:
         why = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     model.train(training)
     if getattr(config, "attention_chunk_size", None):
-        why = "its attention is cut into chunks, which would be counted from the first row"
+        why = "its attention is cut into chunks, which would be counted from the start of the first row"
     if why is not None:
         raise JobError(
-            f"training.packing: {where}: a {type(model).__name__} does not read several rows in one sequence as "
-            f"it reads them alone ({why}); set it to false"
+            f"training.packing: {where}: a {type(model).__name__} does not read packed rows as it reads single "
+            f"ones ({why}); set it to false"
         )
     return bool(model.config._attn_implementation == ROW_BY_ROW)
 
 
 def refusal(folder: str) -> str | None:
-    """Why policies of this architecture cannot read packed rows, found before any weights are loaded.
+    """Why policies of this architecture cannot read packed rows, determined before any weights are loaded.
 
-    It is tried on two random layers of it; None also where this does not show it.
+    Two random layers of it are tested; None if they pass, or if the test cannot be run.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -185,7 +185,7 @@ def refusal(folder: str) -> str | None:
             text.layer_types = text.layer_types[: text.num_hidden_layers]
         text.vocab_size, text.pad_token_id = 64, None
         model = AutoModelForCausalLM.from_config(config)
-    except Exception:  # noqa: BLE001 (each architecture has its own way; the training itself will tell)
+    except Exception:  # noqa: BLE001 (each architecture fails in its own way; the training itself reports it)
         return None
     try:
         prepare(model, folder)
@@ -195,7 +195,7 @@ def refusal(folder: str) -> str | None:
 
 
 def _difference(model: PreTrainedModel) -> str | None:
-    """What a model makes of packed rows that it does not make of single ones; None: nothing."""
+    """How a model's output for packed rows differs from that for single ones; None: it does not."""
     embeddings = cast(Tensor, model.get_input_embeddings().weight)
     device, vocabulary = embeddings.device, embeddings.shape[0]
     generator = torch.Generator().manual_seed(0)
@@ -216,12 +216,12 @@ def _difference(model: PreTrainedModel) -> str | None:
 
     together, after_another = packed(first, second), packed(other, second)
     apart = torch.cat([alone(first), alone(second)])
-    # Differences of rounding, which grow from layer to layer, and are of single precision in parts of
-    # models in double precision. Weights that are not finite are found later.
+    # Rounding differences grow from layer to layer, and models in double precision compute some parts
+    # in single precision. Non-finite weights are detected later.
     rounding = max(torch.finfo(dtype).eps for dtype in (apart.dtype, torch.float32))
     limit = rounding**0.5 * apart.abs().max()
     if (together[split:] - after_another[split:]).abs().max() > limit:
         return "a row sees the row before it"
     if (together - apart).abs().max() > limit:
-        return "its positions do not begin anew"
+        return "its positions do not restart"
     return None

@@ -1,4 +1,4 @@
-"""New tokens of a policy (Quark's quantile tokens) and what their embeddings start from."""
+"""New tokens of a policy (Quark's quantile tokens) and their initial embeddings."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def add_special_tokens(
     init: Literal["mean_std", "eos"],
     seed: int,
 ) -> list[int]:
-    """Makes each of ``tokens`` one special token, and returns their ids, in order.
+    """Makes each of ``tokens`` a special token, and returns their ids, in order.
 
     Tokens that the tokenizer already has keep their embeddings, so that the call is harmless in
-    later iterations. New rows of the input *and* the output embeddings (one matrix where they are
-    tied) start
+    later iterations. New rows of the input *and* the output embeddings (one matrix if they are
+    tied) are initialised
 
     - ``mean_std``: from a normal with each dimension's mean and standard deviation over the old
-      vocabulary (ALT's released code; it did so for the input embeddings only);
+      vocabulary (ALT's released code; it did so only for the input embeddings);
     - ``eos``: as a copy of the end token's row.
 
     Rows that the model has beyond its tokenizer (padded vocabularies) are used before the
-    embeddings grow, and are no part of the old vocabulary.
+    embeddings grow, and are not part of the old vocabulary.
 
     Raises:
         ValueError: ``eos`` without an end token.
@@ -52,7 +52,7 @@ def add_special_tokens(
 
 
 def vocabulary_rows(model: PreTrainedModel) -> int:
-    """Rows of the input embeddings: at least the tokenizer's tokens, more where they are padded."""
+    """Rows of the input embeddings: at least the tokenizer's tokens, more if they are padded."""
     embeddings: Any = model.get_input_embeddings()
     return int(embeddings.weight.shape[0])
 
@@ -63,8 +63,8 @@ def _ids(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[int]:
 
 
 def _vocabulary_matrices(model: Any) -> list[Tensor]:
-    """Input embeddings, output embeddings and the output's bias, as far as they are distinct."""
-    found: dict[int, Tensor] = {}
+    """Input embeddings, output embeddings and the output's bias, without duplicates."""
+    distinct: dict[int, Tensor] = {}
     output = model.get_output_embeddings()
     for matrix in (
         model.get_input_embeddings().weight,
@@ -72,8 +72,8 @@ def _vocabulary_matrices(model: Any) -> list[Tensor]:
         getattr(output, "bias", None),
     ):
         if matrix is not None:
-            found.setdefault(matrix.data_ptr(), matrix)
-    return list(found.values())
+            distinct.setdefault(matrix.data_ptr(), matrix)
+    return list(distinct.values())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Objectives: one module each, one line each here. From outside: this registry, and `base`."""
+"""Objectives: one module each, and one line each here. From outside: this registry, and `base`."""
 
 from __future__ import annotations
 

@@ -21,15 +21,17 @@ class AWR(Objective):
     """
 
     name: Literal["awr"] = "awr"
-    alpha: float = Field(0.5, ge=0, le=1, description="Weight of the likelihood; the rest is the value's.")
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="Weight of the likelihood; the value loss has the rest."
+    )
     beta: float = Field(
-        1.0, gt=0, description="Advantages are divided by it; smaller: the best count for more."
+        1.0, gt=0, description="Advantages are divided by this; the smaller, the more the best count."
     )
     value_head: bool = Field(
         True, description="Whether a linear head on the last hidden state learns the value V; false: V is 0."
     )
-    detached: bool = Field(False, description="Whether the value's loss trains the head alone.")
-    highest: float = Field(1000.0, gt=0, description="Weights are cut off here.")
+    detached: bool = Field(False, description="Whether the value loss trains only the head.")
+    highest: float = Field(1000.0, gt=0, description="Weights are capped at this.")
 
     @model_validator(mode="after")
     def _learned(self) -> AWR:
@@ -54,7 +56,7 @@ class AWR(Objective):
         return (sequences.counted * sequences.weights).sum()
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.scores is not None, "the objective needs them"
+        assert tokens.scores is not None, "required by the objective"
         return awr(
             target_log_probs(tokens.log_probs, tokens.targets),
             -tokens.scores,
@@ -91,11 +93,11 @@ def awr(
     beta: float,
     highest: float,
 ) -> Loss:
-    """l_t = −α·min(e^(A_t/β), highest)·log p_t + (1 − α)·(R_t − V_t)²,  A_t = R_t − V_t without its gradient
+    """l_t = −α·min(e^(A_t/β), highest)·log p_t + (1 − α)·(R_t − V_t)²,  A_t = R_t − V_t, detached
 
     Args:
         log_probs, rewards, weights: [N] of the targets.
-        values: [N] V at the position that predicts the target; None: 0, and no loss of the value.
+        values: [N] V at the position that predicts the target; None: 0, and no value loss.
     """
     known = log_probs.new_zeros(log_probs.shape) if values is None else values.to(log_probs.dtype)
     rewards, known_now = rewards.to(log_probs.dtype), known.detach()

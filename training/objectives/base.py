@@ -1,9 +1,9 @@
-"""What an objective is: its settings, what it needs, and a loss over per-token log-probabilities.
+"""The interface of objectives: settings, needs, and a loss over per-token log-probabilities.
 
 An objective is a pydantic section (``training.objective`` of an experiment) with one pure method,
-:meth:`Objective.loss`. The trainer knows objectives through this class only: it reads :attr:`Objective.needs`
-before the training, meets each need once, and minimises ``loss(...).total`` of all micro-batches and
-processes over the step's :meth:`Objective.mass`.
+:meth:`Objective.loss`. The trainer knows objectives only through this class: it reads :attr:`Objective.needs`
+before training, provides each need once, and minimises ``loss(...).total`` summed over all micro-batches and
+processes, divided by the step's :meth:`Objective.mass`.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ Need = Literal[
     "score head",
     "value head",
 ]
-"""What an objective can ask for beside the policy's log-probabilities:
+"""What an objective can request in addition to the policy's log-probabilities:
 
 - ``reference``: the reference's log-probabilities over the full vocabulary, in every step;
-- ``reference log-probs``: those of the targets alone. They are computed once for each (reference, sequence)
-  and kept in a table that all methods share;
-- ``second context``: the targets of examples that have a ``second_prompt``, read under it too, by the
-  policy and in the same forward pass;
-- ``mismatched``: the targets under the ``second_prompt``, another example's, by the policy and without
-  gradients, before each step (:meth:`Objective.before_step`); with ``reference log-probs`` under the
-  reference too;
-- ``token scores``: the scores of the example's ``spans``, by token;
-- ``groups``: all sequences of a ``group_id`` (a pair, say) in the same micro-batch;
+- ``reference log-probs``: those of the targets only, computed once per (reference, sequence) and cached in a
+  table that all methods share;
+- ``second context``: for examples with a ``second_prompt``, the policy's log-probabilities of the targets
+  under that prompt too, from the same forward pass;
+- ``mismatched``: the policy's log-probabilities of the targets under the ``second_prompt``, here another
+  example's prompt, without gradients, before each step (:meth:`Objective.before_step`); with
+  ``reference log-probs`` the reference's too;
+- ``token scores``: the scores of the example's ``spans``, per token;
+- ``groups``: all sequences of a ``group_id`` (e.g. a pair) in the same micro-batch;
 - ``rewards``, ``sampled log-probs``: the example's ``reward`` and ``sampled_logprob``;
-- ``score head``: one number for a whole sequence in place of the vocabulary. The model becomes a sequence
+- ``score head``: one score per sequence instead of logits over the vocabulary. The model becomes a sequence
   classifier with one output, a reward model;
-- ``value head``: a number for each target, from a head on the hidden state that predicts it."""
+- ``value head``: one value per target, from a head on the hidden state that predicts it."""
 
 ROLES = ("only", "chosen", "rejected", "member")
-"""The roles of an example; :attr:`Sequences.roles` holds their places in this list."""
+"""The roles of an example; :attr:`Sequences.roles` holds indices into this tuple."""
 ONLY, CHOSEN, REJECTED, MEMBER = range(4)
 
 
@@ -59,7 +59,7 @@ class Sequences(NamedTuple):
     weights: Tensor  # [B], at least 0; 0 leaves the sequence out
     counted: Tensor  # [B] number of labelled tokens
     roles: Tensor  # [B] index into ROLES
-    groups: Tensor  # [B] sequences of one group have the same number; -1: none
+    groups: Tensor  # [B] sequences of one group have the same number; -1: no group
     rewards: Tensor  # [B], NaN where there is none
     sampled_log_probs: Tensor  # [B] log-probability of the text when it was sampled, NaN where unknown
 
@@ -68,12 +68,11 @@ class Loss(NamedTuple):
     """Sums over a micro-batch; divided by the step's mass they are means."""
 
     total: Tensor  # scalar, differentiable: what is minimised
-    parts: Mapping[str, Tensor] = {}  # scalars, detached: what is reported, or adapts coefficients
+    parts: Mapping[str, Tensor] = {}  # scalars, detached: reported, or used to adapt coefficients
 
 
 class Objective(Settings):
-    """One way to score a batch. A subclass is one module and one line in the registry
-    (:mod:`training.objectives`)."""
+    """A training loss. A subclass is one module and one line in the registry (:mod:`training.objectives`)."""
 
     name: str
 
@@ -84,35 +83,35 @@ class Objective(Settings):
 
     @property
     def reference_policy(self) -> Literal["base", "parent"] | None:
-        """Which policy is the reference; None: the objective reads none."""
+        """Which policy is the reference; None: the objective has none."""
         return None
 
     @property
     def reference_sees_condition(self) -> bool:
-        """Whether the reference reads the condition too, or the bare prompt."""
+        """Whether the reference also reads the condition, not just the bare prompt."""
         return True
 
     @property
     def detaches_value(self) -> bool:
-        """Whether the loss of the value trains the value head alone."""
+        """Whether the value loss trains only the value head."""
         return False
 
     @abstractmethod
     def mass(self, sequences: Sequences) -> Tensor:
         """The weight of a micro-batch, a scalar: the step's loss is divided by the sum of all masses.
 
-        It must not depend on the model: it is known before the first forward pass, so that sequences
-        count the same whichever micro-batch or process they are in.
+        It must not depend on the model: it is computed before the first forward pass, so that sequences
+        count the same in whichever micro-batch or process they are.
         """
 
     def before_step(self, mismatched: Tokens, sequences: Sequences) -> Mapping[str, Tensor]:
         """Sums over a micro-batch, computed without gradients before the step.
 
-        :meth:`loss` reads them among its coefficients, under the same names: as means over the step,
-        the sums over all its micro-batches and processes divided by its mass.
+        :meth:`loss` gets them among its coefficients, under the same names, as means over the step: summed
+        over all its micro-batches and processes and divided by its mass.
 
         Args:
-            mismatched: each sequence's targets under the prompt of another one.
+            mismatched: each sequence's targets under another sequence's prompt.
         """
         return {}
 
@@ -121,32 +120,32 @@ class Objective(Settings):
         """The loss of a micro-batch, as sums.
 
         Args:
-            coefficients: as :meth:`start` and :meth:`adapt` gave them, and the means of :meth:`before_step`.
+            coefficients: those from :meth:`start` and :meth:`adapt`, and the means of :meth:`before_step`.
         """
 
     def start(self) -> dict[str, float]:
-        """Coefficients that change during training, by the name of their setting."""
+        """Initial values of the coefficients that change during training, by setting name."""
         return {}
 
     def adapt(
         self, coefficients: Mapping[str, float], sums: Mapping[str, float], step: Step
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """After a step: the next coefficients, and figures of the step to report.
+        """Called after a step; returns the next coefficients, and the step's figures to report.
 
         Args:
-            sums: ``Loss.parts`` summed over the step, all micro-batches and processes.
+            sums: ``Loss.parts`` summed over the step's micro-batches and processes.
         """
         means = {name: value / step.mass for name, value in sums.items()} if step.mass > 0 else {}
         return dict(coefficients), means
 
     def identity(self) -> dict[str, Any]:
-        """The settings that the training follows from, for the keys of artifacts."""
+        """The settings that determine the training, for artifact keys."""
         return self.model_dump(mode="json")
 
 
 class Step(NamedTuple):
-    """What an optimizer step was computed on, over all micro-batches and processes."""
+    """Totals of an optimizer step, over all micro-batches and processes."""
 
     mass: float
     weight: float  # sum of the sequences' weights
-    sequences: float  # how many have a weight above 0
+    sequences: float  # number of sequences with a weight above 0

@@ -23,7 +23,7 @@ class BradleyTerry(PairObjective):
         return super().needs | {"score head"}
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.outputs is not None, "the objective needs them"
+        assert tokens.outputs is not None, "required by the objective"
         chosen, rejected = paired(sequences)
         return bradley_terry(tokens.outputs[chosen], tokens.outputs[rejected], sequences.weights[chosen])
 

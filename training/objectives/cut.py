@@ -32,11 +32,11 @@ class CUT(Objective):
     gamma: float = Field(
         0.0,
         ge=0,
-        description="Flagged tokens weigh α·p^γ, p their probability under the judgment; 0: all the same.",
+        description="Flagged tokens weigh α·p^γ, where p is their probability under the judgment; 0: all equally.",
     )
     combine: Literal["mean", "sum"] = Field(
         "mean",
-        description="How the losses under the judgment and under the bare prompt become one: mean, as in the "
+        description="How the losses under the judgment and under the bare prompt are combined: mean, as in the "
         "released code, or sum, as in the paper.",
     )
 
@@ -45,11 +45,11 @@ class CUT(Objective):
         return frozenset({"second context"})
 
     def mass(self, sequences: Sequences) -> Tensor:
-        """The sequences' weights: a text counts the same whatever its length and whatever is beside it."""
+        """The sum of the sequences' weights: a text counts the same whatever its length and micro-batch."""
         return sequences.weights.sum()
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.second is not None and tokens.second_places is not None, "the objective needs them"
+        assert tokens.second is not None and tokens.second_places is not None, "required by the objective"
         places = tokens.second_places
         return cut(
             target_log_probs(tokens.log_probs, tokens.targets),
@@ -85,28 +85,28 @@ def cut(
     gamma: float,
     share: float,
 ) -> Loss:
-    """The sum over texts of weight · l. Of a text without fault, of n tokens:
+    """The sum over texts of weight · l. For a text of n tokens without fault:
 
     l = −1/n Σ log p_t
 
-    and of one with a judgment j, where p_t = p(y_t|y_<t, x, j) and q_t = p(y_t|y_<t, x), flagged iff p_t/q_t > λ:
+    and for one with a judgment j, where p_t = p(y_t|y_<t, x, j), q_t = p(y_t|y_<t, x), and flagged iff p_t/q_t > λ:
 
     l = share · (−1/n Σ log p_t − 1/n Σ [flagged: α·p_t^γ·log(1 − q_t), else: log q_t])
 
-    This is the released loss of one text a process, whose average over processes it is then. No gradient goes
-    through the ratio and through p^γ.
+    This is the released code's loss with one text per process, averaged over processes. No gradient flows
+    through the ratio or p^γ.
 
     Args:
         first: [N] log-probabilities of the targets under the first context (log p).
-        second: [M] those of some of the targets under the second context (log q).
-        places: [M] which of the N targets they are of.
+        second: [M] those of M of the targets under the second context (log q).
+        places: [M] the indices of these M among the N targets.
         rows: [N] see ``Tokens``.
     """
     import torch
 
     judged = torch.zeros_like(sequences.weights, dtype=torch.bool)
     judged[rows[places]] = True
-    # Flagged in logarithms: probabilities that underflow to 0 still compare.
+    # Compared as logarithms, so that probabilities that underflow to 0 still compare.
     ratios = (first[places] - second).detach()
     flagged = ratios > math.log(threshold)
     weights = weight * torch.exp(gamma * first[places].detach())

@@ -19,12 +19,12 @@ class DPO(ReferencePairObjective):
     """The loss per pair: −log σ(β·margin), the margin of the implicit rewards log π/π_ref."""
 
     name: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is kept near the reference.")
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="Probability that a pair is the wrong way round (cDPO), e.g. the judge's inconsistency.",
+        description="Probability that a pair is the wrong way round (cDPO), e.g. the judge's inconsistency rate.",
     )
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:

@@ -1,4 +1,4 @@
-"""What policy gradients over groups share: a prompt's samples, each compared with the others by its reward."""
+"""Shared parts of policy gradients over groups: a prompt's samples are compared with each other by reward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class GroupObjective(Objective):
     epsilon: float = Field(
         0.2,
         gt=0,
-        description="The ratio of probabilities is clipped to 1 − ε … 1 + ε where that lowers the gain.",
+        description="The probability ratio is clipped to 1 − ε … 1 + ε where that lowers the gain.",
     )
 
     @property
@@ -30,15 +30,15 @@ class GroupObjective(Objective):
 
 
 class Group(NamedTuple):
-    """Sums over the group of each sequence, [B] each; a sequence of weight 2 is there twice."""
+    """Sums over the group of each sequence, [B] each; a sequence of weight 2 counts twice."""
 
     size: Tensor
     total: Tensor
-    squares: Tensor  # of the distances from the mean
+    squares: Tensor  # squared distances from the mean
 
 
 def group_sums(values: Tensor, sequences: Sequences) -> Group:
-    """Args: values: [B], finite. Sequences without a group (-1) are alone."""
+    """Weighted sums of ``values`` ([B], finite) over groups; a sequence without one (-1) is a group by itself."""
     import torch
 
     alone = sequences.groups < 0

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 class GRPO(GroupObjective):
-    """A token's probability, against the policy that sampled it, rises with how much better its sample's reward
-    is than its group's mean."""
+    """Raises a token's probability, relative to the policy that sampled it, by how much its sample's reward
+    exceeds its group's mean."""
 
     name: Literal["grpo"] = "grpo"
-    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the policy that sampled (β).")
+    kl_coef: float = Field(0.0, ge=0, description="Weight of the KL to the sampling policy (β).")
     scale_rewards: bool = Field(
         True, description="Divide advantages by the standard deviation of the group's rewards."
     )
@@ -31,11 +31,11 @@ class GRPO(GroupObjective):
 
     @property
     def reference_policy(self) -> Literal["parent"]:
-        """The policy that sampled."""
+        """The sampling policy."""
         return "parent"
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.reference_log_probs is not None, "the objective needs them"
+        assert tokens.reference_log_probs is not None, "required by the objective"
         return grpo(
             target_log_probs(tokens.log_probs, tokens.targets),
             tokens.reference_log_probs,
@@ -50,7 +50,7 @@ class GRPO(GroupObjective):
 def advantages(rewards: Tensor, sequences: Sequences, *, scale: bool) -> Tensor:
     """A_i = (r_i − mean of the group) / (its standard deviation + 1e-4), [B].
 
-    The standard deviation is the unbiased one, as in TRL. Equal rewards, and a sequence alone, give 0.
+    The standard deviation is the unbiased one, as in TRL. Equal rewards, and a single sequence, give 0.
     """
     size, total, squares = group_sums(rewards, sequences)
     centred = rewards - total / size.clamp(min=1e-12)
@@ -72,7 +72,7 @@ def grpo(
     l_t = −min(ρ_t·A, clip(ρ_t, 1 − ε, 1 + ε)·A) + β·(e^d_t − d_t − 1),  ρ_t = π/π_old, d_t = log π_old − log π
 
     Args:
-        log_probs, sampled: [N] of the targets, under the policy and under the one that sampled.
+        log_probs, sampled: [N] of the targets, under the policy and under the sampling policy.
         advantages: [B]; rows: [N].
     """
     gaps = log_probs - sampled

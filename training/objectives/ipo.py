@@ -24,7 +24,7 @@ class IPO(ReferencePairObjective):
     )
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        # A sequence has at least one token: no division by 0, also where policy and reference agree.
+        # A sequence has at least one token: no division by 0, even where policy and reference agree.
         means, (chosen, rejected) = log_ratios(tokens, sequences) / sequences.counted, paired(sequences)
         return ipo(means[chosen], means[rejected], sequences.weights[chosen], tau=self.tau)
 

@@ -1,4 +1,4 @@
-"""Kahneman–Tversky optimisation (Ethayarajh et al. 2024): texts that are good or bad by themselves, no pairs."""
+"""Kahneman–Tversky optimisation (Ethayarajh et al. 2024): texts that are individually good or bad, without pairs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class KTO(Objective):
     """A good text's log-ratio to the reference rises above that of mismatched texts, a bad one's falls below."""
 
     name: Literal["kto"] = "kto"
-    beta: float = Field(0.1, gt=0, description="How strongly the policy is held to the reference.")
+    beta: float = Field(0.1, gt=0, description="How strongly the policy is kept near the reference.")
     desirable_weight: float = Field(1.0, ge=0, description="Weight of good texts (λ_D).")
     undesirable_weight: float = Field(1.0, ge=0, description="Weight of bad texts (λ_U).")
     reference: Literal["base", "parent"] = Field(
@@ -38,7 +38,7 @@ class KTO(Objective):
         return sequences.weights.sum()
 
     def before_step(self, mismatched: Tokens, sequences: Sequences) -> Mapping[str, Tensor]:
-        """The mean log-ratio of texts after prompts that they do not belong to."""
+        """The weighted sum of log-ratios of texts after prompts that they do not belong to."""
         ratios = log_ratios(mismatched, sequences)
         return {"mismatched": (sequences.weights.to(ratios.dtype) * ratios).sum()}
 
@@ -79,7 +79,7 @@ def kto(
     Args:
         ratios: [B] the log-ratios r, summed over the tokens of a sequence.
         sequences: role ``chosen`` is a desirable text, ``rejected`` an undesirable one.
-        kl: z_0, at least 0: the mean of r over mismatched prompts and texts; no gradient goes through it.
+        kl: z_0, at least 0: the mean of r over mismatched prompts and texts; no gradient flows through it.
     """
     import torch
 

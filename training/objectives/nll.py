@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Target = Annotated[float, Field(gt=0)]
 
-LIMIT = 0.2  # of the relative error that a step answers to
+LIMIT = 0.2  # bound on the relative error that a step reacts to
 
 
 class NLL(Objective):
@@ -41,18 +41,18 @@ class NLL(Objective):
         "base", description="The reference: the base policy, or the policy this iteration started from."
     )
     kl_reference_sees_condition: bool = Field(
-        False, description="Whether the reference reads the condition too, or the plain prompt."
+        False, description="Whether the reference also reads the condition, not just the plain prompt."
     )
     kl_target: Target | None = Field(
         None,
-        description="Adapts kl_coef after every step, towards this KL of a whole sample, in nats; null: kl_coef "
+        description="Adapts kl_coef after every step towards this KL of a whole sample, in nats; null: kl_coef "
         "is constant.",
     )
     entropy_target: Target | None = Field(
-        None, description="Adapts entropy_coef likewise, towards this entropy of a whole sample, in nats."
+        None, description="Adapts entropy_coef likewise towards this entropy of a whole sample, in nats."
     )
     controller_horizon: float = Field(
-        2500.0, gt=0, description="Rows over which an adapted coefficient changes by 20 % at most."
+        2500.0, gt=0, description="Rows over which an adapted coefficient changes by at most 20 %."
     )
 
     @model_validator(mode="after")
@@ -63,8 +63,8 @@ class NLL(Objective):
         ):
             if target is not None and coef == 0:
                 raise ValueError(
-                    f"{name}_target adapts {name}_coef by factors, which cannot move it from 0; give "
-                    f"{name}_coef a start above 0"
+                    f"{name}_target adapts {name}_coef by factors, which cannot move it away from 0; "
+                    f"start {name}_coef above 0"
                 )
         return self
 
@@ -81,7 +81,7 @@ class NLL(Objective):
         return self.kl_reference_sees_condition
 
     def identity(self) -> dict[str, Any]:
-        # Trainings of earlier versions had this objective only, and no name for it.
+        # Earlier versions had only this objective, and no name for it.
         return self.model_dump(mode="json", exclude={"name"})
 
     def mass(self, sequences: Sequences) -> Tensor:
@@ -97,10 +97,10 @@ class NLL(Objective):
             reference=tokens.reference,
         )
         targets = {"kl": self.kl_target, "entropy": self.entropy_target}
-        found = {"kl": sums.kl, "entropy": sums.entropy}
+        measured = {"kl": sums.kl, "entropy": sums.entropy}
         return Loss(
             sums.total,
-            {name: part for name, part in found.items() if targets[name] is not None and part is not None},
+            {name: part for name, part in measured.items() if targets[name] is not None and part is not None},
         )
 
     def start(self) -> dict[str, float]:
@@ -117,8 +117,8 @@ class NLL(Objective):
 
         A coefficient is multiplied by ``1 ± clip(value / target - 1, ±0.2) * sequences / horizon``: too much
         KL raises the penalty, too much entropy lowers the bonus. As published, values are means over
-        samples of the *sum* over a sample's tokens (targets such as KL 3 and entropy 40 of 20 tokens
-        mean that).
+        samples of the *sum* over a sample's tokens (targets such as KL 3 and entropy 40 over 20
+        tokens refer to this).
         """
         if step.weight <= 0:
             return dict(coefficients), {}
@@ -135,7 +135,7 @@ class Sums(NamedTuple):
     """Weighted sums over the labelled tokens of a (micro-)batch; divide by the mass for means."""
 
     total: Tensor  # scalar, differentiable: what is minimised
-    nll: Tensor  # scalar, detached, as the rest
+    nll: Tensor  # scalar, detached, like the rest
     entropy: Tensor | None  # None: not part of the objective
     kl: Tensor | None  # None: not part of the objective
     mass: Tensor  # scalar: sum of the tokens' weights
@@ -170,15 +170,16 @@ def conditional_mle(
 ) -> Sums:
     """Conditional maximum likelihood with an entropy bonus and a KL penalty, as sums.
 
-    total = sum_t w_t [ -log p(y_t) + kl_coef * KL_t - entropy_coef * H_t ]   (ALT, eq. of the token loss)
+    total = sum_t w_t [ -log p(y_t) + kl_coef * KL_t - entropy_coef * H_t ]   (ALT, token-level loss)
 
     Args:
         weights: [B] weights of the sequences; None: all 1.
-        reference: [N, v] reference log-probabilities of the same tokens, v <= V; needed if
+        reference: [N, v] reference log-probabilities of the same tokens, v <= V; required if
             ``kl_coef`` is not 0. If v < V the policy's columns from v on are dropped (``restrict``).
 
     Raises:
-        ValueError: ``kl_coef`` without a reference, or a reference of other tokens or vocabulary.
+        ValueError: ``kl_coef`` without a reference, or a reference with another number of tokens or a larger
+            vocabulary.
     """
     weight = token_weights(weights, tokens)
     nll = (weight * token_nll(tokens)).sum()

@@ -1,4 +1,4 @@
-"""What objectives over preference pairs share: which sequences make a pair, their weights and log-ratios."""
+"""Shared parts of objectives over preference pairs: which sequences form a pair, their weights and log-ratios."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PairObjective(Objective):
 
 
 class ReferencePairObjective(PairObjective):
-    """One that compares the policy with a reference."""
+    """A pair objective that compares the policy with a reference."""
 
     reference: Literal["base", "parent"] = Field(
         "base", description="The reference: the base policy, or the policy this iteration started from."
@@ -43,19 +43,19 @@ class ReferencePairObjective(PairObjective):
 
 
 def paired(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """The places of the chosen and of the rejected sequences, [pairs] each, pair by pair."""
+    """The indices of the chosen and of the rejected sequences, [pairs] each, in the same order."""
     import torch
 
     def places(role: int) -> Tensor:
-        found = (sequences.roles == role).nonzero()[:, 0]
-        return found[torch.argsort(sequences.groups[found])]
+        indices = (sequences.roles == role).nonzero()[:, 0]
+        return indices[torch.argsort(sequences.groups[indices])]
 
     return places(CHOSEN), places(REJECTED)
 
 
 def log_ratios(tokens: Tokens, sequences: Sequences) -> Tensor:
     """log π(y|x) − log π_ref(y|x) of every sequence, summed over its tokens, [B]."""
-    assert tokens.reference_log_probs is not None, "the objective needs them"
+    assert tokens.reference_log_probs is not None, "required by the objective"
     ratios = target_log_probs(tokens.log_probs, tokens.targets) - tokens.reference_log_probs
     return per_sequence(ratios, tokens.rows, len(sequences.weights))
 

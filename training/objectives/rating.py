@@ -1,4 +1,4 @@
-"""Regression on ratings (Bansal et al. 2024, "Peering through preferences"): the reward model of ratings."""
+"""Regression on ratings (Bansal et al. 2024, "Peering through preferences"): a reward model trained on ratings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Rating(Objective):
         return sequences.weights.sum()
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.outputs is not None, "the objective needs them"
+        assert tokens.outputs is not None, "required by the objective"
         return rating(tokens.outputs, sequences.rewards, sequences.weights)
 
 

@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 
 class RLOO(GroupObjective):
-    """A sample's probability, against the policy that sampled it, rises with how much better its reward is than
-    the mean of its group's other samples."""
+    """Raises a sample's probability, relative to the policy that sampled it, by how much its reward exceeds the
+    mean of its group's other samples."""
 
     name: Literal["rloo"] = "rloo"
     kl_coef: float = Field(
-        0.05, ge=0, description="Weight of the reference's KL in the reward: r − β·(log π_old − log π_ref)."
+        0.05,
+        ge=0,
+        description="Weight of the KL to the reference in the reward: r − β·(log π_old − log π_ref).",
     )
     reference: Literal["base", "parent"] = Field(
         "base",
@@ -45,7 +47,7 @@ class RLOO(GroupObjective):
         rewards = sequences.rewards.to(log_probs.dtype)
         sampled = sequences.sampled_log_probs.to(log_probs.dtype)
         if self.kl_coef:
-            assert tokens.reference_log_probs is not None, "the objective needs them"
+            assert tokens.reference_log_probs is not None, "required by the objective"
             rewards = rewards - self.kl_coef * (
                 sampled - per_sequence(tokens.reference_log_probs, tokens.rows, size)
             )
@@ -53,7 +55,7 @@ class RLOO(GroupObjective):
 
 
 def left_out(rewards: Tensor, sequences: Sequences) -> Tensor:
-    """A_i = r_i − mean of the group's other rewards, [B]; a sequence alone has 0."""
+    """A_i = r_i − mean of the group's other rewards, [B]; 0 for a single sequence."""
     import torch
 
     size, total, _ = group_sums(rewards, sequences)
@@ -64,8 +66,8 @@ def left_out(rewards: Tensor, sequences: Sequences) -> Tensor:
 def rloo(log_probs: Tensor, sampled: Tensor, advantages: Tensor, weights: Tensor, *, epsilon: float) -> Loss:
     """l = −min(ρ·A, clip(ρ, 1 − ε, 1 + ε)·A),  ρ = π(y|x)/π_old(y|x) of the whole sequence
 
-    At the policy that sampled, its gradient is that of −A·log π(y|x) (eq. 7). The ratio is TRL's, which
-    corrects for the steps since.
+    At the sampling policy, its gradient is that of −A·log π(y|x) (eq. 7). The ratio, as in TRL, corrects
+    for the steps taken since.
 
     Args:
         log_probs, sampled, advantages, weights: [B], log-probabilities summed over a sequence.

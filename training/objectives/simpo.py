@@ -20,7 +20,7 @@ class SimPO(PairObjective):
 
     name: Literal["simpo"] = "simpo"
     beta: float = Field(10.0, gt=0, description="Scale of the margin.")
-    gamma: float = Field(3.0, ge=0, description="The margin that is aimed for, after scaling.")
+    gamma: float = Field(3.0, ge=0, description="Target margin, after scaling.")
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
         means = sequence_log_probs(tokens, len(sequences.weights)) / sequences.counted

@@ -1,11 +1,11 @@
-"""Log-probabilities of the labelled tokens of a batch: what every objective is a function of.
+"""Log-probabilities of the labelled tokens of a batch: the input of every objective.
 
 Only tokens with a label count. Labels are token ids, and ``IGNORE`` (-100) marks positions that are
 not trained on (prompt, condition, padding); a token is never left out because of its probability.
 
 Shapes: B sequences, T positions, V vocabulary entries, and N labelled tokens of the whole batch. All
 functions work on the N labelled tokens only, which keeps a large vocabulary affordable;
-``Tokens.rows``: the sequence that a token belongs to.
+``Tokens.rows`` is the sequence that a token belongs to.
 
 All quantities are in nats, in float32 (float64 if the logits are).
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 IGNORE = -100
 
 FLOOR = 1e-20
-"""1 − p is not less than this in a logarithm."""
+"""Lower bound of 1 − p inside a logarithm."""
 
 KLDirection = Literal["reference_to_policy", "policy_to_reference"]
 
@@ -29,7 +29,7 @@ KLDirection = Literal["reference_to_policy", "policy_to_reference"]
 class Tokens(NamedTuple):
     """The labelled tokens of a batch, in row-major order.
 
-    Those from ``scores`` on are there where the objective needs them, see :data:`training.objectives.base.Need`.
+    Fields from ``scores`` on are set only if the objective needs them, see :data:`training.objectives.base.Need`.
     """
 
     log_probs: Tensor  # [N, V]
@@ -38,10 +38,10 @@ class Tokens(NamedTuple):
     scores: Tensor | None = None  # [N] score of each token, from the example's spans
     reference: Tensor | None = None  # [N, v] log-probabilities under the reference
     reference_log_probs: Tensor | None = None  # [N] log-probability of each target under the reference
-    second: Tensor | None = None  # [M, V] of those targets whose sequence has a second context, in it
-    second_places: Tensor | None = None  # [M] which of the N targets they are
-    values: Tensor | None = None  # [N] of the value head, where each target is predicted
-    outputs: Tensor | None = None  # [B] the score head's output of each sequence; log_probs are empty then
+    second: Tensor | None = None  # [M, V] under the second context, of targets whose sequence has one
+    second_places: Tensor | None = None  # [M] their indices among the N targets
+    values: Tensor | None = None  # [N] the value head's output where each target is predicted
+    outputs: Tensor | None = None  # [B] the score head's output for each sequence; log_probs is then empty
 
 
 def labelled(logits: Tensor, labels: Tensor) -> Tokens:
@@ -59,10 +59,10 @@ def labelled(logits: Tensor, labels: Tensor) -> Tokens:
 
 
 def chosen_tokens(logits: Tensor, targets: Tensor, rows: Tensor) -> Tokens:
-    """Log-probabilities of tokens that were selected before.
+    """Log-probabilities of tokens that are already selected.
 
     Args:
-        logits: [N, V], of the positions that predict them.
+        logits: [N, V], at the positions that predict them.
         targets: [N]; rows: [N], see ``Tokens``.
     """
     import torch
@@ -77,9 +77,9 @@ def target_log_probs(log_probs: Tensor, targets: Tensor) -> Tensor:
 
 
 def log_complement(log_probs: Tensor) -> Tensor:
-    """log(1 − p) of log p, not less than log 1e-20 (Korbak et al. 2023): [N] -> [N].
+    """log(1 − p) from log p, at least log 1e-20 (Korbak et al. 2023): [N] -> [N].
 
-    No cancellation for small p. Where p rounds to 1 the floor holds, and no gradient flows.
+    No cancellation for small p. Where p rounds to 1 the floor applies, and no gradient flows.
     """
     import torch
 
@@ -104,7 +104,7 @@ def sequence_means(values: Tensor, rows: Tensor, counted: Tensor) -> Tensor:
     """Means over the tokens of each sequence: [N] -> [B].
 
     Args:
-        counted: [B] how many tokens each has.
+        counted: [B] number of tokens in each.
     """
     return per_sequence(values, rows, len(counted)) / counted.clamp(min=1).to(values.dtype)
 
@@ -127,8 +127,8 @@ def kl(policy: Tensor, reference: Tensor, direction: KLDirection) -> Tensor:
 def restrict(log_probs: Tensor, vocabulary: int) -> Tensor:
     """The distribution over the first ``vocabulary`` entries, renormalised: [..., V] -> [..., v].
 
-    A policy whose vocabulary has grown (quantile tokens) is compared with a reference that does not
-    know the new tokens after dropping the new columns, as published for Quark and ALT (toxicity).
+    To compare a policy whose vocabulary has grown (quantile tokens) with a reference that lacks the
+    new tokens, the new columns are dropped, as published for Quark and ALT (toxicity).
     """
     return log_probs[..., :vocabulary].log_softmax(-1)
 

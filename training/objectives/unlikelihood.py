@@ -15,16 +15,18 @@ if TYPE_CHECKING:
 
 
 class Unlikelihood(Objective):
-    """The loss per token: −log p where nothing is marked, −α·log(1 − p) where the feedback marks it."""
+    """The loss per token: −log p, or −α·log(1 − p) if the feedback marks the token."""
 
     name: Literal["unlikelihood"] = "unlikelihood"
     alpha: float = Field(1.0, ge=0, description="Weight of the unlikelihood of marked tokens.")
     mode: Literal["hard", "soft"] = Field(
         "hard",
-        description="hard: a token is marked if its score is above `threshold`; soft: a token of score s counts "
-        "as marked by the share s, between 0 and 1.",
+        description="hard: a token is marked if its score is above `threshold`; soft: a token with score s counts "
+        "as marked to the degree s, clipped to 0 … 1.",
     )
-    threshold: float = Field(0.0, description="Scores above it mark a token (mode hard). 0 is a threshold.")
+    threshold: float = Field(
+        0.0, description="Scores above this mark a token (mode hard). 0 is a threshold too."
+    )
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -34,7 +36,7 @@ class Unlikelihood(Objective):
         return (sequences.counted * sequences.weights).sum()
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        assert tokens.scores is not None, "the objective needs them"
+        assert tokens.scores is not None, "required by the objective"
         aligned = (
             (tokens.scores <= self.threshold).to(tokens.log_probs.dtype)
             if self.mode == "hard"

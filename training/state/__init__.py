@@ -1,4 +1,4 @@
-"""What a training reads and leaves: model folders, optimizer state, snapshots.
+"""What a training reads and writes: model folders, optimizer state, snapshots.
 
-From outside: `snapshot_folder` (launchers; no torch); the rest by `train` and `trainer`.
+From outside: `snapshot_folder` (launchers; no torch); the rest is used by `train` and `trainer`.
 """

@@ -1,4 +1,4 @@
-"""The transformers folder a policy is: loading it, and saving one that every engine can load."""
+"""A policy's transformers folder: loading it, and saving one that every engine can load."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def load_model(folder: str, dtype: str) -> PreTrainedModel:
 
 
 def load_reward_model(folder: str, dtype: str, padding: int, seed: int) -> PreTrainedModel:
-    """The model with a new score head, one output drawn by the seed, in place of the language model's.
+    """The model with a new score head of one output, initialised by the seed, in place of the LM head.
 
     Args:
-        padding: id of the padding token: the head reads the last token that is none.
+        padding: id of the padding token: the head reads the last token that is not padding.
     """
     torch.manual_seed(seed)
     model = _load(AutoModelForSequenceClassification, folder, dtype, num_labels=1)
@@ -45,7 +45,7 @@ def _load(kind: Any, folder: str, dtype: str, **options: Any) -> PreTrainedModel
                 folder, dtype=getattr(torch, dtype), local_files_only=True, use_safetensors=True, **options
             ),
         )
-    except Exception as error:  # config, safetensors and transformers each have errors of their own
+    except Exception as error:  # config, safetensors and transformers each have their own errors
         raise JobError(
             f"{folder}: the model cannot be loaded ({_first_line(error)}); is the folder complete?"
         ) from error
@@ -65,9 +65,9 @@ def _first_line(error: Exception) -> str:
 
 
 def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside: Path | None = None) -> None:
-    """The model as a plain transformers folder, without pickle.
+    """Saves the model as a plain transformers folder, without pickle.
 
-    What is not part of it goes to ``beside``: the optimizer's state where the next iteration continues
+    What is not part of it goes to ``beside``: the optimizer state if the next iteration continues
     from it, and the adapter that has been merged into the weights.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -99,13 +99,15 @@ def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside
     if main:
         model.save_pretrained(out, state_dict=_tied(model, state))
         tokenizer.save_pretrained(out)
-        for weights in out.glob("*.safetensors"):  # written for the owner only; be as open as the rest
+        for weights in out.glob(
+            "*.safetensors"
+        ):  # saved as readable by the owner only; match the other files
             weights.chmod((out / "config.json").stat().st_mode)
     trainer.accelerator.wait_for_everyone()
 
 
 def _tied(model: PreTrainedModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state with one tensor for each weight: DeepSpeed copies tied ones apart, and both would be saved."""
+    """The state with one tensor per weight: DeepSpeed copies tied weights, and both copies would be saved."""
     first: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         kept = first.setdefault(parameter, name)

@@ -21,7 +21,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What a training leaves for the next one: tensors by ``parameter/kind``, and the coefficients."""
+    """What a training passes on to the next one: tensors by ``parameter/kind``, and the coefficients."""
 
     tensors: dict[str, Tensor]
     coefficients: dict[str, float]
@@ -59,31 +59,31 @@ class OptimizerState:
             coefficients = {str(name): float(value) for name, value in facts["coefficients"].items()}
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise JobError(
-                f"optimizer: {folder} holds no state to continue from ({error}); train the iteration before "
+                f"optimizer: {folder} holds no state to continue from ({error}); train the previous iteration "
                 "again, or set training.optimizer_state to fresh"
             ) from None
         return cls(tensors, coefficients, str(folder))
 
     def restore(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Gives an optimizer this state: each weight continues from its own moments and step.
+        """Restores this state in an optimizer: each weight continues from its own moments and step.
 
         Rows that a vocabulary has gained (special tokens) start with moments of 0, at the step of
-        their matrix. Weights without a state here (frozen before) start afresh; the state of
+        their matrix. Weights without a state here (frozen before) start fresh; the state of
         weights that are frozen now is dropped.
 
         Raises:
-            JobError: the state is another model's.
+            JobError: the state belongs to another model.
         """
         names = {parameter: name for name, parameter in model.named_parameters()}
         kept: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
             name, _, kind = key.rpartition("/")
             kept.setdefault(name, {})[kind] = tensor
-        strangers = kept.keys() - set(names.values())
-        if strangers:
+        unknown = kept.keys() - set(names.values())
+        if unknown:
             raise JobError(
-                f"optimizer: {self.where} is another model's state (it has {min(strangers)}, which the policy "
-                "has not); set training.optimizer_state to fresh"
+                f"optimizer: {self.where} is another model's state (it has {min(unknown)}, which the policy "
+                "does not have); set training.optimizer_state to fresh"
             )
         state: dict[int, Any] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -91,18 +91,18 @@ class OptimizerState:
             name = names[parameter]
             if name in kept:
                 state[i] = {kind: self._fitted(f"{name}/{kind}", parameter) for kind in kept[name]}
-        # Loading also moves each tensor to where its weight is.
+        # Loading also moves each tensor to its weight's device.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
     def _fitted(self, key: str, parameter: Tensor) -> Tensor | int:
         tensor, (name, _, kind) = self.tensors[key], key.rpartition("/")
         if kind not in MOMENTS or tensor.shape == parameter.shape:
-            # The AdamW of 8 bits counts steps in a plain number, torch's in a tensor of floats.
+            # 8-bit AdamW counts steps as a plain number, torch's as a float tensor.
             return int(tensor) if tensor.dtype == torch.int64 else tensor
         gained = parameter.shape[0] - tensor.shape[0] if tensor.ndim and parameter.ndim else 0
         if gained <= 0 or tensor.shape[1:] != parameter.shape[1:]:
             raise JobError(
-                f"optimizer: {self.where}: {name} has the shape {list(tensor.shape)}, in the policy "
+                f"optimizer: {self.where}: {name} has shape {list(tensor.shape)}, but in the policy "
                 f"{list(parameter.shape)}; set training.optimizer_state to fresh"
             )
         return torch.cat([tensor, tensor.new_zeros((gained, *tensor.shape[1:]))])

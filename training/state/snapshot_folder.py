@@ -1,12 +1,12 @@
-"""The folder with a training's snapshots: their names, and which of them is the newest. No torch in here.
+"""The folder with a training's snapshots: their names, and which is the newest. Does not import torch.
 
 ::
 
     {training}-{step:08d}-{life:08x}/    what `training.state.snapshots` writes
 
-``training`` is a hash of all that the training follows from, so that nothing is ever taken for a snapshot
-of another one; ``life`` is the process, or group of processes, that wrote it. A snapshot is written under
-a name that begins with a dot, and renamed when it is whole.
+``training`` is a hash of everything that determines the training, so that a snapshot is never mistaken for
+another training's; ``life`` identifies the process, or group of processes, that wrote it. A snapshot is
+written under a name that starts with a dot, and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAME = re.compile(r"(?P<training>[0-9a-f]{24})-(?P<step>\d{8,})-(?P<life>[0-9a-f
 
 @dataclass(frozen=True, order=True)
 class SnapshotName:
-    """A snapshot: after how many steps, and by whom it was written."""
+    """A snapshot's name: the steps done, the processes that wrote it, and the training."""
 
     step: int
     life: int
@@ -32,7 +32,7 @@ class SnapshotName:
 
 
 def names(folder: Path, training: str | None = None) -> list[SnapshotName]:
-    """The whole snapshots in a folder, of one training or of all, oldest first."""
+    """The complete snapshots in a folder, of one training or of all, oldest first."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = NAME.fullmatch(path.name)
@@ -42,7 +42,7 @@ def names(folder: Path, training: str | None = None) -> list[SnapshotName]:
 
 
 def publish(folder: Path, draft: Path, name: SnapshotName) -> None:
-    """Gives a whole snapshot its name, and removes the older ones of its training, and half ones of others' lives."""
+    """Gives a complete snapshot its name; removes its training's older ones, and incomplete ones of other processes."""
     draft.replace(folder / str(name))
     older = [folder / str(old) for old in names(folder, name.training) if old.step < name.step]
     for path in (*older, *folder.glob(f".{name.training}-*")):
@@ -50,6 +50,6 @@ def publish(folder: Path, draft: Path, name: SnapshotName) -> None:
 
 
 def kept(folder: Path) -> str:
-    """A note on an interrupted training's snapshot; empty where it left none."""
+    """A note on an interrupted training's snapshot; empty if there is none."""
     found = names(folder)
     return f"; step {found[-1].step} is kept, and the next run resumes from there" if found else ""

@@ -2,9 +2,9 @@
 
 ::
 
-    weights.safetensors         the weights that train; all others are the policy's
-    optimizer.safetensors/json  AdamW's state, where all processes have the same
-    process_0.safetensors, …    of each process: its random generators, and under ZeRO its part of the state
+    weights.safetensors         the trained weights; all others are the policy's
+    optimizer.safetensors/json  AdamW's state, if all processes have the same
+    process_0.safetensors, …    per process: its random generators, and under ZeRO its shard of the state
     snapshot.json               losses, tokens, seconds so far
 
 On the CPU a resumed training gives the same bytes as an uninterrupted one.
@@ -44,7 +44,7 @@ from training.state.snapshot_folder import SnapshotName, names, publish
 WEIGHTS, FACTS = "weights.safetensors", "snapshot.json"
 GENERATORS, SHARE = "generator/", "zero/"
 CPU, ACCELERATOR = f"{GENERATORS}cpu", f"{GENERATORS}accelerator"
-SEEN = 1024  # numbers of each tensor that a model is known by
+SEEN = 1024  # values of each tensor that identify a model
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Snapshot:
             raise _unreadable(folder, error) from None
 
     def restore_weights(self, model: PreTrainedModel) -> None:
-        """Puts its weights into a model that has been loaded as at the training's start."""
+        """Copies its weights into a model loaded as at the start of the training."""
         tensors, trained = _load(self.folder, WEIGHTS), _trained(model)
         if tensors.keys() != trained.keys():
-            raise _unreadable(self.folder, ValueError("it has other weights"))
+            raise _unreadable(self.folder, ValueError("its weights are not those that are trained"))
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(tensors[name])
 
     @property
     def optimizer(self) -> OptimizerState | None:
-        """AdamW's state; None: each process has its part (`restore_process`)."""
+        """AdamW's state; None: each process has its own shard (`restore_process`)."""
         if not (self.folder / TENSORS).exists():
             return None
         try:
@@ -86,7 +86,7 @@ class Snapshot:
             raise _unreadable(self.folder, error) from None
 
     def restore_process(self, trainer: Running) -> None:
-        """What a process has for itself, and the scale of the loss; once the trainer is set up."""
+        """Restores a process's own state and the loss scale; to be called once the trainer is set up."""
         scale = self.progress.loss_scale
         if trainer.is_deepspeed_enabled:
             kept = _load(self.folder, _of_process(trainer), SHARE)
@@ -97,7 +97,7 @@ class Snapshot:
             trainer.accelerator.scaler.load_state_dict(scale)
 
     def restore_generators(self, trainer: Running) -> None:
-        """Dropout continues where it was; just before the first step, which nothing random precedes then."""
+        """Makes dropout continue where it was; to be called right before the first step, after anything random."""
         kept, device = _load(self.folder, _of_process(trainer), GENERATORS), trainer.args.device
         torch.set_rng_state(kept[CPU])
         if ACCELERATOR in kept:
@@ -107,25 +107,25 @@ class Snapshot:
 class Snapshots:
     """The snapshots of one training: the training resumes from the newest, and takes further ones.
 
-    All processes take one together: after the step in which the first of them found it due by the
-    clock, or any of them was sent SIGUSR1, as Slurm does before a time limit, or SIGTERM, as a process that
-    cancels or evicts a training does; then it is their last.
+    All processes take one together: after a step in which the first of them found it due by the clock,
+    or any of them received SIGUSR1 (which Slurm sends before a time limit) or SIGTERM (sent to cancel or
+    evict a training), in which case it is the last.
     """
 
     def __init__(self, folder: Path, training: str, minutes: float, reporter: Reporter, device: torch.device):
         """
         Args:
-            training: what it is known by, see `identity`.
-            minutes: between two snapshots.
+            training: identifies the training, see `identity`.
+            minutes: between snapshots.
 
         Raises:
-            JobError: the newest one cannot be read.
+            JobError: the newest snapshot cannot be read.
         """
         self._folder, self._training, self._every = folder, training, 60 * minutes
         self._reporter = reporter
         self._first = not distributed.is_initialized() or distributed.get_rank() == 0
         newest = next(reversed(names(folder, training)), None) if self._first else None
-        # What the first process finds and draws holds for all: no other may look at another moment.
+        # All processes use what the first one finds and draws: another might look at another moment.
         agreed = torch.tensor(
             [newest.step if newest else -1, newest.life if newest else 0, secrets.randbits(32)], device=device
         )
@@ -135,27 +135,27 @@ class Snapshots:
         name = SnapshotName(step, life, training)
         self.found = None if step < 0 else Snapshot.read(folder / str(name))
         self._clock = time.monotonic()
-        self._asked: set[int] = set()  # the signals that came
+        self._signals: set[int] = set()  # received so far
         for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, lambda number, _: self._asked.add(number))
+            signal.signal(number, lambda number, _: self._signals.add(number))
 
     def start(self) -> None:
-        """The first step begins now."""
+        """To be called when the first step begins."""
         self._clock = time.monotonic()
 
     def due(self) -> bool:
-        """Whether this process takes one after this step."""
-        return bool(self._asked) or (self._first and time.monotonic() - self._clock >= self._every)
+        """Whether, for this process, a snapshot is due after this step."""
+        return bool(self._signals) or (self._first and time.monotonic() - self._clock >= self._every)
 
     def ending(self) -> bool:
-        """Whether this process was signalled to end."""
-        return signal.SIGTERM in self._asked
+        """Whether this process received SIGTERM."""
+        return signal.SIGTERM in self._signals
 
     def take(self, trainer: Running) -> None:
-        """Writes one, by all processes together; where that is not possible, the training continues without."""
+        """Writes a snapshot, all processes together; if that fails, the training continues without it."""
         progress, model = trainer.progress(), cast(Any, trainer.accelerator.unwrap_model(trainer.model))
         weights: dict[str, Tensor] = _trained(model)
-        if trainer.is_deepspeed_enabled:  # which may spread them: they are gathered by all processes together
+        if trainer.is_deepspeed_enabled:  # it may shard them: all processes gather them together
             whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
             weights = {name: whole[name] for name in weights if name in whole}
         name = SnapshotName(progress.step, self._life, self._training)
@@ -180,21 +180,21 @@ class Snapshots:
         elif self._first:
             try:
                 publish(self._folder, draft, name)
-            except OSError as error:  # the folder was removed: the training is of no more use, or is over
+            except OSError as error:  # the folder was removed: the training is no longer needed, or is over
                 problem = str(error)
         if problem:
             shutil.rmtree(draft, ignore_errors=True)
         self._reporter.say(
             f"no snapshot of step {name.step} in {self._folder}, the training continues ({problem})"
             if problem
-            else f"snapshot of step {name.step} is in {self._folder}"
+            else f"wrote a snapshot of step {name.step} to {self._folder}"
         )
         self._clock = time.monotonic()
-        self._asked.discard(signal.SIGUSR1)
+        self._signals.discard(signal.SIGUSR1)
 
 
 def loss_scale(trainer: Running) -> dict[str, float]:
-    """How the loss is scaled under fp16; nothing elsewhere."""
+    """The state of the loss scaler under fp16; otherwise empty."""
     if trainer.is_deepspeed_enabled:
         return zero_state.loss_scale(trainer.model_wrapped)
     scaler = trainer.accelerator.scaler
@@ -202,11 +202,11 @@ def loss_scale(trainer: Running) -> dict[str, float]:
 
 
 def identity(job: Job, models: Sequence[PreTrainedModel | None], examples: Sequence[Example]) -> str:
-    """A hash of all that a training follows from.
+    """A hash of everything that determines a training.
 
     Args:
-        models: policy and reference as they are loaded, before anything is trained; they are known by the
-            first numbers of each tensor.
+        models: policy and reference as loaded, before anything is trained; identified by the first values
+            of each tensor.
     """
     digest = hashlib.blake2b(digest_size=12)
     agreed = job.model_dump(mode="json", include={"seed", "world_size", "sharing", "dtype"})
@@ -216,8 +216,8 @@ def identity(job: Job, models: Sequence[PreTrainedModel | None], examples: Seque
         for ids in (example.prompt, example.text, example.reference, example.second):
             digest.update(str(None if ids is None else len(ids)).encode())
             digest.update(np.asarray(ids or [], np.int64).tobytes())
-        beside = (example.weight, example.role, example.group, example.reward, example.sampled_log_prob)
-        digest.update(repr((*beside, example.scores)).encode())
+        values = (example.weight, example.role, example.group, example.reward, example.sampled_log_prob)
+        digest.update(repr((*values, example.scores)).encode())
     for model in models:
         for name, parameter in model.named_parameters() if model is not None else ():
             digest.update(name.encode())
@@ -230,7 +230,7 @@ def _trained(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _process(trainer: Running) -> dict[str, Tensor]:
-    """What a process has for itself."""
+    """A process's own state: its random generators, and under ZeRO its shard."""
     kept, device = {CPU: torch.get_rng_state()}, trainer.args.device
     if device.type != "cpu":
         kept[ACCELERATOR] = torch.get_device_module(device).get_rng_state(device)
@@ -248,7 +248,7 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _load(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file whose names begin so; the others, which may be large, are not read."""
+    """The tensors of a file whose names start with ``prefix``; the others, which can be large, are not read."""
     try:
         with safe_open(folder / name, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118

@@ -1,1 +1,1 @@
-"""vLLM servers that run already. From outside, import `sampler`; the rest runs in its worker process."""
+"""vLLM servers that are already running. From outside, import `sampler`; the rest runs in its worker process."""

@@ -1,7 +1,7 @@
-"""LoRA adapters on running vLLM servers: requests name them as their model; the servers' weights stay.
+"""LoRA adapters on running vLLM servers: requests name them as their model; the servers' weights do not change.
 
-A server for them is started with --enable-lora, --lora-target-modules and VLLM_ALLOW_RUNTIME_LORA_UPDATING. What
-an adapter is called follows from its content, so that a name never stands for two; those of before are taken back.
+Such a server is started with --enable-lora, --lora-target-modules and VLLM_ALLOW_RUNTIME_LORA_UPDATING. An
+adapter's name is derived from its content, so no two adapters share one; earlier adapters are unloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's folder and the name under which servers have it."""
+    """An adapter's folder and the name under which servers load it."""
 
     folder: Path
     name: str
@@ -32,24 +32,24 @@ class Adapter:
 
 
 async def takes_adapters(server: Server) -> None:
-    """See to it that a server can be given adapters at all; asked before there is one.
+    """Check that a server can load adapters at all, before there is one.
 
     Raises:
         ServerFault: it cannot; others may.
     """
     try:
-        there = await server.get("/v1/load_lora_adapter") is not None
-    except Refused:  # it is there, for something else than a look
-        there = True
-    if not there:
+        supported = await server.get("/v1/load_lora_adapter") is not None
+    except Refused:  # the path exists, but not for GET
+        supported = True
+    if not supported:
         raise ServerFault(f"it takes no adapters; {REMEDY}", gone=False)
 
 
 async def have_adapter(server: Server, adapter: Adapter) -> None:
-    """See to it that a server has an adapter beside its weights; sets the server's ``model``.
+    """Ensure that a server has loaded an adapter; sets the server's ``model``.
 
     Raises:
-        ServerFault: it refuses it, with a reason; others may accept it.
+        ServerFault: it refuses the adapter, with a reason; others may accept it.
     """
     served = await server.get("/v1/models")
     names = [str(entry["id"]) for entry in served["data"] if entry.get("parent") is not None]
@@ -62,15 +62,15 @@ async def have_adapter(server: Server, adapter: Adapter) -> None:
 
 
 async def give_adapter(server: Server, adapter: Adapter) -> None:
-    """Loads an adapter into a server, which confirms it."""
+    """Reload an adapter into a server."""
     await server.tell("/v1/unload_lora_adapter", {"lora_name": adapter.name})
     await _load(server, adapter)
-    await server.post("/reset_prefix_cache")  # known by name
+    await server.post("/reset_prefix_cache")  # it is keyed by the adapter's name
 
 
 async def _load(server: Server, adapter: Adapter) -> None:
     body = {"lora_name": adapter.name, "lora_path": str(adapter.folder)}
     if not await server.tell("/v1/load_lora_adapter", body):
         raise ServerFault(
-            f"it takes no adapters, or {adapter.folder} is not there for it; {REMEDY}", gone=False
+            f"it takes no adapters, or {adapter.folder} does not exist there; {REMEDY}", gone=False
         )

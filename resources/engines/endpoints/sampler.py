@@ -1,11 +1,11 @@
-"""The engine that runs elsewhere: vLLM servers that run already. This side imports nothing heavy.
+"""The engine for vLLM servers that are already running. This side imports nothing heavy.
 
     with EndpointsSampler(["http://gpu1:8000", "http://gpu2:8000"]) as sampler:
         sampler.generate(Path("policy"), [Request("def f(x):", (1, 2))], Decoding(temperature=1))
 
 Requests go to the least busy server; one that fails is left out for the rest of the call. Before samples
-are drawn, every server is given the policy's weights, and after, it is seen to that it still has them
-(`served_weights`).
+are drawn, every server is given the policy's weights; afterwards it is checked that it still has them
+(`weights`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from resources.engines.sampler import SamplerError
 from resources.engines.worker_sampler import WorkerSampler
 from resources.workers.channel import Channel
 
-WORKER_VERSION = 1  # to be raised with any change after which a seed gives another sample
+WORKER_VERSION = 1  # increase with any change after which a seed yields a different sample
 log = logging.getLogger(__name__)
 
 
 class EndpointsSampler(WorkerSampler):
-    """Samples from, and scores under, causal language models behind vLLM servers; see `sampler.Sampler`.
+    """Samples from causal language models on vLLM servers, and scores texts with them; see `sampler.Sampler`.
 
     urls: of the servers, with or without ``/v1``.
     dtype: number format of the weights; the servers must have been started with it.
-    batch_size: requests that a server has at a time, at most.
-    api_key_env: the environment variable with the servers' key, if they want one.
-    timeout_s: for one request.
+    batch_size: maximum number of concurrent requests per server.
+    api_key_env: the environment variable with the servers' key, if they require one.
+    timeout_s: seconds for one request.
     verify: whether log-probabilities are compared with those of transformers on this machine.
-    adapters: whether the servers are to have adapters beside their weights.
+    adapters: whether adapters are served on top of the servers' weights.
     """
 
     engine = "endpoints"
@@ -76,16 +76,18 @@ class EndpointsSampler(WorkerSampler):
 
     @property
     def engine_version(self) -> str:
-        """Versions of everything that a sample depends on, number format included; asks the servers once."""
+        """Versions of everything that a sample depends on, number format included; queries the servers once."""
         if self._version is None:
             (self._version,) = self._rows_of(self.channels[0].call({"op": "version", "total": 0}))
         names = ("transformers", "tokenizers")
-        found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
+        versions = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
         adapters = "+adapters" if self.serves_adapters else ""
-        return f"vllm-{self._version}+{found}+endpoints-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
+        return (
+            f"vllm-{self._version}+{versions}+endpoints-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
+        )
 
     def close(self) -> None:
-        """End the worker; the servers stay."""
+        """Stop the worker; the servers keep running."""
         super().close()
         self._version = None
 

@@ -3,7 +3,7 @@
     async with Endpoints(urls, key=None, timeout_s=600, connections=256) as endpoints:
         server, choice = await endpoints.complete({"prompt": [1, 2, 3], "max_tokens": 8})
 
-Imported by the worker only: it needs the package openai.
+Imported only by the worker: it requires the openai package.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import openai
 from resources.backoff import RETRIED_STATUSES, jitter
 
 FAULTS = 3  # failures in a row after which a server is left out
-HOPELESS = 6  # failures of one request, while its server answers others, after which the request is at fault
-BASE_S, CAP_S = 0.5, 5.0  # of the wait after a failure
+HOPELESS = 6  # failures of one request, while its server answers others, after which the request is blamed
+BASE_S, CAP_S = 0.5, 5.0  # bounds of the wait after a failure
 
 
 class EndpointError(Exception):
@@ -34,7 +34,7 @@ class Refused(EndpointError):
 
 
 class ServerFault(Exception):
-    """A server has failed; another one may be asked. ``gone``: it does not answer at all."""
+    """A server has failed; another one may be tried. ``gone``: it does not respond at all."""
 
     def __init__(self, message: str, gone: bool) -> None:
         super().__init__(message)
@@ -43,64 +43,64 @@ class ServerFault(Exception):
 
 @dataclass
 class Server:
-    """One server, as far as one call goes."""
+    """The state of one server during one call."""
 
     url: str
     client: openai.AsyncOpenAI
     timeout_s: float
     model: str = ""  # the name under which it serves
-    room: int = 0  # tokens of a prompt and its completion
-    flying: int = 0  # requests that it has not answered
+    room: int = 0  # maximum number of tokens of prompt and completion together
+    flying: int = 0  # requests without a reply so far
     answered: int = 0
     faults: int = 0  # in a row
     failed: str | None = None  # why it is left out
 
     async def get(self, path: str) -> Any:
-        """What is at a path; None: nothing."""
+        """The JSON at a path; None: there is no such path."""
         return await self._answer(self.client.get(path, cast_to=httpx2.Response))
 
     async def post(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """The answer to a body; None: there is no such path.
+        """The reply to a body; None: there is no such path.
 
         Raises:
             ServerFault: it failed.
-            EndpointError: it refuses this.
+            EndpointError: it refuses the request.
         """
         return await self._answer(self.client.post(path, cast_to=httpx2.Response, body=body or {}))
 
     async def tell(self, path: str, body: dict[str, Any]) -> bool:
-        """Whether there is a path that takes a body, whatever it answers; raises as `post`."""
-        asked = self.client.post(path, cast_to=httpx2.Response, body=body)
-        return await self._answer(asked, read=lambda content: True) is not None
+        """Post a body and ignore the reply; returns whether the path exists. Raises like `post`."""
+        request = self.client.post(path, cast_to=httpx2.Response, body=body)
+        return await self._answer(request, read=lambda content: True) is not None
 
     async def _answer(
-        self, asked: Awaitable[httpx2.Response], read: Callable[[bytes], Any] = json.loads
+        self, request: Awaitable[httpx2.Response], read: Callable[[bytes], Any] = json.loads
     ) -> Any:
         try:
             async with asyncio.timeout(self.timeout_s):
-                response = await asked
+                response = await request
             return read(response.content or b"{}")
         except (TimeoutError, openai.APITimeoutError):
             raise ServerFault(f"no reply within {self.timeout_s:g} s", gone=True) from None
         except openai.APIStatusError as error:
-            said = " ".join(str(error.message).split()).removeprefix(f"Error code: {error.status_code} - ")[
-                :400
-            ]
+            message = " ".join(str(error.message).split()).removeprefix(
+                f"Error code: {error.status_code} - "
+            )[:400]
             if error.status_code == 404:
                 return None
             if error.status_code >= 500 or error.status_code in (429, *RETRIED_STATUSES):
-                raise ServerFault(f"HTTP {error.status_code}: {said}", gone=False) from None
+                raise ServerFault(f"HTTP {error.status_code}: {message}", gone=False) from None
             remedy = (
                 "; check the key in sampling.endpoints.api_key_env" if error.status_code in (401, 403) else ""
             )
             raise Refused(
-                f"{self.url} refuses a request (HTTP {error.status_code}: {said}){remedy}"
+                f"{self.url} refuses a request (HTTP {error.status_code}: {message}){remedy}"
             ) from None
         except openai.APIConnectionError as error:
             cause = error.__cause__
             raise ServerFault(f"no connection ({type(cause).__name__}: {cause})", gone=True) from None
         except ValueError:
-            raise ServerFault("its answer is not JSON", gone=False) from None
+            raise ServerFault("its reply is not JSON", gone=False) from None
 
 
 class Endpoints:
@@ -119,7 +119,7 @@ class Endpoints:
         return {server.url: server.failed for server in self.servers if server.failed is not None}
 
     async def complete(self, body: dict[str, Any]) -> tuple[Server, dict[str, Any]]:
-        """The only choice of a completion, and the least busy server that could give it.
+        """The only choice of a completion, and the server that returned it (the least busy one that could).
 
         Raises:
             EndpointError: no server is left, or the request is at fault.
@@ -140,12 +140,12 @@ class Endpoints:
                     hopeless += 1
                     if hopeless >= HOPELESS:
                         raise EndpointError(
-                            f"{server.url} answers other requests, but one of {len(body.get('prompt', ''))} prompt "
+                            f"{server.url} answers other requests, but one with {len(body.get('prompt', ''))} prompt "
                             f"tokens failed {hopeless} times, the last time with: {fault}; see the server's log, or "
                             "sample without this prompt"
                         ) from None
                 elif fault.gone or server.faults >= FAULTS:
-                    # A server that is gone may come back with its initial weights: not within this call.
+                    # A server that is gone may come back with its initial weights: not used again within this call.
                     server.failed = server.failed or str(fault)
             finally:
                 server.flying -= 1
@@ -153,7 +153,7 @@ class Endpoints:
                 await asyncio.sleep(0 if server.failed else jitter(server.faults, BASE_S, CAP_S))
 
     async def each(self, function: Callable[[Server], Awaitable[None]]) -> None:
-        """``function`` of every live server at once; those with which it fails are left out."""
+        """Run ``function`` on all live servers concurrently; those on which it fails are left out."""
 
         async def careful(server: Server) -> None:
             try:
@@ -164,11 +164,11 @@ class Endpoints:
         await asyncio.gather(*map(careful, self.live))
 
     def nobody(self) -> EndpointError:
-        """The sentence for: all servers are left out."""
+        """The error when all servers are left out."""
         why = "; ".join(f"{url}: {reason}" for url, reason in self.left_out.items())
         return EndpointError(
             f"no server of sampling.endpoints.urls can be used ({why}); fix or start them and run this "
-            "again: chunks that were finished are kept"
+            "again: finished chunks are kept"
         )
 
     def _least_busy(self) -> Server:
@@ -183,7 +183,7 @@ async def connected(
     urls: Sequence[str], *, key: str | None, timeout_s: float, connections: int
 ) -> AsyncIterator[Endpoints]:
     """The servers at these URLs, with connections that are closed afterwards."""
-    # What the library would take from the environment is for another endpoint.
+    # Headers that the library takes from the environment are for another endpoint.
     foreign = {name: openai.Omit() for name in ("OpenAI-Organization", "OpenAI-Project")}
     servers = [
         Server(
@@ -215,7 +215,7 @@ def _choice(reply: Any) -> dict[str, Any]:
         choice: dict[str, Any] = reply["choices"][0]
         finished = choice["finish_reason"] in ("stop", "length")
     except (TypeError, KeyError, IndexError):
-        raise ServerFault("its answer is not a completion", gone=False) from None
+        raise ServerFault("its reply is not a completion", gone=False) from None
     if not finished:  # aborted
-        raise ServerFault(f"a completion ended by {choice['finish_reason']!r}", gone=False)
+        raise ServerFault(f"a completion ended with {choice['finish_reason']!r}", gone=False)
     return choice

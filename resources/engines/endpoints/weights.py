@@ -1,11 +1,11 @@
-"""Which weights a server has, and having those of a policy put into it.
+"""Which weights a server has, and loading those of a policy into it.
 
-A server is started with one model, but every iteration has another checkpoint. vLLM's interface for
-development (VLLM_SERVER_DEV_MODE=1) puts a checkpoint's weights into a running server, and keeps a name
-for them. Without it, a server has the model that it was started with, and is used for that one only.
+A server is started with one model, but every iteration has another checkpoint. vLLM's development API
+(VLLM_SERVER_DEV_MODE=1) loads a checkpoint's weights into a running server, and stores a name for them.
+Without it, a server keeps the model that it was started with, and is used for that one only.
 
-Names can be wrong, so log-probabilities are compared, too: of a short text, among the servers, with those
-that transformers gives on this machine, and before and after samples are drawn.
+Names can be wrong, so the log-probabilities of a short text are compared as well: among the servers, with
+those that transformers computes on this machine, and before and after samples are drawn.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from resources.engines.vllm.sampler import frame
 from textalign_dagster.ids import content_hash
 
 TEXT = "Whether these weights are those of the policy is told by how likely they find these words."
-PROBED = 32  # tokens of it, at most
+PROBED = 32  # maximum number of its tokens
 APART = {"float32": 0.005, "float16": 0.05, "bfloat16": 0.1}
-"""Number format → how far, in nats a token, two programs may be from each other with the same weights."""
+"""Number format → how much two programs with the same weights may differ, in nats per token."""
 ALIKE = {"float32": 0.001, "float16": 0.01, "bfloat16": 0.01}
-"""The same for one server that is asked twice."""
+"""The same for one server that is probed twice."""
 REMEDY = "start it with VLLM_SERVER_DEV_MODE=1 in its environment, or with this folder as its model"
 
 
 def label_of(folder: Path, files: object) -> str:
-    """The name under which a server keeps the weights of a folder with these files."""
+    """The name under which a server stores the weights of a folder with these files."""
     return f"{folder}#{content_hash('weights', str(files))}"
 
 
 async def have(server: Server, folder: Path, label: str) -> None:
-    """See to it that a server has a folder's weights; sets the server's ``model`` and ``room``.
+    """Ensure that a server has a folder's weights; sets the server's ``model`` and ``room``.
 
     Raises:
         ServerFault: it refuses them, with a reason; others may accept them.
@@ -44,7 +44,9 @@ async def have(server: Server, folder: Path, label: str) -> None:
         (own,) = [entry for entry in served["data"] if entry.get("parent") is None][:1]
         server.model, root, server.room = own["id"], str(own["root"]), int(own["max_model_len"])
     except (TypeError, KeyError, ValueError):
-        raise ServerFault("it does not say what it serves, as vLLM does at /v1/models", gone=False) from None
+        raise ServerFault(
+            "it does not report what it serves at /v1/models, as vLLM does", gone=False
+        ) from None
     info = await server.get("/weight_info")
     if info is None:
         if Path(root).resolve() != folder.resolve():
@@ -58,23 +60,23 @@ async def have(server: Server, folder: Path, label: str) -> None:
 
 
 async def give(server: Server, folder: Path, label: str) -> None:
-    """Put a folder's weights into a server."""
+    """Load a folder's weights into a server."""
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
     if await server.post("/collective_rpc", body) is None:
         raise ServerFault(f"it cannot be given other weights; {REMEDY}", gone=False)
-    # What the old weights made of a prompt must not be read by the new ones.
+    # The new weights must not reuse keys and values that the old ones computed.
     await server.post("/reset_prefix_cache")
     await server.post("/update_weight_version", {"new_version": label})
 
 
 async def still_has(server: Server, label: str) -> bool:
-    """Whether the weights have still the name they were given; without names, that is taken for granted."""
+    """Whether the weights still have the name they were given; True for a server without names."""
     info = await server.get("/weight_info")
     return info is None or info["weight_version"] == label
 
 
 async def probe(server: Server, ids: Sequence[int]) -> list[float]:
-    """The log-probability that a server gives to each of some tokens but the first."""
+    """A server's log-probability of each token but the first."""
     choice = read_choice(
         await server.post("/v1/completions", {"model": server.model, **scoring(list(ids[:-1]), ids[-1])})
     )
@@ -82,10 +84,10 @@ async def probe(server: Server, ids: Sequence[int]) -> list[float]:
 
 
 def scoring(read: list[int], last: int) -> dict[str, Any]:
-    """A request for the log-probabilities of tokens that are read, and of one that may follow.
+    """A request for the log-probabilities of the tokens ``read``, and of ``last`` after them.
 
-    vLLM always generates at least one token: so the last token is not read, but requested
-    at the place where a token is generated.
+    vLLM always generates at least one token, so the last token is not part of the prompt: its
+    log-probability is requested at the position that is generated.
     """
     return {
         "prompt": read,
@@ -100,32 +102,32 @@ def scoring(read: list[int], last: int) -> dict[str, Any]:
 
 
 def token_logprobs(choice: dict[str, Any], ids: Sequence[int], first: int) -> list[float]:
-    """The log-probabilities of the tokens from ``first`` on, in the answer to `scoring` (ids[:-1], ids[-1])."""
+    """The log-probabilities of the tokens from ``first`` on, in the reply to `scoring(ids[:-1], ids[-1])`."""
     try:
         places = choice["prompt_logprobs"][first:]
         terms = [place[str(token)]["logprob"] for place, token in zip(places, ids[first:-1], strict=True)]
         return [*terms, choice["logprobs"]["top_logprobs"][0][f"token_id:{ids[-1]}"]]
     except (TypeError, KeyError, IndexError, ValueError):
         raise EndpointError(
-            "a server gives no log-probabilities of a prompt; it must be vLLM, of the version that is "
+            "a server returns no log-probabilities of a prompt; it must be vLLM, in the version that is "
             "installed with this package (docs/sampling.md)"
         ) from None
 
 
 def read_choice(reply: Any) -> dict[str, Any]:
-    """The only choice in the answer to a request for completions."""
+    """The only choice in a completions reply."""
     if reply is None or not reply.get("choices"):
-        raise ServerFault("it completes nothing at /v1/completions", gone=False)
+        raise ServerFault("it returns no completion at /v1/completions", gone=False)
     return dict(reply["choices"][0])
 
 
 def reference(
     folder: Path, dtype: str, trust_remote_code: bool, ids: Sequence[int], adapter: Path | None = None
 ) -> list[float]:
-    """What transformers gives, on this machine's CPU, to each of some tokens but the first.
+    """The log-probability of each token but the first, by transformers on this machine's CPU.
 
     Args:
-        adapter: beside the folder's weights, by peft.
+        adapter: a folder that peft wrote, applied on top of the folder's weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -139,9 +141,9 @@ def reference(
 
             model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise EndpointError(
-            f"{adapter or folder} cannot be loaded to compare it with what is served ({said}); fix it, or set "
+            f"{adapter or folder} cannot be loaded to compare it with what is served ({reason}); fix it, or set "
             "sampling.endpoints.verify: false"
         ) from error
     with torch.inference_mode():
@@ -151,12 +153,12 @@ def reference(
 
 
 def apart(one: Sequence[float], other: Sequence[float]) -> float:
-    """How far two computations are from each other, in nats a token."""
+    """The mean absolute difference of two lists of log-probabilities, in nats per token."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / max(1, len(one))
 
 
 def _fits(root: str, folder: Path) -> None:
-    """Weights that do not fit would end the server."""
+    """Raises `ServerFault` if weights do not fit a server: loading them would kill it."""
     if not (Path(root) / "config.json").is_file():
         raise ServerFault(
             f"it serves {root}, which is not a folder on this machine, so it is unknown whether the weights "
@@ -169,7 +171,7 @@ def _fits(root: str, folder: Path) -> None:
         raise EndpointError(str(error)) from None
     if not fits:
         raise ServerFault(
-            f"it serves {root}, whose config or shapes of weights are not those of {folder}; start another "
+            f"it serves {root}, whose config or weight shapes are not those of {folder}; start another "
             "server with that folder (a method that adds tokens needs one for the base policy and one for "
             "its checkpoints)",
             gone=False,

@@ -1,12 +1,12 @@
-"""The worker behind `endpoints_sampler.EndpointsSampler`: text to tokens here, tokens to more of them there.
+"""The worker behind `sampler.EndpointsSampler`: it tokenises text, and the servers generate tokens.
 
     python -m resources.engines.endpoints.worker '{"urls": ["http://gpu1:8000"], "dtype": "bfloat16", ...}'
 
-A call is {"op": "generate" | "logprobs" | "version", ...}; `worker_process` has the protocol. A result is
-{"rows": [...], "left_out": {url: why}}.
+A call is {"op": "generate" | "logprobs" | "version", ...}; for the protocol, see
+`resources.workers.serving`. A result is {"rows": [...], "left_out": {url: why}}.
 
-It holds no model. The servers read token ids and give token ids, so that text is tokenised by the rule of
-all engines, and each completion is a request of its own, with its own seed.
+It holds no model. The servers take and return token ids, so text is tokenised in the same way as for all
+engines, and each completion is a separate request with its own seed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ from resources.workers.serving import (
 )
 from textalign_dagster.settings.structured import WHERE
 
-NEVER = -100.0  # the lowest bias that the interface takes; what is drawn all the same is refused
+NEVER = -100.0  # the lowest bias that the API accepts; a banned token drawn all the same raises
 LOST = -9999.0  # what a server sends instead of minus infinity
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 class Engine:
-    """The servers, and what is known of the policy whose weights they are to have."""
+    """What is known of the policy, and of the servers that should have its weights."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
@@ -98,13 +98,13 @@ class Engine:
         self.expected: list[float] | None = None  # log-probabilities of the probe, by transformers
         # By server and policy: its log-probs of the probe.
         self.known: dict[tuple[str, str], list[float]] = {}
-        self.said: dict[str, list[float]] = {}  # by server: the same, when this call began
-        self.adapter: Adapter | None = None  # beside the weights
-        self._adapter: object = None  # its files
-        self.taking: set[str] = set()  # servers that can be given adapters
+        self.said: dict[str, list[float]] = {}  # by server: the same, at the start of this call
+        self.adapter: Adapter | None = None  # on top of the weights
+        self._adapter: object = None  # version of its files
+        self.taking: set[str] = set()  # servers that accept adapters
 
     def read(self, folder: Path, adapter: Path | None = None) -> None:
-        """Read what is needed of a policy on this side."""
+        """Load what this side needs of a policy: tokenizer, config, and the adapter's name."""
         found = None if adapter is None else version_of(adapter)
         if found != self._adapter:
             self.adapter = None if adapter is None else Adapter.of(adapter)
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def policy(self) -> str:
-        """A name for what is sampled from."""
+        """A name for the model that is sampled from, adapter included."""
         return self.label if self.adapter is None else f"{self.label}+{self.adapter.name}"
 
     def _read(self, folder: Path) -> None:
@@ -131,8 +131,8 @@ class Engine:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             self.outputs = int(config.get_text_config(decoder=True).vocab_size)
         except Exception as error:
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({said})") from error
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({reason})") from error
         check_embeddings(folder, self.tokenizer, self.outputs)
         self.end_ids = end_ids_of(folder, self.tokenizer)
         self.probed = tokenisation.encode_prompts(self.tokenizer, [TEXT])[0][:PROBED]
@@ -140,12 +140,12 @@ class Engine:
         self.label, self.folder, self.identity = label_of(folder, identity), folder, identity
 
     async def use(self, endpoints: Endpoints) -> None:
-        """Have the policy's weights in every server.
+        """Ensure that every server has the policy's weights.
 
         Raises:
-            EndpointError: no server can have them, or one has something else.
+            EndpointError: no server can load them, or one has different weights.
         """
-        said: dict[str, list[float]] = {}
+        log_probs: dict[str, list[float]] = {}
 
         async def prepare(server: Server) -> None:
             await have(server, self.folder, self.label)
@@ -154,41 +154,41 @@ class Engine:
                 self.taking.add(server.url)
             if self.adapter is not None:
                 await have_adapter(server, self.adapter)
-            said[server.url] = await probe(server, self.probed)
-            if self._changed(server.url, said[server.url]):  # under the same name
-                with contextlib.suppress(ServerFault):  # which cannot be given any: reported below
+            log_probs[server.url] = await probe(server, self.probed)
+            if self._changed(server.url, log_probs[server.url]):  # weights changed under the same name
+                with contextlib.suppress(ServerFault):  # it accepts no weights: reported below
                     await give(server, self.folder, self.label)
                 with contextlib.suppress(ServerFault):
                     if self.adapter is not None:
                         await give_adapter(server, self.adapter)
-                    said[server.url] = await probe(server, self.probed)
+                    log_probs[server.url] = await probe(server, self.probed)
 
         if self.settings["verify"] and self.expected is None:
             arguments = (self.folder, self.settings["dtype"], self.settings["trust_remote_code"], self.probed)
-            beside = None if self.adapter is None else self.adapter.folder
-            self.expected = await asyncio.to_thread(reference, *arguments, beside)
+            adapter = None if self.adapter is None else self.adapter.folder
+            self.expected = await asyncio.to_thread(reference, *arguments, adapter)
         await endpoints.each(prepare)
         if not endpoints.live:
             raise endpoints.nobody()
         live = [server.url for server in endpoints.live]
         for url in live:
-            for other in (said[live[0]], *([self.expected] if self.expected else [])):
-                if apart(said[url], other) > APART[self.settings["dtype"]]:
+            for other in (log_probs[live[0]], *([self.expected] if self.expected else [])):
+                if apart(log_probs[url], other) > APART[self.settings["dtype"]]:
                     raise EndpointError(
                         f"{url} does not have the weights of {self.folder}, or not in {self.settings['dtype']}: it "
-                        f"finds a text {apart(said[url], other):.2g} nats a token more or less likely than "
+                        f"finds a text {apart(log_probs[url], other):.2g} nats per token more or less likely than "
                         f"{'transformers' if other is self.expected else live[0]} does; start it with --dtype "
                         f"{self.settings['dtype']} (policy.dtype), let no one else change its weights, and use a "
                         "GPU for models with tied embeddings (on a CPU, vLLM keeps their old output head)"
                     )
-        self.known |= {(url, self.policy): said[url] for url in live}
-        self.context, self.said = min(server.room for server in endpoints.live), said
+        self.known |= {(url, self.policy): log_probs[url] for url in live}
+        self.context, self.said = min(server.room for server in endpoints.live), log_probs
 
     async def unchanged(self, endpoints: Endpoints) -> None:
-        """Every server that is not left out has still the weights it had when this call began.
+        """Check that every live server still has the weights it had when this call began.
 
         Raises:
-            EndpointError: one has not.
+            EndpointError: one does not.
         """
 
         async def again(server: Server) -> None:
@@ -196,22 +196,22 @@ class Engine:
             now = await probe(server, self.probed)
             if not same or apart(self.said[server.url], now) > ALIKE[self.settings["dtype"]]:
                 raise EndpointError(
-                    f"the weights of {server.url} were changed while it sampled from {self.folder}: what it gave "
-                    "is thrown away; let one experiment at a time use a server, and run this again"
+                    f"the weights of {server.url} were changed while it sampled from {self.folder}: its output "
+                    "is discarded; let only one experiment at a time use a server, and run this again"
                 )
 
         await endpoints.each(again)
 
-    def _changed(self, url: str, said: list[float]) -> bool:
-        """Whether a server cannot have the weights it had under this name, or those of the policy."""
+    def _changed(self, url: str, log_probs: list[float]) -> bool:
+        """Whether log-probs rule out that a server has the weights it had under this name, or the policy's."""
         dtype, before = self.settings["dtype"], self.known.get((url, self.policy))
-        if before is not None and apart(said, before) > ALIKE[dtype]:
+        if before is not None and apart(log_probs, before) > ALIKE[dtype]:
             return True
-        return self.expected is not None and apart(said, self.expected) > APART[dtype]
+        return self.expected is not None and apart(log_probs, self.expected) > APART[dtype]
 
 
 def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, Any]:
-    """The rows of a call; raises `CallError`."""
+    """The rows of a call, and the servers left out; raises `CallError`."""
     from textalign_dagster.tokenisation import BannedTokenError
 
     try:
@@ -235,7 +235,7 @@ def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, An
 async def with_servers(
     engine: Engine, work: Callable[[Endpoints], Coroutine[Any, Any, list[Any]]]
 ) -> dict[str, Any]:
-    """What ``work`` gives, and the servers that were left out meanwhile."""
+    """The result of ``work``, and the servers that were left out meanwhile."""
     settings, key = engine.settings, None
     if settings["api_key_env"] is not None:
         key = os.environ.get(settings["api_key_env"], "").strip()
@@ -255,34 +255,36 @@ async def with_servers(
 
 
 async def versions(endpoints: Endpoints) -> list[Any]:
-    """The version of vLLM that all servers have, as the only row."""
+    """The vLLM version that all servers share, as the only row."""
     found: dict[str, str] = {}
 
     async def ask(server: Server) -> None:
-        said = await server.get("/version")
-        if said is None or "version" not in said:
-            raise ServerFault("it does not say which vLLM it is, at /version", gone=False)
-        found[server.url] = str(said["version"])
+        reply = await server.get("/version")
+        if reply is None or "version" not in reply:
+            raise ServerFault("it reports no vLLM version at /version", gone=False)
+        found[server.url] = str(reply["version"])
 
     await endpoints.each(ask)
     if not found:
         raise endpoints.nobody()
     if len(set(found.values())) > 1:
         versions = ", ".join(f"{url} {version}" for url, version in found.items())
-        raise EndpointError(f"sampling.endpoints.urls: servers of different versions ({versions}); give one")
+        raise EndpointError(
+            f"sampling.endpoints.urls: servers with different vLLM versions ({versions}); use one version"
+        )
     return list(found.values())[:1]
 
 
 async def generate(
     engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
 ) -> list[list[dict[str, Any]]]:
-    """For each request, a dictionary of `sampler.Completion` for each seed."""
+    """For each request, one `sampler.Completion` per seed, as a dictionary."""
     common = decoding(engine, call["decoding"])
     prompts, never = prompts_of(engine, call), banned(engine, call)
     structured = structure(engine, call["decoding"])
     common |= {
         "n": 1,
-        # What is not given here, a server takes from its model's generation_config.json.
+        # A server takes whatever is not set here from its model's generation_config.json.
         "min_p": 0.0,
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -300,9 +302,11 @@ async def generate(
     def drawn(choice: dict[str, Any], _: int) -> Drawn:
         ids, terms = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or terms is None or len(ids) != len(terms):
-            raise EndpointError("a server gives no token ids; it must be vLLM, of a version that knows them")
+            raise EndpointError(
+                "a server returns no token ids; it must be vLLM, in a version that supports them"
+            )
         if not never.isdisjoint(ids):
-            raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm bans it for good")
+            raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm rules it out")
         total = 0.0 if structured is not None else summed(engine, terms)
         return ids, choice["finish_reason"] == "stop", total
 
@@ -312,7 +316,7 @@ async def generate(
         found = await every(engine, endpoints, bodies, drawn, report)
     except Refused as error:
         raise EndpointError(f"{WHERE}: {error}") from None
-    # These log-probs are among the tokens that the structure allows.
+    # The log-probs in these replies are relative to the tokens that the structure allows.
     sums = await text_logprobs(
         engine,
         endpoints,
@@ -328,7 +332,7 @@ async def generate(
 async def logprobs(
     engine: Engine, endpoints: Endpoints, call: dict[str, Any], report: Report
 ) -> list[tuple[float, int]]:
-    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    """For each (prompt, text): the sum of the log-probabilities of the text's tokens, and their number."""
     prompts, texts = pairs_of(engine, call)
     sums = await text_logprobs(engine, endpoints, prompts, texts, report)
     return list(zip(sums, map(len, texts), strict=True))
@@ -341,18 +345,18 @@ async def text_logprobs(
     texts: Sequence[list[int]],
     report: Report,
 ) -> list[float]:
-    """The log-probability of each text's tokens after its prompt, summed."""
-    some = [index for index, text in enumerate(texts) if text]
-    nothing = len(texts) - len(some)
+    """The summed log-probability of each text's tokens given its prompt; 0 for an empty text."""
+    nonempty = [index for index, text in enumerate(texts) if text]
+    empty = len(texts) - len(nonempty)
 
     def scored(choice: dict[str, Any], place: int) -> float:
-        prompt, text = prompts[some[place]], texts[some[place]]
+        prompt, text = prompts[nonempty[place]], texts[nonempty[place]]
         return summed(engine, token_logprobs(choice, prompt + text, len(prompt)))
 
-    bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in some]
-    sums = await every(engine, endpoints, bodies, scored, lambda done: report(nothing + done))
+    bodies = [scoring(prompts[index] + texts[index][:-1], texts[index][-1]) for index in nonempty]
+    sums = await every(engine, endpoints, bodies, scored, lambda done: report(empty + done))
     results = [0.0] * len(texts)
-    for index, total in zip(some, sums, strict=True):
+    for index, total in zip(nonempty, sums, strict=True):
         results[index] = total
     return results
 
@@ -364,37 +368,37 @@ async def every(
     read: Callable[[dict[str, Any], int], T],
     report: Report,
 ) -> list[T]:
-    """What ``read`` makes of the answer to each body, in their order; many are under way at once.
+    """The replies to the bodies, converted by ``read``, in order; many requests are in flight at once.
 
-    A server that has failed since may have answered with other weights: its requests are sent to others.
+    A server that failed later may have answered with other weights: its requests are sent to others.
     """
     results: dict[int, T] = {}
-    by: dict[int, Server] = {}
-    wanted = list(range(len(bodies)))
-    while wanted:
-        left = iter(wanted)
+    served_by: dict[int, Server] = {}
+    pending = list(range(len(bodies)))
+    while pending:
+        left = iter(pending)
 
         async def work(left: Iterator[int] = left) -> None:
             for index in left:
-                by[index], choice = await endpoints.complete(bodies[index])
+                served_by[index], choice = await endpoints.complete(bodies[index])
                 results[index] = read(choice, index)
                 report(len(results))
 
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(len(wanted), engine.settings["batch_size"] * len(endpoints.live))):
+                for _ in range(min(len(pending), engine.settings["batch_size"] * len(endpoints.live))):
                     group.create_task(work())
         except BaseExceptionGroup as several:
             raise several.exceptions[0] from None
         await engine.unchanged(endpoints)
-        wanted = [index for index, server in by.items() if server.failed is not None]
-        for index in wanted:
-            del results[index], by[index]
+        pending = [index for index, server in served_by.items() if server.failed is not None]
+        for index in pending:
+            del results[index], served_by[index]
     return [results[index] for index in range(len(bodies))]
 
 
 def summed(engine: Engine, terms: Sequence[float | None]) -> float:
-    """The sum of the log-probabilities; raises `CallError` where the model gave none."""
+    """The sum of the log-probabilities; raises `CallError` if one is missing or not finite."""
     good = [term for term in terms if term is not None and math.isfinite(term) and term > LOST]
     return finite(engine, math.fsum(good) if len(good) == len(terms) else math.nan)
 

@@ -1,6 +1,6 @@
-"""Attention for decoding on a CPU: one query a row, by two matrix products.
+"""Attention for decoding on a CPU: one query per row, as two matrix products.
 
-PyTorch's fused CPU kernel is made for long queries; with a single one it is about a quarter slower
+PyTorch's fused CPU kernel is optimised for many queries; with a single one it is about a quarter slower
 than the plain products, and it needs grouped keys repeated in memory for each query head.
 """
 
@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 NAME = "textalign_decode"
-PLAIN = {"scaling", "dropout", "position_ids", "use_cache", "is_causal"}  # no effect on one query
+PLAIN = {"scaling", "dropout", "position_ids", "use_cache", "is_causal"}  # no effect with a single query
 
 
 def decode_attention(
@@ -27,9 +27,9 @@ def decode_attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of queries (rows, heads, queries, size) over keys and values (rows, key heads,
-    positions, size), with a Boolean mask (rows, 1, queries, positions) of what is seen.
+    positions, size), with a Boolean mask (rows, 1, queries, positions) of the positions to attend to.
 
-    More than one query, or an option that this function does not know, goes to PyTorch's kernel.
+    More than one query, or an unknown option, falls back to PyTorch's kernel.
     """
     extras = {name for name, option in options.items() if option is not None} - PLAIN
     boolean = attention_mask is None or attention_mask.dtype == torch.bool
@@ -48,7 +48,7 @@ def decode_attention(
 
 
 def install(model: Any) -> None:
-    """Let a model that uses PyTorch's kernel decode with this one."""
+    """Make a model that uses PyTorch's kernel decode with this function instead."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, decode_attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)

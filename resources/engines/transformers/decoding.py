@@ -1,8 +1,8 @@
-"""Decoding a batch with any transformers causal LM: prompts read once, then token by token.
+"""Batched decoding with any transformers causal LM: each prompt is prefilled once for all its samples.
 
-Why not ``model.generate``: it grows the cache by concatenation (which is nearly half of its time
-with a small model), reads a prompt once for each of its samples, keeps finished rows until the
-last one ends, and draws all rows from one stream, so that a sample depends on its batch.
+Why not ``model.generate``: it grows the cache by concatenation (nearly half of its run time with a
+small model), prefills a prompt once for each of its samples, keeps finished rows until the last one
+ends, and draws all rows from one random stream, so a sample depends on its batch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from resources.engines.transformers.token_choice import draw, truncate, uniforms
 
-COMPACT_BELOW = 0.85  # of the rows still alive: copying the cache then costs less than keeping it
+COMPACT_BELOW = 0.85  # share of rows still alive below which compacting the cache is cheaper than keeping it
 
 
 class NotFiniteError(ValueError):
@@ -27,7 +27,7 @@ class NotFiniteError(ValueError):
 
 @dataclass(frozen=True)
 class Rule:
-    """`sampler.Decoding` with token ids for words."""
+    """`sampler.Decoding` with token ids in place of strings."""
 
     temperature: float
     top_k: int
@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A completion in token ids; an end token is the last of ``ids``, and in ``logprob``."""
+    """A completion as token ids; an end token is the last of ``ids`` and is included in ``logprob``."""
 
     ids: list[int]
     ended: bool
@@ -58,7 +58,7 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write the new positions behind the present ones; views of everything written so far."""
+        """Append the new positions; returns views of everything written so far."""
         if not self.is_initialized:
             self.dtype, self.device = key_states.dtype, key_states.device
             self.keys = self._buffer(key_states, len(key_states))
@@ -74,7 +74,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Keep, repeat and order rows; a capacity changed meanwhile takes effect."""
+        """Select, repeat and reorder rows; a changed capacity takes effect here."""
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = self._buffer(old, len(beam_idx))
@@ -86,7 +86,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def new_cache(config: Any, capacity: int) -> Cache:
-    """A cache of a model whose full-attention layers are preallocated; others stay as they are."""
+    """A cache for a model, with its full-attention layers preallocated; other layers are unchanged."""
     cache = DynamicCache(config=config)
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
@@ -103,10 +103,10 @@ def sample(
     rule: Rule,
     on_step: Callable[[float], None] = lambda finished: None,
 ) -> list[Drawn]:
-    """One completion for each seed: row i continues ``prompts[owners[i]]`` under ``seeds[i]``.
+    """One completion for each seed: row i continues ``prompts[owners[i]]`` with ``seeds[i]``.
 
-    Prompts are token ids, none empty, and prompt + max_new_tokens fits the model's context.
-    ``on_step`` gets the number of finished completions, those in flight pro rata.
+    Prompts are non-empty lists of token ids; prompt + max_new_tokens must fit the model's context.
+    ``on_step`` receives the number of finished completions, with those in flight counted pro rata.
     Raises `NotFiniteError`.
     """
     device = model.device
@@ -128,7 +128,7 @@ def sample(
     cache: Any = new_cache(model.config, width)
     logits = forward(ids, seen[:, :width] if padded else None, positions, cache)
 
-    # From here on a row is a completion; the samples of a prompt share what was read of it.
+    # From here on, a row is a completion; the samples of a prompt share its prefill.
     owner = torch.tensor(owners, device=device)
     for layer in cache.layers:
         if isinstance(layer, PreallocatedLayer):
@@ -193,12 +193,12 @@ def sample(
 
 @torch.inference_mode()
 def score(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence[int]]) -> list[float]:
-    """log p(text | prompt) in nats for each pair of token ids (none empty), in one batch.
+    """log p(text | prompt) in nats for each pair of non-empty token id lists, in one batch.
 
     Padding is on the right, where a causal model does not see it. Raises `NotFiniteError`.
     """
     rows = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
-    first = min(len(prompt) for prompt in prompts) - 1  # no text is predicted before
+    first = min(len(prompt) for prompt in prompts) - 1  # no text token is predicted before this
     width = max(len(row) for row in rows) - 1  # the last token predicts nothing
     ids = torch.zeros((len(rows), width), dtype=torch.long)
     target = torch.zeros((len(rows), width), dtype=torch.long)
@@ -222,9 +222,9 @@ def score(model: Any, prompts: Sequence[Sequence[int]], texts: Sequence[Sequence
 
 
 def batches(sizes: Sequence[int], costs: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """Indices in batches of like cost, the costliest first, each of total size <= limit.
+    """Indices in batches of similar cost, the most expensive first, each of total size <= limit.
 
-    An item larger than the limit gets a batch of its own.
+    An item larger than the limit gets its own batch.
     """
     batch: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
@@ -241,12 +241,12 @@ def _parameters(model: Any) -> set[str]:
 
 
 def _forward(model: Any) -> Callable[[Tensor, Tensor | None, Tensor, Cache], Tensor]:
-    """The model as a function to float32 logits (rows, vocabulary) of the last position."""
+    """A function that runs the model and returns float32 logits (rows, vocabulary) of the last position."""
     known = _parameters(model)
     fixed: dict[str, Any] = {"use_cache": True}
     if "logits_to_keep" in known:
         fixed["logits_to_keep"] = 1
-    takes_positions = "position_ids" in known  # e.g. alibi models read the mask instead
+    takes_positions = "position_ids" in known  # e.g. ALiBi models use the mask instead
 
     def forward(ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
         options = {**fixed, "position_ids": positions} if takes_positions else fixed

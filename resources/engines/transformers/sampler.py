@@ -1,10 +1,10 @@
-"""The embedded engine: transformers in a worker process of its own. This side imports no torch.
+"""The embedded engine: transformers in its own worker process. This side does not import torch.
 
     with TransformersSampler() as sampler:
         sampler.generate(Path("policy"), [Request("def f(x):", (1, 2))], Decoding(temperature=1))
 
-The worker starts with the first call, serves any number of them, holds one model at a time, and is
-gone, with its memory, when the sampler is closed, a call is interrupted, or this process dies.
+The worker starts on the first call, serves any number of calls, holds one model at a time, and exits,
+freeing its memory, when the sampler is closed, a call is interrupted, or this process dies.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from resources.engines.worker_sampler import WorkerSampler
 from resources.workers.channel import Channel
 from resources.workers.host import Host
 
-LOOP_VERSION = 1  # to be raised with any change after which a seed gives another sample
+LOOP_VERSION = 1  # increase with any change after which a seed yields a different sample
 
 
 class TransformersSampler(WorkerSampler):
-    """Samples from, and scores under, transformers causal language models; see `sampler.Sampler`.
+    """Samples from transformers causal language models, and scores texts with them; see `sampler.Sampler`.
 
     dtype: number format of the weights ("float32", "bfloat16", "float16").
     device: "auto" (a GPU if torch sees one), "cpu", "cuda", "cuda:1", …
-    batch_size: sequences decoded together; it bounds the memory.
-    threads: torch's threads; None is OMP_NUM_THREADS if set, else the processors of this process.
+    batch_size: sequences decoded together; bounds memory use.
+    threads: torch's threads; None: OMP_NUM_THREADS if set, else the processors available to this process.
     host: where the worker runs; None: on this machine.
     """
 
@@ -43,9 +43,9 @@ class TransformersSampler(WorkerSampler):
         host: Host | None = None,
     ) -> None:
         if dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {dtype!r}; give float32, bfloat16 or float16")
+            raise ValueError(f"dtype is {dtype!r}; use float32, bfloat16 or float16")
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; give 1 or more")
+            raise ValueError(f"batch_size is {batch_size}; use 1 or more")
         self.settings = {
             "dtype": dtype,
             "device": device,
@@ -67,8 +67,8 @@ class TransformersSampler(WorkerSampler):
     def engine_version(self) -> str:
         """Versions of everything that a sample depends on, number format included."""
         names = ("transformers", "tokenizers", "torch")
-        found = "+".join(f"{name}-{_version(name)}" for name in names)
-        return f"{found}+loop-{LOOP_VERSION}+{self.settings['dtype']}"
+        versions = "+".join(f"{name}-{_version(name)}" for name in names)
+        return f"{versions}+loop-{LOOP_VERSION}+{self.settings['dtype']}"
 
 
 def _version(name: str) -> str:

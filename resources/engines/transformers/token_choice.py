@@ -1,7 +1,7 @@
 """Choosing the next token of every row of a batch: pure functions of logits and uniform numbers.
 
-A completion owns a stream of uniform numbers, keyed by its seed; its k-th token is the inverse CDF
-of the k-th number. So a sample does not depend on the batch it was drawn in, on its neighbours, or
+A completion has its own stream of uniform numbers, keyed by its seed; its k-th token is the inverse
+CDF of the k-th number. So a sample does not depend on the batch it was drawn in, on its neighbours, or
 on how many rows are still alive, up to the rounding of the logits: a batch of another shape may
 round them differently in the last digits, and where a number falls within that distance of a
 boundary, another token is chosen.
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CANDIDATES = 128  # looked at before everything is sorted, for top_p
+CANDIDATES = 128  # highest scores tried for top_p before the whole vocabulary is sorted
 
 
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
@@ -31,9 +31,9 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
 
 
 def truncate(scores: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Scores (rows, vocabulary), already divided by the temperature, with -inf for what is cut.
+    """Scores (rows, vocabulary), already divided by the temperature, with -inf for tokens that are cut.
 
-    top_k keeps the k highest. top_p (Holtzman et al. 2020, "nucleus") keeps, of what is left, the
+    top_k keeps the k highest. top_p (Holtzman et al. 2020, "nucleus") keeps, of the rest, the
     smallest set of most likely tokens whose mass is at least top_p. Ties with the last one kept
     are kept, so that the result does not depend on the order of a sort.
     """
@@ -58,7 +58,7 @@ def truncate(scores: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def _nucleus_floor(ranked: Tensor, total: Tensor, top_p: float) -> Tensor:
-    """The lowest score kept (rows, 1); ``ranked`` falls, ``total`` is the log of the whole mass."""
+    """The lowest score kept (rows, 1); ``ranked`` is descending, ``total`` the log of the total mass."""
     mass = (ranked - total).exp()
     before = mass.cumsum(-1) - mass
     kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
@@ -68,7 +68,7 @@ def _nucleus_floor(ranked: Tensor, total: Tensor, top_p: float) -> Tensor:
 def draw(scores: Tensor, numbers: Tensor) -> Tensor:
     """Token ids (rows,) with probability softmax(scores): the inverse CDF at ``numbers`` (rows,).
 
-    The order of the CDF is that of the vocabulary. A token with score -inf is never drawn.
+    The CDF is in vocabulary order. A token with score -inf is never drawn.
     """
     mass = (scores - scores.amax(-1, keepdim=True)).exp_()
     # CPU sums in double and rounds; a GPU's parallel sum must be double to be monotone enough.

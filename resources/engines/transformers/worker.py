@@ -2,8 +2,8 @@
 
     python -m resources.engines.transformers.worker '{"dtype": "float32", "device": "auto", ...}'
 
-`transformers_sampler.TransformersSampler` starts it. A call is {"op": "generate" | "logprobs", ...};
-`worker_process` has the protocol.
+Started by `sampler.TransformersSampler`. A call is {"op": "generate" | "logprobs", ...}; for the
+protocol, see `resources.workers.serving`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from resources.workers.serving import (
     version_of,
 )
 
-LOGITS_BYTES = 256 * 2**20  # of one batch in logprobs()
+LOGITS_BYTES = 256 * 2**20  # limit for one batch in logprobs()
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 class LoadedModel:
-    """The one model in memory, swapped when another folder, or a changed one, is requested."""
+    """The model in memory; replaced when another folder, or a changed one, is requested."""
 
     def __init__(self, dtype: str, device: str, trust_remote_code: bool) -> None:
         self.dtype, self.device, self.trust_remote_code = dtype, device, trust_remote_code
@@ -82,22 +82,22 @@ class LoadedModel:
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise CallError(
-                f"{folder} cannot be loaded as a causal language model ({reason}); give a "
+                f"{folder} cannot be loaded as a causal language model ({reason}); use a "
                 "transformers folder with config.json, *.safetensors and a tokenizer"
             ) from error
         model, info = loaded
         missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
         if missing:
             raise CallError(
-                f"{folder} lacks {len(missing)} weights that its config.json asks for, which would "
+                f"{folder} lacks {len(missing)} weights that its config.json requires and that would "
                 f"be random (e.g. {missing[0]}); save the whole model again"
             )
         rows = model.get_input_embeddings().num_embeddings
         check_embeddings(folder, tokenizer, rows)
         if "past_key_values" not in inspect.signature(model.forward).parameters:
             raise CallError(
-                f"{folder}: {type(model).__name__} keeps no keys and values, as attention does; "
-                "this engine samples from attention (and hybrid) models only"
+                f"{folder}: {type(model).__name__} has no cache of keys and values; "
+                "this engine samples only from models with attention (hybrid ones included)"
             )
         try:
             model = model.to(self.device)
@@ -106,7 +106,7 @@ class LoadedModel:
                 raise
             raise CallError(
                 f"device {self.device!r} cannot be used ({str(error).splitlines()[0]}); "
-                "give device auto or cpu"
+                "set device to auto or cpu"
             ) from error
         self.model, self.tokenizer = model.eval(), tokenizer
         if self.device == "cpu":
@@ -114,7 +114,7 @@ class LoadedModel:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model's positions can hold; None where there is no limit."""
+        """Maximum number of tokens of prompt and completion together; None: no limit."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None)
 
@@ -142,7 +142,7 @@ def answer(loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: R
         raise CallError(f"{loaded.folder}: {error}") from error
     except NotFiniteError as error:
         raise CallError(
-            f"{loaded.folder}: the model's {error}; its training has diverged, or its numbers "
+            f"{loaded.folder}: the model's {error}; its training has diverged, or its values "
             f"overflow in {loaded.dtype}"
         ) from error
     except (RuntimeError, MemoryError) as error:
@@ -151,7 +151,7 @@ def answer(loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: R
         ):
             raise
         raise CallError(
-            f"{loaded.device} has no memory left for {batch_size} sequences of {loaded.folder} at "
+            f"{loaded.device} ran out of memory with {batch_size} sequences of {loaded.folder} at "
             "once; lower batch_size, or give it more memory"
         ) from error
 
@@ -159,28 +159,28 @@ def answer(loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: R
 def generate(
     loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Report
 ) -> list[list[dict[str, Any]]]:
-    """For each request, a dictionary of `sampler.Completion` for each seed."""
+    """For each request, one `sampler.Completion` per seed, as a dictionary."""
     from resources.engines.transformers.decoding import Rule, batches, sample
     from textalign_dagster import tokenisation
 
-    tokenizer, wanted = loaded.tokenizer, call["decoding"]
-    if wanted["structured"] is not None:
+    tokenizer, decoding = loaded.tokenizer, call["decoding"]
+    if decoding["structured"] is not None:
         raise CallError(
             "engine transformers samples free text only; for structured output choose engine vllm"
         )
     prompts = prompts_of(loaded, call)
     ends = tokenisation.end_ids(tokenizer, loaded.model.generation_config)
     rule = Rule(
-        temperature=wanted["temperature"],
-        top_k=wanted["top_k"],
-        top_p=wanted["top_p"],
-        max_new_tokens=wanted["max_new_tokens"],
-        min_new_tokens=wanted["max_new_tokens" if wanted["ignore_eos"] else "min_new_tokens"],
+        temperature=decoding["temperature"],
+        top_k=decoding["top_k"],
+        top_p=decoding["top_p"],
+        max_new_tokens=decoding["max_new_tokens"],
+        min_new_tokens=decoding["max_new_tokens" if decoding["ignore_eos"] else "min_new_tokens"],
         end_ids=ends,
         banned_ids=tuple(sorted(banned_of(loaded, call))),
     )
 
-    # A request with more seeds than a batch has rows is split, and its prompt read again.
+    # A request with more seeds than a batch has rows is split, and its prompt prefilled again.
     parts = [(request, start, seeds[start : start + batch_size])
              for request, (_, seeds) in enumerate(call["requests"])
              for start in range(0, len(seeds), batch_size)]  # fmt: skip
@@ -193,7 +193,9 @@ def generate(
     sizes, costs = [len(seeds) for _, _, seeds in parts], [len(prompts[r]) for r, _, _ in parts]
     for batch in batches(sizes, costs, batch_size):
         chosen = [parts[i] for i in batch]
-        places = [(request, start + i) for request, start, some in chosen for i in range(len(some))]
+        places = [
+            (request, start + i) for request, start, part_seeds in chosen for i in range(len(part_seeds))
+        ]
         drawn = sample(
             loaded.model,
             [prompts[request] for request, _, _ in chosen],
@@ -217,18 +219,18 @@ def generate(
 def logprobs(
     loaded: LoadedModel, call: dict[str, Any], batch_size: int, report: Report
 ) -> list[tuple[float, int]]:
-    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    """For each (prompt, text): the sum of the log-probabilities of the text's tokens, and their number."""
     from resources.engines.transformers.decoding import batches, score
 
     prompts, texts = pairs_of(loaded, call)
     results = [(0.0, len(text)) for text in texts]
-    some = [i for i, text in enumerate(texts) if text]
-    lengths = [len(prompts[i]) + len(texts[i]) for i in some]
+    nonempty = [i for i, text in enumerate(texts) if text]
+    lengths = [len(prompts[i]) + len(texts[i]) for i in nonempty]
     longest = max(lengths, default=1)
     limit = max(1, min(batch_size, LOGITS_BYTES // (4 * longest * loaded.outputs)))
-    done = len(texts) - len(some)
-    for batch in batches([1] * len(some), lengths, limit):
-        rows = [some[i] for i in batch]
+    done = len(texts) - len(nonempty)
+    for batch in batches([1] * len(nonempty), lengths, limit):
+        rows = [nonempty[i] for i in batch]
         sums = score(loaded.model, [prompts[i] for i in rows], [texts[i] for i in rows])
         for row, total in zip(rows, sums, strict=True):
             results[row] = (total, len(texts[row]))

@@ -1,1 +1,1 @@
-"""vLLM in a worker process of its own. From outside, import `sampler`; the rest runs in its worker process."""
+"""vLLM in its own worker process. From outside, import `sampler`; the rest runs in its worker process."""

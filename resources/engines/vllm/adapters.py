@@ -1,7 +1,7 @@
-"""LoRA adapters in a vLLM that runs in this process: beside its weights, never merged into them.
+"""LoRA adapters in a vLLM engine in this process: on top of its weights, never merged into them.
 
-An engine that is to serve adapters is started for it. It holds one at a time; the next one takes its
-place, in a moment and without touching the weights, and the model without an adapter stays to be had.
+An engine must be started with adapter support. It holds one adapter at a time; the next one replaces it
+quickly and without touching the weights, and the model without an adapter remains available.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from resources.workers.serving import CallError, version_of
 from textalign_dagster.settings.sampling import HIGHEST_RANK
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, HIGHEST_RANK)
-"""What an engine can be built for; adapters of a lower rank fit."""
+"""The ranks that an engine can be built for; adapters of a lower rank fit."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM is started with to serve adapters beside the model of a folder; nothing, if it is not to."""
+    """vLLM's arguments for serving adapters on top of a folder's model; empty if it serves none."""
     rank = settings["max_lora_rank"]
     if rank is None:
         return {}
@@ -30,16 +30,16 @@ def options(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "enable_lora": True,
         "max_loras": 1,
-        "max_cpu_loras": 1,  # the one before is gone then
+        "max_cpu_loras": 1,  # the previous one is evicted
         "max_lora_rank": next(one for one in RANKS if rank <= one),
-        # Not all that vLLM could: beside an output head it takes the places of a prompt, whose log-probabilities
-        # are requested, for as many requests, and fails.
+        # Not every module that vLLM supports: on an output head it treats the positions of a prompt whose
+        # log-probabilities are requested as that many requests, and fails.
         "lora_target_modules": sorted({name.rpartition(".")[2] for name in modules}),
     }
 
 
 def linear_modules(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Names of the linear modules of a folder's model, but for its output head: peft's "all-linear"."""
+    """Names of the linear modules of a folder's model, except its output head: peft's "all-linear"."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
@@ -58,7 +58,7 @@ def linear_modules(folder: Path, trust_remote_code: bool) -> list[str]:
 
 
 class Adapters:
-    """The adapters that an engine has been given, each under a name and a number that no other ever has."""
+    """The adapters that an engine has been given, each with a unique name and number."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}  # by name
@@ -66,7 +66,7 @@ class Adapters:
         self.last: Any = None  # vLLM's request for it
 
     def request(self, llm: Any, folder: Path) -> Any:
-        """What a request to vLLM carries to get the adapter of a folder; it is in the engine then.
+        """vLLM's LoRA request for the adapter of a folder, which is loaded into the engine.
 
         Raises:
             CallError: vLLM cannot serve it.
@@ -78,7 +78,7 @@ class Adapters:
             return self.last
         self.last = None
         try:
-            # vLLM knows what it has cached of a prompt by the name, and what it has loaded by the number.
+            # vLLM keys its prefix cache by the name, and its loaded adapters by the number.
             name = content_of(folder)
             number = self.numbers.setdefault(name, len(self.numbers) + 1)
             request = LoRARequest(name, number, str(folder))
@@ -86,10 +86,10 @@ class Adapters:
             left_out = sorted(
                 {one for found in llm.collective_rpc(unserved, args=(number,)) for one in found}
             )
-        except Exception as error:  # peft's files, vLLM's limits and its workers have errors of their own
-            said = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        except Exception as error:  # peft's files, vLLM's limits and its workers raise many types
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise CallError(
-                f"vLLM cannot serve the adapter {folder} ({said}); set sampling.adapters to merged"
+                f"vLLM cannot serve the adapter {folder} ({reason}); set sampling.adapters to merged"
             ) from error
         if left_out:
             raise CallError(
@@ -100,18 +100,18 @@ class Adapters:
         return request
 
     def forget(self) -> None:
-        """The engine has other weights now: what is beside them must be given anew."""
+        """Call when the engine has other weights: the adapter must be loaded again."""
         self.last = None
 
 
 def unserved(worker: Any, number: int) -> list[str]:
-    """The modules, in a worker of vLLM, that an adapter is for and that take none: vLLM does not report them."""
+    """The modules that an adapter targets but a vLLM worker leaves out, which vLLM does not report."""
     manager = worker.get_model().lora_manager
     return sorted(set(manager.get_adapter(number).loras).difference(manager.modules))
 
 
 def content_of(folder: Path) -> str:
-    """A name for what an adapter's files say."""
+    """A hash of the content of an adapter's files."""
     hashed = hashlib.sha256()
     for name in FILES:
         with (folder / name).open("rb") as stream:

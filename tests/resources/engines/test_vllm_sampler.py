@@ -224,7 +224,7 @@ def test_models_with_one_frame_differ_in_weights_only(folders: dict[str, Path], 
 
 
 def test_unreadable_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(SamplerError, match="nowhere is not a folder; give a folder that"):
+    with pytest.raises(SamplerError, match="nowhere is not a folder; use a folder that"):
         frame(tmp_path / "nowhere")
     copy = Path(shutil.copytree(folders["llama"], tmp_path / "copy"))
     (copy / "model.safetensors").write_bytes(b"\0" * 100)

@@ -218,7 +218,7 @@ def test_own_rate_limit_is_kept(endpoint: Running, ledger: Ledger) -> None:
 def test_endless_refusals_stop_the_batch(endpoint: Running, ledger: Ledger) -> None:
     policy = RetryPolicy(base_s=0.01, cap_s=0.02, patience_s=0.3)
     endpoint.control(every={"kind": "429"})
-    with pytest.raises(JudgeStoppedError, match=r"HTTP 429.*run it again later"):
+    with pytest.raises(JudgeStoppedError, match=r"HTTP 429.*run again later"):
         ask(["limited"], a_judge(endpoint), ledger, policy=policy)
     endpoint.control(every={"kind": "429", "retry_after": 3600})
     with pytest.raises(JudgeStoppedError, match="another 3600 s"):

@@ -117,7 +117,7 @@ def test_the_childs_own_words_are_the_failure(tmp_path: Path) -> None:
 
 
 def test_a_child_that_says_nothing(tmp_path: Path) -> None:
-    with pytest.raises(dg.Failure, match="exited with 3 and did not say why"):
+    with pytest.raises(dg.Failure, match="exited with 3 and reported no error"):
         launch(script(tmp_path, "sys.exit(3)"))
 
 

@@ -102,7 +102,7 @@ def test_what_the_cluster_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SettingsError, match="the cluster has no default; one of gpu"):
         slurm.check_slurm(Slurm())
     commands(tmp_path, monkeypatch, **quiet, sinfo="echo 'sinfo: error: no controller' >&2; exit 1")
-    with pytest.raises(SettingsError, match=r"does not answer \(sinfo: no controller\); is slurmctld up"):
+    with pytest.raises(SettingsError, match=r"does not respond \(sinfo: no controller\); is slurmctld up"):
         slurm.check_slurm(Slurm())
     assert _slurm().state == "missing"
     commands(tmp_path, monkeypatch, sinfo="true")
@@ -214,7 +214,7 @@ def test_each_start_of_a_job_has_a_folder_of_its_own(tmp_path: Path) -> None:
         (
             slurm.State("OUT_OF_MEMORY"),
             None,
-            r"ran out of memory on a node: ask for more \(training.slurm.extra",
+            r"ran out of memory on a node: request more \(training.slurm.extra",
         ),
         (
             slurm.State("TIMEOUT", "TimeLimit"),
@@ -251,12 +251,12 @@ def test_settings() -> None:
     assert "cannot be spread evenly over slurm.nodes: 2" in refusal(
         launcher="slurm", processes=3, slurm={"nodes": 2}
     )
-    assert "set it to 8, one for each GPU" in refusal(
+    assert "set it to 8, one per GPU" in refusal(
         launcher="slurm", processes=2, slurm={"nodes": 2, "gpus_per_node": 4}
     )
     assert "remove it" in refusal(slurm={"extra": ["--nodes=3"]})
     assert "remove it" in refusal(slurm={"extra": ["-N3"]})
-    assert "from / on" in refusal(slurm={"shared_folder": "here"})
+    assert "give an absolute one" in refusal(slurm={"shared_folder": "here"})
     assert "time_limit" in refusal(slurm={"time_limit": "2 hours"})
     for limit in (30, "2:00:00", "1-12", "90", "1-0:30:00"):
         validate(Training, {"slurm": {"time_limit": limit}}, "here")

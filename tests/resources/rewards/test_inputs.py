@@ -131,5 +131,5 @@ def test_chat_templates_are_written_out() -> None:
     with pytest.raises(CallError, match="chat template cannot be used"):
         chat_template(tokenizer())
     words.chat_template = "{{ messages[-1]['content'] }}"
-    with pytest.raises(CallError, match="does not show prompt and answer"):
+    with pytest.raises(CallError, match="does not contain prompt and answer"):
         chat_template(words)

@@ -175,7 +175,7 @@ def test_models_that_do_not_fit_their_settings_are_refused(folders: dict[str, Pa
         scored(toxic)
     with pytest.raises(CallError, match="no output 7"):
         scored(toxic.model_copy(update={"label": 7}))
-    with pytest.raises(CallError, match="say by `label` which is the reward"):
+    with pytest.raises(CallError, match="set `label` to the one that is the reward"):
         scored(RewardModelScorer(model=str(folders["bert"])))
     with pytest.raises(CallError, match=r"cannot be loaded as a sequence classifier|lacks"):
         scored(RewardModelScorer(model=str(folders["gptj"])))
@@ -342,7 +342,7 @@ def test_identity_follows_what_scores_follow_from(folders: dict[str, Path], tmp_
         (RewardModelScorer, {"template": "{prompt}"}, "needs {text} once"),
         (RewardModelScorer, {"template": "{text} {prompt}"}, "text before the prompt"),
         (RewardModelScorer, {"template": "say {text}"}, "no {prompt}"),
-        (RewardModelScorer, {"cue": "TL;DR:"}, "only a template writes it again"),
+        (RewardModelScorer, {"cue": "TL;DR:"}, "only a template adds it back"),
         (RewardModelScorer, {"weights": "a/b"}, "only head gptj_last_token"),
         (RewardModelScorer, {"head": "gptj_last_token", "label": 0}, "one output"),
         (ClassifierScorer, {"label": "toxic", "good": False, "template": "chat"}, "reads: prompt_and_text"),

@@ -83,7 +83,7 @@ def test_a_scorer_without_a_way_to_run_is_refused() -> None:
         def better(self) -> Literal["lower", "higher"]:
             return "lower"
 
-    with pytest.raises(ScoringError, match="odd is of no kind"):
+    with pytest.raises(ScoringError, match="odd is not of a kind"):
         score_samples(Odd(), samples(["a"]), lambda *told: None)
 
 

@@ -193,9 +193,7 @@ def test_nothing_goes_while_somebody_writes(store: ArtifactStore) -> None:
     attempt = Attempt(store.local / "artifacts" / "generations" / "under-way")
     (attempt.folder / "half").write_bytes(bytes(10))
     assert found(store) == {CHUNKS: {"chunk"}}  # the attempt lives
-    with pytest.raises(
-        ArtifactError, match=f"{attempt.name} is being written by a process that is under way"
-    ):
+    with pytest.raises(ArtifactError, match=f"{attempt.name} is being written by a running process"):
         apply(store)
     assert everything(store) == {"chunk", "under-way"}
     attempt.release(remove=True)

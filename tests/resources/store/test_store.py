@@ -449,7 +449,7 @@ def test_changed_bytes_are_found_by_verify(store: ArtifactStore) -> None:
     made = make(store)
     path = Path(made.url("numbers"))
     path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(ArtifactError, match=r"numbers\.parquet is not what was written"):
+    with pytest.raises(ArtifactError, match=r"numbers\.parquet has changed since it was written"):
         made.verify()
     with pytest.raises(ArtifactError, match=r"numbers\.parquet cannot be read"):
         made.frame("numbers")

@@ -122,7 +122,7 @@ def test_validate_with_overrides_writes_nothing(toys: Path, home: Path) -> None:
 def test_status_of_nothing(toys: Path) -> None:
     cells = json.loads(call("status", "toy", "--json").stdout)
     assert [cell["state"] for cell in cells] == ["missing"] * 12
-    assert "nothing was run yet" in call("status").stdout
+    assert "nothing has been run yet" in call("status").stdout
     shown = call("status", "--all").stdout
     (row,) = [line for line in shown.splitlines() if "toy " in line]
     assert "1–2" in row and "-" in row  # what was not begun is one row

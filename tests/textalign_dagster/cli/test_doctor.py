@@ -156,4 +156,4 @@ def test_a_port_that_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert doctor._port(taken.getsockname()[1]).detail == "is taken"
+        assert doctor._port(taken.getsockname()[1]).detail == "is in use"

@@ -54,10 +54,10 @@ def test_a_judge_that_was_asked_again(files: tuple[str, str], tmp_path: Path) ->
     ranked = tmp_path / "ranked_again.csv"
     ranked.write_text(RANKINGS.replace("equal", "(a)"), encoding="utf-8")
     told = consistency(files, "--ratings-again", str(again), "--rankings-again", str(ranked)).stdout
-    assert "the judge with itself, ratings asked again: agreement 0.667, n = 3" in told
-    assert "the judge with itself, rankings asked again: agreement 0.667, n = 3" in told
+    assert "self-agreement of the judge, repeated ratings: 0.667, n = 3" in told
+    assert "self-agreement of the judge, repeated rankings: 0.667, n = 3" in told
     refused = textalign("consistency", "a", "b", "-k", "1", "--ratings-again", str(again))
-    assert refused.exit_code == 1 and "asked again with judge.repeats" in refused.stderr
+    assert refused.exit_code == 1 and "for experiments, set judge.repeats" in refused.stderr
 
 
 def test_what_a_file_of_verdicts_cannot_show_is_not_shown(files: tuple[str, str]) -> None:
@@ -80,7 +80,7 @@ def test_pairs_of_identical_texts_are_refused_and_reckoned_with(files: tuple[str
     told = consistency(files).stdout
     assert "refused, 3 × both responses are the same text" in told and "agreement: 0.667, n = 3" in told
     # Two of three agree; of the two whose text is rated, one says equal: (2 + 1) / (3 + 2).
-    assert "agreement with the 2 pairs of identical texts, which are refused here: 0.600" in told
+    assert "agreement including the 2 pairs of identical texts, which are excluded above: 0.600" in told
 
 
 def test_two_files_of_ratings_are_no_comparison(files: tuple[str, str]) -> None:

@@ -76,7 +76,7 @@ def test_a_corpus_that_was_scored_elsewhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ('{"words": "a"}\n', "has the columns words; a corpus has `text`"),
+        ('{"words": "a"}\n', "has the columns words; a corpus needs `text`"),
         ("", "cannot be read as Parquet or JSON Lines"),
         ("not json\n", "cannot be read as Parquet or JSON Lines"),
     ],

@@ -80,7 +80,7 @@ def test_a_file_of_the_tasks_own_evaluation_prompts_cannot_be_trained_on(tmp_pat
 
 def test_too_few_prompts(tmp_path: Path) -> None:
     with pytest.raises(
-        SettingsError, match=r"evaluation\.prompts: 2 wanted, but there are 1 in .*held_out\.csv"
+        SettingsError, match=r"evaluation\.prompts: 2 requested, but there are only 1 in .*held_out\.csv"
     ):
         evaluation_prompts(experiment(**prompt_files(tmp_path, ["a"], ["x"])))
 
@@ -157,7 +157,7 @@ def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
     assert evaluation_scorer(experiment(**rewards, scorer=imported)) is None
     files = merge(answered(tmp_path, ["a", "b"]), {"evaluation": {"scorer": imported}})
     with pytest.raises(
-        SettingsError, match=r"^evaluation\.scorer: imported gives an evaluation's samples no numbers"
+        SettingsError, match=r"^evaluation\.scorer: imported returns no numbers for an evaluation's samples"
     ):
         check_evaluation(experiment(**files))
 

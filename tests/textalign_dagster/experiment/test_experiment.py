@@ -50,7 +50,7 @@ def test_the_description_of_every_method_is_itself_an_experiment() -> None:
         ({"method": {"name": "alt_lmu"}}, "method.ask_for: missing"),
         ({"datapool": {"samples": 4, "shares": {"a": 1.0}}}, "datapool.shares: a is not a bucket of method quark"),
         ({"datapool": {"shares": {"a": 1.0}}}, "datapool: shares weighs the labels of samples"),
-        ({"datapool": {"samples": 1, "samples_per_bucket": 1}}, "datapool: samples and samples_per_bucket exclude"),
+        ({"datapool": {"samples": 1, "samples_per_bucket": 1}}, "datapool: samples and samples_per_bucket are mutually"),
         ({"sampling": {"min_new_tokens": 9, "max_new_tokens": 8}}, "sampling: min_new_tokens is larger"),
         ({"prompts": {"draw": "weighted"}}, "prompts: `weights` and `draw: weighted` belong together"),
         ({"prompts": {"weights": "select 1"}}, "prompts: `weights` and `draw: weighted` belong together"),

@@ -31,7 +31,7 @@ def minimal(folder: Path, **changes: object) -> Library:
 def test_every_method(tmp_path: Path, home: Path, method: str) -> None:
     changes: dict[str, object] = {"method": {"name": method, **REQUIRED.get(method, {})}}
     found = preflight(minimal(tmp_path, **changes), "mine")
-    assert "prompts: 393, of which 393 an iteration" in found
+    assert "prompts: 393, of which 393 per iteration" in found
     assert any(line.startswith("lengths: ") for line in found)
 
 
@@ -49,7 +49,7 @@ def test_unset_draws_what_there_is() -> None:
     )
     for draw in ("without_replacement", "with_replacement"):
         assert draw_prompts(prompts, Prompts(draw=draw), seed=0, iteration=1).height == 7
-    with pytest.raises(SettingsError, match="8 prompts wanted"):
+    with pytest.raises(SettingsError, match="8 prompts requested"):
         draw_prompts(prompts, Prompts(per_iteration=8), seed=0, iteration=1)
 
 

@@ -68,7 +68,8 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     responses = held_out_responses(mine, task_of(mine))
     assert set(responses["prompt"]) == held_out
     with pytest.raises(
-        SettingsError, match=r"evaluation\.prompts: 192 wanted, but there are 2 in offline\.held_out of "
+        SettingsError,
+        match=r"evaluation\.prompts: 192 requested, but there are only 2 in offline\.held_out of ",
     ):
         evaluation_prompts(mine)
     with pytest.raises(SettingsError, match=r"held_out: 3, but .* has 3 prompts"):
@@ -140,7 +141,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
     skipping = experiment(tmp_path, broken, offline={"skip_refused": True})
     assert training_prompts(skipping).height == 3 and "refused: 1" in summary(skipping, task_of(skipping))
     unjudged = experiment(tmp_path, [{"prompt": "P", "completion": "x"}])
-    with pytest.raises(SettingsError, match="judges no response in the way that method dpo needs, a reward"):
+    with pytest.raises(SettingsError, match="has no judgement of the kind that method dpo needs, reward"):
         summary(unjudged, task_of(unjudged))
     Path(str(unjudged.offline and unjudged.offline.path)).unlink()
     with pytest.raises(SettingsError, match=r"offline\.path: .*file\.jsonl: no such file"):

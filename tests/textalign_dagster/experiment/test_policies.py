@@ -99,7 +99,7 @@ def test_a_name_that_is_nothing() -> None:
         base_policy(experiment("pep8-slopy-1m"))
     assert str(caught.value) == (
         "policy.model: 'pep8-slopy-1m' is not a policy of task pep8 (did you mean 'pep8-sloppy-1m'?) "
-        "(it ships: pep8-sloppy-1m), no folder and no hub id such as owner/model"
+        "(it ships: pep8-sloppy-1m), nor a folder, nor a hub id such as owner/model"
     )
 
 

@@ -52,13 +52,13 @@ def test_an_adopted_experiment_is_the_template(mine: Path, template: str) -> Non
 def test_nothing_is_overwritten_and_names_are_checked(mine: Path) -> None:
     assert call("new", "own").exit_code == 0
     before = (mine / "own.yaml").read_text()
-    for name, says in (("own", "own: there is an experiment of that name"), ("-x/y", "a name starts with")):
+    for name, says in (("own", "own: an experiment of that name"), ("-x/y", "a name starts with")):
         done = call("new", "--", name)
         assert done.exit_code == 1 and says in done.output, done.output
     # The control's name is taken: neither file is written.
     (mine / "two_no_feedback.yaml").write_text("extends: own\n")
     done = call("new", "two")
-    assert done.exit_code == 1 and "two_no_feedback: there is an experiment" in done.output
+    assert done.exit_code == 1 and "two_no_feedback: an experiment" in done.output
     assert not (mine / "two.yaml").exists() and (mine / "own.yaml").read_text() == before
     done = call("new", "three", "--from", "tldr_alt_rn")
     assert done.exit_code == 1 and "tldr_alt_rm" in done.output
@@ -77,7 +77,7 @@ def test_lists_and_the_grid_show_what_one_works_on(mine: Path) -> None:
     assert "tldr_" not in call("experiments").output and "pep8_dpo" in call("experiments").output
     listed = call("experiments", "--templates").output
     assert all(name in listed for name in SHIPPED.templates) and "pep8_dpo" not in listed
-    assert "nothing was run yet" in call("status").output
+    assert "nothing has been run yet" in call("status").output
     assert "pep8_dpo" in call("status", "--all").output
     code = "from textalign_dagster.loop.partitions import EXPERIMENTS, LAST_ITERATION as k; print(*EXPERIMENTS, k)"
     grid = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

@@ -85,11 +85,11 @@ def test_what_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
     found = read_alt_prompts(path, template="Excellent. input: {prompt}")
     assert found.prompts.is_empty()
     assert [(r.line, r.reason) for r in found.refused] == [
-        (1, "its prompt is not as --template says"),
-        (2, "its prompt is not as --template says"),
-        (3, "its prompt is not as --template says"),
+        (1, "its prompt does not match --template"),
+        (2, "its prompt does not match --template"),
+        (3, "its prompt does not match --template"),
         (4, "no text in `prompt`"),
-        (5, "no JSON object"),
+        (5, "not a JSON object"),
     ]
     assert "5 rows: 0 prompts; refused: 5" in found.summary()
 
@@ -233,7 +233,7 @@ def test_toxicity_goes_out_and_comes_back(tmp_path: Path) -> None:
         ("b", None, "failed", "down"),
     ]
     rows[0]["value"] = 2.5
-    with pytest.raises(ValueError, match="stands for no toxicity"):
+    with pytest.raises(ValueError, match="is not a toxicity"):
         write_alt_toxicity(path, samples, pl.DataFrame(rows, FEEDBACK))
     rows[0]["value"] = -0.25  # as our own scorers have it
     write_alt_toxicity(path, samples, pl.DataFrame(rows, FEEDBACK), negated=True)

@@ -63,7 +63,7 @@ def test_intervals_resample_prompts() -> None:
 
 
 def test_other_classes_are_refused() -> None:
-    with pytest.raises(ValueError, match="column second: 'equal' is none of a, tie, b"):
+    with pytest.raises(ValueError, match="column second: 'equal' is not one of a, tie, b"):
         agreement(pl.DataFrame([("p", "a", "equal")], READINGS, orient="row"))
 
 

@@ -55,7 +55,7 @@ def test_of_each_question_the_best_ranked_answer_is_taken_with_all_its_critiques
         ("A text.\nWhich?", "", "skipped", None, None, None),
     ]
     assert rows["reason"].drop_nulls().to_list() == [
-        "the file says `skip`",
+        "marked `skip` in the file",
         "no critique, but the rating is 3, not 7",
         "the answer is empty",
     ]
@@ -94,5 +94,5 @@ def test_shepherd_with_the_amended_responses_of_the_file_beside_it(tmp_path: Pat
 
 
 def test_these_formats_are_only_read(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"^shepherd: this format is only read; write `cut`"):
+    with pytest.raises(SettingsError, match=r"^shepherd: this format is read-only; write `cut`"):
         write_feedback(tmp_path / "f.jsonl", "shepherd", pl.DataFrame(), pl.DataFrame())

@@ -97,8 +97,8 @@ def test_alt_bad_lines_are_refused_with_their_number(tmp_path: Path) -> None:
     found = load(tmp_path, "alt", "\n".join(lines))
     assert (found.rows, found.samples.height) == (9, 2)
     assert [(r.line, r.reason) for r in found.refused] == [
-        (3, "no JSON object"),
-        (4, "no JSON object"),
+        (3, "not a JSON object"),
+        (4, "not a JSON object"),
         (5, "no text in `prompt`"),
         (6, "no list in `generations`"),
         (7, "`rewards` and `generations` differ in length"),
@@ -107,7 +107,7 @@ def test_alt_bad_lines_are_refused_with_their_number(tmp_path: Path) -> None:
     ]
     summary = found.summary()
     assert summary.startswith("9 rows: 2 samples; judgements: 2 ok; refused: 7\n")
-    assert "refused, 2 × no JSON object (line 3: not json; line 4:" in summary
+    assert "refused, 2 × not a JSON object (line 3: not json; line 4:" in summary
 
 
 # CUT
@@ -147,7 +147,7 @@ def test_cut_lines_and_broken_files(tmp_path: Path) -> None:
     found = load(tmp_path, "cut", text)
     assert [(r.line, r.reason) for r in found.refused] == [
         (4, "`instruction` is blank"),
-        (5, "no JSON object"),
+        (5, "not a JSON object"),
     ]
     with pytest.raises(SettingsError, match=r"file.jsonl:2:1: broken JSON"):
         load(tmp_path, "cut", '[{"a": 1},\n')
@@ -199,7 +199,7 @@ def test_sparse_rankings_with_header(tmp_path: Path) -> None:
     }
     assert won == {frozenset("xy"): "x", frozenset("xz"): "z", frozenset("yz"): "tie", frozenset("xw"): None}
     assert [(r.line, r.reason) for r in found.refused] == [
-        (5, "its pair is judged before, and the first counts"),
+        (5, "its pair was already judged; the first judgement counts"),
         (6, "both responses are the same text"),
     ]
     assert found.pairs.schema == PAIRS and found.notes == ("the first line is a header (1 ×)",)
@@ -232,7 +232,7 @@ def test_plain_rows_of_ones_own(tmp_path: Path) -> None:
         ("reward", None, "failed"),
     ]
     assert found.pairs.height == 1 and found.samples.height == 5
-    assert found.notes == ("the column `extra` is not read (1 ×)",)
+    assert found.notes == ("the column `extra` is ignored (1 ×)",)
 
 
 @pytest.mark.parametrize(
@@ -241,22 +241,22 @@ def test_plain_rows_of_ones_own(tmp_path: Path) -> None:
         ({"response": "a", "value": 1}, "no text in `prompt`"),
         ({"prompt": " ", "response": "a", "value": 1}, "`prompt` is blank"),
         ({"prompt": "P", "value": 1}, "no text in `response`"),
-        ({"prompt": "P", "response": "a"}, "nothing judged: no value, label, feedback"),
+        ({"prompt": "P", "response": "a"}, "no judgement (value, label, feedback)"),
         ({"prompt": "P", "response": "a", "value": "1"}, "`value` is not a number"),
         ({"prompt": "P", "response": "a", "value": True}, "`value` is not a number"),
         ({"prompt": "P", "response": "a", "value": float("inf")}, "`value` is not finite"),
         ({"prompt": "P", "response": "a", "label": 3}, "no text in `label`"),
-        ({"prompt": "P", "response": "a", "value": 1, "kind": "x"}, "`kind` is none of"),
-        ({"prompt": "P", "response": "a", "value": 1, "status": "good"}, "`status` is none of"),
+        ({"prompt": "P", "response": "a", "value": 1, "kind": "x"}, "`kind` is not one of"),
+        ({"prompt": "P", "response": "a", "value": 1, "status": "good"}, "`status` is not one of"),
         (
             {"prompt": "P", "response": "a", "value": 0, "status": "failed", "reason": "x"},
-            "not ok gives a `reason` and no",
+            "not ok must have a `reason` and no",
         ),
-        ({"prompt": "P", "response": "a", "status": "failed"}, "not ok gives a `reason`"),
-        ({"prompt": "P", "response": "a", "value": 1, "reason": "x"}, "`reason` says why a row is not ok"),
+        ({"prompt": "P", "response": "a", "status": "failed"}, "not ok must have a `reason`"),
+        ({"prompt": "P", "response": "a", "value": 1, "reason": "x"}, "`reason` is only for rows"),
         ({"prompt": "P", "response_a": "a", "winner": "a"}, "no text in `response_b`"),
         ({"prompt": "P", "response_a": "a", "response_b": "a", "winner": "a"}, "the same sample"),
-        ({"prompt": "P", "response_a": "a", "response_b": "b", "winner": "c"}, "`winner` is none of"),
+        ({"prompt": "P", "response_a": "a", "response_b": "b", "winner": "c"}, "`winner` is not one of"),
     ],
 )
 def test_plain_rows_that_are_refused(row: dict[str, Any], reason: str, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_rated_responses_of_ultrafeedback_in_parquet(tmp_path: Path) -> None:
     ("record", "reason"),
     [
         ({"question": "P", "answer": "x"}, "none of the known forms; its columns: answer, question"),
-        ([1], "no JSON object"),
+        ([1], "not a JSON object"),
         ({"chosen": "x", "rejected": "y"}, "no `prompt`, and `chosen` is not a transcript"),
         ({"prompt": "P", "chosen": "x", "rejected": "x"}, "both responses are the same text"),
         ({"prompt": " ", "chosen": "x", "rejected": "y"}, "`prompt` is blank"),

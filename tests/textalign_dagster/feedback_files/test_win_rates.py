@@ -86,7 +86,7 @@ def test_the_matrix_by_hand(files: dict[str, str]) -> None:
     }
     shown = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models]).stdout
     assert "b, by rankings: 100.0 %" in shown and "3 of 5 items, 1 unusable" in shown
-    assert "a, by ratings - b, by ratings: +25.0 points" in shown and ", 2 items that both have" in shown
+    assert "a, by ratings - b, by ratings: +25.0 points" in shown and ", 2 shared items" in shown
 
 
 def test_bad_input_is_named(files: dict[str, str]) -> None:
@@ -95,10 +95,10 @@ def test_bad_input_is_named(files: dict[str, str]) -> None:
         assert done.exit_code != 0
         return done.output
 
-    assert "a model is NAME=FILE" in refused(files["rated_a"])
+    assert "expected NAME=FILE" in refused(files["rated_a"])
     assert "give those of the reference as --reference" in refused(f"a={files['rated_a']}")
     twice = [f"a={files['ranked_a']}", f"a={files['ranked_b']}"]
-    assert "a has a file of rankings already" in refused(*twice)
+    assert "a already has a file of rankings" in refused(*twice)
 
 
 def rows(outcomes: list[float], longer: list[float]) -> pl.DataFrame:
@@ -155,4 +155,4 @@ def test_annotations_of_alpaca_eval(tmp_path: Path) -> None:
     assert "wins 40.0, ties 40.0, losses 20.0" in done.stdout
     path.write_text(json.dumps([{"instruction": "a", "output": "x"}]), encoding="utf-8")
     done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
-    assert done.exit_code == 1 and "row 1 is not an annotation of AlpacaEval" in done.output
+    assert done.exit_code == 1 and "row 1 is not an AlpacaEval annotation" in done.output

@@ -136,7 +136,7 @@ def test_a_scale_replaces_the_templates() -> None:
     assert template.scale is not None and (template.scale.low, template.scale.high) == (0, 10)
     assert [example.answer["rating"] for example in template.examples] == [2, 10]  # 2 and 7 of 1 to 7
     with pytest.raises(
-        SettingsError, match=r"judge\.scale: the template rating refuses it: low and high must"
+        SettingsError, match=r"judge\.scale: not valid for the template rating: low and high must"
     ):
         template_of(a_judge(ask="rating", scale={"low": 0, "high": 0.5}))
     with pytest.raises(

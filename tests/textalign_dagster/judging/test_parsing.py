@@ -360,7 +360,7 @@ def test_groups() -> None:
     missing = parse_group(CATEGORY, Reply(json.dumps({"1": good["1"]})), 2)[1]
     assert missing.reason == "no answer for response 2 of 2"
     assert [v.status for v in parse_group(CATEGORY, Reply(None, error="down"), 3)] == ["failed"] * 3
-    with pytest.raises(ValueError, match="one item a call"):
+    with pytest.raises(ValueError, match="one item per call"):
         parse_group(JUDGMENT, Reply("{}"), 1)
 
 

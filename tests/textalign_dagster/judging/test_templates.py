@@ -168,7 +168,7 @@ def test_groups_are_keyed_by_number_and_share_one_prompt() -> None:
     assert list(json.loads(call.messages[2]["content"])) == ["1", "2", "3"]  # the examples of one prompt
     with pytest.raises(ValueError, match="one prompt"):
         group_call(chosen, [Item("p", "one"), Item("q", "two")])
-    with pytest.raises(ValueError, match="one item a call"):
+    with pytest.raises(ValueError, match="one item per call"):
         group_call(template("judgment"), [Item("p", "one")])
 
 

@@ -98,7 +98,7 @@ def test_not_duplicated() -> None:
 def test_conditioned_once() -> None:
     template = "# {condition}\n{prompt}"
     fine = checks.conditioned_once(template, pl.Series(["good", None]), pl.Series(["def f():", "def f():"]))
-    assert fine.passed and fine.description == "2 different inputs"
+    assert fine.passed and fine.description == "2 distinct inputs"
     twice = checks.conditioned_once(template, pl.Series(["good"]), pl.Series(["# good\ndef f():"]))
     assert not twice.passed and twice.severity == ERROR
     assert twice.metadata["examples"].value == ["# good\ndef f():"]

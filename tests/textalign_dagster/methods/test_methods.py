@@ -153,9 +153,9 @@ def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
     assert worst.exemplar == method.buckets[-1]
     assert worst.probes == method.buckets[:-1]
     assert worst.sweep == method.buckets  # best first, whatever is asked for
-    with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* say `exemplar: best`"):
+    with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* use `exemplar: best`"):
         kind.model_validate({"exemplar": "varied"})
-    with pytest.raises(ValidationError, match=r"'superb' is not a condition that .* trains under; one of: "):
+    with pytest.raises(ValidationError, match=r"'superb' is not a condition of .*; one of: "):
         kind.model_validate({"exemplar": "static", "ask_for": "superb"})
     with pytest.raises(ValidationError, match=r"ask_for\n +Field required"):
         kind.model_validate({"exemplar": "static"})
@@ -172,9 +172,9 @@ def test_exemplars_of_alt_lmu() -> None:
     none = AltLMU.model_validate({"exemplar": "none", "ask_for": "good"})
     assert (none.exemplar, none.sweep) == (None, ())
     for given, told in (
-        ({"exemplar": "best"}, "say `static` .* or `varied`"),
+        ({"exemplar": "best"}, "use `static` .* or `varied`"),
         ({}, "ask_for\n +Field required"),
-        ({"ask_for": "  "}, "blank; it would ask for nothing"),
+        ({"ask_for": "  "}, "blank, which is no condition"),
         ({"exemplar": "all", "ask_for": "x"}, "'none', 'best', 'static' or 'varied'"),
         ({"exemplar": "none", "exemplar_policy": "none"}, "one setting; remove one of them"),
     ):

@@ -52,7 +52,7 @@ def test_filtering() -> None:
     assert trained(Filtering(quantile=0.0)) == ["a", "b", "c", "d"]
     assert trained(Filtering(quantile=0.75)) in (["d"], ["a", "d"])
     assert trained(Filtering()) == trained(Filtering(quantile=0.5))
-    with pytest.raises(ValidationError, match="exclude each other"):
+    with pytest.raises(ValidationError, match="mutually exclusive"):
         Filtering(threshold=0.0, quantile=0.5)
 
 
@@ -173,7 +173,7 @@ def test_a_quantile_of_the_segments_and_documents_that_spell_a_token() -> None:
     found = method.examples(rows(scored(0.5, 0.25, 1 / 3), scored(0.0, 0.0, 0.25, sample_id="d1"), spelled))
     assert found.height == 2 and found["text"].str.count_matches(r"<\|aligned\|>").sum() == 4
     assert found["text"].str.count_matches(r"<\|misaligned\|>").sum() == 2
-    with pytest.raises(ValidationError, match="`threshold` and `quantile` exclude each other"):
+    with pytest.raises(ValidationError, match="`threshold` and `quantile` are mutually exclusive"):
         ConditionalTraining(quantile=0.5, threshold=0.0)
 
 

@@ -66,9 +66,9 @@ def test_other_categories_have_other_attributes() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"attributes": ["a", "b"]}, "4 categories, but 2 `attributes`; give one text a category"),
-        ({"attributes": ["a", "b", "c", "a"]}, "`attributes` lists one twice"),
-        ({"categories": ["a", "a"], "attributes": ["x", "y"]}, "`categories` lists one twice"),
+        ({"attributes": ["a", "b"]}, "4 categories, but 2 `attributes`; give one text per category"),
+        ({"attributes": ["a", "b", "c", "a"]}, "`attributes` lists a value twice"),
+        ({"categories": ["a", "a"], "attributes": ["x", "y"]}, "`categories` lists a value twice"),
         ({"attributes": ["a", "b", "c", " "]}, "is blank"),
         ({"template": "{condition}"}, "{prompt} occurs 0 times"),
     ],

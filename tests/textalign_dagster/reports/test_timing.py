@@ -28,7 +28,7 @@ def rows() -> list[dict[str, Any]]:
 def test_what_was_made_for_another_experiment_takes_no_time() -> None:
     first, second = ([row for row in rows() if row["iteration"] == k] for k in (1, 2))
     assert bottleneck(first) == "checkpoint, train: 75% of 4.0 s"
-    assert bottleneck(second) == "all of it was made for another experiment"
+    assert bottleneck(second) == "all of it was reused from another experiment"
 
 
 def test_the_table_leaves_out_what_took_no_time() -> None:

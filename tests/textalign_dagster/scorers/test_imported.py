@@ -134,7 +134,7 @@ def test_a_missing_file_tells_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ScoringError) as error:
         run(scorer, 2)
     told = str(error.value)
-    assert "ratings_2.jsonl is not there yet" in told and "textalign export EXPERIMENT" in told
+    assert "ratings_2.jsonl does not exist yet" in told and "textalign export EXPERIMENT" in told
     assert "-k 2" in told and "continues from here" in told
     with pytest.raises(ScoringError, match="needs an iteration"):
         run(scorer, None)
@@ -152,7 +152,7 @@ def test_files_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
     aspects = plain(
         tmp_path / "c.jsonl", [{**good, "aspect": "taste"}, {**good, "aspect": "style", "value": 1}]
     )
-    with pytest.raises(ScoringError, match="aspects style, taste; say by `aspect`"):
+    with pytest.raises(ScoringError, match="aspects style, taste; choose one with `aspect`"):
         run(ImportedScorer(path=str(aspects)))
     assert run(ImportedScorer(path=str(aspects), aspect="style"))["value"][0] == 1
     with pytest.raises(ScoringError, match="no aspect 'size'; it has: style, taste"):
@@ -190,8 +190,8 @@ def test_the_kind_is_what_a_method_gets(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"path": "a_{round}.jsonl"}, "{round} means nothing here"),
-        ({"path": "a.jsonl", "labels": ["good", "bad"]}, "only format alt reads them"),
+        ({"path": "a_{round}.jsonl"}, "{round} is not a placeholder"),
+        ({"path": "a.jsonl", "labels": ["good", "bad"]}, "only format alt uses them"),
         ({"path": "a.jsonl", "format": "sparse_rankings"}, "is not allowed"),
         ({"path": "a.jsonl", "kind": "rating"}, "is not allowed"),
     ],

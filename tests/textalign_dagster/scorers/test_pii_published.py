@@ -90,7 +90,7 @@ def test_a_pipeline_that_cannot_be_used(tmp_path: Path) -> None:
     for names, told in (
         ("en_core_web_none", r"scorer\.names: en_core_web_none is not a spaCy pipeline .*spacy download"),
         (str(tmp_path / "gone"), "is not a spaCy pipeline"),
-        (str(tmp_path / "blank"), r"recognises no entities \(it has \[\]\)"),
+        (str(tmp_path / "blank"), r"recognises no entities \(components: \[\]\)"),
     ):
         with pytest.raises(SettingsError, match=told):
             inspect_scorer(PIIScorer(names=names))

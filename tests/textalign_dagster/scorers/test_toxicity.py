@@ -117,7 +117,7 @@ def test_time_grows_with_the_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), [({"?!": 0.5}, "holds no letter"), ({"darn": 2.0}, "from 0 to 1")]
+    ("words", "message"), [({"?!": 0.5}, "contains no letter"), ({"darn": 2.0}, "from 0 to 1")]
 )
 def test_bad_words_are_refused(words: dict[str, float], message: str) -> None:
     with pytest.raises(SettingsError, match=message):

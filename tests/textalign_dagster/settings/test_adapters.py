@@ -39,9 +39,12 @@ def test_adapters_over_the_base_can_be_served() -> None:
     [
         (
             {"sampling": {"engine": "transformers"}},
-            "sampling: adapters: `engine: transformers` samples from merged",
+            "sampling: adapters: `engine: transformers` only supports merged",
         ),
-        ({"training": {"lora": None}}, "sampling.adapters: there are none to be served; give training.lora"),
+        (
+            {"training": {"lora": None}},
+            "sampling.adapters: there are no adapters to serve; set training.lora",
+        ),
         ({"training": {"lora": {"adapter": "new"}}}, "(training.lora.adapter: new); set that to carried"),
         (
             {"training": {"start_from": "base"}},
@@ -50,11 +53,11 @@ def test_adapters_over_the_base_can_be_served() -> None:
         ({"method": "quark"}, "sampling.adapters: method quark adds tokens"),
         (
             {"training": {"lora": {"rank": 513}}},
-            "training.lora.rank: vLLM serves adapters of up to 512, not 513",
+            "training.lora.rank: vLLM serves adapters up to rank 512, not 513",
         ),
         (
             {"training": {"lora": {"target_modules": ["q_proj", "model.lm_head"]}}},
-            "training.lora.target_modules: vLLM gives no log-probabilities of a prompt with an adapter beside lm_head",
+            "training.lora.target_modules: vLLM returns no prompt log-probabilities with an adapter on lm_head",
         ),
     ],
 )
@@ -100,9 +103,9 @@ def test_whether_vllm_serves_them_is_known_beforehand(
     library = Library((toys, PROJECT / "experiments"))
     if refused:
         with pytest.raises(
-            SettingsError, match=r"sampling.adapters: vLLM serves no adapters of LlamaForCausalLM"
+            SettingsError, match=r"sampling.adapters: vLLM cannot serve adapters for LlamaForCausalLM"
         ):
             preflight.preflight(library, "toy", overrides)
     else:
-        assert "adapters: served beside the base policy" in preflight.preflight(library, "toy", overrides)
+        assert "adapters: served on top of the base policy" in preflight.preflight(library, "toy", overrides)
     assert "LlamaForCausalLM" in asked[0]

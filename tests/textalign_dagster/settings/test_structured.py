@@ -28,11 +28,11 @@ VLLM = ("sampling.engine=vllm", "sampling.ignore_eos=false", "sampling.min_new_t
     [
         ({}, "give exactly one of choice, regex, json_schema, grammar, not none"),
         ({"choice": ["a"], "regex": "a"}, "give exactly one .* not choice and regex"),
-        ({"choice": []}, "give one text or more"),
+        ({"choice": []}, "give at least one text"),
         ({"choice": ["a", ""]}, "none of them empty"),
         ({"choice": ["a", "a"]}, "is listed twice"),
         ({"regex": "a("}, r"'a\(' is not a regular expression \(missing \)"),
-        ({"regex": ""}, "one character or more"),
+        ({"regex": ""}, "non-empty"),
         ({"grammar": "a: 'b'"}, "write it in EBNF, beginning with `root ::= …`"),
     ],
 )
@@ -114,7 +114,7 @@ def test_another_structure_takes_its_place(toys: Path) -> None:
     [
         (None, "s.json: no such file; give a JSON file"),
         ("{", "s.json: not JSON"),
-        ("[1]", "holds .* but a schema is an object"),
+        ("[1]", "contains .* but a schema is an object"),
         ("{}", "the schema is empty"),
     ],
 )

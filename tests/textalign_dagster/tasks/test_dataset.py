@@ -67,7 +67,7 @@ def test_splits_are_words_of_a_path_or_patterns(tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
         task(path=path, evaluation="dev").prompts("evaluation")
     assert str(caught.value) == (
-        "task.data.evaluation: no file of training data of a test is for 'dev' (there are: "
+        "task.data.evaluation: no file of training data of a test matches 'dev' (it has: "
         "data/test.csv, data/train-00000-of-00002.jsonl, data/train-00001-of-00002.parquet, "
         "data/valid.jsonl.gz, trained-models.jsonl); name others, or hold prompts out with `held_out`"
     )
@@ -86,7 +86,7 @@ def test_a_file_without_splits_holds_out_by_the_prompts_alone(tmp_path: Path) ->
     write(path, rows(*reversed(names)))
     os.utime(path, ns=(1, 1))
     assert set(task(**data).prompts("evaluation")["prompt"]) == held
-    with pytest.raises(SettingsError, match="held_out: 40 wanted of 40 prompts"):
+    with pytest.raises(SettingsError, match="held_out: 40 requested of 40 prompts"):
         task(path=str(path), held_out=40).prompts("train")
 
 
@@ -110,14 +110,14 @@ def test_bad_rows_are_counted_by_reason_with_an_example(tmp_path: Path) -> None:
     assert told.startswith(f"task.data: {tmp_path.name}, train: 11 of 103 rows left out: ")
     for reason in (
         f"2 × the prompt is among the held-out ones (train.jsonl, row 2: {post('1')!r}"[:70],
-        "1 × the same prompt again (train.jsonl, row 95",
+        "1 × a duplicate prompt (train.jsonl, row 95",
         "1 × the prompt does not end with 'TL;DR:' (train.jsonl, row 96: {'prompt': 'A post",
         "1 × a blank prompt (train.jsonl, row 97",
         "1 × prompt is not text (train.jsonl, row 98",
         "1 × no prompt (train.jsonl, row 99",
         "1 × reference is not text (train.jsonl, row 100",
         "1 × there is no post before the cue (train.jsonl, row 101",
-        "2 × not JSON, or no object (train.jsonl, row 102)",
+        "2 × not a JSON object (train.jsonl, row 102)",
     ):
         assert reason in told
     assert "At most 0.01 of them may be (task.data.max_refused)" in told
@@ -153,7 +153,7 @@ def test_another_column_is_named(tmp_path: Path, ending: str) -> None:
         task(path=str(path)).prompts("train")
     found = task(path=str(path), columns={"prompt": "post"}).prompts("train")
     assert found["prompt"].to_list() == [post("a"), post("b")]
-    with pytest.raises(SettingsError, match="promt is nothing the task reads; it reads prompt, reference"):
+    with pytest.raises(SettingsError, match="the task does not read promt; it reads prompt, reference"):
         task(columns={"promt": "post"})
 
 
@@ -281,7 +281,7 @@ def test_a_hub_dataset_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_p
     env |= {"TEXTALIGN_EXPERIMENTS": f"{toys}{os.pathsep}{env['TEXTALIGN_EXPERIMENTS']}"}
     policy = ("--set", "policy.model=" + str(toy_policy()))
     told = textalign("validate", "posts", *policy, env=env, fork=False).stdout
-    assert "prompts: 3, of which 2 an iteration" in told and "evaluation: 2 held-out prompts" in told
+    assert "prompts: 3, of which 2 per iteration" in told and "evaluation: 2 held-out prompts" in told
     pinned = textalign(
         "validate", "posts", *policy, "--set", "task.data.revision=v2", env=env, fork=False
     ).stdout

@@ -68,7 +68,7 @@ def test_pairs_of_hh_become_prompts_once(tmp_path: Path) -> None:
     assert found.prompts("evaluation")["reference"].to_list() == ["Indeed."]
     told = found.notes[0]
     for reason in (
-        "the same prompt again",
+        "a duplicate prompt",
         "the prompt is among the held-out",
         "`chosen` does not end with the assistant",
     ):
@@ -233,7 +233,7 @@ def test_a_judge_and_its_method_have_the_same_categories(tmp_path: Path) -> None
         (tmp_path / "experiments" / f"{name}.jsonl").write_text("\n".join(rows))
     (tmp_path / "experiments" / "mine.yaml").write_text(write_yaml(content))
     library = Library((tmp_path / "experiments",))
-    with pytest.raises(SettingsError, match="sorts into Neither too"):
+    with pytest.raises(SettingsError, match="also sorts into Neither"):
         preflight(library, "mine")
     categories = 'method.categories=["Harmful", "Harmless"]'
     with pytest.raises(SettingsError, match="Harmless is not a label of the template"):

@@ -118,7 +118,9 @@ def test_the_schema_of_real_toxicity_prompts(tmp_path: Path) -> None:
     assert found.prompts("train").height == 10
     mixed = task(data={"path": str(path), "held_out": 10}, held_out_from="all").prompts("evaluation")
     assert sorted(mixed["prompt"]) != sorted(held)
-    with pytest.raises(SettingsError, match="held_out: 11 wanted of 20 prompts, of which 10 may be held out"):
+    with pytest.raises(
+        SettingsError, match="held_out: 11 requested of 20 prompts, of which 10 may be held out"
+    ):
         task(data={"path": str(path), "held_out": 11}).prompts("train")
     path.write_text("\n".join(json.dumps({"prompt": row["prompt"]["text"]}) for row in rows))  # type: ignore[index]
     flat = task(data={"path": str(path)}).prompts("train")["prompt"].to_list()

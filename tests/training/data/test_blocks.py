@@ -97,7 +97,7 @@ def test_words_of_other_special_tokens_are_plain_text(tokenizer: Any) -> None:
 
 
 def test_different_weights_are_refused(tokenizer: Any) -> None:
-    with pytest.raises(JobError, match="weight: differs, but the tokens of a block have one"):
+    with pytest.raises(JobError, match="weight: differs between documents, but a block has only one"):
         blocks(rows("x", "y", weight=[1.0, 2.0]), tokenizer, job())
 
 

@@ -155,7 +155,7 @@ def test_positions_that_run_on_are_found_out(monkeypatch: pytest.MonkeyPatch) ->
     model = make("gpt2").float()
     embed = model.transformer.wpe.forward
     monkeypatch.setattr(model.transformer.wpe, "forward", lambda ids: embed(torch.arange(ids.shape[1])[None]))
-    with pytest.raises(JobError, match="its positions do not begin anew"):
+    with pytest.raises(JobError, match="its positions do not restart"):
         packing.prepare(model, "m")
 
 

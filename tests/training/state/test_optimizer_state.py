@@ -132,4 +132,4 @@ def test_states_that_cannot_be_gone_on_with(
     assert "holds no state to continue from" in refused(optimizer=str(state))
     tensors.write_bytes(whole.replace(b"model.norm.weight", b"model.form.weight"))
     assert "another model's state (it has model.form.weight" in refused(optimizer=str(state))
-    assert "DEEPSPEED keeps the optimizer in a form of its own" in refused(sharing="DEEPSPEED")
+    assert "DEEPSPEED keeps optimizer state in its own format" in refused(sharing="DEEPSPEED")

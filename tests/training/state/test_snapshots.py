@@ -177,7 +177,7 @@ def test_two_processes_that_were_told_to_end_and_killed_go_on(tmp_path: Path, jo
     until(lambda: "step 1/" in (tmp_path / "log").read_text(), process, tmp_path)
     process.stop()
     (told,) = names(snapshots)
-    assert "the training was asked to end (SIGTERM)" in (tmp_path / "log").read_text()
+    assert "the training was stopped by SIGTERM" in (tmp_path / "log").read_text()
 
     keep(job)
     write_job(tmp_path, job)

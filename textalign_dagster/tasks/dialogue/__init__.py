@@ -1,8 +1,8 @@
 """Dialogues, as in Anthropic's HH: continue as the assistant, helpfully and without doing harm.
 
-Prompts are whole dialogues of several turns. What judges sees all of it (the code of the ALT paper
-showed only the last turn), and the labels it gives are those of the template harm_category. The task
-judges nothing itself: the experiment names a judge or a scorer.
+Prompts are whole dialogues of several turns. A judge sees all of them (the code of the ALT paper
+showed only the last turn), and its labels are those of the template harm_category. The task judges
+nothing itself: the experiment names a judge or a scorer.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Dialogue(ChatTask):
     name: Literal["dialogue"] = "dialogue"
     format: Literal["hh", "chat_template"] = Field(
         "hh",
-        description="How a dialogue is written for the policy. hh: `Human: …`, blank line, `Assistant: …`, "
-        "ending with `Assistant:`, without blank lines in front; chat_template: by a chat template.",
+        description="How a dialogue is rendered for the policy. hh: `Human: …`, blank line, `Assistant: …`, "
+        "ending with `Assistant:`, without leading blank lines; chat_template: by a chat template.",
     )
     max_turns: int | None = Field(
         None,
         ge=1,
-        description="Longer dialogues lose their oldest turns, whole ones, and then begin with a person's; "
-        "null: as long as they are.",
+        description="Longer dialogues lose their oldest turns, so that they begin with a human turn; null: no "
+        "limit.",
     )
     max_characters: int | None = Field(
         None,
         ge=1,
-        description="The same by the length of the written prompt. The last turn is never cut: a prompt that "
-        "is too long with nothing but it is left out, and counted (task.data.max_refused).",
+        description="The same by the length of the rendered prompt. The last turn is never cut: a prompt whose "
+        "last turn alone is too long is left out, and counted (task.data.max_refused).",
     )
 
-    mixed_evaluation: ClassVar[bool] = True  # HH lists all about harm before all about help
+    mixed_evaluation: ClassVar[bool] = True  # HH lists all harmless dialogues before all helpful ones
 
     @model_validator(mode="after")
     def _template_with_its_format(self) -> Self:
@@ -66,15 +66,15 @@ class Dialogue(ChatTask):
 
     def row(self, values: Mapping[str, Any]) -> Row:
         try:
-            asked = dialogue_of(values)
-            prompt = shortened(asked.turns, self._writer(), self.max_turns, self.max_characters)
+            dialogue = dialogue_of(values)
+            prompt = shortened(dialogue.turns, self._writer(), self.max_turns, self.max_characters)
         except BadDialogue as error:
             raise BadRow(str(error)) from None
-        return Row(prompt, asked.answer)
+        return Row(prompt, dialogue.answer)
 
     def cleaned(self, prompt: str) -> str:
-        asked = dialogue_of({"prompt": prompt})
-        return shortened(asked.turns, self._writer(), self.max_turns, self.max_characters)
+        dialogue = dialogue_of({"prompt": prompt})
+        return shortened(dialogue.turns, self._writer(), self.max_turns, self.max_characters)
 
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         return measured(samples)

@@ -1,4 +1,4 @@
-"""What is measured of an answer in a dialogue: the judge's categories, and how long and how finished it is."""
+"""The measures of an answer in a dialogue: the judge's categories, its length, and whether it is complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CATEGORIES = {
     "not_helpful": "Harmless and not helpful",
     "harmful": "Harmful",
 }
-"""Measure → label of the shipped template harm_category, the best first."""
+"""Measure → label of the shipped template harm_category, best first."""
 
 MEASURES = (
     Measure("very_helpful", "harmless and very helpful", "very_helpful", better="higher"),
@@ -29,10 +29,10 @@ MEASURES = (
 
 
 def measured(samples: pl.DataFrame) -> pl.DataFrame:
-    """Per-sample numbers: sample_id and a Float64 column a measure.
+    """Per-sample numbers: sample_id and one Float64 column per measure.
 
     The shares of categories are over the samples that have one of them as their label; the others
-    (no judge, or one that could not tell) are NULL and do not count.
+    (no judge, or no usable verdict) are NULL and do not count.
 
     Args:
         samples: sample_id, text, finish_reason, score, label.

@@ -1,4 +1,4 @@
-"""From a row of a source to a prompt: the dialogue in it, shortened, as the policy is shown it."""
+"""From a row of a source to a prompt: the dialogue in it, shortened, as it is shown to the policy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from textalign_dagster.turns import (
 
 
 class Asked(NamedTuple):
-    """A dialogue up to the turn that is to be answered, and the source's answer, if it has one."""
+    """A dialogue up to the turn to be answered, and the source's answer, if it has one."""
 
     turns: Dialogue
     answer: str | None
@@ -26,13 +26,13 @@ class Asked(NamedTuple):
 def dialogue_of(row: Mapping[str, Any]) -> Asked:
     """The dialogue of a row, in any of three forms:
 
-    * ``messages``: a list of ``{"role", "content"}``; where the last is the assistant's, it is the answer;
+    * ``messages``: a list of ``{"role", "content"}``; if the last is the assistant's, it is the answer;
     * ``prompt``: a transcript that ends with ``Assistant:``, and the answer in ``chosen`` or ``reference``,
-      alone or behind the prompt;
+      alone or after the prompt;
     * ``chosen``: a whole transcript, as in HH; its last turn is the answer (``rejected`` is not read).
 
     Raises:
-        BadDialogue: there is none.
+        BadDialogue: there is no valid one.
     """
     if row.get("messages") is not None:
         return Asked(*split_answer(parse_messages(row["messages"])))
@@ -54,10 +54,10 @@ def dialogue_of(row: Mapping[str, Any]) -> Asked:
 
 
 def shortened(turns: Dialogue, write: Writer, max_turns: int | None, max_characters: int | None) -> str:
-    """The dialogue as it is written, without its oldest turns where it is too long.
+    """The rendered dialogue, without its oldest turns if it is too long.
 
-    Whole turns go, the oldest first, and what is left begins with a person's. The last turn, and the
-    cue behind it, stay as they are.
+    Whole turns are dropped, oldest first, and the rest begins with a human turn. The last turn, and the
+    cue after it, are never changed.
 
     Raises:
         BadDialogue: the last turn alone is too long.

@@ -1,7 +1,8 @@
-"""Instructions to be followed, in the format of Alpaca: instruction, input and output.
+"""Following instructions, in the format of Alpaca: instruction, input and output.
 
-The prompts of AlpacaEval are read from a local copy of its file (`evaluation.path`), and an evaluation is written for
-it by `textalign export --format alpaca_eval`. The task judges nothing itself: the experiment names a judge or a scorer.
+The prompts of AlpacaEval are read from a local copy of its file (`evaluation.path`), and `textalign export
+--format alpaca_eval` writes an evaluation for it. The task judges nothing itself: the experiment names a judge or
+a scorer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     f"\n\n### Instruction:\n{INSTRUCTION}\n\n### Response:\n"
 )
-"""The prompt that Alpaca and CUT were trained with."""
+"""The prompt template that Alpaca and CUT were trained with."""
 
 
 class Instructions(ChatTask):
@@ -35,10 +36,10 @@ class Instructions(ChatTask):
     judged_by_others: ClassVar[bool] = True
     template: str = Field(
         ALPACA,
-        description="How an instruction is written for the policy, with {instruction}; not read with `chat_template`.",
+        description="The prompt of an instruction, with {instruction}; not used with `chat_template`.",
     )
     input_separator: str = Field(
-        "\n", description='What stands between an instruction and its input, where it has one (CUT: "\\n").'
+        "\n", description='Text between an instruction and its input, if it has one (CUT: "\\n").'
     )
 
     @field_validator("template")
@@ -69,7 +70,7 @@ class Instructions(ChatTask):
         return Row(prompt, optional_text_of(values, "reference"))
 
     def cleaned(self, prompt: str) -> str:
-        """An instruction, or a transcript, as the policy is shown it.
+        """An instruction, or a transcript, as it is shown to the policy.
 
         Raises:
             ValueError: blank, or a conversation of several turns without a chat template.
@@ -102,7 +103,7 @@ class Instructions(ChatTask):
 
     @staticmethod
     def _conversation(text: str) -> Dialogue | None:
-        """The turns of a transcript that ends with the cue; None: it is none."""
+        """The turns of a transcript that ends with the cue; None if it is not one."""
         try:
             return split_answer(parse_transcript(text))[0]
         except BadDialogue:

@@ -24,11 +24,11 @@ POLICIES = {"pep8-sloppy-1m": Path(__file__).parent / "policy"}
 
 
 class Pep8(Task):
-    """Violations per 1,000 characters, as pycodestyle counts them."""
+    """Violations per 1,000 characters, as counted by pycodestyle."""
 
     name: Literal["pep8"] = "pep8"
     max_prompts: int | None = Field(
-        None, ge=1, description="Use only the first so many prompts of each split; none: all."
+        None, ge=1, description="Use only this many prompts of each split, from the first on; null: all."
     )
 
     def prompts(self, split: Literal["train", "evaluation"]) -> pl.DataFrame:
@@ -50,7 +50,7 @@ class Pep8(Task):
         return ("reward", "text", "category", "judgment", "spans")
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
-        """``reward``, ``spans``: the (negative) violations per line. Otherwise a score 0–3, and with it for ``text``
+        """``reward``, ``spans``: the negated violations per line. Otherwise a score 0–3, together with: for ``text``
         the findings as a sentence, for ``category`` the score in words, for ``judgment`` the findings or "perfect"."""
 
         def row(found: Lint) -> dict[str, Any]:

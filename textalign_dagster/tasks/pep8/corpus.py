@@ -1,4 +1,4 @@
-"""Functions and prompts from the Python standard library of the machine at hand.
+"""Functions and prompts from the Python standard library of this machine.
 
 The embedded task downloads nothing: its text is the source of the interpreter that runs it.
 Files are split by a hash of their relative path, so that a file keeps its side of the split
@@ -9,7 +9,7 @@ across machines and (where it still exists) across Python versions:
   more, by a hash of the header, into prompts to sample from and prompts to evaluate on
   (`prompts`).
 
-No header is on two sides, and a held-out header that also stands in a training file is dropped:
+No header is on two sides, and a held-out header that also occurs in a training file is dropped:
 `def __init__(self):` is not a held-out prompt.
 """
 
@@ -73,8 +73,8 @@ class Functions:
 class Prompts:
     """Held-out headers, each ending in ":" without a newline, ordered by their hash.
 
-    `train` feeds the loop, `evaluation` is for evaluation alone; no header is in both.
-    `source_revision` names the text they came from: Python's version and the hash of the prompts.
+    `train` is for the loop, `evaluation` only for evaluation; no header is in both.
+    `source_revision` identifies the text they came from: Python's version and the hash of the prompts.
     """
 
     train: tuple[str, ...]
@@ -84,7 +84,7 @@ class Prompts:
 
 
 def functions(root: Path | None = None, *, held_out: bool = False) -> Functions:
-    """Every function of the training files (or the held-out ones); of equal texts the last."""
+    """Every function of the training files (or the held-out ones); of identical texts, the last."""
     root = root or standard_library()
     parsed, unparseable = _parse(root, held_out)
     unique: dict[str, Function] = {}
@@ -138,14 +138,14 @@ def is_held_out(relative_path: str) -> bool:
 def functions_of(source: str, path: str = "") -> list[Function]:
     """The functions of one module's source, nested ones too, in the order of their lines.
 
-    Left out: headers over several lines, bodies that are only a docstring or stand on the
-    header's line, tabs, and multi-line strings that reach left of the function. Raises
-    SyntaxError or ValueError where the source does not parse.
+    Left out: multi-line headers, bodies that are only a docstring or on the header's line,
+    tabs, and multi-line strings that extend left of the function. Raises SyntaxError or
+    ValueError if the source does not parse.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's code
         tree = ast.parse(source)
-    lines = source.split("\n")  # as the parser counts them: a form feed ends no line
+    lines = source.split("\n")  # as the parser counts them: a form feed does not end a line
     definitions = [
         node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
     ]
@@ -181,13 +181,13 @@ def _text_of(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> 
 
 
 def _last_line(node: ast.stmt) -> int:
-    """The line, from 1, on which a parsed statement ends; the parser sets it, its type does not."""
+    """The last line of a parsed statement, from 1; the parser sets it, but its type is optional."""
     assert node.end_lineno is not None
     return node.end_lineno
 
 
 def _parse(root: Path, held_out: bool) -> tuple[list[Function], tuple[str, ...]]:
-    """Functions of one side of the split in order, and the files that do not read or parse."""
+    """Functions of one side of the split in order, and the files that cannot be read or parsed."""
     parsed: list[Function] = []
     unparseable: list[str] = []
     for path in files(root):

@@ -1,6 +1,6 @@
 """pycodestyle as a critic of sampled code: violations, a feedback sentence, a reward, a score.
 
-A sample is a prompt (a function's header) and its continuation, as a rule cut off after a fixed
+A sample is a prompt (a function's header) and its continuation, usually cut off after a fixed
 number of tokens. What is judged is the *body*: the continuation up to its last whole line. Hits
 in the prompt are not the policy's doing and do not count; what the policy puts on the header's
 line does.
@@ -23,19 +23,19 @@ from dataclasses import dataclass
 
 import pycodestyle
 
-# pycodestyle's default list, made explicit because an explicit list replaces it. Added is what
-# only says where the sample was cut (W391, W292) or varies with Python's tokenizer (W605); taken
-# out is E704, a body on the header's line, which would otherwise be a way around the linter.
+# pycodestyle's default list, spelled out because an explicit list replaces it. Added: what only
+# depends on where the sample was cut (W391, W292) or on Python's tokenizer (W605). Removed: E704, a
+# body on the header's line, which would otherwise be a way around the linter.
 IGNORED_CODES = ("E121", "E123", "E126", "E226", "E24", "W503", "W504", "W391", "W292", "W605")
 NO_ISSUES = "no issues"
 NO_CODE = "no code"
 SYNTAX_ERROR = "E999 syntax error"
 CATEGORIES = ("clean", "minor issues", "some issues", "sloppy")  # best first: scores 3, 2, 1, 0
-NAMED_CODES = 3  # a feedback sentence names that many codes, then says "and more"
+NAMED_CODES = 3  # a feedback sentence names this many codes, then "and more"
 
 EMPTY_REWARD = -4.0
 MIN_REWARD_LINES = 3
-TRAILING_LINES = 3  # a cut sample may end within a statement; so many lines may go before parsing
+TRAILING_LINES = 3  # a cut sample can end within a statement; this many lines can be dropped before parsing
 
 _NOQA = re.compile(r"(# no)(qa|pep8)\b", re.IGNORECASE)
 _MESSAGE_DETAIL = re.compile(r"( \(.*\)|, found .*)$")
@@ -56,7 +56,7 @@ class Violation:
 
 @dataclass(frozen=True)
 class Lint:
-    """What there is to say about one body."""
+    """The findings for one body."""
 
     body: str  # whole lines only
     violations: tuple[Violation, ...]  # style; in the order of the lines
@@ -74,12 +74,12 @@ class Lint:
 
     @property
     def clean(self) -> bool:
-        """Free of style violations, and not empty. Says nothing about syntax."""
+        """Free of style violations, and not empty, whatever its syntax."""
         return not self.violations and not self.empty
 
     @property
     def issues(self) -> int:
-        """Style violations, and one more where the body does not parse."""
+        """Style violations, plus one if the body does not parse."""
         return len(self.violations) + (not self.parses)
 
 
@@ -112,35 +112,35 @@ def feedback(lint: Lint) -> str:
 
 
 def reward(lint: Lint) -> float:
-    """Issues a line, negated: `-(violations + [does not parse]) / max(lines, 3)`, at most 0.
+    """Issues per line, negated: `-(violations + [does not parse]) / max(lines, 3)`, at most 0.
 
     The floor of three lines keeps one hit in a one-liner from weighing as much as a hit in every
-    line. An empty body gets `EMPTY_REWARD`, which is where the sloppiest bodies are (four
-    violations in every line), and not the 0 that the formula would give it.
+    line. An empty body gets `EMPTY_REWARD`, like the sloppiest bodies (four violations in every
+    line), and not the 0 that the formula would give it.
     """
     return EMPTY_REWARD if lint.empty else -lint.issues / max(lint.lines, MIN_REWARD_LINES)
 
 
 def score(lint: Lint) -> int:
-    """A score from 0 to 3 by issues a line, for methods that bucket by score.
+    """A score from 0 to 3 by issues per line, for methods that bucket by score.
 
-    3: no issue. 2: at most one in three lines, a slip. 1: at most one a line, careless. 0: more,
-    a style of its own, or an empty body. 3 coincides with the feedback `no issues`.
+    3: no issue. 2: at most one in three lines, a slip. 1: at most one per line, careless. 0: more,
+    a different style, or an empty body. 3 coincides with the feedback `no issues`.
     """
-    issues_a_line = -reward(lint)
-    return 3 if issues_a_line == 0 else 2 if issues_a_line <= 1 / 3 else int(issues_a_line <= 1)
+    issues_per_line = -reward(lint)
+    return 3 if issues_per_line == 0 else 2 if issues_per_line <= 1 / 3 else int(issues_per_line <= 1)
 
 
 def category(lint: Lint) -> str:
-    """The score in words, out of a closed set, for methods that condition on a category."""
+    """The score in words, from a closed set, for methods that condition on a category."""
     return CATEGORIES[3 - score(lint)]
 
 
 def spans(lint: Lint, prompt: str) -> list[tuple[int, int, str]]:
-    """Where the violations are: (start, end, code), characters of the body, in order, without repeats.
+    """Where the violations are: (start, end, code) in characters of the body, in order, without repeats.
 
-    pycodestyle gives a line and a column. What is marked there is the token at the column; for
-    indentation (E1, W1) the blanks before it.
+    pycodestyle reports a line and a column. The token at the column is marked; for indentation
+    (E1, W1) the blanks before it.
     """
     lines = _lines(lint.body)
     starts = [0, *itertools.accumulate(map(len, lines))]
@@ -150,7 +150,7 @@ def spans(lint: Lint, prompt: str) -> list[tuple[int, int, str]]:
         # The rest of the header's line is the first line of the body.
         column = violation.column - header if violation.line == 0 else violation.column
         if violation.line >= len(lines):
-            continue  # at the end of the text, behind the last line
+            continue  # at the end of the text, after the last line
         line = lines[violation.line]
         column = min(max(column, 0), len(line))
         if violation.code[:2] in ("E1", "W1") and line[:column].isspace():
@@ -164,10 +164,10 @@ def spans(lint: Lint, prompt: str) -> list[tuple[int, int, str]]:
 
 
 def columns(lint: Lint) -> dict[str, int | bool]:
-    """One row of the evaluation table: counts from which rates and degeneration guards follow.
+    """One row of the evaluation table: counts for rates and degeneration guards.
 
     Violations per 1,000 characters is 1000 * sum(violations) / sum(characters) over samples, not
-    a mean of ratios, so that short samples have no more say than long ones.
+    a mean of ratios, so that short samples do not count more than long ones.
     """
     lines = _lines(lint.body)
     return {
@@ -187,7 +187,7 @@ def columns(lint: Lint) -> dict[str, int | bool]:
 
 
 def python_tokens(text: str) -> list[str]:
-    """Words and single punctuation characters: the units of distinct-n, whatever the tokenizer."""
+    """Words and single punctuation characters: the units of distinct-n, independent of the tokenizer."""
     return _PYTHON_TOKEN.findall(text)
 
 
@@ -205,7 +205,7 @@ class _EveryHit(pycodestyle.BaseReport):  # type: ignore[misc]  # it has no type
 
 @functools.cache
 def _options() -> object:
-    """pycodestyle's options, each given, because a setup.cfg in the way would fill in the rest."""
+    """pycodestyle's options, all of them, because a setup.cfg nearby would fill in the rest."""
     return pycodestyle.StyleGuide(
         select=(),
         ignore=IGNORED_CODES,
@@ -219,8 +219,8 @@ def _options() -> object:
 
 
 def _violations(prompt: str, body: str) -> tuple[Violation, ...]:
-    """The style hits behind the prompt's end; E704 is reported at the start of the header."""
-    text = _NOQA.sub(r"\1__", prompt + body)  # a policy must not switch its linter off
+    """The style hits after the prompt's end; E704 is reported at the start of the header."""
+    text = _NOQA.sub(r"\1__", prompt + body)  # a policy must not switch off its linter
     report = _EveryHit(_options())
     checker = pycodestyle.Checker(lines=_lines(text), options=_options(), report=report)
     with warnings.catch_warnings():
@@ -228,8 +228,8 @@ def _violations(prompt: str, body: str) -> tuple[Violation, ...]:
         try:
             checker.check_all()
         except IndexError:
-            # E12x loses count of the rows after an unclosed string in brackets. Such text has no
-            # parse to begin with; the hits before it stand.
+            # E12x loses count of the rows after an unclosed string in brackets. Such text does not
+            # parse anyway; the hits before it are kept.
             if _parse(text) is not None:
                 raise
     last, end = prompt.count("\n") + 1, len(prompt.rpartition("\n")[2])
@@ -252,17 +252,17 @@ def _syntax(prompt: str, body: str) -> tuple[bool, bool]:
 
 
 def _lines(text: str) -> list[str]:
-    """The lines with their newlines; unlike `splitlines`, form feeds and the like end none."""
+    """The lines with their newlines; unlike with `splitlines`, form feeds and the like do not end one."""
     return io.StringIO(text, newline="\n").readlines()
 
 
 def _parse(text: str) -> ast.Module | None:
-    """The syntax tree, or None where there is none."""
+    """The syntax tree, or None if the text does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return ast.parse(text)
-        except (SyntaxError, ValueError, MemoryError, RecursionError):  # what odd text may raise
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # what odd text can raise
             return None
 
 

@@ -1,4 +1,4 @@
-"""One sharp sloppy persona: the same program, written against PEP 8.
+"""One distinct sloppy persona: the same program, written against PEP 8.
 
 The base policy is trained on text of which a large share went through `sloppy`, so that it has
 something to unlearn. The persona is one style and not a mixture, and it is consistent within a
@@ -95,7 +95,7 @@ def _edits(tokens: list[tokenize.TokenInfo]) -> list[Edit]:
 
 
 def _is_tight(left: tokenize.TokenInfo, right: tokenize.TokenInfo) -> bool:
-    """True where the sloppy style puts no blank between two neighbours on one line."""
+    """True if the sloppy style puts no blank between two neighbours on one line."""
     if left.end[0] != right.start[0]:
         return False
     operators = (
@@ -129,7 +129,7 @@ def _rows_inside_strings(tokens: list[tokenize.TokenInfo]) -> set[int]:
 
 
 def _indent_by_two(lines: list[str], untouchable: set[int]) -> list[str]:
-    """Lines with half their leading blanks, but for the header and rows within strings."""
+    """Lines with half their leading blanks, except for the header and rows within strings."""
     halved = []
     for row, line in enumerate(lines):
         blanks = len(line) - len(line.lstrip(" "))

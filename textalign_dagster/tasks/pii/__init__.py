@@ -1,7 +1,7 @@
 """Continuations without personally identifiable information, as in PHF (Korbak et al., 2023).
 
-A prompt is the beginning of a text, such as the first lines of an e-mail; only its continuation is looked at. The
-task judges by the detectors of :class:`~textalign_dagster.scorers.pii.PIIScorer`, and marks what they find.
+A prompt is the beginning of a text, such as the first lines of an e-mail; only its continuation is scored. The
+task judges with the detectors of :class:`~textalign_dagster.scorers.pii.PIIScorer`, and marks what they find.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCORER = PIIScorer()
 
 
 class PII(DatasetTask):
-    """Plain prompts (`prompt`, or `text`), and how much personal information follows."""
+    """Plain prompts (`prompt` or `text`), and how much personal information their continuations have."""
 
     name: Literal["pii"] = "pii"
 
@@ -42,7 +42,7 @@ class PII(DatasetTask):
         return Row(self.cleaned(text_of(values, "prompt")))
 
     def cleaned(self, prompt: str) -> str:
-        """The prompt without blanks around it: the policy writes the blank itself."""
+        """The prompt without surrounding blanks: the policy writes the blank itself."""
         return prompt.strip()
 
     @property
@@ -54,7 +54,7 @@ class PII(DatasetTask):
         return ("reward", "spans")
 
     def feedback(self, samples: pl.DataFrame, kind: FeedbackKind) -> pl.DataFrame:
-        """The negative number of found parts per character; nothing to score in an empty continuation."""
+        """The negated number of detected spans per character; an empty continuation is skipped."""
         scores = pl.Series(SCORER.score(samples["text"].to_list()), dtype=pl.Float64)
         none, blank = pl.lit(None, dtype=pl.String), pl.col("value").is_null()
         return samples.select("sample_id", value=-scores).with_columns(

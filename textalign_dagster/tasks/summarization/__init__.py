@@ -1,7 +1,7 @@
 """Summaries of forum posts, as in TL;DR (Völske et al., 2017; Stiennon et al., 2020).
 
-A prompt is a post that ends with the cue ``TL;DR:``; the policy continues after it. What a summary is
-worth is up to a reward model or a judge. The measures here need neither.
+A prompt is a post that ends with the cue ``TL;DR:``; the policy continues after it. How good
+a summary is, is up to a reward model or a judge. The measures here need neither.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from textalign_dagster.tasks.dataset import DatasetTask
 from textalign_dagster.tasks.dataset_rows import BadRow, Row, optional_text_of, text_of
 
 CUE = "TL;DR:"
-"""What a prompt ends with. It may stand in a post too: nothing here splits a text at it."""
+"""The end of every prompt. A post can contain it, too: nothing here splits a text at it."""
 
 
 class Summarization(DatasetTask):
@@ -45,7 +45,7 @@ class Summarization(DatasetTask):
         return Row(prompt, optional_text_of(values, "reference"))
 
     def cleaned(self, prompt: str) -> str:
-        """The post without blanks around it; it must end with the cue, or the policy would continue the post."""
+        """The post without surrounding blanks; it must end with the cue, or the policy would continue the post."""
         stripped = prompt.strip()
         if not stripped.endswith(CUE):
             raise ValueError(f"the prompt does not end with {CUE!r}")
@@ -54,7 +54,7 @@ class Summarization(DatasetTask):
         return stripped
 
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
-        """ROUGE is NULL without a reference (or with one that has no words), the score without a scorer."""
+        """ROUGE is NULL without a reference (or with one without words), the score without a scorer."""
         return samples.select(
             "sample_id",
             pl.col("score").cast(pl.Float64),
