@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from resources.workers import channel
+from tests import forked
 from tests.toy import environment, write_toys
 
 LONG = ("integration", "training", "resources")
@@ -22,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(folder) if folder in LONG else len(LONG)
 
     items.sort(key=length)
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """Workers on this machine are forked (`tests.forked`): for tests of what they compute, not of how they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(channel, "subprocess", forked.CHANNEL)
+        yield
 
 
 @pytest.fixture

@@ -27,7 +27,10 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
+
+from resources.workers.serving import die_with_parent
 
 LIBRARIES = (
     *("duckdb", "dagster", "pydantic", "jinja2.sandbox", "rich.console", "openai", "matplotlib.pyplot"),
@@ -37,6 +40,15 @@ LIBRARIES = (
     *("transformers.trainer", "deepspeed"),
     *("transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"),
 )
+VLLM = {
+    "resources.engines.vllm.worker": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "xgrammar"),
+    "tests.integration.vllm_server": (
+        "vllm.entrypoints.openai.api_server",
+        "vllm.v1.worker.cpu_worker",
+        "xgrammar",
+    ),
+}
+"""Program → libraries that are imported when it is started first."""
 ADDRESS = "TEXTALIGN_TESTS_FORK_SERVER"
 """The variable with the server's socket, for processes that start others by it."""
 
@@ -110,21 +122,68 @@ class Process:
 
 
 class Popen(Process):
-    """As much of ``subprocess.Popen`` as a worker's channel needs, for ``[python, -P, -m, MODULE, …]``."""
+    """As much of ``subprocess.Popen`` as a worker's channel and ``accelerate launch`` need, for a Python module."""
 
-    def __init__(self, command: Sequence[str], *, stderr: IO[Any], env: Mapping[str, str], **_: Any) -> None:
-        given, self.stdin = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
-        self.stdout, out = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
-        with given, out:
-            super().__init__(command[2:4], command[4:], env, Path.cwd(), [given, out, stderr], session=True)
+    def __init__(
+        self,
+        args: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        stdin: int | None = None,
+        stdout: int | IO[Any] | None = None,
+        stderr: IO[Any] | None = None,
+        start_new_session: bool = True,
+        **_: Any,
+    ) -> None:
+        self.stdin = self.stdout = None
         self._code: int | None = None
+        with contextlib.ExitStack() as ends:
+            files: list[IO[Any]] = [sys.__stdin__, sys.__stdout__, stderr or sys.__stderr__]  # type: ignore[list-item]
+            if stdin == subprocess.PIPE:
+                given, self.stdin = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+                files[0] = ends.enter_context(given)
+            if stdout == subprocess.PIPE:
+                self.stdout, out = (os.fdopen(end, mode) for end, mode in zip(os.pipe(), "rw", strict=True))
+                files[1] = ends.enter_context(out)
+            elif stdout is not None:
+                files[1] = stdout  # type: ignore[assignment]
+            module = args.index("-m")
+            program, arguments = args[module : module + 2], args[module + 2 :]
+            super().__init__(program, arguments, env, Path.cwd(), files, session=start_new_session)
 
     def wait(self, timeout: float | None = None) -> int:
         if self._code is None:
             self._code = super().wait(timeout)
         return self._code
 
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
 
+    def stop(self) -> None:
+        """Kills it, and the processes of its session."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.wait()
+
+
+WORKERS = {
+    *(f"resources.engines.{engine}.worker" for engine in ("transformers", "vllm", "endpoints")),
+    "resources.rewards.worker",
+}
+
+
+def worker(command: list[str], **options: Any) -> Any:
+    """Stands in for ``subprocess.Popen`` where a channel starts its worker on this machine."""
+    if command[0] != sys.executable or command[3] not in WORKERS:
+        return subprocess.Popen(command, **options)
+    settings = json.loads(command[4]) | {"parent": None}  # it is not a child of this process
+    return Popen([*command[:4], json.dumps(settings)], **options)
+
+
+CHANNEL = SimpleNamespace(Popen=worker, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
+"""Stands in for the module ``subprocess`` in `resources.workers.channel`."""
 _servers: list[subprocess.Popen[bytes]] = []  # kept: the stdin of one that is collected would close
 
 
@@ -151,35 +210,50 @@ def _received(connection: socket.socket) -> int:
 
 
 def _serve(path: str) -> None:
-    for library in LIBRARIES:
+    _import(LIBRARIES)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(64)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait for a process are waited for by nobody
+    print("ready", flush=True)
+    serving = os.getpid()
+    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
+        connection, _ = listener.accept()
+        size, files, _, _ = socket.recv_fds(connection, 8, 3)
+        with connection.makefile("rb") as stream:
+            request = json.loads(stream.read(int.from_bytes(size)))
+        _import(VLLM.pop(request["program"][-1], ()))
+        if os.fork() == 0:
+            die_with_parent(serving)
+            listener.close()
+            _answer(connection, files, request)
+        for file in files:
+            os.close(file)
+        connection.close()
+    shutil.rmtree(Path(path).parent)
+
+
+def _import(libraries: Sequence[str]) -> None:
+    for library in libraries:
         # An extra may not be installed; DeepSpeed logs to stdout.
         with contextlib.suppress(ImportError), contextlib.redirect_stdout(sys.stderr):
             importlib.import_module(library)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     assert {*threads} <= {*threads[:1], "jemalloc_bg_thd"}, f"a library has started a thread: {threads}"
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(path)
-    listener.listen(64)
+    if "vllm.model_executor.models.registry" in sys.modules:
+        # It would start a Python process that imports vLLM to look at a model's class.
+        registry = sys.modules["vllm.model_executor.models.registry"]
+        registry._run_in_subprocess = lambda inspect: inspect()  # type: ignore[attr-defined]
     gc.freeze()  # no forked process looks through it for garbage
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait for a process are waited for by nobody
-    print("ready", flush=True)
-    while sys.stdin not in select.select([listener, sys.stdin], [], [])[0]:
-        connection, _ = listener.accept()
-        if os.fork() == 0:
-            listener.close()
-            _answer(connection)
-        connection.close()
-    shutil.rmtree(Path(path).parent)
 
 
-def _answer(connection: socket.socket) -> None:
+def _answer(connection: socket.socket, files: Sequence[int], request: dict[str, Any]) -> None:
     """Forks the process of a request, and answers with its id and, in the end, its exit code."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, files, _, _ = socket.recv_fds(connection, 8, 3)
-    with connection.makefile("rb") as stream:
-        request = json.loads(stream.read(int.from_bytes(size)))
+    answering = os.getpid()
     pid = os.fork()
     if pid == 0:
+        die_with_parent(answering)
         connection.close()
         os._exit(_main(files, **request))
     with contextlib.suppress(BrokenPipeError):  # it is no longer wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from resources.compute.processes import Supervised
+from tests import forked
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; unset, it takes much of the memory, and long to do so
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # other tests run beside it
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process for the weights, which would spin while it waits
     "OMP_NUM_THREADS": "1",
     "GOMP_SPINCOUNT": "0",
     "HF_HUB_OFFLINE": "1",
@@ -87,7 +89,7 @@ def serving(model: Path, name: str, log: Path, *options: str, seconds: float = 4
 @contextlib.contextmanager
 def server(
     model: Path, log: Path, *options: str, seconds: float = 400, environment: Mapping[str, str] | None = None
-) -> Iterator[tuple[str, Supervised]]:
+) -> Iterator[tuple[str, forked.Popen]]:
     """A server for a model: its URL, and the process, which may be stopped. It is gone at the end.
 
     Not the command `vllm serve`: in the build for the CPU that does not find its own version.
@@ -104,7 +106,7 @@ def server(
     ]
     url, variables = f"http://127.0.0.1:{port}", {**ENVIRONMENT, **(environment or {})}
     with log.open("wb") as stream:
-        started = Supervised(command, env=variables, stdout=stream, stderr=subprocess.STDOUT)
+        started = forked.Popen(command, env={**os.environ, **variables}, stdout=stream, stderr=stream)
         try:
             _wait(started, f"{url}/health", log, seconds)
             yield url, started
@@ -112,7 +114,7 @@ def server(
             started.stop()
 
 
-def _wait(server: Supervised, url: str, log: Path, seconds: float) -> None:
+def _wait(server: forked.Popen, url: str, log: Path, seconds: float) -> None:
     """Returns when the URL answers; fails the test when the server has ended instead, or is too late."""
     deadline = time.monotonic() + seconds
     while True:

@@ -7,14 +7,11 @@ kept in open databases, which takes a third off an iteration.
 from __future__ import annotations
 
 import functools
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -57,17 +54,6 @@ def train(self: LocalLauncher, context: dg.AssetExecutionContext, work: Work) ->
     return Launched(time.monotonic() - started, read_marker(work.folder("model") / "done.json"))
 
 
-FORKED = {"resources.engines.transformers.worker", "resources.rewards.worker"}
-
-
-def worker(command: list[str], **options: Any) -> Any:
-    """Stands in for `subprocess.Popen` where a channel starts its worker; vLLM's are started anew."""
-    if not set(command[3:4]) & FORKED:
-        return subprocess.Popen(command, **options)
-    settings = json.loads(command[4]) | {"parent": None}  # it is no child of this process
-    return forked.Popen([*command[:4], json.dumps(settings)], **options)
-
-
 @functools.cache
 def engine(url: str) -> sqlalchemy.Engine:
     """Keeps a database of Dagster's history open, which would be opened for each event and written through to disk."""
@@ -82,9 +68,7 @@ def engine(url: str) -> sqlalchemy.Engine:
 for storage in (sqlite_event_log, sqlite_run_storage, sqlite_schedule_storage):
     storage.create_engine = lambda url, **_: engine(url)  # type: ignore[attr-defined]
 LocalLauncher.train = train  # type: ignore[method-assign]
-channel.subprocess = SimpleNamespace(  # type: ignore[assignment]
-    Popen=worker, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired
-)
+channel.subprocess = forked.CHANNEL  # type: ignore[assignment]
 
 if __name__ == "__main__":
     main()

@@ -29,6 +29,8 @@ from textalign_dagster.loop.abandoned import RETRY_TAG
 from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.settings import write_yaml
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 # The grid is read when it is imported, so the toys take the names of shipped experiments.
 REWARD, TEXT = "pep8_alt_rm", "pep8_alt_lmu"
 SAMPLES, PROMPTS = 4, 5

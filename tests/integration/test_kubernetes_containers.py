@@ -36,6 +36,8 @@ from tests.training.tiny import write_training
 from textalign_dagster.settings.kubernetes import Kubernetes
 from training.state.snapshot_folder import names
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 __all__ = ["model"]  # a fixture
 
 HUNGRY = """

@@ -33,6 +33,8 @@ from textalign_dagster.settings.sampling import Sampling
 pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 pytest.importorskip("websockets", reason="the server's end of attached connections")
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 PATIENCE = 60.0  # seconds
 
 WARM = Decoding(temperature=1.0, max_new_tokens=16)

@@ -17,6 +17,8 @@ from textalign_dagster import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.pool.conditioning import render
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 CALLED = Path(__file__).with_name("called.py")
 OWN = """extends: toy
 control: null

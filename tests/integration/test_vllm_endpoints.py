@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from resources.compute.processes import Supervised
 from resources.engines.endpoints.sampler import EndpointsSampler
 from resources.engines.sampler import Decoding, Request, SamplerError
 from resources.engines.transformers.sampler import TransformersSampler
+from tests import forked
 from tests.integration.conftest import new_place
 from tests.integration.model_server import server
 from tests.resources.engines import tiny_models, vllm_models
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
+
+pytestmark = pytest.mark.usefixtures("forked_workers")
 REQUESTS = [
     Request("def add(a, b):", (1, 2, 3)),
     Request("for name in", (4,)),
@@ -47,7 +49,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def servers(
     folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, Supervised]]:
+) -> Iterator[dict[str, forked.Popen]]:
     """URL → process of two servers, which start at the same time."""
     vllm_models.needed()
     logs = tmp_path_factory.mktemp("logs")
@@ -57,7 +59,7 @@ def servers(
 
 
 @pytest.fixture(scope="module")
-def engine(servers: dict[str, Supervised]) -> Iterator[EndpointsSampler]:
+def engine(servers: dict[str, forked.Popen]) -> Iterator[EndpointsSampler]:
     with EndpointsSampler(list(servers)) as opened:
         yield opened
 
@@ -161,7 +163,7 @@ def test_every_checkpoint_is_what_is_sampled_from(
 
 
 def test_weights_that_somebody_changed_are_put_right(
-    servers: dict[str, Supervised],
+    servers: dict[str, forked.Popen],
     folders: dict[str, Path],
     engine: EndpointsSampler,
     embedded: TransformersSampler,
@@ -172,7 +174,7 @@ def test_weights_that_somebody_changed_are_put_right(
 
 
 def test_weights_that_change_meanwhile_stop_it(
-    servers: dict[str, Supervised], folders: dict[str, Path], engine: EndpointsSampler
+    servers: dict[str, forked.Popen], folders: dict[str, Path], engine: EndpointsSampler
 ) -> None:
     changed: list[int] = []
 
@@ -211,7 +213,7 @@ def test_what_does_not_fit_is_named(folders: dict[str, Path], engine: EndpointsS
 
 
 def test_the_loop_samples_from_servers(
-    servers: dict[str, Supervised], folders: dict[str, Path], tmp_path: Path
+    servers: dict[str, forked.Popen], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     place = new_place(tmp_path / "place")
     settings = (
@@ -235,7 +237,7 @@ def test_the_loop_samples_from_servers(
 
 
 def test_a_server_without_adapters_is_left_out(
-    servers: dict[str, Supervised], folders: dict[str, Path]
+    servers: dict[str, forked.Popen], folders: dict[str, Path]
 ) -> None:
     """Found out with the base policy, before there is any adapter."""
     with (
@@ -246,7 +248,7 @@ def test_a_server_without_adapters_is_left_out(
 
 
 def test_a_server_that_dies_loses_nothing(
-    servers: dict[str, Supervised], folders: dict[str, Path], engine: EndpointsSampler
+    servers: dict[str, forked.Popen], folders: dict[str, Path], engine: EndpointsSampler
 ) -> None:
     many = [Request(f"for name in {word}", tuple(range(100))) for word in ("names", "range", "x", "self")]
     short = Decoding(temperature=1.0, max_new_tokens=8)

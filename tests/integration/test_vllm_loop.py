@@ -13,6 +13,8 @@ from textalign_dagster import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.pool.conditioning import render
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 COUNTED = Path(__file__).with_name("counted.py")
 ENGINE = ("--set", "sampling.engine=vllm")
 

@@ -169,7 +169,7 @@ def test_feedback_made_anew_makes_later_pools_stale(grid: Grid) -> None:
     grid.make(1, "generations")
     grid.make(1, "feedback")
     reason = grid.freshness.state(2, "datapool").reason
-    assert "has been replaced" in reason or "with other settings" in reason
+    assert "replaced since then" in reason or "with other settings" in reason
     assert grid.states(1) == states("datapool", "checkpoint", "evaluation")
 
 

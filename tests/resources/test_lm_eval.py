@@ -15,6 +15,8 @@ from textalign_dagster.settings.lm_eval import LMEval
 from textalign_dagster.tables import LM_EVAL
 from textalign_dagster.tasks.pep8 import POLICIES
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 POLICY = Path(POLICIES["pep8-sloppy-1m"])
 QUESTIONS = [
     ("def area(self):\n    return", [" self.width * self.height", " colourless green ideas"], 0),

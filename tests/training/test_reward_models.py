@@ -17,6 +17,8 @@ from tests.training.tiny import make_rows, write_job
 from textalign_dagster.scorers import RewardModelScorer
 from training.train import main
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 BETTER, WORSE = "\n    return a + b\n", "\n    return a - b\n"
 
 

@@ -22,6 +22,7 @@ from resources.launchers.launcher import (
     accelerate_command,
     accelerate_env,
 )
+from tests import forked
 from tests.training.tiny import make_rows, write_job
 from textalign_dagster import PROJECT
 from training.train import main, thinned
@@ -39,11 +40,11 @@ ADAPTIVE = {
 
 
 def by_hand(settings: Acceleration, job: Path) -> subprocess.CompletedProcess[str]:
+    """``accelerate launch … training.train JOB``."""
     command = [*accelerate_command(settings), "training.train", str(job)]
     env = {**os.environ, **accelerate_env(settings), "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, env=env, cwd=job.parent, capture_output=True, text=True, timeout=300, check=False
-    )
+    program = ["-m", "tests.accelerate_launch"]
+    return forked.run(program, command[3:], env=env, cwd=job.parent, text="", timeout=300)
 
 
 def weights(job: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,8 @@ from resources.engines.vllm.sampler import VllmSampler
 from tests.resources.engines import tiny_models, vllm_models
 from tests.resources.engines.random_adapters import Adapter, save_adapter
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
 LONG = "class Thing:\n    value = 3  # a number\n" * 20  # more than a block of vLLM's cache

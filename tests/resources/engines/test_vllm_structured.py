@@ -18,6 +18,8 @@ from resources.engines.transformers.sampler import TransformersSampler
 from resources.engines.vllm.sampler import VllmSampler, vocabulary
 from tests.resources.engines import tiny_models, vllm_models
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
+
 REQUESTS = [Request("def add(a, b):", tuple(range(8))), Request("for name in", (4, 5, 2**64 - 1))]
 SCHEMA = {
     "type": "object",

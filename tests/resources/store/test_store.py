@@ -490,7 +490,7 @@ def test_a_newer_format_is_not_guessed_at(store: ArtifactStore) -> None:
 
 def test_missing_parts_are_named(store: ArtifactStore) -> None:
     made = make(store)
-    with pytest.raises(ArtifactError, match=r"no table 'scores', but \['numbers'\]"):
+    with pytest.raises(ArtifactError, match=r"no table 'scores'; it has \['numbers'\]"):
         made.frame("scores")
     with pytest.raises(ArtifactError, match=r"no folder 'weights'"):
         made.path("weights")

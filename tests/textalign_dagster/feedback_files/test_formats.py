@@ -179,7 +179,7 @@ def test_sparse_ratings_with_their_quirks(tmp_path: Path) -> None:
         ("Say hi", "hm", "rating", None, None, None, "unparseable"),
     ]
     assert [(r.line, r.reason[:24]) for r in found.refused] == [
-        (4, "its sample is judged bef"),
+        (4, "its sample was already j"),
         (7, "2 columns instead of 4 ("),
         (8, "broken CSV: unexpected e"),
     ]

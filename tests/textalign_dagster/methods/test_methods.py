@@ -176,7 +176,7 @@ def test_exemplars_of_alt_lmu() -> None:
         ({}, "ask_for\n +Field required"),
         ({"ask_for": "  "}, "blank, which is no condition"),
         ({"exemplar": "all", "ask_for": "x"}, "'none', 'best', 'static' or 'varied'"),
-        ({"exemplar": "none", "exemplar_policy": "none"}, "one setting; remove one of them"),
+        ({"exemplar": "none", "exemplar_policy": "none"}, "the same setting; remove one of them"),
     ):
         with pytest.raises(ValidationError, match=told):
             AltLMU.model_validate(given)

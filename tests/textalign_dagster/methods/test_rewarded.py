@@ -135,7 +135,7 @@ def test_ratings_are_between_0_and_1() -> None:
     same = KNOWN.with_columns(value=pl.lit(2.0))
     assert RatingRewardModel().examples(same).is_empty()
     assert set(RatingRewardModel(scale=(1, 3)).examples(same)["reward"]) == {0.5}
-    with pytest.raises(ValidationError, match="the lowest rating comes first"):
+    with pytest.raises(ValidationError, match="give the lowest rating first"):
         RatingRewardModel(scale=(7, 1))
 
 

@@ -77,7 +77,7 @@ def test_a_file_without_splits_holds_out_by_the_prompts_alone(tmp_path: Path) ->
     names = [str(i) for i in range(40)]
     path = write(tmp_path / "posts.jsonl", rows(*names))
     assert task(path=str(path)).prompts("train").height == 40
-    with pytest.raises(SettingsError, match=r"no file of posts\.jsonl is for 'test'.*`held_out`"):
+    with pytest.raises(SettingsError, match=r"no file of posts\.jsonl matches 'test'.*`held_out`"):
         task(path=str(path)).prompts("evaluation")
     data = {"path": str(path), "held_out": 10}
     train, held = (set(task(**data).prompts(split)["prompt"]) for split in ("train", "evaluation"))
