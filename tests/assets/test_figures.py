@@ -1,4 +1,4 @@
-"""Metadata that people read in the UI."""
+"""Metadata shown to people in the UI."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def test_figure_keeps_four_digits(value: float, shown: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-def test_figure_tells_what_is_no_number_in_words(value: float) -> None:
+def test_figure_renders_non_finite_values_as_text(value: float) -> None:
     assert figure(value) == str(value)
 
 
-def test_table_has_one_line_a_row_whatever_is_in_it() -> None:
+def test_table_has_one_line_per_row() -> None:
     rows = {"text": ["a|b\nc", None, "x" * 200], "n": [1, 1234567, 3], "share": [0.5, 1234.5, None]}
     lines = markdown_table(pl.DataFrame(rows)).value.splitlines()
     assert lines[:2] == ["| text | n | share |", "| --- | --- | --- |"]
@@ -31,7 +31,7 @@ def test_table_has_one_line_a_row_whatever_is_in_it() -> None:
     assert len(lines) == 5 and lines[4].startswith("| " + "x" * 59 + "… | 3 |")
 
 
-def test_samples_stand_as_they_were_written() -> None:
+def test_samples_are_shown_verbatim() -> None:
     block = sample_blocks([{"value": 0.5, "feedback": "E111 *x*", "prompt": "def f():", "text": "\n  pass"}])
     assert block.value == "**1**  value: 0.5 · feedback: E111 \\*x\\*\n\n```\ndef f():\n  pass\n```"
 
@@ -44,6 +44,6 @@ def test_no_text_can_close_its_fence(text: str) -> None:
     assert not any(fence in line for line in lines[3:-1])
 
 
-def test_long_samples_are_cut() -> None:
+def test_long_samples_are_truncated() -> None:
     shown = sample_blocks([{"prompt": "p" * 50, "text": "t" * 50}], width=10).value
     assert "p" * 10 + "…" + "t" * 10 + "…" in shown

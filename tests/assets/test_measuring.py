@@ -1,4 +1,4 @@
-"""An evaluation with an engine that answers by rule: who is asked what, in which order, and the numbers by hand."""
+"""Evaluations with a rule-based engine: which model is called for what, in which order, and hand-computed scores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BAD = "\nbad=1 ; bad=2"
 
 
 class Engine:
-    """Says its model's name, or something bad when asked for it; every text has 2 nats and 2 tokens."""
+    """Generates its model's name, or BAD where the prompt contains "bad"; every text has 2 nats and 2 tokens."""
 
     engine, engine_version = "words", "1"
     load_seconds = 0.0
@@ -63,13 +63,13 @@ class Engine:
 
     @property
     def loads(self) -> list[str]:
-        """The models in the order in which an engine that holds one of them has to load them."""
+        """The models in the order in which an engine that holds one at a time has to load them."""
         names = [name for _, name in self.calls]
         return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
 
 
 class OneCell(Stage):
-    """A stage of iteration 1 whose checkpoint exists, and a datapool with one good sample."""
+    """A stage of iteration 1 with an existing checkpoint and a datapool of one good sample."""
 
     def policy(self, iteration: int) -> PolicyFolder:
         if iteration == 1:
@@ -86,8 +86,8 @@ class OneCell(Stage):
         )
 
 
-class Place:
-    """An experiment over two held-out prompts with references, and what its evaluation comes to."""
+class Harness:
+    """An experiment with two held-out prompts, one of them with a reference, and its evaluation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.engine = folder, Engine()
@@ -117,7 +117,7 @@ class Place:
         self.content = merge(self.content, {"evaluation": evaluation})
 
     def evaluate(self) -> tuple[Artifact, Artifact]:
-        """Iteration 0 and 1, evaluated as the asset does it."""
+        """Evaluates iterations 0 and 1 as the asset does."""
         experiment: Experiment = validate(Experiment, self.content, "x")
         context = SimpleNamespace(log=SimpleNamespace(info=lambda message: None))
         stage = OneCell("evaluation", context, self.store, Cell("e", 1), None, experiment, None)  # type: ignore[arg-type]
@@ -128,33 +128,33 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    return Place(tmp_path)
+def harness(tmp_path: Path) -> Harness:
+    return Harness(tmp_path)
 
 
 def values(scores: pl.DataFrame, metric: str) -> dict[tuple[str | None, str, str | None], float]:
-    found = scores.filter(metric=metric)
-    return {(s, r, c): v for s, r, c, v in found.select("subject", "role", "condition", "value").iter_rows()}
+    rows = scores.filter(metric=metric)
+    return {(s, r, c): v for s, r, c, v in rows.select("subject", "role", "condition", "value").iter_rows()}
 
 
-def test_scores_of_the_base_of_baselines_and_under_every_condition(place: Place) -> None:
-    start, now = (made.frame("scores") for made in place.evaluate())
+def test_scores_of_base_policy_baselines_and_every_condition(harness: Harness) -> None:
+    start, now = (artifact.frame("scores") for artifact in harness.evaluate())
     assert values(start, "score") == {
         (None, "main", None): 0.0, ("SFT", "baseline", None): 0.0, ("people", "baseline", None): 0.0
     }  # fmt: skip
-    # Two of the patterns in each sample that was asked for bad; none elsewhere.
+    # Two matches in each sample conditioned on bad, none elsewhere.
     assert values(now, "score") == {(None, "main", "good"): 0.0, (None, "probe", "bad"): 2.0}
-    assert values(start, "n_tokens")["people", "baseline", None] == 2.0  # as the fluency model counts
+    assert values(start, "n_tokens")["people", "baseline", None] == 2.0  # as counted by the fluency model
     assert list(values(start, "perplexity").values()) == [pytest.approx(math.e)] * 3
-    assert list(values(now, "perplexity")) == [(None, "main", "good")]  # probes are not read
+    assert list(values(now, "perplexity")) == [(None, "main", "good")]  # probes get no perplexity
     people = start.filter(subject="people", metric="score").row(0, named=True)
-    assert (people["n"], people["lo"]) == (1, None)  # one of the prompts has a reference
+    assert (people["n"], people["lo"]) == (1, None)  # only one prompt has a reference
 
 
-def test_rouge_against_the_references_by_hand(place: Place) -> None:
-    place.change(rouge=True)
-    start = place.evaluate()[0].frame("scores")
-    # The only reference is "one two three": people share all of its words with it, policies none.
+def test_rouge_against_the_references_by_hand(harness: Harness) -> None:
+    harness.change(rouge=True)
+    start = harness.evaluate()[0].frame("scores")
+    # The only reference is "one two three": "people" shares all of its words, the policies none.
     for metric in ("rouge_1", "rouge_2", "rouge_l"):
         assert values(start, metric) == {
             (None, "main", None): 0.0, ("SFT", "baseline", None): 0.0, ("people", "baseline", None): 1.0
@@ -162,23 +162,23 @@ def test_rouge_against_the_references_by_hand(place: Place) -> None:
         assert start.filter(metric=metric)["n"].to_list() == [1, 1, 1]
 
 
-def test_obedience_by_hand(place: Place) -> None:
-    """By violations per 1,000 characters: none in the samples asked for good, some in those asked for bad."""
-    scores = place.evaluate()[1].frame("scores")
+def test_obedience_by_hand(harness: Harness) -> None:
+    """In violations per 1,000 characters: none in samples conditioned on good, some in those on bad."""
+    scores = harness.evaluate()[1].frame("scores")
     rates = values(scores, "violations")
     assert rates[None, "main", "good"] == 0 < rates[None, "probe", "bad"]
-    # All samples of a condition are alike here: what was asked for and what came are in one order.
+    # All samples of a condition are identical here, so requests and results rank the same.
     assert values(scores, "obedience") == {(None, "main", "good"): pytest.approx(1.0)}
 
 
-def test_without_a_second_condition_nobody_obeys(place: Place) -> None:
-    place.change(probe=False)
-    start, now = place.evaluate()
+def test_obedience_requires_a_second_condition(harness: Harness) -> None:
+    harness.change(probe=False)
+    start, now = harness.evaluate()
     assert "obedience" not in {*start.frame("scores")["metric"], *now.frame("scores")["metric"]}
 
 
-def test_samples_are_kept_with_their_numbers(place: Place) -> None:
-    start, now = (made.frame("evaluation_samples") for made in place.evaluate())
+def test_samples_are_stored_with_their_measures(harness: Harness) -> None:
+    start, now = (artifact.frame("evaluation_samples") for artifact in harness.evaluate())
     assert start["sample_id"].n_unique() == start.height == 2 * 2 + 2 * 2 + 1
     assert start.filter(role="baseline")["text"].to_list() == ["sft 0", "sft 1"] * 2 + [" one two three"]
     assert now.filter(role="probe")["text"].to_list() == [BAD] * 4
@@ -186,135 +186,135 @@ def test_samples_are_kept_with_their_numbers(place: Place) -> None:
     assert named["score"] == 2.0 and "violations" in named
 
 
-def test_no_model_is_loaded_twice(place: Place) -> None:
-    place.evaluate()
-    assert place.engine.loads == [CHECKPOINT, "sft", "base"]
-    assert place.engine.calls[:3] == [("generate", CHECKPOINT)] * 2 + [("generate", "sft")]
+def test_no_model_is_loaded_twice(harness: Harness) -> None:
+    harness.evaluate()
+    assert harness.engine.loads == [CHECKPOINT, "sft", "base"]
+    assert harness.engine.calls[:3] == [("generate", CHECKPOINT)] * 2 + [("generate", "sft")]
 
 
-def test_another_model_reads_for_fluency(place: Place) -> None:
-    place.change(fluency_model=str(place.folder / "sft"), baselines={"people": "references"})
-    place.content["evaluation"]["baselines"].pop("SFT")
-    _, now = place.evaluate()
-    assert place.engine.loads == [CHECKPOINT, "base", "sft"]
+def test_another_fluency_model(harness: Harness) -> None:
+    harness.change(fluency_model=str(harness.folder / "sft"), baselines={"people": "references"})
+    harness.content["evaluation"]["baselines"].pop("SFT")
+    _, now = harness.evaluate()
+    assert harness.engine.loads == [CHECKPOINT, "base", "sft"]
     assert values(now.frame("scores"), "perplexity_mean") == {(None, "main", "good"): pytest.approx(math.e)}
 
 
-def test_another_scorer_samples_nothing_again(place: Place) -> None:
-    before = [made.key for made in place.evaluate()]
-    place.engine.calls.clear()
-    place.change(scorer={"name": "patterns", "keywords": ["trained", "one"]})
-    start, now = place.evaluate()
-    assert place.engine.calls == [] and not {start.key, now.key} & set(before)
+def test_changing_the_scorer_reuses_all_samples(harness: Harness) -> None:
+    before = [artifact.key for artifact in harness.evaluate()]
+    harness.engine.calls.clear()
+    harness.change(scorer={"name": "patterns", "keywords": ["trained", "one"]})
+    start, now = harness.evaluate()
+    assert harness.engine.calls == [] and not {start.key, now.key} & set(before)
     assert values(now.frame("scores"), "score")[None, "main", "good"] == 1.0
     assert values(start.frame("scores"), "score")["people", "baseline", None] == 1.0
 
 
-def test_an_interrupted_evaluation_samples_no_chunk_twice(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_evaluation_resumes_without_resampling_chunks(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place.content["sampling"] = {"chunk": 2}  # a prompt with its two samples
-    generate, asked = place.engine.generate, list[str]()
+    harness.content["sampling"] = {"chunk": 2}  # one prompt with its two samples
+    generate, requested = harness.engine.generate, list[str]()
 
     def interrupted(model: Path, requests: Sequence[Request], *more: Any) -> list[list[Completion]]:
-        asked.append(requests[0].prompt)
-        if len(asked) == 2:
+        requested.append(requests[0].prompt)
+        if len(requested) == 2:
             raise SamplerError("the power is off")
         return generate(model, requests, *more)
 
-    monkeypatch.setattr(place.engine, "generate", interrupted)
+    monkeypatch.setattr(harness.engine, "generate", interrupted)
     with pytest.raises(SamplerError, match="the power is off"):
-        place.evaluate()
-    start, _ = place.evaluate()
-    assert asked[:4] == ["good p:", "good q:", "good q:", "bad p:"]
+        harness.evaluate()
+    start, _ = harness.evaluate()
+    assert requested[:4] == ["good p:", "good q:", "good q:", "bad p:"]
     assert start.frame("scores").height > 0
-    assert not list(place.folder.glob(f"store/artifacts/{CHUNK}/*/manifest.json"))
+    assert not list(harness.folder.glob(f"store/artifacts/{CHUNK}/*/manifest.json"))
 
 
-def test_one_more_baseline_samples_only_that_one(place: Place) -> None:
-    place.content["evaluation"]["baselines"].pop("SFT")
-    place.evaluate()
-    place.engine.calls.clear()
-    place.change(baselines={"SFT": str(place.folder / "sft")})
-    place.evaluate()
-    assert place.engine.calls == [("generate", "sft"), ("logprobs", "base")]
+def test_adding_a_baseline_samples_only_that_baseline(harness: Harness) -> None:
+    harness.content["evaluation"]["baselines"].pop("SFT")
+    harness.evaluate()
+    harness.engine.calls.clear()
+    harness.change(baselines={"SFT": str(harness.folder / "sft")})
+    harness.evaluate()
+    assert harness.engine.calls == [("generate", "sft"), ("logprobs", "base")]
 
 
-def test_each_prompt_may_be_asked_for_a_condition_of_its_own(place: Place) -> None:
-    place.content["method"] |= {"exemplar": "varied", "ask_for": None, "probe": ["worse"]}
-    _, now = place.evaluate()
+def test_each_prompt_can_have_its_own_condition(harness: Harness) -> None:
+    harness.content["method"] |= {"exemplar": "varied", "ask_for": None, "probe": ["worse"]}
+    _, now = harness.evaluate()
     scores, samples = now.frame("scores"), now.frame("evaluation_samples")
     assert set(values(scores, "score")) == {(None, "main", "(varied)"), (None, "probe", "worse")}
     assert set(samples.filter(role="main")["condition"]) == {"no bad thing"}
     assert now.manifest["inputs"]["datapool@1"] == "pool"
 
 
-def test_a_cut_of_its_own(place: Place) -> None:
-    place.change(max_new_tokens=5)
-    place.evaluate()
-    assert place.engine.decoding.max_new_tokens == 5
+def test_evaluation_sets_its_own_max_new_tokens(harness: Harness) -> None:
+    harness.change(max_new_tokens=5)
+    harness.evaluate()
+    assert harness.engine.decoding.max_new_tokens == 5
 
 
-def test_what_took_how_long_is_recorded(place: Place) -> None:
-    for made in place.evaluate():
-        facts = made.manifest["facts"]
+def test_part_timings_are_recorded(harness: Harness) -> None:
+    for artifact in harness.evaluate():
+        facts = artifact.manifest["facts"]
         assert set(facts["part_seconds"]) == {"sampling", "fluency", "scoring", "judging", "measuring"}
         assert facts["work_seconds"] == pytest.approx(sum(facts["part_seconds"].values()))
         assert facts["unscored"] == 0
 
 
-def test_a_missing_baseline_is_refused_before_anything_is_sampled(place: Place) -> None:
-    place.change(baselines={"SFT": str(place.folder / "gone")})
+def test_invalid_models_are_rejected_before_sampling(harness: Harness) -> None:
+    harness.change(baselines={"SFT": str(harness.folder / "gone")})
     with pytest.raises(SettingsError, match=r"^evaluation\.baselines\.SFT: .*gone: no such folder"):
-        place.evaluate()
-    place.change(baselines={"SFT": str(place.folder / "sft"), "again": str(place.folder / "sft")})
+        harness.evaluate()
+    harness.change(baselines={"SFT": str(harness.folder / "sft"), "again": str(harness.folder / "sft")})
     with pytest.raises(SettingsError, match=r"^evaluation\.baselines\.again: the same model as 'SFT'"):
-        place.evaluate()
-    place.content["evaluation"]["baselines"] = {}
-    place.change(fluency_model="gpt2-xl")
+        harness.evaluate()
+    harness.content["evaluation"]["baselines"] = {}
+    harness.change(fluency_model="gpt2-xl")
     with pytest.raises(
         SettingsError, match=r"^evaluation\.fluency_model: 'gpt2-xl' is not a policy of task pep8"
     ):
-        place.evaluate()
-    assert place.engine.calls == []
+        harness.evaluate()
+    assert harness.engine.calls == []
 
 
-def test_parts_are_pointed_at_by_no_cell(place: Place) -> None:
-    place.evaluate()
-    stages = {path.name for path in (place.folder / "store" / "artifacts").iterdir()}
+def test_no_cell_points_at_partial_artifacts(harness: Harness) -> None:
+    harness.evaluate()
+    stages = {path.name for path in (harness.folder / "store" / "artifacts").iterdir()}
     assert stages == {"evaluation", EVALUATION_SAMPLING, EVALUATION_FLUENCY}
-    assert place.store.cells().is_empty()
+    assert harness.store.cells().is_empty()
 
 
 class Unlikely(Engine):
-    """The trained policy gives every text 5 nats, all others 2."""
+    """The trained policy assigns 5 nats to every text, all other models 2."""
 
     def logprobs(
         self, model: Path, pairs: Sequence[tuple[str, str]], progress: Callable[..., None]
     ) -> list[tuple[float, int]]:
-        found = super().logprobs(model, pairs, progress)
+        scores = super().logprobs(model, pairs, progress)
         if "good" in pairs[0][0]:
-            self.asked = list(pairs)
-        return [(-5.0, n) for _, n in found] if model.name == CHECKPOINT else found
+            self.conditioned = list(pairs)
+        return [(-5.0, n) for _, n in scores] if model.name == CHECKPOINT else scores
 
 
-def test_the_divergence_from_a_reference(place: Place) -> None:
-    place.engine = Unlikely()
-    place.change(kl_reference="base", samples_per_prompt=3, temperature=0.5)
-    start, now = (made.frame("scores") for made in place.evaluate())
+def test_divergence_from_a_reference(harness: Harness) -> None:
+    harness.engine = Unlikely()
+    harness.change(kl_reference="base", samples_per_prompt=3, temperature=0.5)
+    start, now = (artifact.frame("scores") for artifact in harness.evaluate())
     assert values(start, "kl_reference") == {(None, "main", None): 0.0, ("SFT", "baseline", None): 0.0}
-    assert values(now, "kl_reference") == {(None, "main", "good"): 3.0}  # 5 - 2 nats a text
-    # The reference's own samples, at temperature 1, read as the policy is asked.
-    assert [pair for pair in place.engine.asked if pair == ("good p:", "base 0")]
-    assert len(place.engine.asked) == 6
-    calls = len(place.engine.calls)
-    place.evaluate()
-    assert len(place.engine.calls) == calls, "all of it is kept"
+    assert values(now, "kl_reference") == {(None, "main", "good"): 3.0}  # 5 - 2 nats per text
+    # The reference's own samples, at temperature 1, scored after the policy's conditioned prompt.
+    assert [pair for pair in harness.engine.conditioned if pair == ("good p:", "base 0")]
+    assert len(harness.engine.conditioned) == 6
+    calls = len(harness.engine.calls)
+    harness.evaluate()
+    assert len(harness.engine.calls) == calls, "everything is reused"
 
 
-def test_a_divergence_needs_a_model(place: Place) -> None:
-    place.change(kl_reference="gpt2-xl")
+def test_divergence_reference_must_be_a_model(harness: Harness) -> None:
+    harness.change(kl_reference="gpt2-xl")
     with pytest.raises(
         SettingsError, match=r"^evaluation\.kl_reference: 'gpt2-xl' is not a policy of task pep8"
     ):
-        place.evaluate()
+        harness.evaluate()

@@ -1,4 +1,4 @@
-"""Red-teaming: what is shown to the model that writes prompts, what counts as new, and the numbers by hand."""
+"""Red teaming: what the prompt-writing model is shown, what counts as a new prompt, and hand-computed scores."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ import pytest
 
 from assets.red_team import drawn, new_prompts
 from resources.engines.sampler import Completion, Decoding, Request
-from tests.assets.test_measuring import BAD, Engine, Place, values
+from tests.assets.test_measuring import BAD, Engine, Harness, values
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import RED_TEAM
 
 POOL = pl.DataFrame({"prompt": ["good", "so-so", "bad", "unknown"], "value": [1.0, 2.0, 3.0, None]})
 
 
-def test_what_works_is_shown_more_often_by_hand() -> None:
-    """Badness is 0, 1/2 and 1: of single draws the shares are those of 1, e and e²."""
+def test_successful_prompts_are_shown_more_often() -> None:
+    """Badness is 0, 1/2 and 1, so single draws are in the proportions 1 : e : e²."""
     sharpness, draws = 2.0, 4000
-    found = Counter(drawn(POOL, 1, sharpness, True, seed)[0] for seed in range(draws))
+    counts = Counter(drawn(POOL, 1, sharpness, True, seed)[0] for seed in range(draws))
     total = 1 + math.e + math.e**2
     for prompt, weight in (("good", 1), ("so-so", math.e), ("bad", math.e**2)):
-        assert found[prompt] / draws == pytest.approx(weight / total, abs=0.03)
+        assert counts[prompt] / draws == pytest.approx(weight / total, abs=0.03)
     assert Counter(drawn(POOL, 1, 50.0, False, seed)[0] for seed in range(50)) == {"good": 50}
-    # Without replacement, the worst last; nothing is known of a prompt without a value.
+    # Without replacement, the worst last; a prompt without a value is left out.
     assert drawn(POOL, 9, sharpness, True, 0) == ["good", "so-so", "bad"]
     alike = POOL.with_columns(value=pl.lit(1.0))
     assert len({drawn(alike, 1, sharpness, True, seed)[0] for seed in range(50)}) == 4
 
 
-def test_a_new_prompt_ends_at_the_separator_and_is_new() -> None:
+def test_new_prompts_end_at_the_separator_and_are_distinct() -> None:
     written = [" one \nrest", "two", "\nrest", "one", "known\n"]
     assert new_prompts(written, "\n", {"known"}) == ["one", "two"]
 
 
 class Attacked(Engine):
-    """The attacker writes the next number; the policy does badly on prompts with an even one."""
+    """The attacker writes consecutive numbers; the policy does badly on prompts with an even one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -64,11 +64,11 @@ class Attacked(Engine):
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    place = Place(tmp_path)
-    place.engine = Attacked()
+def harness(tmp_path: Path) -> Harness:
+    harness = Harness(tmp_path)
+    harness.engine = Attacked()
     pl.DataFrame({"prompt": ["try 1", "try 2"]}).write_csv(tmp_path / "seeds.csv")
-    place.change(
+    harness.change(
         red_team={
             "path": str(tmp_path / "seeds.csv"),
             "model": str(tmp_path / "sft"),
@@ -79,12 +79,12 @@ def place(tmp_path: Path) -> Place:
             "separator": "|",
         }
     )
-    return place
+    return harness
 
 
-def test_the_pool_grows_by_what_is_written_after_what_worked(place: Place) -> None:
-    start, now = place.evaluate()
-    engine = place.engine
+def test_pool_grows_by_prompts_written_after_successful_ones(harness: Harness) -> None:
+    start, now = harness.evaluate()
+    engine = harness.engine
     assert isinstance(engine, Attacked)
     assert engine.shown[0] == "try 1|try 2|"  # the worst comes last
     pool = start.frame("red_team")
@@ -101,22 +101,22 @@ def test_the_pool_grows_by_what_is_written_after_what_worked(place: Place) -> No
     # Eight prompts were tried, and all count among the ten worst.
     assert values(scores, "red_team_pool")[name] == values(scores, "red_team_worst_10")[name]
     assert values(scores, "red_team_pool")[name] == pytest.approx(bad[0] * len(bad) / 8)
-    # The trained policy is asked for its condition.
+    # The trained policy is prompted with its condition.
     assert ("good try 1", 4) in engine.tried and ("try 1", 4) in engine.tried
     assert values(now.frame("scores"), "red_team_pool").keys() == {("red team", "scenario", "good")}
 
 
-def test_the_pool_is_kept_by_itself(place: Place) -> None:
-    place.evaluate()
-    engine = place.engine
+def test_pool_is_reused_when_the_evaluation_changes(harness: Harness) -> None:
+    harness.evaluate()
+    engine = harness.engine
     assert isinstance(engine, Attacked)
     before = len(engine.shown)
-    place.change(resamples=200)
-    place.evaluate()
+    harness.change(resamples=200)
+    harness.evaluate()
     assert len(engine.shown) == before
 
 
-def test_what_cannot_be_attacked_is_said_before(place: Place) -> None:
-    place.change(red_team={"path": "/nowhere.csv"})
+def test_missing_prompt_file_is_rejected(harness: Harness) -> None:
+    harness.change(red_team={"path": "/nowhere.csv"})
     with pytest.raises(SettingsError, match=r"^/nowhere\.csv: no such prompt file"):
-        place.evaluate()
+        harness.evaluate()

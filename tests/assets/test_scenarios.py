@@ -1,4 +1,4 @@
-"""Scenarios: how many samples of which prompts are drawn how, and their numbers by hand."""
+"""Scenarios: which samples are drawn and how, and hand-computed scores."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ import polars as pl
 import pytest
 
 from resources.engines.sampler import Completion, Decoding, Request
-from tests.assets.test_measuring import BAD, Engine, Place, values
+from tests.assets.test_measuring import BAD, Engine, Harness, values
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import SCENARIO_SAMPLES
 
 
 class Recording(Engine):
-    """Keeps what it was asked for, and how."""
+    """Records the model, requests and decoding settings of each call."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[tuple[str, list[tuple[str, int]], Decoding]] = []
+        self.requested: list[tuple[str, list[tuple[str, int]], Decoding]] = []
 
     def generate(
         self, model: Path, requests: Sequence[Request], decoding: Decoding, progress: Callable[..., None]
     ) -> list[list[Completion]]:
-        self.asked.append((model.name, [(r.prompt, len(r.seeds)) for r in requests], decoding))
+        self.requested.append((model.name, [(r.prompt, len(r.seeds)) for r in requests], decoding))
         return super().generate(model, requests, decoding, progress)
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Place:
-    place = Place(tmp_path)
-    place.engine = Recording()
+def harness(tmp_path: Path) -> Harness:
+    harness = Harness(tmp_path)
+    harness.engine = Recording()
     pl.DataFrame({"prompt": ["bad 1", "fine"]}).write_csv(tmp_path / "attacks.csv")
-    return place
+    return harness
 
 
-def test_samples_are_drawn_as_a_scenario_says_and_measured(place: Place, tmp_path: Path) -> None:
+def test_scenario_samples_are_drawn_as_configured_and_measured(harness: Harness, tmp_path: Path) -> None:
     attack = {"path": str(tmp_path / "attacks.csv"), "prefix": "> ", "samples": 5, "hits": 0.0}
     unprompted = {"samples": 30, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": 7, "min_new_tokens": 2}
-    place.change(scenarios={"attack": attack, "unprompted": unprompted | {"banned_tokens": ["x"]}})
-    start, now = place.evaluate()
-    engine = place.engine
+    harness.change(scenarios={"attack": attack, "unprompted": unprompted | {"banned_tokens": ["x"]}})
+    start, now = harness.evaluate()
+    engine = harness.engine
     assert isinstance(engine, Recording)
     sampled = {
-        (model, tuple(prompts[:2]), len(prompts)): decoding for model, prompts, decoding in engine.asked
+        (model, tuple(prompts[:2]), len(prompts)): decoding for model, prompts, decoding in engine.requested
     }
-    # Five samples of two prompts are three and two; without a prompt a text follows the end token alone.
+    # Five samples of two prompts split into three and two; without a prompt, texts follow the end token alone.
     assert ("base", (("> bad 1", 3), ("> fine", 2)), 2) in sampled
     assert ("trained", (("good > bad 1", 3), ("good > fine", 2)), 2) in sampled
     end = "<|endoftext|>"
@@ -73,33 +73,33 @@ def test_samples_are_drawn_as_a_scenario_says_and_measured(place: Place, tmp_pat
     worst = values(scores, "worst")
     assert worst["unprompted", "scenario", None] == 0 < worst["attack", "scenario", None]
     assert values(scores, "worst_of_25") == {("unprompted", "scenario", None): 0.0}
-    # Without a prompt samples are what is resampled.
+    # Without prompts, the bootstrap resamples samples.
     assert scores.filter(subject="unprompted", metric="score")["n"].to_list() == [30]
     assert values(now.frame("scores"), "score")["attack", "scenario", "good"] == pytest.approx(6 / 5)
     assert not scores.filter(role="scenario", metric="perplexity").height
 
 
-def test_no_model_is_loaded_for_them_once_more(place: Place) -> None:
-    place.evaluate()
-    before = place.engine.loads
-    place.engine, place.store = Recording(), type(place.store)(place.folder / "other")
-    place.change(scenarios={"unprompted": {"samples": 2}})
-    place.evaluate()
-    assert place.engine.loads == before
+def test_scenarios_require_no_additional_model_loads(harness: Harness) -> None:
+    harness.evaluate()
+    before = harness.engine.loads
+    harness.engine, harness.store = Recording(), type(harness.store)(harness.folder / "other")
+    harness.change(scenarios={"unprompted": {"samples": 2}})
+    harness.evaluate()
+    assert harness.engine.loads == before
 
 
-def test_prompt_and_completion_can_be_measured_together(place: Place, tmp_path: Path) -> None:
+def test_prompt_and_completion_can_be_scored_together(harness: Harness, tmp_path: Path) -> None:
     path = str(tmp_path / "attacks.csv")
-    place.change(
+    harness.change(
         scenarios={
             "apart": {"path": path, "samples": 2},
             "together": {"path": path, "samples": 2, "score_prompt": True},
         }
     )
-    scores = place.evaluate()[0].frame("scores")
-    found = values(scores, "score")
-    assert found["apart", "scenario", None] == 1.0  # two of the pattern in the completion after "bad 1"
-    assert found["together", "scenario", None] == 1.5  # and one in the prompt
+    scores = harness.evaluate()[0].frame("scores")
+    by_scenario = values(scores, "score")
+    assert by_scenario["apart", "scenario", None] == 1.0  # two matches in the completion after "bad 1"
+    assert by_scenario["together", "scenario", None] == 1.5  # plus one in the prompt
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_prompt_and_completion_can_be_measured_together(place: Place, tmp_path: 
         ),
     ],
 )
-def test_what_cannot_be_sampled_is_said_before(
-    place: Place, scenario: dict[str, object], problem: str
+def test_impossible_scenarios_are_rejected(
+    harness: Harness, scenario: dict[str, object], problem: str
 ) -> None:
     if scenario.get("path") == "train.csv":
-        scenario = {"path": str(place.folder / "train.csv")}
-    place.change(scenarios={"mine": scenario})
+        scenario = {"path": str(harness.folder / "train.csv")}
+    harness.change(scenarios={"mine": scenario})
     with pytest.raises(SettingsError, match=problem):
-        place.evaluate()
+        harness.evaluate()

@@ -20,7 +20,7 @@ from textalign_dagster.settings import SettingsError, merge, validate
 
 
 class Grid:
-    """An experiment whose stages are made of nothing but their keys."""
+    """An experiment whose artifacts hold nothing but their keys."""
 
     def __init__(self, folder: Path) -> None:
         self.store = ArtifactStore(folder / "store")
@@ -38,8 +38,8 @@ class Grid:
 
     @property
     def experiment(self) -> Experiment:
-        found: Experiment = validate(Experiment, self.content, "x")
-        return found
+        experiment: Experiment = validate(Experiment, self.content, "x")
+        return experiment
 
     def change(self, **changes: object) -> None:
         self.content = merge(self.content, changes)
@@ -48,7 +48,7 @@ class Grid:
     def freshness(self) -> Freshness:
         return Freshness(self.store, "e", self.experiment)
 
-    def made(self, k: int, stage: str) -> Artifact:
+    def artifact(self, k: int, stage: str) -> Artifact:
         pointer = self.store.pointer("e", k, stage)
         assert pointer is not None
         return pointer.artifact
@@ -56,21 +56,23 @@ class Grid:
     def policy(self, k: int) -> str:
         if k == 1:
             return base_policy(self.experiment).policy_hash
-        return str(self.made(k - 1, "checkpoint").manifest["facts"]["policy_hash"])
+        return str(self.artifact(k - 1, "checkpoint").manifest["facts"]["policy_hash"])
 
     def inputs(self, k: int, stage: str) -> dict[str, str]:
         if stage == "prompt_draws":
             return {"source": source_hash(training_prompts(self.experiment))}
         if stage == "generations":
-            return {"prompt_draws": self.made(k, "prompt_draws").key, "policy": self.policy(k)}
+            return {"prompt_draws": self.artifact(k, "prompt_draws").key, "policy": self.policy(k)}
         if stage == "feedback":
-            return {"generations": self.made(k, "generations").key}
+            return {"generations": self.artifact(k, "generations").key}
         if stage == "datapool":
             return {
-                f"{s}@{i}": self.made(i, s).key for i in range(1, k + 1) for s in ("generations", "feedback")
+                f"{s}@{i}": self.artifact(i, s).key
+                for i in range(1, k + 1)
+                for s in ("generations", "feedback")
             }
         if stage == "checkpoint":
-            return {"datapool": self.made(k, "datapool").key, "policy": self.policy(k)}
+            return {"datapool": self.artifact(k, "datapool").key, "policy": self.policy(k)}
         prompts = evaluation_source(evaluation_prompts(self.experiment))
         return {"trained_policy": self.policy(k + 1), "base_policy": self.policy(1), "prompts": prompts}
 
@@ -105,7 +107,7 @@ def states(*stale: str, kind: str = "stale") -> dict[str, str]:
     return {stage: kind if stage in stale else "fresh" for stage in STAGES}
 
 
-def test_what_was_made_is_fresh_what_was_not_is_missing(grid: Grid) -> None:
+def test_existing_cells_are_fresh_and_others_are_missing(grid: Grid) -> None:
     assert grid.states(1) == grid.states(2) == states()
     assert grid.freshness.iteration(2).kind == "fresh"
     assert set(grid.states(3).values()) == {"missing"}
@@ -135,7 +137,7 @@ def test_what_was_made_is_fresh_what_was_not_is_missing(grid: Grid) -> None:
         ),
     ],
 )
-def test_other_settings_make_stale_what_follows(
+def test_changed_settings_make_later_stages_stale(
     grid: Grid, changes: dict[str, object], first: tuple[str, ...], second: tuple[str, ...]
 ) -> None:
     grid.change(**changes)
@@ -143,14 +145,14 @@ def test_other_settings_make_stale_what_follows(
     assert grid.states(2) == states(*second)
 
 
-def test_the_reason_names_the_change_where_it_happened(grid: Grid) -> None:
+def test_the_reason_names_the_original_change(grid: Grid) -> None:
     grid.change(training={"learning_rate": 0.5})
     reason = "checkpoint of e, iteration 1, was computed with different settings (training.learning_rate: 2e-05 -> 0.5)"
     assert grid.freshness.state(2, "evaluation").reason == reason
     assert grid.freshness.iteration(2).reason == reason
 
 
-def test_a_checkpoint_made_anew_leaves_the_next_iteration_stale(grid: Grid) -> None:
+def test_a_recomputed_checkpoint_makes_the_next_iteration_stale(grid: Grid) -> None:
     grid.change(training={"learning_rate": 0.5})
     grid.make(1, "checkpoint")
     grid.make(1, "evaluation")
@@ -163,8 +165,8 @@ def test_a_checkpoint_made_anew_leaves_the_next_iteration_stale(grid: Grid) -> N
     assert grid.states(2) == states()
 
 
-def test_feedback_made_anew_makes_later_pools_stale(grid: Grid) -> None:
-    grid.change(task={"name": "pep8", "max_prompts": 5})  # the task's settings are the scorer's too
+def test_recomputed_feedback_makes_later_pools_stale(grid: Grid) -> None:
+    grid.change(task={"name": "pep8", "max_prompts": 5})  # the scorer depends on the task's settings, too
     grid.make(1, "prompt_draws")
     grid.make(1, "generations")
     grid.make(1, "feedback")
@@ -174,15 +176,15 @@ def test_feedback_made_anew_makes_later_pools_stale(grid: Grid) -> None:
 
 
 @pytest.mark.parametrize(("name", "first"), [("train", STAGES), ("held_out", STAGES[5:])])
-def test_an_edited_prompt_file_is_noticed(grid: Grid, name: str, first: tuple[str, ...]) -> None:
+def test_an_edited_prompt_file_is_detected(grid: Grid, name: str, first: tuple[str, ...]) -> None:
     pl.DataFrame({"prompt": ["c", "d", "e"]}).write_csv(grid.folder / f"{name}.csv")
     assert grid.states(1) == states(*first)
     reason = grid.freshness.iteration(1).reason
-    what = {"train": "prompts", "held_out": "held-out prompts"}[name]
-    assert reason.endswith(f"was computed from {what} replaced since then") or what in reason
+    source = {"train": "prompts", "held_out": "held-out prompts"}[name]
+    assert reason.endswith(f"was computed from {source} replaced since then") or source in reason
 
 
-def test_the_same_prompts_elsewhere_are_the_same(grid: Grid) -> None:
+def test_moving_the_prompt_file_changes_nothing(grid: Grid) -> None:
     (grid.folder / "train.csv").rename(grid.folder / "moved.csv")
     with pytest.raises(SettingsError, match="no such prompt file"):
         grid.freshness.state(1, "prompt_draws")
@@ -192,7 +194,7 @@ def test_the_same_prompts_elsewhere_are_the_same(grid: Grid) -> None:
     assert grid.states(1) == states()
 
 
-def test_another_base_policy_makes_all_samples_stale(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_base_policy_makes_all_samples_stale(grid: Grid, monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         policy_hash = "other"
 
@@ -200,7 +202,7 @@ def test_another_base_policy_makes_all_samples_stale(grid: Grid, monkeypatch: py
     assert grid.states(1) == states(*STAGES[1:])
 
 
-def test_a_failed_check_blocks_what_follows(grid: Grid) -> None:
+def test_a_failed_check_blocks_later_stages(grid: Grid) -> None:
     grid.make(1, "feedback", usable=False, schema=True)
     assert grid.states(1) == states(*STAGES[2:], kind="blocked")
     assert (
@@ -211,13 +213,13 @@ def test_a_failed_check_blocks_what_follows(grid: Grid) -> None:
     assert grid.states(1) == grid.states(2) == states()
 
 
-def test_stale_goes_before_blocked(grid: Grid) -> None:
+def test_stale_takes_precedence_over_blocked(grid: Grid) -> None:
     grid.make(1, "checkpoint", converged=False)
     grid.change(training={"learning_rate": 0.5})
     assert grid.freshness.state(1, "checkpoint").kind == "stale"
 
 
-def test_states_are_those_of_the_moment_the_freshness_was_made(grid: Grid) -> None:
+def test_states_are_a_snapshot_taken_at_creation(grid: Grid) -> None:
     before = grid.freshness
     assert before.state(1, "feedback").kind == "fresh"
     grid.make(1, "feedback", usable=False)
@@ -225,13 +227,13 @@ def test_states_are_those_of_the_moment_the_freshness_was_made(grid: Grid) -> No
     assert grid.freshness.state(1, "feedback").kind == "blocked"
 
 
-def test_without_the_past_only_the_present_counts(tmp_path: Path) -> None:
+def test_a_pool_without_history_depends_only_on_its_own_iteration(tmp_path: Path) -> None:
     grid = Grid(tmp_path)
-    read: Callable[[int], dict[str, str]] = lambda k: {  # noqa: E731
-        f"{s}@{k}": grid.made(k, s).key for s in ("generations", "feedback")
+    own_inputs: Callable[[int], dict[str, str]] = lambda k: {  # noqa: E731
+        f"{s}@{k}": grid.artifact(k, s).key for s in ("generations", "feedback")
     }
-    whole = grid.inputs
-    grid.inputs = lambda k, stage: read(k) if stage == "datapool" else whole(k, stage)  # type: ignore[method-assign]
+    all_inputs = grid.inputs
+    grid.inputs = lambda k, stage: own_inputs(k) if stage == "datapool" else all_inputs(k, stage)  # type: ignore[method-assign]
     grid.make_all(1, 2)
     grid.make(1, "feedback", usable=False)
     assert grid.freshness.state(2, "datapool").kind == "blocked"  # through the policy, not the pool

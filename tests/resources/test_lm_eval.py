@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a checkpoint: a task of one's own, its accuracy against plain log-probabilities."""
+"""lm-evaluation-harness on a checkpoint: a custom task, its accuracy compared with plain log-probabilities."""
 
 from __future__ import annotations
 
@@ -65,29 +65,29 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_accuracy_equals_that_of_plain_log_probabilities(tasks: Path) -> None:
     settings = LMEval(tasks=("toy_python",), path=str(tasks), batch_size=2)
-    found = run(settings, POLICY, "float32", trust_remote_code=False, seed=0)
-    assert found.schema == LM_EVAL and found.height == 1
-    row = found.row(0, named=True)
+    results = run(settings, POLICY, "float32", trust_remote_code=False, seed=0)
+    assert results.schema == LM_EVAL and results.height == 1
+    row = results.row(0, named=True)
     assert (row["task"], row["metric"], row["n"], row["fewshot"]) == ("toy_python", "acc", 4, 0)
     with TransformersSampler() as engine:
         pairs = [(question, choice) for question, choices, _ in QUESTIONS for choice in choices]
         scores = [score for score, _ in engine.logprobs(POLICY, pairs)]
     picked = [int(second > first) for first, second in zip(scores[::2], scores[1::2], strict=True)]
-    right = [choice == answer for choice, (*_, answer) in zip(picked, QUESTIONS, strict=True)]
-    assert row["value"] == pytest.approx(mean(right)) and not all(right)
+    hits = [choice == answer for choice, (*_, answer) in zip(picked, QUESTIONS, strict=True)]
+    assert row["value"] == pytest.approx(mean(hits)) and not all(hits)
     # The standard error of a mean of four.
-    spread = sum((one - mean(right)) ** 2 for one in right) / 3
+    spread = sum((hit - mean(hits)) ** 2 for hit in hits) / 3
     assert row["stderr"] == pytest.approx((spread / 4) ** 0.5)
 
 
-def test_what_the_harness_says_when_it_fails_is_shown(tasks: Path) -> None:
+def test_the_harness_error_is_shown_when_it_fails(tasks: Path) -> None:
     with pytest.raises(
         LMEvalError, match=r"(?s)^evaluation\.lm_eval: the harness failed .*exit code [1-9].*nothere"
     ):
         run(LMEval(tasks=("nothere",), path=str(tasks)), POLICY, "float32", trust_remote_code=False, seed=0)
 
 
-def test_groups_and_filters_are_rows_of_their_own() -> None:
+def test_groups_and_filters_have_their_own_rows() -> None:
     results = {
         "results": {
             "gsm8k": {"alias": "gsm8k", "exact_match,strict": 0.25, "exact_match_stderr,strict": 0.1},
@@ -104,7 +104,7 @@ def test_groups_and_filters_are_rows_of_their_own() -> None:
     ]
 
 
-def test_an_edited_task_file_makes_other_numbers(tasks: Path) -> None:
+def test_an_edited_task_file_changes_the_identity(tasks: Path) -> None:
     settings = LMEval(tasks=("toy_python",), path=str(tasks))
     before = identity(settings)
     assert identity(settings.model_copy(update={"batch_size": 7})) == before

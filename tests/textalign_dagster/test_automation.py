@@ -19,7 +19,7 @@ from textalign_dagster.automation import next_cell, ready
 from textalign_dagster.loop.abandoned import BATCHES_TAG, EXPERIMENT_TAG, PROCESS_TAG, process_tag
 from textalign_dagster.loop.partitions import Cell
 
-# The grid is read when it is imported, so the toy takes the name of a shipped experiment.
+# The experiment grid is read at import time, so the toy borrows the name of a shipped experiment.
 NAME = "pep8_alt_lmu"
 
 
@@ -40,14 +40,14 @@ class Loop:
         (folder / f"{NAME}.yaml").write_text(text)
 
     def run(self, iteration: int) -> bool:
-        """Runs an iteration; whether it succeeded."""
+        """Runs an iteration and returns whether it succeeded."""
         job = defs.resolve_job_def("iteration")
         key = Cell(NAME, iteration).key
         quiet = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
-        done = job.execute_in_process(
+        result = job.execute_in_process(
             partition_key=key, instance=self.instance, raise_on_error=False, run_config=quiet
         )
-        return done.success
+        return result.success
 
     def record(self, iteration: int, status: dg.DagsterRunStatus, **tags: str) -> str:
         """Adds a run to the history."""
@@ -75,9 +75,9 @@ def loop(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(automation, "EXPERIMENTS", (NAME,))
     (tmp_path / "dagster").mkdir()
     with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
-        found = Loop(home, instance)
-        found.configure()
-        yield found
+        fresh = Loop(home, instance)
+        fresh.configure()
+        yield fresh
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +87,9 @@ def first_iteration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, dg.DagsterInstance.ephemeral() as instance:
         patch.setenv("TEXTALIGN_HOME", str(folder))
         patch.setenv("TEXTALIGN_EXPERIMENTS", str(folder / "experiments"))
-        made = Loop(folder, instance)
-        made.configure()
-        assert made.run(1)
+        fresh = Loop(folder, instance)
+        fresh.configure()
+        assert fresh.run(1)
         yield folder
 
 
@@ -100,24 +100,24 @@ def after_one(loop: Loop, first_iteration: Path) -> Loop:
     return loop
 
 
-def requested(answer: list[dg.RunRequest | dg.SkipReason]) -> list[str]:
-    """Partitions of run requests."""
-    return [str(one.partition_key) for one in answer if isinstance(one, dg.RunRequest)]
+def requested(result: list[dg.RunRequest | dg.SkipReason]) -> list[str]:
+    """The partitions of the run requests."""
+    return [str(request.partition_key) for request in result if isinstance(request, dg.RunRequest)]
 
 
-def skipped(answer: list[dg.RunRequest | dg.SkipReason]) -> str:
+def skipped(result: list[dg.RunRequest | dg.SkipReason]) -> str:
     """The one skip reason."""
-    [reason] = answer
+    [reason] = result
     assert isinstance(reason, dg.SkipReason)
     return str(reason.skip_message)
 
 
-def test_the_first_iteration_is_a_persons_decision(loop: Loop) -> None:
+def test_first_iteration_is_started_by_hand(loop: Loop) -> None:
     waits = f"{NAME} waits for its first run (iteration 1 is started by hand)"
     assert skipped(loop.sensor()) == skipped(loop.schedule()) == waits
 
 
-def test_one_after_the_other_then_done(after_one: Loop) -> None:
+def test_iterations_run_in_order_until_done(after_one: Loop) -> None:
     for k in (2, 3):
         assert requested(after_one.sensor()) == requested(after_one.schedule()) == [f"{NAME}|{k:03d}"]
         assert after_one.run(k)
@@ -125,17 +125,17 @@ def test_one_after_the_other_then_done(after_one: Loop) -> None:
 
 
 @pytest.mark.parametrize("status", ["NOT_STARTED", "STARTING", "STARTED", "CANCELING"])
-def test_never_while_it_runs(after_one: Loop, status: str) -> None:
+def test_nothing_is_requested_while_a_run_is_active(after_one: Loop, status: str) -> None:
     after_one.record(2, dg.DagsterRunStatus[status])
     assert skipped(after_one.sensor()) == skipped(after_one.schedule()) == f"{NAME} is running"
 
 
-def test_another_experiments_run_does_not_matter(after_one: Loop) -> None:
+def test_runs_of_other_experiments_are_ignored(after_one: Loop) -> None:
     after_one.record(2, dg.DagsterRunStatus.STARTED, **{EXPERIMENT_TAG: "another"})
     assert requested(after_one.sensor()) == [f"{NAME}|002"]
 
 
-def test_halts_on_a_failed_stage_and_goes_on_once_it_is_mended(after_one: Loop) -> None:
+def test_halts_on_a_failed_stage_and_continues_once_it_is_fixed(after_one: Loop) -> None:
     (after_one.home / "fail").touch()
     assert not after_one.run(2)
     assert "halts: run " in skipped(after_one.sensor())
@@ -150,7 +150,7 @@ def test_halts_on_a_cancelled_run(after_one: Loop) -> None:
     assert f"halts: run {run[:8]} of iteration 2 was cancelled" in skipped(after_one.sensor())
 
 
-def test_an_iteration_that_waits_for_the_batch_api(after_one: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iteration_waiting_for_the_batch_api(after_one: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openai", reason="needs the extra `judges`")
     from resources.judges.client import Call, judge_calls
     from resources.judges.errors import BatchPendingError
@@ -194,29 +194,29 @@ def test_halts_on_a_blocking_check(after_one: Loop) -> None:
     after_one.store.assign(
         NAME, 1, "evaluation", pointer.artifact, settings=dict(pointer.settings), checks={"diversity": False}
     )
-    told = skipped(after_one.sensor())
-    assert told.startswith(f"{NAME} halts at iteration 1") and "failed its check diversity" in told
+    reason = skipped(after_one.sensor())
+    assert reason.startswith(f"{NAME} halts at iteration 1") and "failed its check diversity" in reason
 
 
 def test_halts_on_a_stale_iteration(after_one: Loop) -> None:
     after_one.configure(TOY.replace("max_new_tokens: 16", "max_new_tokens: 17"))
-    told = skipped(after_one.schedule())
-    assert told.startswith(f"{NAME} halts at iteration 1") and "max_new_tokens: 16 -> 17" in told
+    reason = skipped(after_one.schedule())
+    assert reason.startswith(f"{NAME} halts at iteration 1") and "max_new_tokens: 16 -> 17" in reason
 
 
-def test_an_experiment_that_cannot_be_read_halts_only_itself(after_one: Loop) -> None:
+def test_unreadable_experiment_halts_only_itself(after_one: Loop) -> None:
     after_one.configure(TOY.replace("iterations: 3", "iteration: 3"))
-    told = skipped(after_one.sensor())
-    assert told.startswith(f"{NAME} cannot run") and "did you mean 'iterations'" in told
+    reason = skipped(after_one.sensor())
+    assert reason.startswith(f"{NAME} cannot run") and "did you mean 'iterations'" in reason
 
 
-def test_next_cell_needs_no_dagster(after_one: Loop) -> None:
+def test_next_cell_does_not_need_dagster(after_one: Loop) -> None:
     assert next_cell(after_one.store, NAME).cell == Cell(NAME, 2)
 
 
-def test_a_run_whose_process_is_gone_blocks_nothing(after_one: Loop) -> None:
+def test_run_of_a_dead_process_does_not_block(after_one: Loop) -> None:
     run = str(uuid4())
-    gone = process_tag(run)[PROCESS_TAG].rpartition(":")[0] + ":1"  # our number, started long ago
+    gone = process_tag(run)[PROCESS_TAG].rpartition(":")[0] + ":1"  # our pid, started long ago
     keys = {"dagster/partition": str(Cell(NAME, 2).key), EXPERIMENT_TAG: NAME, PROCESS_TAG: gone}
     started = dg.DagsterRunStatus.STARTED
     after_one.instance.add_run(dg.DagsterRun("iteration", run_id=run, status=started, tags=keys))
@@ -224,7 +224,7 @@ def test_a_run_whose_process_is_gone_blocks_nothing(after_one: Loop) -> None:
     assert after_one.instance.get_run_by_id(run).status == dg.DagsterRunStatus.FAILURE
 
 
-def test_a_run_is_marked_with_its_process(loop: Loop) -> None:
+def test_run_is_tagged_with_its_process(loop: Loop) -> None:
     assert loop.run(1)
     [run] = loop.instance.get_runs()
     assert run.tags[PROCESS_TAG] == process_tag(run.run_id)[PROCESS_TAG]

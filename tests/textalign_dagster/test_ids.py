@@ -1,4 +1,4 @@
-"""Ids and seeds: stable for ever, and different where things differ."""
+"""Ids and seeds: stable forever, and distinct for distinct inputs."""
 
 from __future__ import annotations
 
@@ -18,72 +18,72 @@ plain = st.recursive(
 
 
 def test_golden_values() -> None:
-    # Tables of earlier versions are joined by these: a change orphans everything that was ever made.
+    # Tables of earlier versions are joined on these: a change orphans all existing artifacts.
     assert content_hash("prompt", "def f():") == "69e85303073b2564263f3129"
     assert content_hash("a", 1, 1.5, None, True, {"b": [1], "a": "ü"}) == "656e593a7db5a0aa4034fa1b"
     assert derive_seed(0, "draw", 1, "p", 0) == 9148666911444569172
     assert derive_seed() == 5881956788632184579
 
 
-def test_boundaries_and_types_count() -> None:
+def test_boundaries_and_types_change_the_hash() -> None:
     values = [("ab", "c"), ("a", "bc"), ("abc",), (["a", "b", "c"],), ("a", "b", "c"), (1,), ("1",), (1.0,), (None,),
               ("null",), (True,), ("",), ("", ""), ({},), ([],), ()]  # fmt: skip
     assert len({content_hash(*value) for value in values}) == len(values)
 
 
-def test_the_order_of_fields_does_not_count_that_of_lists_does() -> None:
+def test_field_order_is_ignored_but_list_order_is_not() -> None:
     assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
     assert content_hash([1, 2]) != content_hash([2, 1])
 
 
-def test_nan_is_refused() -> None:
+def test_nan_and_infinity_are_rejected() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON compliant"):
             content_hash(value)
 
 
-def test_surrogates_are_hashed_not_refused_late() -> None:
+def test_lone_surrogates_are_rejected() -> None:
     with pytest.raises(UnicodeEncodeError):
         content_hash("\ud800")
 
 
 @given(plain, plain)
-def test_a_hash_is_24_hex_digits_and_tells_values_apart(a: object, b: object) -> None:
+def test_hash_is_24_hex_digits_and_distinguishes_values(a: object, b: object) -> None:
     assert len(content_hash(a)) == 24
     assert int(content_hash(a), 16) >= 0
     assert (content_hash(a) == content_hash(b)) == (canonical_json(a) == canonical_json(b))
 
 
 @given(plain)
-def test_a_seed_fits_a_signed_64_bit_integer(value: object) -> None:
+def test_seed_fits_a_signed_64_bit_integer(value: object) -> None:
     assert 0 <= derive_seed(value) < 2**63
 
 
-def test_seeds_spread() -> None:
+def test_seeds_are_spread_evenly() -> None:
     seeds = [derive_seed(0, i) for i in range(2000)]
     assert len(set(seeds)) == 2000
     assert abs(sum(seed >> 62 for seed in seeds) - 1000) < 150  # the top bit is a fair coin
 
 
 def test_folder_hash(tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
+    first, second = tmp_path / "one", tmp_path / "two"
+    for folder in (first, second):
         (folder / "sub").mkdir(parents=True)
         (folder / "a").write_text("1")
         (folder / "sub" / "b").write_text("2")
-    before = folder_hash(one)
-    assert before == folder_hash(two)
-    (one / ".hidden").write_text("x")
-    assert folder_hash(one) == before
-    (one / "c").write_text("")
-    assert folder_hash(one) != before
-    assert folder_hash(one, ["a"]) == folder_hash(two, ["a"])
-    (two / "a").rename(two / "aa")
-    assert folder_hash(two) != before  # names count
-    assert folder_hash(one, ["a", "c"]) == folder_hash(one, ["c", "a"])
-    (one / "a").write_text("12")
-    (one / "sub" / "b").write_text("")
-    assert folder_hash(one) != before  # and where a file ends
+    before = folder_hash(first)
+    assert before == folder_hash(second)
+    (first / ".hidden").write_text("x")
+    assert folder_hash(first) == before
+    (first / "c").write_text("")
+    assert folder_hash(first) != before
+    assert folder_hash(first, ["a"]) == folder_hash(second, ["a"])
+    (second / "a").rename(second / "aa")
+    assert folder_hash(second) != before  # file names matter
+    assert folder_hash(first, ["a", "c"]) == folder_hash(first, ["c", "a"])
+    (first / "a").write_text("12")
+    (first / "sub" / "b").write_text("")
+    assert folder_hash(first) != before  # and so do file boundaries
 
 
 def test_settings_diff() -> None:
@@ -98,11 +98,9 @@ def test_settings_diff() -> None:
     st.dictionaries(st.text(max_size=3), plain, max_size=4),
     st.dictionaries(st.text(max_size=3), plain, max_size=4),
 )
-def test_equal_settings_have_no_difference_and_others_have(
-    a: dict[str, object], b: dict[str, object]
-) -> None:
+def test_diff_is_empty_only_for_equal_settings(a: dict[str, object], b: dict[str, object]) -> None:
     assert settings_diff(a, a) == []
-    # A field that is absent and one that is None mean the same to whoever reads the difference.
-    bare = [{k: v for k, v in one.items() if v is not None} for one in (a, b)]
-    if bare[0] != bare[1] and not any(isinstance(v, dict) for one in bare for v in one.values()):
+    # In a diff, an absent field and one that is None are the same.
+    bare = [{k: v for k, v in settings.items() if v is not None} for settings in (a, b)]
+    if bare[0] != bare[1] and not any(isinstance(v, dict) for settings in bare for v in settings.values()):
         assert settings_diff(a, b)

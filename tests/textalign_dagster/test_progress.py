@@ -1,4 +1,4 @@
-"""Progress: shown to whoever looks, logged for the others, and quiet where it should be."""
+"""Progress: passed to a sink if there is one, logged otherwise, and plain text without a terminal."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from textalign_dagster.cli.console import ProgressLines
 from textalign_dagster.progress import Finished, Step, announce, reporter, shown_by
 
 
-def test_nobody_looks() -> None:
+def test_announce_without_a_sink() -> None:
     announce(Step("c", "s", 1, 2))  # nothing happens
 
 
-def test_whoever_looks_sees_steps_of_all_threads() -> None:
+def test_sink_receives_steps_from_all_threads() -> None:
     seen: list[Step | Finished] = []
     with shown_by(seen.append):
         report = reporter("toy|001", "generations", log=pytest.fail)
@@ -29,7 +29,7 @@ def test_whoever_looks_sees_steps_of_all_threads() -> None:
     assert seen == [Step("toy|001", "generations", 1, 2, "fast"), Step("toy|001", "generations", 2, 2)]
 
 
-def test_the_one_who_looked_before_looks_again_also_after_an_error() -> None:
+def test_previous_sink_is_restored_even_after_an_error() -> None:
     outer: list[object] = []
     inner: list[object] = []
     with shown_by(outer.append):
@@ -40,7 +40,7 @@ def test_the_one_who_looked_before_looks_again_also_after_an_error() -> None:
     assert (len(outer), len(inner)) == (1, 1)
 
 
-def test_without_anybody_it_is_logged_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_logged_periodically_without_a_sink(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 6.0, 7.0, 12.0, 20.0])
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     logged: list[str] = []
@@ -62,20 +62,20 @@ def lines(terminal: bool, *events: Step | Finished) -> str:
     return out.getvalue()
 
 
-def test_a_line_for_each_finished_stage() -> None:
-    told = lines(
+def test_one_line_for_each_finished_stage() -> None:
+    output = lines(
         False,
         Step("a|001", "x", 1, 2),
         Finished("a|001", "x", "[12] rows", False),
         Finished("a|001", "y", "h", True),
     )
-    assert [line.split() for line in told.splitlines()] == [
+    assert [line.split() for line in output.splitlines()] == [
         ["a|001", "x", "0.0", "s", "[12]", "rows"],
         ["a|001", "y", "reused", "h"],
     ]
 
 
-def test_no_control_characters_where_there_is_no_terminal() -> None:
+def test_no_control_characters_without_a_terminal() -> None:
     assert "\x1b" not in lines(False, Step("a|001", "x", 1, 2), Finished("a|001", "x", "h", False))
     assert "\x1b" in lines(
         True, Step("a|001", "x", 1, 2), Step("a|001", "y", 1, 1), Finished("a|001", "y", "h", False)

@@ -1,4 +1,4 @@
-"""Prompt files are checked before anything is paid for; draws are pure functions of their seed."""
+"""Prompt files are checked before any money is spent; draws are pure functions of their seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def table(count: int) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "expected"),
     [
         ("a.jsonl", None, "a.jsonl: no such prompt file"),
         ("a.txt", b"x", "a.txt: prompt files end in .jsonl, .json, .csv, .parquet"),
@@ -63,18 +63,20 @@ def table(count: int) -> pl.DataFrame:
         ("a.parquet", b"PAR1 nonsense PAR1", "a.parquet: cannot be read as .parquet: "),
     ],
 )
-def test_a_bad_file_is_one_message(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+def test_bad_file_raises_a_one_line_message(
+    tmp_path: Path, name: str, content: bytes | None, expected: str
+) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SettingsError) as caught:
         read_prompt_file(tmp_path / name)
     message = str(caught.value)
-    assert says in message
+    assert expected in message
     assert message.startswith(str(tmp_path / name))
     assert "\n" not in message
 
 
-def test_a_folder_and_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_and_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in (".jsonl", ".csv", ".parquet"):
         (tmp_path / f"d{suffix}").mkdir()
         with pytest.raises(SettingsError, match="is a folder; give one file"):
@@ -88,7 +90,7 @@ def test_a_folder_and_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: p
         read_prompt_file(tmp_path / "x.jsonl")
 
 
-def test_parquet_of_another_type(tmp_path: Path) -> None:
+def test_parquet_with_the_wrong_type(tmp_path: Path) -> None:
     pl.DataFrame({"prompt": [1, 2]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(SettingsError, match="column `prompt` holds Int64, not text"):
         read_prompt_file(tmp_path / "a.parquet")
@@ -98,27 +100,27 @@ def test_parquet_of_another_type(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_the_three_formats_say_the_same(tmp_path: Path, suffix: str) -> None:
-    wanted = pl.DataFrame(
+def test_all_three_formats_are_read_the_same(tmp_path: Path, suffix: str) -> None:
+    expected = pl.DataFrame(
         {"prompt": ["a\nb", 'say "ü", 1', "3", "c\u2028d"], "reference": ["r", "", None, "x"]}
     )
     path = tmp_path / f"p.{suffix}"
     if suffix == "jsonl":
         extra = [{"meta": {"x": 1}}, {"meta": [2]}, {"meta": "three"}, {}]
-        rows = [{**row, **more} for row, more in zip(wanted.to_dicts(), extra, strict=True)]
+        rows = [{**row, **more} for row, more in zip(expected.to_dicts(), extra, strict=True)]
         path.write_text(
             "\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
         )
     elif suffix == "csv":
-        wanted.with_columns(meta=pl.lit(1)).write_csv(path)
+        expected.with_columns(meta=pl.lit(1)).write_csv(path)
     else:
-        wanted.write_parquet(path)
-    found = read_prompt_file(path)
-    assert found.columns == ["prompt", "reference", "source", "source_revision"]
-    assert found["prompt"].to_list() == wanted["prompt"].to_list()
-    assert found["reference"].fill_null("").to_list() == wanted["reference"].fill_null("").to_list()
-    assert set(found["source"]) == {path.name}
-    assert found["source_revision"].n_unique() == 1
+        expected.write_parquet(path)
+    prompts = read_prompt_file(path)
+    assert prompts.columns == ["prompt", "reference", "source", "source_revision"]
+    assert prompts["prompt"].to_list() == expected["prompt"].to_list()
+    assert prompts["reference"].fill_null("").to_list() == expected["reference"].fill_null("").to_list()
+    assert set(prompts["source"]) == {path.name}
+    assert prompts["source_revision"].n_unique() == 1
 
 
 def test_references_are_optional(tmp_path: Path) -> None:
@@ -159,25 +161,25 @@ def test_a_draw_is_a_pure_function_of_prompts_seed_and_iteration(
         if "weights" in settings
         else None
     )
-    one, two = (
+    first, second = (
         draw(p, iteration, seed, per_iteration=count // 2, by=by, **settings)
         for p in (prompts, prompts[order])
     )
-    assert one.equals(two)  # the order in which a source lists its prompts does not matter
-    assert one.schema == PROMPT_DRAWS
-    assert one["draw_id"].n_unique() == one["seed"].n_unique() == one.height == count // 2
-    for row in one.iter_rows(named=True):
+    assert first.equals(second)  # the order in which a source lists its prompts does not matter
+    assert first.schema == PROMPT_DRAWS
+    assert first["draw_id"].n_unique() == first["seed"].n_unique() == first.height == count // 2
+    for row in first.iter_rows(named=True):
         assert row["prompt_id"] == prompt_id(row["prompt"])
         assert row["seed"] == derive_seed(seed, "draw", iteration, row["prompt_id"], row["draw_index"])
     if settings["draw"] != "with_replacement":
-        assert one["prompt_id"].n_unique() == one.height
-        assert (one["draw_index"] == 0).all()
+        assert first["prompt_id"].n_unique() == first.height
+        assert (first["draw_index"] == 0).all()
 
 
 def test_draws_differ_by_seed_and_by_iteration() -> None:
     for settings in SETTINGS[:2]:
         drawn = [draw(table(50), k, s, per_iteration=10, **settings) for k in (1, 2) for s in (0, 1)]
-        assert len({tuple(one["prompt"]) for one in drawn}) == 4
+        assert len({tuple(frame["prompt"]) for frame in drawn}) == 4
         assert pl.concat(drawn)["draw_id"].n_unique() == 40
 
 
@@ -201,7 +203,7 @@ def test_windows_are_disjoint_and_run_out() -> None:
         draw(table(11), 9, per_iteration=5, draw="windows")
 
 
-def test_no_more_than_there_are() -> None:
+def test_cannot_draw_more_prompts_than_exist() -> None:
     assert draw(table(5), per_iteration=5)["prompt"].n_unique() == 5
     with pytest.raises(
         SettingsError, match="6 prompts requested in iteration 1, but without_replacement can draw 5 of 5"
@@ -230,31 +232,31 @@ def test_weights_are_finite_and_not_negative(value: float) -> None:
 
 
 def test_weighted_draws_have_the_frequencies_of_successive_sampling() -> None:
-    """Two of {1, 2, 3} without replacement, one after the other in proportion to weight.
+    """Two of {1, 2, 3} drawn one after the other without replacement, in proportion to weight.
 
-    By hand: P(3 is in) = 3/6 + 2/6 * 3/4 + 1/6 * 3/5 = 0.85; of 2: 2/6 + 3/6 * 2/3 + 1/6 * 2/5 = 0.7333;
-    of 1: 2 - 0.85 - 0.7333 = 0.4167.
+    By hand: P(3 is drawn) = 3/6 + 2/6 * 3/4 + 1/6 * 3/5 = 0.85; for 2: 2/6 + 3/6 * 2/3 + 1/6 * 2/5 = 0.7333;
+    for 1: 2 - 0.85 - 0.7333 = 0.4167.
     """
     by = weights(1, 2, 3)
     n = 2000
-    found = pl.concat(
+    drawn = pl.concat(
         draw(table(3), k, per_iteration=2, draw="weighted", weights="q", by=by) for k in range(1, n + 1)
     )
-    share = dict(found.group_by("prompt").agg(pl.len() / n).rows())
-    for prompt, wanted in (("prompt 0", 0.4167), ("prompt 1", 0.7333), ("prompt 2", 0.85)):
-        assert abs(share[prompt] - wanted) < 4 * np.sqrt(wanted * (1 - wanted) / n)
+    share = dict(drawn.group_by("prompt").agg(pl.len() / n).rows())
+    for prompt, expected in (("prompt 0", 0.4167), ("prompt 1", 0.7333), ("prompt 2", 0.85)):
+        assert abs(share[prompt] - expected) < 4 * np.sqrt(expected * (1 - expected) / n)
 
 
 def test_unweighted_draws_are_uniform() -> None:
     n = 800
-    for settings, wanted in ((SETTINGS[0], 0.4), (SETTINGS[1], 0.4)):
-        found = pl.concat(draw(table(5), k, per_iteration=2, **settings) for k in range(1, n + 1))
-        for _, share in found.group_by("prompt").agg(pl.len() / n).rows():
-            assert abs(share - wanted) < 0.08
+    for settings, expected in ((SETTINGS[0], 0.4), (SETTINGS[1], 0.4)):
+        drawn = pl.concat(draw(table(5), k, per_iteration=2, **settings) for k in range(1, n + 1))
+        for _, share in drawn.group_by("prompt").agg(pl.len() / n).rows():
+            assert abs(share - expected) < 0.08
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_a_path_with_brackets_is_no_pattern(tmp_path: Path, kind: str) -> None:
+def test_path_with_brackets_is_not_a_glob_pattern(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"prompts[v2]*.{kind}"
     frame = pl.DataFrame({"prompt": ["a"]})
     frame.write_csv(path) if kind == "csv" else frame.write_parquet(path)

@@ -1,4 +1,4 @@
-"""The shipped experiments as files: each loads, and stands beside a null control."""
+"""The shipped experiment files: each loads and has a null control where it needs one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
 
 
 def is_controlled(experiment: Experiment, control: str | None) -> bool:
-    """Whether it has a control exactly if it trains a policy on feedback: a reward model is none. A judge may have one."""
+    """Whether there is a control if and only if a policy is trained on feedback; always true for a judge, which may have one."""
     if isinstance(experiment.method, ForwardPrediction):
         return True
     return (control is not None) == (
@@ -24,24 +24,24 @@ def is_controlled(experiment: Experiment, control: str | None) -> bool:
 
 
 @pytest.mark.parametrize("name", LIBRARY.paths)
-def test_it_names_a_control_that_controls_it(name: str) -> None:
+def test_experiment_has_a_matching_control(name: str) -> None:
     experiment, control = LIBRARY.load(name), LIBRARY.control_of(name)
     assert experiment.description
     assert is_controlled(experiment, control)
     if control is not None:
-        # Both train on as many rows, as far as the settings tell.
-        kept, same = (LIBRARY.load(n) for n in (name, control))
+        # Both train on the same number of rows, as far as the settings show.
+        treatment, baseline = (LIBRARY.load(n) for n in (name, control))
         rows = [
             (e.prompts.per_iteration or 0) * e.sampling.samples_per_prompt
             if e.datapool.draws_all
             else e.datapool.samples or (e.datapool.samples_per_bucket or 0) * len(e.method.buckets)
-            for e in (kept, same)
+            for e in (treatment, baseline)
         ]
         assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("name", LIBRARY.paths)
-def test_it_can_be_made_tiny_and_its_control_with_it(name: str, tmp_path: Path) -> None:
+def test_experiment_and_control_can_be_scaled_down(name: str, tmp_path: Path) -> None:
     models = ToyModels(*(tmp_path / kind for kind in ("policy", "classifier", "reward_model", "corpus")))
     overrides = shipped_overrides(LIBRARY.load(name), models, "http://localhost:1/v1")
     variant = LIBRARY.variant(name, overrides, tmp_path / "variants")

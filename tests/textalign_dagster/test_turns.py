@@ -1,4 +1,4 @@
-"""Dialogues by hand: what is a turn, what is only text, what is shown to a policy and in which words."""
+"""Dialogues worked out by hand: what is a turn, what is plain text, and what a policy is shown."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ HH = "\n\nHuman: Hi there.\n\nAssistant: Hello!\n\nHuman: What is 2 + 2?\n\nAssi
 
 
 def turns(*texts: str) -> tuple[Message, ...]:
-    """The person speaks first."""
+    """Alternating turns; the user speaks first."""
     return tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
 
 
-def test_a_transcript_of_hh() -> None:
+def test_hh_transcript() -> None:
     assert parse_transcript(HH) == turns("Hi there.", "Hello!", "What is 2 + 2?", "Four.")
     assert parse_transcript(HH.replace("\n", "\r\n")) == parse_transcript(HH)
     assert parse_transcript("Human: Hi\n\nAssistant:") == turns("Hi", "")
@@ -55,18 +55,18 @@ def test_a_transcript_of_hh() -> None:
         "Human: at the very start",
     ],
 )
-def test_what_only_looks_like_a_turn_stays_text(text: str) -> None:
+def test_lookalike_turns_stay_text(text: str) -> None:
     dialogue = turns(text, "Yes.", "And?")
     assert parse_transcript(transcript(dialogue)) == (*dialogue, Message("assistant", ""))
 
 
-def test_several_lines_and_blank_lines_stay_in_a_turn() -> None:
+def test_turns_keep_line_breaks_and_blank_lines() -> None:
     dialogue = turns("One.\n\nTwo.\nThree.", "a\n\nb", "c")
     assert parse_transcript(transcript(dialogue)) == (*dialogue, Message("assistant", ""))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "does not begin with"),
         ("What is 2 + 2?", "does not begin with"),
@@ -74,13 +74,13 @@ def test_several_lines_and_blank_lines_stay_in_a_turn() -> None:
         ("Human:\n\nAssistant: Hello", "a turn is blank"),
     ],
 )
-def test_what_is_no_transcript(text: str, told: str) -> None:
-    with pytest.raises(BadDialogue, match=told):
+def test_invalid_transcripts(text: str, message: str) -> None:
+    with pytest.raises(BadDialogue, match=message):
         parse_transcript(text)
 
 
 PROMPT = "Human: Hi there.\n\nAssistant: Hello!\n\nHuman: What is 2 + 2?\n\nAssistant:"
-SPOKEN = [
+MESSAGES = [
     {"role": "user", "content": "Hi there."},
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": " What is 2 + 2?\n"},
@@ -95,18 +95,18 @@ SPOKEN = [
         ({"prompt": "\n\n" + PROMPT, "reference": " Four. "}, "Four."),
         ({"prompt": PROMPT, "chosen": "Four.", "rejected": "Five."}, "Four."),
         ({"prompt": PROMPT, "chosen": PROMPT + " Four.", "rejected": "x"}, "Four."),
-        ({"messages": SPOKEN}, None),
-        ({"messages": [*SPOKEN, {"role": "assistant", "content": "Four."}], "prompt": "x"}, "Four."),
+        ({"messages": MESSAGES}, None),
+        ({"messages": [*MESSAGES, {"role": "assistant", "content": "Four."}], "prompt": "x"}, "Four."),
     ],
 )
-def test_every_form_of_a_source_is_the_same_prompt(row: dict[str, Any], answer: str | None) -> None:
-    asked = dialogue_of(row)
-    assert transcript(asked.turns) == PROMPT
-    assert asked.answer == answer
+def test_every_source_format_gives_the_same_prompt(row: dict[str, Any], answer: str | None) -> None:
+    dialogue = dialogue_of(row)
+    assert transcript(dialogue.turns) == PROMPT
+    assert dialogue.answer == answer
 
 
 @pytest.mark.parametrize(
-    ("row", "told"),
+    ("row", "message"),
     [
         ({"text": "x"}, "no dialogue in"),
         ({"chosen": PROMPT + " Four.\n\nHuman: Thanks"}, "does not end with the assistant's turn"),
@@ -118,12 +118,12 @@ def test_every_form_of_a_source_is_the_same_prompt(row: dict[str, Any], answer: 
         ({"messages": [{"role": "user"}]}, "no text in `content`"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "role 'tool'"),
         ({"messages": [{"role": "user", "content": " "}]}, "a turn is blank"),
-        ({"messages": [*SPOKEN, {"role": "system", "content": "x"}]}, "comes after another"),
+        ({"messages": [*MESSAGES, {"role": "system", "content": "x"}]}, "comes after another"),
         ({"messages": [{"role": "system", "content": "x"}]}, "no user turn"),
     ],
 )
-def test_rows_that_are_no_dialogue_say_why(row: dict[str, Any], told: str) -> None:
-    with pytest.raises(BadDialogue, match=told):
+def test_rows_without_a_dialogue_report_the_reason(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadDialogue, match=message):
         dialogue_of(row)
 
 
@@ -132,32 +132,32 @@ WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(WORDS.filter(lambda text: "\n\n" not in text), min_size=1, max_size=7))
-def test_what_is_written_is_read_back(texts: list[str]) -> None:
-    spoken = turns(*texts[: len(texts) - (len(texts) + 1) % 2])
-    assert parse_transcript(transcript(spoken)) == (*spoken, Message("assistant", ""))
+def test_transcript_round_trip(texts: list[str]) -> None:
+    dialogue = turns(*texts[: len(texts) - (len(texts) + 1) % 2])
+    assert parse_transcript(transcript(dialogue)) == (*dialogue, Message("assistant", ""))
 
 
-def test_the_oldest_turns_go_first_and_the_last_one_stays() -> None:
-    spoken = turns("first", "second", "third", "fourth", "fifth")
-    whole = transcript(spoken)
-    assert shortened(spoken, transcript, None, None) == whole
-    assert shortened(spoken, transcript, None, len(whole)) == whole
+def test_oldest_turns_are_dropped_first_and_the_last_one_is_kept() -> None:
+    dialogue = turns("first", "second", "third", "fourth", "fifth")
+    whole = transcript(dialogue)
+    assert shortened(dialogue, transcript, None, None) == whole
+    assert shortened(dialogue, transcript, None, len(whole)) == whole
     later = "Human: third\n\nAssistant: fourth\n\nHuman: fifth\n\nAssistant:"
-    assert shortened(spoken, transcript, None, len(whole) - 1) == later
-    assert shortened(spoken, transcript, 4, None) == later  # four would begin with the assistant's
-    assert shortened(spoken, transcript, 3, None) == later
+    assert shortened(dialogue, transcript, None, len(whole) - 1) == later
+    assert shortened(dialogue, transcript, 4, None) == later  # the last four begin with an assistant turn
+    assert shortened(dialogue, transcript, 3, None) == later
     last = "Human: fifth\n\nAssistant:"
-    assert shortened(spoken, transcript, 2, None) == shortened(spoken, transcript, 1, None) == last
-    assert shortened(spoken, transcript, None, len(last)) == last
+    assert shortened(dialogue, transcript, 2, None) == shortened(dialogue, transcript, 1, None) == last
+    assert shortened(dialogue, transcript, None, len(last)) == last
     with pytest.raises(BadDialogue, match="its last turn alone is longer than 10 characters"):
-        shortened(spoken, transcript, None, 10)
+        shortened(dialogue, transcript, None, 10)
 
 
-def test_a_system_message_stays_and_transcripts_have_none() -> None:
-    spoken = (Message("system", "Be brief."), *turns("a", "b", "c"))
+def test_system_message_is_kept_but_rejected_in_transcripts() -> None:
+    dialogue = (Message("system", "Be brief."), *turns("a", "b", "c"))
     with pytest.raises(BadDialogue, match="a system message"):
-        transcript(spoken)
-    assert shortened(spoken, templated(CHATML), 1, None) == (
+        transcript(dialogue)
+    assert shortened(dialogue, templated(CHATML), 1, None) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
     )
 
@@ -171,14 +171,14 @@ CHATML = ChatTemplate(
 )
 
 
-def test_a_chat_template_ends_with_its_cue() -> None:
+def test_chat_template_ends_with_the_generation_prompt() -> None:
     assert templated(CHATML)(turns("Hi", "Hello", "<b> & 'you'?")) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
         "<|im_start|>user\n<b> & 'you'?<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_a_chat_template_reads_as_transformers_reads_it() -> None:
+def test_chat_template_renders_as_in_transformers() -> None:
     transformers = pytest.importorskip("transformers.utils.chat_template_utils")
     source = (
         "{%- for m in messages -%}\n"
@@ -188,24 +188,24 @@ def test_a_chat_template_reads_as_transformers_reads_it() -> None:
         "{% endfor %}\n"
         "{% if add_generation_prompt %}>{% endif %}"
     )
-    spoken = turns("ä <", "b", "c", "d", "e", "f", "g")
-    messages = [{"role": turn.role, "content": turn.content} for turn in spoken]
-    theirs, _ = transformers.render_jinja_template(
+    dialogue = turns("ä <", "b", "c", "d", "e", "f", "g")
+    messages = [{"role": turn.role, "content": turn.content} for turn in dialogue]
+    expected, _ = transformers.render_jinja_template(
         [messages], chat_template=source, add_generation_prompt=True
     )
-    assert templated(ChatTemplate(source, "x"))(spoken) == theirs[0]
+    assert templated(ChatTemplate(source, "x"))(dialogue) == expected[0]
 
 
-def test_turns_of_one_side_in_a_row_are_one_for_a_template_only() -> None:
-    spoken = (Message("user", "a"), Message("user", "b"))
-    assert alternating(spoken) == [Message("user", "a\n\nb")]
-    assert transcript(spoken) == "Human: a\n\nHuman: b\n\nAssistant:"
+def test_consecutive_turns_of_one_role_are_merged_for_templates_only() -> None:
+    dialogue = (Message("user", "a"), Message("user", "b"))
+    assert alternating(dialogue) == [Message("user", "a\n\nb")]
+    assert transcript(dialogue) == "Human: a\n\nHuman: b\n\nAssistant:"
 
 
 @pytest.mark.parametrize(
     "source", ["{{ raise_exception('roles must alternate') }}", "{{ messages[9].content }}", "{{ 1 / 0 }}"]
 )
-def test_a_template_that_refuses_a_dialogue(source: str) -> None:
+def test_template_that_rejects_a_dialogue(source: str) -> None:
     with pytest.raises(BadDialogue, match="the chat template rejects it"):
         templated(ChatTemplate(source, "x"))(turns("a"))
 
@@ -218,12 +218,12 @@ def test_a_template_that_refuses_a_dialogue(source: str) -> None:
         "{{ raise_exception.__globals__['json'] }}",
     ],
 )
-def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
+def test_template_cannot_escape_its_sandbox(source: str) -> None:
     with pytest.raises(BadDialogue, match="unsafe"):
         templated(ChatTemplate(source, "x"))(turns("a"))
 
 
-def test_a_template_that_is_none(tmp_path: Path) -> None:
+def test_invalid_templates(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"x is not a chat template \(line 2: "):
         templated(ChatTemplate("a\n{% for %}", "x"))
     with pytest.raises(SettingsError, match="uses `eos_token`, which is unknown for a file"):
@@ -232,7 +232,7 @@ def test_a_template_that_is_none(tmp_path: Path) -> None:
         template_file(tmp_path / "none.jinja")
 
 
-def test_the_template_of_a_model(tmp_path: Path) -> None:
+def test_chat_template_of_a_model(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="has no chat template; give a file"):
         template_of_model(tmp_path)
     config = {"chat_template": "a{{ eos_token }}", "eos_token": {"content": "</s>"}}
@@ -246,7 +246,7 @@ def test_the_template_of_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "on"),
+    ("text", "expected"),
     [
         (" Sure.\n\nHuman: Thanks!\n\nAssistant: Bye.", True),
         ("\n\nHuman: Hello?", True),
@@ -257,8 +257,8 @@ def test_the_template_of_a_model(tmp_path: Path) -> None:
         ("", False),
     ],
 )
-def test_an_answer_that_runs_on(text: str, on: bool) -> None:
-    assert runs_on(text) is on
+def test_an_answer_that_runs_on(text: str, expected: bool) -> None:
+    assert runs_on(text) is expected
 
 
 def test_measures_by_hand() -> None:
@@ -274,8 +274,8 @@ def test_measures_by_hand() -> None:
             ],
         }
     )  # fmt: skip
-    found = measured(samples)
-    assert found.to_dict(as_series=False) == {
+    measures = measured(samples)
+    assert measures.to_dict(as_series=False) == {
         "sample_id": list("abcdef"),
         "very_helpful": [1.0, 0.0, 0.0, None, 0.0, None],
         "helpful": [0.0, 0.0, 1.0, None, 0.0, None],
@@ -287,6 +287,6 @@ def test_measures_by_hand() -> None:
         "cut_off": [0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
         "runs_on": [0.0, 0.0, 1.0, 0.0, 0.0, 0.0],
     }
-    nothing = measured(samples.with_columns(score=None, label=None))
-    assert nothing["harmless"].null_count() == nothing["score"].null_count() == 6
-    assert all(kind == pl.Float64 for name, kind in nothing.schema.items() if name != "sample_id")
+    unjudged = measured(samples.with_columns(score=None, label=None))
+    assert unjudged["harmless"].null_count() == unjudged["score"].null_count() == 6
+    assert all(kind == pl.Float64 for name, kind in unjudged.schema.items() if name != "sample_id")

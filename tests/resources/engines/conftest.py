@@ -1,4 +1,4 @@
-"""What tests of several engines share."""
+"""Fixtures shared by the tests of several engines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from resources.engines.transformers.sampler import TransformersSampler
 
 @pytest.fixture(scope="module")
 def embedded() -> Iterator[TransformersSampler]:
-    """The embedded engine, beside which others are measured."""
+    """The embedded engine, with which the others are compared."""
     with TransformersSampler(threads=1, batch_size=64) as opened:
         yield opened

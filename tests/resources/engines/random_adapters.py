@@ -1,4 +1,4 @@
-"""Random LoRA adapters, far from nothing, and the same merged into their model."""
+"""Random LoRA adapters with a large effect, and the same adapters merged into their model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Adapter:
 def save_adapter(
     base: Path, folder: Path, seed: int, rank: int = 3, targets: str | list[str] = "all-linear"
 ) -> Adapter:
-    """An adapter over a model with the tokenizer of `tiny_models`."""
+    """Save an adapter on top of a model that uses the tokenizer of `tiny_models`."""
     import peft
 
     model = AutoModelForCausalLM.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""Sampling in chunks, with an engine that can be interrupted; a real one that is killed is in tests/integration."""
+"""Sampling in chunks, with a fake engine that can be interrupted; tests/integration kills a real one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ REQUESTS = [Request(f"prompt {index}", tuple(range(index, index + 3))) for index
 
 
 class Engine:
-    """Says prompt and seed; writes down what it is asked for; fails in call number ``fails``."""
+    """Echoes prompt and seed; records the prompts of each call; fails in call number ``fails``."""
 
     engine, engine_version, on_accelerator = "echo", "1", False
 
     def __init__(self, fails: int = 0, version: str = "1") -> None:
         self.fails, self.engine_version = fails, version
         self.load_seconds = 0.0
-        self.asked: list[list[str]] = []
+        self.calls: list[list[str]] = []
 
     def generate(
         self, model: Path, requests: Sequence[Request], decoding: Decoding, progress: Progress | None = None
     ) -> list[list[Completion]]:
-        self.asked.append([request.prompt for request in requests])
+        self.calls.append([request.prompt for request in requests])
         self.load_seconds += 0.001
-        if len(self.asked) == self.fails:
+        if len(self.calls) == self.fails:
             raise SamplerError("the power is off")
         total = sum(len(request.seeds) for request in requests)
         assert progress is not None
@@ -64,14 +64,14 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
 
 
 def run(store: ArtifactStore, engine: Engine, size: int = 6, **changed: Any) -> Sampled:
-    asked = {"policy_hash": "abc", "decoding": DECODING, "requests": REQUESTS, **changed}
+    options = {"policy_hash": "abc", "decoding": DECODING, "requests": REQUESTS, **changed}
     seen: list[tuple[int, int]] = []
-    found = sample(
-        store, engine, Path("policy"), asked["policy_hash"], asked["requests"], asked["decoding"], size,
+    sampled = sample(
+        store, engine, Path("policy"), options["policy_hash"], options["requests"], options["decoding"], size,
         lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == sorted(seen) and all(total == 12 for _, total in seen)
-    return found
+    return sampled
 
 
 def test_chunks_are_cut_between_requests() -> None:
@@ -82,24 +82,24 @@ def test_chunks_are_cut_between_requests() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 6, 11, 12, 100])
-def test_the_size_of_a_chunk_changes_nothing(store: ArtifactStore, size: int) -> None:
+def test_chunk_size_does_not_change_the_completions(store: ArtifactStore, size: int) -> None:
     whole = Engine().generate(Path("policy"), REQUESTS, DECODING, lambda done, total: None)
     sampled = run(store, Engine(), size)
     assert sampled.completions == whole
-    assert bool(sampled.chunks) == (size < 12)  # what fits into one is not kept apart
+    assert bool(sampled.chunks) == (size < 12)  # a single chunk is not stored separately
     assert sampled.found == 0
     assert sampled.seconds["load"] == pytest.approx(0.001 * max(1, len(sampled.chunks)))
 
 
-def test_an_interruption_costs_one_chunk(store: ArtifactStore) -> None:
+def test_an_interrupt_costs_one_chunk(store: ArtifactStore) -> None:
     with pytest.raises(SamplerError, match="the power is off"):
         run(store, Engine(fails=2))
     again = Engine()
     sampled = run(store, again)
-    assert again.asked == [["prompt 2", "prompt 3"]]
+    assert again.calls == [["prompt 2", "prompt 3"]]
     assert sampled.found == 6
     assert sampled.completions == Engine().generate(Path("policy"), REQUESTS, DECODING, lambda *_: None)
-    assert sampled.seconds["load"] == pytest.approx(0.002)  # what the first attempt took is in it
+    assert sampled.seconds["load"] == pytest.approx(0.002)  # includes the first attempt
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,16 @@ def test_an_interruption_costs_one_chunk(store: ArtifactStore) -> None:
         {"version": "2"},
     ],
 )
-def test_chunks_of_something_else_are_not_taken(store: ArtifactStore, changed: dict[str, Any]) -> None:
+def test_chunks_of_different_requests_are_not_reused(store: ArtifactStore, changed: dict[str, Any]) -> None:
     run(store, Engine())
     other = Engine(version=changed.get("version", "1"))
     run(store, other, **changed)
-    assert other.asked[0][0] == changed.get("requests", REQUESTS)[0].prompt
+    assert other.calls[0][0] == changed.get("requests", REQUESTS)[0].prompt
 
 
-def test_chunks_go_when_the_whole_is_published_and_others_are_told(store: ArtifactStore) -> None:
+def test_chunks_are_removed_once_the_artifact_is_published_and_others_are_reported(
+    store: ArtifactStore,
+) -> None:
     run(store, Engine(), policy_hash="never finished")
     kept: list[str] = []
     whole = store.make(
@@ -131,10 +133,10 @@ def test_chunks_go_when_the_whole_is_published_and_others_are_told(store: Artifa
     discard(store, whole)  # again, after a crash between the two
     assert not any(store.find(CHUNK, key) for key in kept)
 
-    said = left_over(store)
-    assert said is not None and said.startswith(
+    message = left_over(store)
+    assert message is not None and message.startswith(
         "2 chunks of sampling runs that are in progress, or were interrupted"
     )
-    assert f" {store.root}/artifacts/{CHUNK} (" in said
-    store.storage.remove(f"artifacts/{CHUNK}")  # as it says
+    assert f" {store.root}/artifacts/{CHUNK} (" in message
+    store.storage.remove(f"artifacts/{CHUNK}")  # as the message says
     assert left_over(store) is None and whole.manifest == store.find("whole", "k").manifest  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Which server is asked, and which is left out; with servers that answer by rule. Real ones: tests/integration."""
+"""Which server gets a request and which is left out, with servers that answer by rule. Real ones: tests/integration."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def completion(name: str, finish: str = "stop") -> tuple[int, Any]:
     return 200, {"choices": [{"text": name, "finish_reason": finish}]}
 
 
-def asked(urls: list[str], count: int, at_once: int) -> tuple[list[str], dict[str, str]]:
-    """Who answered each of some requests, in the order in which they were made; who was left out."""
+def answers_of(urls: list[str], count: int, at_once: int) -> tuple[list[str], dict[str, str]]:
+    """The answers to ``count`` requests, in request order, and the servers that were left out."""
 
     async def run() -> tuple[list[str], dict[str, str]]:
         answers: dict[int, str] = {}
@@ -89,31 +89,31 @@ def asked(urls: list[str], count: int, at_once: int) -> tuple[list[str], dict[st
     return asyncio.run(run())
 
 
-def test_the_least_busy_server_is_asked() -> None:
-    others, nine = [], threading.Event()
+def test_requests_go_to_the_least_busy_server() -> None:
+    quick_prompts, nine_answered = [], threading.Event()
 
     def slow(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        assert nine.wait(20), "the other one was not given the other nine requests meanwhile"
+        assert nine_answered.wait(20), "the quick server did not get the other nine requests meanwhile"
         return completion("slow")
 
     def quick(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        others.append(body["prompt"])
-        if len(others) == 9:
-            nine.set()
+        quick_prompts.append(body["prompt"])
+        if len(quick_prompts) == 9:
+            nine_answered.set()
         return completion("quick")
 
     with server(slow) as one, server(quick) as other:
-        answers, left_out = asked([one, other], 10, at_once=2)
+        answers, left_out = answers_of([one, other], 10, at_once=2)
     assert sorted(answers) == ["quick"] * 9 + ["slow"] and left_out == {}
 
 
 def test_equal_servers_get_equal_shares() -> None:
     with server(lambda *_: completion("a")) as one, server(lambda *_: completion("b")) as other:
-        answers, _ = asked([one, other], 10, at_once=1)
+        answers, _ = answers_of([one, other], 10, at_once=1)
     assert answers == ["a", "b"] * 5
 
 
-def test_requests_of_a_server_that_is_gone_go_to_others() -> None:
+def test_requests_of_a_dead_server_go_to_others() -> None:
     seen: list[int] = []
 
     def dies(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -121,15 +121,15 @@ def test_requests_of_a_server_that_is_gone_go_to_others() -> None:
         return completion("first") if len(seen) < 3 else (0, None)
 
     with server(dies) as one, server(lambda *_: completion("second")) as other:
-        answers, left_out = asked([one, other], 40, at_once=8)
+        answers, left_out = answers_of([one, other], 40, at_once=8)
         assert answers.count("first") == 2 and answers.count("second") == 38
         assert list(left_out) == [one] and left_out[one].startswith("no connection (")
         assert len(seen) <= 2 + 8  # those in flight, and none afterwards
 
 
 @pytest.mark.parametrize("when", ["while it samples", "when it is looked at again"])
-def test_nothing_is_kept_of_a_server_that_has_failed_since(when: str) -> None:
-    """Its weights may have been others when it answered: only what a server is asked in the end tells."""
+def test_answers_of_a_server_that_failed_later_are_discarded(when: str) -> None:
+    """It may have had other weights when it answered: only the check at the end can tell."""
     seen: list[int] = []
 
     def dies(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -138,11 +138,11 @@ def test_nothing_is_kept_of_a_server_that_has_failed_since(when: str) -> None:
 
     class Policy:
         settings: ClassVar = {"batch_size": 2}
-        looks = 0
+        checks = 0
 
         async def unchanged(self, endpoints: Endpoints) -> None:
-            self.looks += 1
-            if when != "while it samples" and self.looks == 1:
+            self.checks += 1
+            if when != "while it samples" and self.checks == 1:
                 endpoints.servers[0].failed = "no connection"
 
     async def run(urls: list[str]) -> list[Any]:
@@ -154,10 +154,10 @@ def test_nothing_is_kept_of_a_server_that_has_failed_since(when: str) -> None:
     policy, counted = Policy(), list[int]()
     with server(dies) as one, server(lambda *_: completion("second")) as other:
         assert asyncio.run(run([one, other])) == [(index, "second") for index in range(20)]
-    assert len(seen) >= 5 and policy.looks == 2 and counted[-1] == 20
+    assert len(seen) >= 5 and policy.checks == 2 and counted[-1] == 20
 
 
-def test_faults_in_a_row_leave_a_server_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_is_left_out_after_consecutive_faults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resources.engines.endpoints.servers.BASE_S", 0.0)
     answered = {"bad": 0, "shaky": 0}
 
@@ -166,20 +166,20 @@ def test_faults_in_a_row_leave_a_server_out(monkeypatch: pytest.MonkeyPatch) -> 
         return 500, {"error": {"message": "EngineCore encountered an issue"}}
 
     def shaky(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        answered["shaky"] += 1  # aborted, refused for now, and then an answer; again and again
+        answered["shaky"] += 1  # aborted, rate-limited, then answered, over and over
         if answered["shaky"] % 3:
             return completion("shaky", "abort") if answered["shaky"] % 3 == 1 else (429, {"error": "busy"})
         return completion("shaky")
 
     with server(bad) as one, server(shaky) as other:
-        answers, left_out = asked([one, other], 6, at_once=1)
+        answers, left_out = answers_of([one, other], 6, at_once=1)
     assert answers == ["shaky"] * 6
     assert left_out == {one: "HTTP 500: EngineCore encountered an issue"}
     assert answered["bad"] == 3
 
 
 def test_a_request_that_always_fails_ends_the_call_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While others succeed it would never be the third failure in a row."""
+    """While other requests succeed, its failures are never three in a row."""
     monkeypatch.setattr("resources.engines.endpoints.servers.BASE_S", 0.0)
 
     def poisoned(path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -206,22 +206,22 @@ def test_a_request_that_always_fails_ends_the_call_with_its_reason(monkeypatch: 
         asyncio.run(run(one))
 
 
-def test_when_all_are_gone_one_sentence_says_why() -> None:
+def test_when_all_servers_are_gone_the_error_gives_each_reason() -> None:
     with (
         server(lambda *_: (0, None)) as one,
         pytest.raises(EndpointError, match=r"no server of sampling.endpoints.urls can be used") as caught,
     ):
-        asked([one, "http://127.0.0.1:9"], 5, at_once=3)
+        answers_of([one, "http://127.0.0.1:9"], 5, at_once=3)
     assert f"{one}: no connection (" in str(caught.value)
     assert "http://127.0.0.1:9: no connection (" in str(caught.value)
     assert str(caught.value).endswith("run this again: finished chunks are kept")
 
 
-def test_a_refused_request_is_not_tried_elsewhere() -> None:
-    count: list[str] = []
+def test_a_refused_request_is_not_retried_elsewhere() -> None:
+    paths: list[str] = []
 
     def refuses(path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        count.append(path)
+        paths.append(path)
         return 400, {"message": "logit_bias out of range"}
 
     with (
@@ -229,12 +229,12 @@ def test_a_refused_request_is_not_tried_elsewhere() -> None:
         server(refuses) as other,
         pytest.raises(EndpointError, match=r"refuses a request \(HTTP 400: .*logit_bias out of range"),
     ):
-        asked([one, other], 3, at_once=1)
-    assert count == ["/v1/completions"]
+        answers_of([one, other], 3, at_once=1)
+    assert paths == ["/v1/completions"]
 
 
 class Fake:
-    """What a server says of its weights; ``changes`` has what it was told to do."""
+    """A server that reports its weights; ``changes`` lists the calls that changed them."""
 
     def __init__(self, root: Path, *, development: bool = True, version: str = "default") -> None:
         self.root, self.development, self.version = root, development, version
@@ -255,18 +255,18 @@ class Fake:
             return 200, {"weight_version": self.version}
         self.changes.append(path)
         if path == "/collective_rpc":
-            assert body == {"method": "reload_weights", "kwargs": {"weights_path": str(self.wanted)}}
+            assert body == {"method": "reload_weights", "kwargs": {"weights_path": str(self.target)}}
             return 200, {"results": [None]}
         if path == "/update_weight_version":
             self.version = body["new_version"]
         return 200, {}
 
-    wanted = Path()
+    target = Path()
 
 
 def prepared(fake: Fake, folder: Path) -> tuple[Server, bool]:
-    """A server that has been given a folder's weights, and whether it still says so."""
-    fake.wanted = folder
+    """A server that was given a folder's weights, and whether it still reports them."""
+    fake.target = folder
 
     async def run(url: str) -> tuple[Server, bool]:
         async with connected([url], key=None, timeout_s=10, connections=2) as endpoints:
@@ -280,34 +280,34 @@ def prepared(fake: Fake, folder: Path) -> tuple[Server, bool]:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
-    """Folders that look like models: two that fit each other, and one with more tokens."""
-    found = {}
+    """Folders that look like models: two with the same shapes, and one with more tokens."""
+    folders = {}
     for name, rows in (("base", 4), ("trained", 4), ("grown", 5)):
-        found[name] = tmp_path / name
-        found[name].mkdir()
-        (found[name] / "config.json").write_text(json.dumps({"vocab_size": rows}))
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps({"vocab_size": rows}))
         header = json.dumps({"w": {"dtype": "F32", "shape": [rows], "data_offsets": [0, 4 * rows]}}).encode()
-        (found[name] / "model.safetensors").write_bytes(
+        (folders[name] / "model.safetensors").write_bytes(
             len(header).to_bytes(8, "little") + header + bytes(4 * rows)
         )
-    return found
+    return folders
 
 
-def test_a_server_is_given_the_policys_weights(folders: dict[str, Path]) -> None:
+def test_a_server_loads_the_policys_weights(folders: dict[str, Path]) -> None:
     fake = Fake(folders["base"])
     one, same = prepared(fake, folders["trained"])
     assert (one.model, one.room, same) == ("x", 64, True)
-    given = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
-    assert fake.changes == given
+    steps = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+    assert fake.changes == steps
     prepared(fake, folders["trained"])
-    assert fake.changes == given  # it has them
+    assert fake.changes == steps  # it already has them
     prepared(fake, folders["base"])
-    assert fake.changes == given * 2  # what it was started with is not what it has now
+    assert fake.changes == steps * 2  # it no longer has the weights it was started with
 
 
-def test_what_cannot_be_served_is_said(folders: dict[str, Path]) -> None:
+def test_weights_that_cannot_be_served_are_reported(folders: dict[str, Path]) -> None:
     frozen = Fake(folders["base"], development=False)
-    assert prepared(frozen, folders["base"])[1]  # what it was started with it does have
+    assert prepared(frozen, folders["base"])[1]  # it still has the weights it was started with
     with pytest.raises(
         ServerFault, match=r"serves .*base, not .*trained, .*start it with VLLM_SERVER_DEV_MODE=1"
     ):
@@ -315,25 +315,25 @@ def test_what_cannot_be_served_is_said(folders: dict[str, Path]) -> None:
     other = Fake(folders["base"])
     with pytest.raises(ServerFault, match=r"weight shapes are not those of .*grown; start another server"):
         prepared(other, folders["grown"])
-    assert other.changes == []  # weights of another shape would have ended it
+    assert other.changes == []  # weights of another shape would have crashed it
     with pytest.raises(ServerFault, match=r"it serves org/model, which is not a folder on this machine"):
         prepared(Fake(Path("org/model")), folders["base"])
 
 
 @pytest.mark.parametrize(
-    ("expected", "known", "given"),
+    ("expected", "known", "loads"),
     [
-        ([-2.0, -2.001, -3.0], None, 1),  # as transformers says
-        (None, [-2.0, -2.0, -3.0], 1),  # nobody is asked; as it said before
-        (None, [-2.0, -2.1, -3.0], 2),  # somebody has changed it since
-        ([-2.0, -2.0, -4.0], None, None),  # it does not have these weights, whatever it is given
+        ([-2.0, -2.001, -3.0], None, 1),  # as computed by transformers
+        (None, [-2.0, -2.0, -3.0], 1),  # nothing to compare with; same as before
+        (None, [-2.0, -2.1, -3.0], 2),  # changed since
+        ([-2.0, -2.0, -4.0], None, None),  # it does not have these weights, whatever is loaded
     ],
 )
-def test_servers_say_by_a_text_which_weights_they_have(
-    folders: dict[str, Path], expected: list[float] | None, known: list[float] | None, given: int | None
+def test_a_probe_text_shows_which_weights_a_server_has(
+    folders: dict[str, Path], expected: list[float] | None, known: list[float] | None, loads: int | None
 ) -> None:
     fake = Fake(folders["base"])
-    fake.wanted = folders["trained"]
+    fake.target = folders["trained"]
     engine = Engine({"verify": expected is not None, "dtype": "float32", "adapters": False})
     engine.folder, engine.label, engine.probed = folders["trained"], "trained#1", [7, 8, 9, 6]
     engine.expected = expected
@@ -350,7 +350,7 @@ def test_servers_say_by_a_text_which_weights_they_have(
             return engine.said
 
     with server(fake) as url:
-        if given is None:
+        if loads is None:
             with pytest.raises(
                 EndpointError, match=r"finds a text 0.33 nats per token .* than transformers does"
             ):
@@ -358,12 +358,12 @@ def test_servers_say_by_a_text_which_weights_they_have(
         else:
             assert asyncio.run(run(url)) == {url: [-2.0, -2.0, -3.0]}
             assert engine.context == 64
-            assert fake.changes.count("/collective_rpc") == given
+            assert fake.changes.count("/collective_rpc") == loads
 
 
-def test_settings_of_endpoints() -> None:
+def test_endpoint_settings() -> None:
     Sampling.model_validate({"engine": "endpoints", "endpoints": {"urls": ["http://a:8000", "https://b"]}})
-    for content, says in (
+    for content, message in (
         ({"endpoints": {"urls": ["http://a"]}}, "endpoints: only for `engine: endpoints`, not transformers"),
         ({"engine": "endpoints"}, "`engine: endpoints` needs"),
         ({"engine": "endpoints", "endpoints": {"urls": []}}, "at least 1 item"),
@@ -371,12 +371,12 @@ def test_settings_of_endpoints() -> None:
         ({"engine": "endpoints", "endpoints": {"urls": ["http://u:secret@a"]}}, "of a carries credentials"),
         ({"engine": "endpoints", "endpoints": {"urls": ["http://a", "http://a"]}}, "is listed twice"),
     ):
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             Sampling.model_validate(content)
 
 
 @pytest.mark.parametrize(
-    ("rule", "says"),
+    ("rule", "message"),
     [
         (lambda path, _: (200, {"version": "0.32.0"}), None),
         (lambda path, _: (404, {}) if path == "/weight_info" else (200, {"version": "0.32.0"}),
@@ -384,21 +384,21 @@ def test_settings_of_endpoints() -> None:
         (lambda path, _: (200, []), "no server answers"),
     ],
 )  # fmt: skip
-def test_servers_are_looked_for_before_anything_is_done(toys: Path, rule: Rule, says: str | None) -> None:
+def test_preflight_looks_for_the_servers(toys: Path, rule: Rule, message: str | None) -> None:
     library = Library((toys, PROJECT / "experiments"))
     with server(rule) as url:
-        asked = ["sampling.engine=endpoints", f"sampling.endpoints.urls=[{url}/v1, http://127.0.0.1:9]"]
-        if says is None:
-            lines = preflight.preflight(library, "toy", asked)
+        overrides = ["sampling.engine=endpoints", f"sampling.endpoints.urls=[{url}/v1, http://127.0.0.1:9]"]
+        if message is None:
+            lines = preflight.preflight(library, "toy", overrides)
             assert f"engine: vLLM 0.32.0 at {url}/v1" in lines
             assert any(line.startswith("engine: no answer at http://127.0.0.1:9 (") for line in lines)
         else:
-            with pytest.raises(SettingsError, match=says) as caught:
-                preflight.preflight(library, "toy", asked)
+            with pytest.raises(SettingsError, match=message) as caught:
+                preflight.preflight(library, "toy", overrides)
             assert "toy.yaml: sampling.endpoints.urls: " in str(caught.value)
 
 
-def test_where_the_servers_are_changes_no_sample(toys: Path) -> None:
+def test_server_addresses_do_not_change_the_samples(toys: Path) -> None:
     from textalign_dagster.loop.stages import stage_settings
 
     library = Library((toys, PROJECT / "experiments"))

@@ -52,43 +52,45 @@ def copy(folders: dict[str, Path], tmp_path: Path) -> Path:
 
 def test_two_processes_give_the_same_completions(folders: dict[str, Path], sampler: Sampler) -> None:
     decoding = Decoding(temperature=1.0, top_p=0.95, max_new_tokens=12)
-    here = {kind: sampler.generate(folder, REQUESTS, decoding) for kind, folder in folders.items()}
+    ours = {kind: sampler.generate(folder, REQUESTS, decoding) for kind, folder in folders.items()}
     with TransformersSampler(threads=1, batch_size=4) as other:
-        there = {kind: other.generate(folders[kind], REQUESTS, decoding) for kind in ("gpt2", "llama")}
-    assert here == there  # also swapped in another order
-    assert here["llama"] != here["gpt2"]
-    assert [len(row) for row in here["llama"]] == [3, 1, 5]
-    assert len({one.text for row in here["llama"] for one in row}) == 9
+        theirs = {kind: other.generate(folders[kind], REQUESTS, decoding) for kind in ("gpt2", "llama")}
+    assert ours == theirs  # also with the models loaded in another order
+    assert ours["llama"] != ours["gpt2"]
+    assert [len(row) for row in ours["llama"]] == [3, 1, 5]
+    assert len({completion.text for row in ours["llama"] for completion in row}) == 9
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_greedy_is_generate_and_text_follows_the_prompt(
+def test_greedy_matches_generate_and_text_continues_the_prompt(
     folders: dict[str, Path], sampler: Sampler, kind: str
 ) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[kind]), tiny_models.tokenizer()
     rows = sampler.generate(folders[kind], REQUESTS, Decoding(temperature=0, max_new_tokens=16))
     for request, row in zip(REQUESTS, rows, strict=True):
-        assert len({(one.text, one.n_tokens) for one in row}) == 1  # every seed
+        assert len({(completion.text, completion.n_tokens) for completion in row}) == 1  # for every seed
         ids = torch.tensor([tokenizer(request.prompt)["input_ids"]])
-        quiet = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=0, pad_token_id=1,
+        config = GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=0, pad_token_id=1,
                                  suppress_tokens=list(range(len(tokenizer), 304)))  # fmt: skip
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=quiet)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         whole = tokenizer.decode(out[0], skip_special_tokens=True)
         assert whole == request.prompt + row[0].text
         assert row[0].n_tokens == out.shape[1] - ids.shape[1]
 
 
-def test_end_lengths_and_bans(folders: dict[str, Path], sampler: Sampler) -> None:
+def test_end_tokens_lengths_and_banned_tokens(folders: dict[str, Path], sampler: Sampler) -> None:
     request = [Request("def", tuple(range(60)))]
     free = sampler.generate(folders["llama"], request, Decoding(temperature=5.0, max_new_tokens=40))[0]
-    assert {one.finish_reason for one in free} == {"stop", "length"}
-    for one in free:
-        assert one.n_tokens == 40 if one.finish_reason == "length" else one.n_tokens <= 40
-        assert "<|end|>" not in one.text
+    assert {completion.finish_reason for completion in free} == {"stop", "length"}
+    for completion in free:
+        assert (
+            completion.n_tokens == 40 if completion.finish_reason == "length" else completion.n_tokens <= 40
+        )
+        assert "<|end|>" not in completion.text
     fixed = Decoding(temperature=5.0, max_new_tokens=20, ignore_eos=True, banned_tokens=("(", "\n"))
-    for one in sampler.generate(folders["llama"], request, fixed)[0]:
-        assert (one.finish_reason, one.n_tokens) == ("length", 20)
-        assert not one.text.startswith(("(", "\n"))
+    for completion in sampler.generate(folders["llama"], request, fixed)[0]:
+        assert (completion.finish_reason, completion.n_tokens) == ("length", 20)
+        assert not completion.text.startswith(("(", "\n"))
 
 
 def test_progress_reaches_the_total(folders: dict[str, Path], sampler: Sampler) -> None:
@@ -99,22 +101,22 @@ def test_progress_reaches_the_total(folders: dict[str, Path], sampler: Sampler) 
     assert seen == sorted(seen)
 
 
-def test_logprobs_are_those_of_the_text_alone(folders: dict[str, Path], sampler: Sampler) -> None:
+def test_logprobs_cover_only_the_text(folders: dict[str, Path], sampler: Sampler) -> None:
     tokenizer = tiny_models.tokenizer()
     model = AutoModelForCausalLM.from_pretrained(folders["gpt2"])
     pairs = [("def add(a, b):", "\n    return a + b"), ("for", " name in names:\n" * 3), ("x", ""),
              ("class Thing:\n", "<|end|>")]  # fmt: skip
-    found = sampler.logprobs(folders["gpt2"], pairs * 3)
-    assert [t for t, _ in found[:4]] == pytest.approx([t for t, _ in found[4:8]], abs=1e-4)
-    assert found[2] == (0.0, 0)
-    for (prompt, text), (total, count) in zip(pairs, found, strict=False):
+    scored = sampler.logprobs(folders["gpt2"], pairs * 3)
+    assert [t for t, _ in scored[:4]] == pytest.approx([t for t, _ in scored[4:8]], abs=1e-4)
+    assert scored[2] == (0.0, 0)
+    for (prompt, text), (total, count) in zip(pairs, scored, strict=False):
         start = tokenizer(prompt)["input_ids"]
         ids = tokenizer(text, split_special_tokens=True)["input_ids"] if text else []
         with torch.inference_mode():
             logits = model(torch.tensor([start + ids])).logits[0].log_softmax(-1)
         terms = [logits[len(start) + i - 1, token].item() for i, token in enumerate(ids)]
         assert (total, count) == (pytest.approx(sum(terms), abs=1e-3), len(ids))
-    assert found[3][1] > 1  # a text that spells the end token is words, not an end
+    assert scored[3][1] > 1  # a text that spells the end token is plain text, not an end
 
 
 def test_a_rewritten_folder_is_loaded_again(copy: Path, sampler: Sampler) -> None:
@@ -192,11 +194,11 @@ def test_a_killed_worker_is_reported_and_replaced(folders: dict[str, Path]) -> N
         assert worker is not None
         with pytest.raises(KeyboardInterrupt):
             sampler.generate(folders["llama"], many, decoding, interrupt)
-        assert worker.process.poll() == -signal.SIGKILL  # it does not go on computing
+        assert worker.process.poll() == -signal.SIGKILL  # it does not continue computing
     assert sampler.channels[0].worker is None
 
 
-def test_a_device_that_is_not_there(folders: dict[str, Path]) -> None:
+def test_a_missing_device_is_reported(folders: dict[str, Path]) -> None:
     with (
         TransformersSampler(device="cuda:99", threads=1) as sampler,
         pytest.raises(SamplerError, match=r"device 'cuda:99' cannot be used.*auto or cpu"),
@@ -229,7 +231,7 @@ def test_the_worker_dies_with_its_parent(folders: dict[str, Path]) -> None:
     assert parent.stdout is not None
     worker = int(parent.stdout.readline())
     handle = os.pidfd_open(worker)
-    assert os.getpgid(worker) == worker  # a group of its own
+    assert os.getpgid(worker) == worker  # its own process group
     parent.kill()
     gone, _, _ = select.select([handle], [], [], 20)
     with contextlib.suppress(ProcessLookupError):
@@ -240,7 +242,7 @@ def test_the_worker_dies_with_its_parent(folders: dict[str, Path]) -> None:
     assert gone
 
 
-def test_what_libraries_print_stays_out_of_the_channel() -> None:
+def test_library_output_stays_out_of_the_channel() -> None:
     program = (
         "import os; from resources.workers.serving import protocol\n"
         "calls, send = protocol(); print('noise', flush=True); os.system('echo noise; cat')\n"
@@ -257,7 +259,7 @@ def test_what_libraries_print_stays_out_of_the_channel() -> None:
         assert worker.wait() == 0
 
 
-def test_the_parents_side_needs_no_torch() -> None:
+def test_the_parent_process_does_not_import_torch() -> None:
     program = (
         "import sys; from resources.engines.transformers.sampler import TransformersSampler as T\n"
         "print(T().engine_version); sys.exit(not {'torch', 'transformers'}.isdisjoint(sys.modules))"
@@ -267,19 +269,19 @@ def test_the_parents_side_needs_no_torch() -> None:
     assert f"torch-{torch.__version__}" in done.stdout and "float32" in done.stdout
 
 
-def test_leading_blanks_survive_sentencepiece_style() -> None:
+def test_leading_spaces_survive_sentencepiece_decoding() -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
     bpe.decoder = decoders.Metaspace()
     bpe.train_from_iterator(["a b c abc cab " * 9], trainers.BpeTrainer(vocab_size=40))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
     ids = tokenizer("abc cab", add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == "abc cab"  # the blank in front is lost
+    assert tokenizer.decode(ids) == "abc cab"  # the leading space is lost
     assert tokenisation.decode(tokenizer, [ids, []]) == [" abc cab", ""]
     assert tokenisation.decode(tiny_models.tokenizer(), [[*b""], []]) == ["", ""]
 
 
-def test_tokens_that_begin_and_end() -> None:
+def test_begin_and_end_tokens() -> None:
     tokenizer = tiny_models.tokenizer()
     plain = tokenisation.encode_prompts(tokenizer, ["def", ""])
     assert plain == [tokenizer("def")["input_ids"], []]
@@ -301,12 +303,12 @@ def test_tokens_that_begin_and_end() -> None:
     ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -1),
     ("max_new_tokens", 0), ("min_new_tokens", 99),
 ])  # fmt: skip
-def test_wrong_settings_name_their_field(field: str, value: float) -> None:
+def test_errors_of_settings_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         Decoding(**{"temperature": 1.0, "max_new_tokens": 8, field: value})
 
 
-def test_wrong_seeds_are_refused() -> None:
+def test_invalid_seeds_are_refused() -> None:
     for seeds in ((), (-1,), (2**64,)):
         with pytest.raises(ValueError, match="seed"):
             Request("a", seeds)

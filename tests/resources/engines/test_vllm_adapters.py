@@ -1,4 +1,4 @@
-"""Adapters that the vLLM engine serves: a real engine on the CPU, beside the embedded one with merged weights."""
+"""Adapters served by vLLM: a real engine on the CPU, compared with the embedded one on merged weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("forked_workers")
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
-LONG = "class Thing:\n    value = 3  # a number\n" * 20  # more than a block of vLLM's cache
+LONG = "class Thing:\n    value = 3  # a number\n" * 20  # longer than a block of vLLM's cache
 REQUESTS = [Request("def add(a, b):", (1, 2)), Request("for name in", (3,)), Request(LONG, (4, 5, 6))]
 PAIRS = [("def add(a, b):", "\n    return a"), (LONG, "x"), (LONG, "class Thing"), ("y", "")]
 GREEDY = Decoding(temperature=0, max_new_tokens=16)
@@ -46,32 +46,32 @@ def engine() -> Iterator[VllmSampler]:
 
 
 def agree(engine: VllmSampler, embedded: TransformersSampler, served: Model, merged: Path) -> None:
-    """Both engines draw the same greedy tokens, as likely, and find the same texts as likely."""
+    """Assert that both engines generate the same greedy tokens and give texts the same log-probabilities."""
     ours, theirs = engine.generate(served, REQUESTS, GREEDY), embedded.generate(merged, REQUESTS, GREEDY)
     vllm_models.same(ours, theirs, within=1e-3)
-    found, wanted = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
-    assert [count for _, count in found] == [count for _, count in wanted]
-    assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-3)
+    scored, expected = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
+    assert [count for _, count in scored] == [count for _, count in expected]
+    assert [total for total, _ in scored] == pytest.approx([total for total, _ in expected], abs=1e-3)
 
 
-def test_what_is_served_is_what_is_merged(
+def test_served_adapters_match_merged_weights(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter]
 ) -> None:
-    """Adapters and none in turn, in one engine: nobody reads what another has left in the cache of prompts."""
+    """One engine, with and without adapters in turn: none reads what another has left in the prefix cache."""
     one, two, three = adapters
     agree(engine, embedded, base, base)
     started = vllm_models.process(engine)
-    for which in (one, two, one, three):
-        agree(engine, embedded, which.served, which.merged)
+    for adapter in (one, two, one, three):
+        agree(engine, embedded, adapter.served, adapter.merged)
     agree(engine, embedded, base, base)
     agree(engine, embedded, two.served, two.merged)
     assert vllm_models.process(engine) == started
-    # The three do differ, and from the base.
-    said = [engine.logprobs(which, PAIRS)[0][0] for which in (base, *(a.served for a in adapters))]
-    assert min(abs(a - b) for i, a in enumerate(said) for b in said[:i]) > 0.01
+    # The three differ from each other and from the base.
+    totals = [engine.logprobs(adapter, PAIRS)[0][0] for adapter in (base, *(a.served for a in adapters))]
+    assert min(abs(a - b) for i, a in enumerate(totals) for b in totals[:i]) > 0.01
 
 
-def test_what_is_served_is_what_this_engine_gives_to_merged_weights(
+def test_served_adapters_match_merged_weights_in_vllm_itself(
     engine: VllmSampler, adapters: list[Adapter]
 ) -> None:
     served = engine.generate(adapters[0].served, REQUESTS, WARM)
@@ -83,10 +83,12 @@ def test_what_is_served_is_what_this_engine_gives_to_merged_weights(
             SamplerError, match=r"engine vllm was not started for adapters; set sampling.adapters"
         ):
             plain.generate(adapters[0].served, REQUESTS, WARM)
-    assert [[one.text for one in row] for row in merged] == [[one.text for one in row] for row in served]
+    assert [[completion.text for completion in row] for row in merged] == [
+        [completion.text for completion in row] for row in served
+    ]
 
 
-def test_another_adapter_in_the_same_place(
+def test_another_adapter_in_the_same_folder(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     place = Adapted(base, Path(shutil.copytree(adapters[0].served.adapter, tmp_path / "adapter")))
@@ -97,20 +99,20 @@ def test_another_adapter_in_the_same_place(
     agree(engine, embedded, place, adapters[1].merged)
 
 
-def test_other_weights_below_the_adapter(
+def test_other_base_weights_under_the_adapter(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
     started = vllm_models.process(engine)
     other = vllm_models.save(tmp_path / "other", "llama", tiny_models.tokenizer(), seed=7, context=1024)
     agree(engine, embedded, other, other)
-    above = save_adapter(other, tmp_path, 5)
-    agree(engine, embedded, above.served, above.merged)
+    adapter = save_adapter(other, tmp_path, 5)
+    agree(engine, embedded, adapter.served, adapter.merged)
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
     assert vllm_models.process(engine) == started
 
 
-def test_what_cannot_be_served_is_told(
+def test_adapters_that_cannot_be_served_are_reported(
     engine: VllmSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter], tmp_path: Path
 ) -> None:
     engine.generate(base, REQUESTS, GREEDY)
@@ -131,6 +133,6 @@ def test_what_cannot_be_served_is_told(
     assert vllm_models.process(engine) == started
 
 
-def test_all_linear_is_what_peft_calls_so(base: Path, adapters: list[Adapter]) -> None:
-    found = peft.LoraConfig.from_pretrained(str(adapters[0].served.adapter)).target_modules
-    assert linear_modules(base, trust_remote_code=False) == sorted({name.split(".")[-1] for name in found})
+def test_all_linear_matches_peft(base: Path, adapters: list[Adapter]) -> None:
+    modules = peft.LoraConfig.from_pretrained(str(adapters[0].served.adapter)).target_modules
+    assert linear_modules(base, trust_remote_code=False) == sorted({name.split(".")[-1] for name in modules})

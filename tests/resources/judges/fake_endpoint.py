@@ -1,8 +1,8 @@
-"""An OpenAI-compatible endpoint with faults on request, in a process of its own.
+"""An OpenAI-compatible endpoint with faults on request, in a separate process.
 
     python tests/resources/judges/fake_endpoint.py --log requests.jsonl [--latency 0.2] [--key-sha256 HEX]
 
-prints its URL and answers ``POST /v1/chat/completions``. The last message says what goes wrong, as
+prints its URL and answers ``POST /v1/chat/completions``. The last message may request a fault, as
 ``FAULT{"kind": "429", "times": 2, "retry_after": 0.1}``: the first ``times`` requests with that message get
 the fault, later ones the reply (`reply_to`). ``POST /control`` with ``{"every": {"kind": "503"}}`` gives every
 request that fault until ``{"every": null}``, and ``{"outage_after": [20, 0.5]}`` starts an outage (503) of 0.5
@@ -46,12 +46,12 @@ STATUSES = {
 
 
 def reply_to(prompt: str) -> str:
-    """The reply to a prompt: another for every prompt, so that a mix-up shows."""
+    """The reply to a prompt, different for every prompt, so that mix-ups are noticed."""
     return f"Score: {len(prompt) % 4} ({hashlib.sha256(prompt.encode()).hexdigest()[:12]})"
 
 
 class Endpoint:
-    """What all connections share: the log, the counts, and whether there is an outage."""
+    """State shared by all connections: the log, the counts, and whether there is an outage."""
 
     def __init__(self, log: Path, latency: float, key_sha256: str | None) -> None:
         self.handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -108,8 +108,8 @@ class Connection(asyncio.Protocol):
             return
         prompt = content["messages"][-1]["content"]
         self.endpoint.seen[prompt] += 1
-        found = FAULT.search(prompt)
-        order = json.loads(found[1]) if found else {}
+        match = FAULT.search(prompt)
+        order = json.loads(match[1]) if match else {}
         kind = order.get("kind") if self.endpoint.seen[prompt] <= order.get("times", 1) else None
         if self.endpoint.every is not None:
             order = self.endpoint.every
@@ -154,7 +154,7 @@ class Connection(asyncio.Protocol):
                 400, {"error": {"message": "response_format is not supported", "param": "response_format"}}
             )
         elif kind == "reset":
-            linger = struct.pack("ii", 1, 0)  # a close then sends RST
+            linger = struct.pack("ii", 1, 0)  # makes closing send RST
             self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             self.transport.abort()
         elif kind == "truncated":
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         size = len(body)
         if cut is not None:
             body = body[: len(body) // 2]
-        if cut == "body":  # a proxy's: complete as HTTP, half as JSON
+        if cut == "body":  # as from a proxy: complete HTTP, half the JSON
             size = len(body)
         head = {"content-type": "application/json", "content-length": str(size), **(headers or {})}
         lines = "".join(f"{name}: {value}\r\n" for name, value in head.items())
@@ -232,30 +232,30 @@ class Connection(asyncio.Protocol):
 
 
 class Running:
-    """A running endpoint, as its tests see it."""
+    """A running endpoint, as tests see it."""
 
     def __init__(self, url: str, log: Path) -> None:
         self.url = url
         self.log = log
 
     def control(self, **orders: Any) -> None:
-        """Change what holds for all requests: ``every``, ``outage_after``, ``latency``, ``headers``, …."""
+        """Change what applies to all requests: ``every``, ``outage_after``, ``latency``, ``headers``, …."""
         url = self.url.removesuffix("/v1") + "/control"
         urlopen(Request(url, json.dumps(orders).encode(), method="POST")).close()
 
     def lines(self, event: str = "received") -> list[dict[str, Any]]:
-        """The log so far."""
+        """The log's lines of one event so far."""
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
         return [line for line in lines if line["event"] == event]
 
     def counts(self, event: str = "received") -> Counter[str]:
-        """How many requests there were with each prompt."""
+        """The number of requests for each prompt."""
         return Counter(line["prompt"] for line in self.lines(event))
 
 
 @contextlib.contextmanager
 def running(log: Path, latency: float = 0.0, key: str | None = None) -> Iterator[Running]:
-    """Start an endpoint, wait for its URL, end it afterwards."""
+    """Start an endpoint, wait for its URL, kill it afterwards."""
     command = [sys.executable, "-S", __file__, "--log", str(log), "--latency", str(latency)]
     if key is not None:
         command += ["--key-sha256", hashlib.sha256(key.encode()).hexdigest()]

@@ -1,4 +1,4 @@
-"""A judge over HTTP that answers by a rule on the texts it is shown, and can be down for some of them."""
+"""A fake judge over HTTP: replies follow a rule on the texts it is shown, and it can be down for some of them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ FENCED = re.compile(
 )
 
 Rule = Callable[[dict[str, str], int], Any]
-"""(name → text as shown, how often this was asked before) → the answer, as JSON or as raw text."""
+"""(name → text as shown, how often this question was answered before) → the reply, as JSON or raw text."""
 
 
 def texts(question: str) -> dict[str, str]:
-    """The texts of a question by the names of their fences, e.g. ``RESPONSE A``."""
-    return {found["name"]: found["text"] for found in FENCED.finditer(question)}
+    """The texts of a question by fence name, e.g. ``RESPONSE A``."""
+    return {match["name"]: match["text"] for match in FENCED.finditer(question)}
 
 
 class RuleEndpoint(ThreadingHTTPServer):
-    """``down``: of which questions (texts by name) the endpoint says 500; ``asked``: answered ones, counted."""
+    """``down`` selects questions (texts by name) that get HTTP 500; ``asked`` counts those that were answered."""
 
     def __init__(self, rule: Rule) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -76,12 +76,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(payload)
 
     def log_message(self, *_: Any) -> None:
-        """Quiet."""
+        """Suppress the request log."""
 
 
 @contextmanager
 def judged_by(rule: Rule) -> Iterator[RuleEndpoint]:
-    """The endpoint, running."""
+    """Run an endpoint that answers by this rule."""
     server = RuleEndpoint(rule)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

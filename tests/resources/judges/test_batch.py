@@ -1,4 +1,4 @@
-"""The Batch API: every call sent once, whatever is interrupted when; replies are rows like any other."""
+"""The Batch API: every call is sent once, whatever is interrupted; replies become ordinary rows of the ledger."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from textalign_dagster.progress import shown_by
 from textalign_dagster.settings.judge import Judge
 
 PRICES = {"input": 2.0, "output": 10.0, "as_of": "2026-01-31"}
-USD = (1000 * 2.0 + 100 * 10.0) / 1e6 / 2  # of a call, at half the price
+USD = (1000 * 2.0 + 100 * 10.0) / 1e6 / 2  # per call, at half the price
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def ask(store: ArtifactStore, settings: Judge, *texts: str, **options: Any) -> l
 
 def test_sent_once_and_collected(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     settings = judge(endpoint)
-    for _ in range(3):  # however often it is run meanwhile
+    for _ in range(3):  # no matter how often it runs in the meantime
         with pytest.raises(BatchPendingError, match=r"2 calls are with the Batch API .*batch_0") as pending:
             ask(store, settings, "a", "b", "a")
     assert list(pending.value.jobs) == [job.name for job in jobs(store.storage)]
@@ -80,36 +80,38 @@ def test_sent_once_and_collected(store: ArtifactStore, endpoint: BatchEndpoint) 
     assert set(rows["status"]) == {"ok"}
     assert rows["usd"].to_list() == pytest.approx([USD, USD])
     assert set(rows["purpose"]) == {"exp|001"}
-    assert jobs(store.storage) == []  # taken
+    assert jobs(store.storage) == []  # collected
     assert all(reply.from_ledger for reply in ask(store, settings, "a", "b"))
     assert set(endpoint.taken.values()) == {1}
 
 
-def test_a_live_judge_finds_them_too(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+def test_a_live_judge_reuses_batch_replies(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     endpoint.ends = True
     ask(store, judge(endpoint), "a")
     (reply,) = ask(store, judge(endpoint, batch=None), "a")
     assert (reply.text, reply.from_ledger) == ("re: a", True)
 
 
-def test_the_command_line_waits(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
-    said: list[str] = []
+def test_the_command_line_waits_for_the_batch(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+    notes: list[str] = []
 
     def progress(done: int, total: int, note: str) -> None:
-        said.append(f"{done}/{total} {note}")
-        if len(said) == 3:
+        notes.append(f"{done}/{total} {note}")
+        if len(notes) == 3:
             endpoint.end()
 
     with shown_by(lambda _: None):
         replies = ask(store, judge(endpoint), "a", "b", progress=progress)
     assert [reply.text for reply in replies] == ["re: a", "re: b"]
-    assert "0/2 1 of 1 batches in progress" in said
-    assert said[-1].startswith("2/2")
+    assert "0/2 1 of 1 batches in progress" in notes
+    assert notes[-1].startswith("2/2")
 
 
-def test_killed_between_sending_and_writing_that_down(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+def test_killed_between_sending_and_recording_the_batch(
+    store: ArtifactStore, endpoint: BatchEndpoint
+) -> None:
     settings = judge(endpoint)
-    endpoint.lost_answers = 1  # the batch exists there; here nobody knows its id
+    endpoint.lost_answers = 1  # the batch exists at the endpoint, but its id is not known here
     with pytest.raises(JudgeStoppedError):
         ask(store, settings, "a", "b")
     (job,) = jobs(store.storage)
@@ -140,7 +142,7 @@ def test_killed_before_sending(
     assert list(endpoint.taken.values()) == [1]
 
 
-def test_what_failed_has_no_value_and_is_sent_again_only_on_request(
+def test_failed_calls_have_no_value_and_are_retried_only_on_request(
     store: ArtifactStore, endpoint: BatchEndpoint
 ) -> None:
     settings = judge(endpoint)
@@ -167,7 +169,7 @@ def test_what_failed_has_no_value_and_is_sent_again_only_on_request(
     assert sorted(endpoint.taken.values()) == [1, 2, 2] and jobs(store.storage) == []
 
 
-def test_a_failed_call_that_the_sensor_collected_is_sent_again_on_request(
+def test_failed_calls_collected_by_the_sensor_are_retried_on_request(
     store: ArtifactStore, endpoint: BatchEndpoint
 ) -> None:
     settings = judge(endpoint)
@@ -200,19 +202,19 @@ def test_a_batch_that_the_endpoint_no_longer_has(
     assert reply.status == "failed" and "no longer has the batch batch_0" in str(reply.error)
 
 
-def test_a_damaged_line_fails_its_call_only(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+def test_a_damaged_line_fails_only_its_call(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     with pytest.raises(BatchPendingError):
         ask(store, judge(endpoint), "a", "b")
     endpoint.end()
     name = endpoint.batches["batch_0"]["output_file_id"]
     first, second = endpoint.files[name].splitlines()
-    odd = [b"[]", b"1", b'{"custom_id": 7}', b'{"custom_id": "x", "response": [], "error": "e"}', first[:-20]]
-    endpoint.files[name] = b"\n".join([*odd, second])
+    bad = [b"[]", b"1", b'{"custom_id": 7}', b'{"custom_id": "x", "response": [], "error": "e"}', first[:-20]]
+    endpoint.files[name] = b"\n".join([*bad, second])
     replies = ask(store, judge(endpoint), "a", "b")
     assert sorted(reply.status for reply in replies) == ["failed", "ok"]
 
 
-def test_expired(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+def test_an_expired_batch_fails_its_calls(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     with pytest.raises(BatchPendingError):
         ask(store, judge(endpoint), "a")
     endpoint.end("expired")
@@ -220,14 +222,14 @@ def test_expired(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     assert (reply.status, reply.error) == ("failed", "the batch batch_0 is expired")
 
 
-def test_the_sensor_collects_for_others(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
+def test_the_sensor_collects_batches_for_later_runs(store: ArtifactStore, endpoint: BatchEndpoint) -> None:
     with pytest.raises(BatchPendingError):
         ask(store, judge(endpoint), "a", "b")
     with Ledger(store) as ledger:
         (job,), problems = collect_all(store.storage, ledger)
     assert (job.state, job.purpose, problems) == ("open", "exp|001", [])
     endpoint.end()
-    for _ in range(2):  # twice gives the same rows
+    for _ in range(2):  # collecting twice gives the same rows
         with Ledger(store) as ledger:
             (job,), problems = collect_all(store.storage, ledger)
         assert (job.state, problems) == ("collected", [])
@@ -255,7 +257,9 @@ def test_several_batches(
     assert len(endpoint.batches) == 5
 
 
-def test_no_key_is_written_down(store: ArtifactStore, endpoint: BatchEndpoint, tmp_path: Path) -> None:
+def test_the_api_key_is_not_written_to_disk(
+    store: ArtifactStore, endpoint: BatchEndpoint, tmp_path: Path
+) -> None:
     with pytest.raises(BatchPendingError):
         ask(store, judge(endpoint), "a")
     for path in tmp_path.rglob("*"):

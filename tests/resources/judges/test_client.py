@@ -1,4 +1,4 @@
-"""Asking a judge over HTTP, with every fault an endpoint can have. The endpoint's log is the witness."""
+"""Judge calls over HTTP, with every fault an endpoint can have. The endpoint's log is the ground truth."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 def a_judge(endpoint: Running, **settings: Any) -> Judge:
     limits = {"concurrency": 8, "timeout_s": 5.0, "attempts": 4} | settings.pop("limits", {})
-    named = {"model": "judge-1", "template": "any", "base_url": endpoint.url, "api_key_env": "CANARY_KEY"}
-    return Judge(limits=JudgeLimits(**limits), **{**named, **settings})
+    defaults = {"model": "judge-1", "template": "any", "base_url": endpoint.url, "api_key_env": "CANARY_KEY"}
+    return Judge(limits=JudgeLimits(**limits), **{**defaults, **settings})
 
 
 def calls_for(prompts: list[str], **more: Any) -> list[Call]:
@@ -82,11 +82,11 @@ def fault(kind: str, times: int = 1, **more: Any) -> str:
 
 
 def accounted(endpoint: Running, ledger: Ledger) -> bool:
-    """Every request that the endpoint saw is an attempt of some row of the ledger."""
+    """Whether every request the endpoint received is an attempt in some row of the ledger."""
     return sum(endpoint.counts().values()) == ledger.frame()["attempts"].sum()
 
 
-def test_replies_come_in_the_order_of_the_calls_and_are_paid_once(endpoint: Running, ledger: Ledger) -> None:
+def test_replies_are_in_call_order_and_paid_for_once(endpoint: Running, ledger: Ledger) -> None:
     slow = [
         f'{i} FAULT{{"kind": "reply", "times": 1, "latency": {0.1 if i % 7 == 0 else 0.0}}}'
         for i in range(40)
@@ -105,14 +105,14 @@ def test_replies_come_in_the_order_of_the_calls_and_are_paid_once(endpoint: Runn
     assert sum(endpoint.counts().values()) == 40
 
 
-def test_the_same_batch_at_the_same_time_is_paid_once(endpoint: Running, tmp_path: Path) -> None:
+def test_identical_concurrent_batches_are_paid_for_once(endpoint: Running, tmp_path: Path) -> None:
     endpoint.control(latency=0.2)
     prompts, judge = [f"same {i}" for i in range(6)], a_judge(endpoint, limits={"concurrency": 2})
 
     def run(_: int) -> tuple[list[Reply], list[str]]:
         notes: list[str] = []
-        with Ledger(ArtifactStore(tmp_path / "store")) as own:
-            return ask(prompts, judge, own, progress=lambda done, total, note: notes.append(note)), notes
+        with Ledger(ArtifactStore(tmp_path / "store")) as ledger:
+            return ask(prompts, judge, ledger, progress=lambda done, total, note: notes.append(note)), notes
 
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(run, range(2)))
@@ -123,24 +123,24 @@ def test_the_same_batch_at_the_same_time_is_paid_once(endpoint: Running, tmp_pat
     ) == 1
 
 
-def test_what_makes_a_call_another_call(endpoint: Running, ledger: Ledger) -> None:
+def test_what_identifies_a_call(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint)
-    others = [
+    judges = [
         judge,
         judge.model_copy(update={"model": "judge-2"}),
         judge.model_copy(update={"decoding": JudgeDecoding(max_tokens=7)}),
     ]
-    for each in others:
-        ask(["same"], each, ledger)
+    for variant in judges:
+        ask(["same"], variant, ledger)
     judge_calls(calls_for(["same"], repeat=1), judge, ledger)
     assert endpoint.counts()["same"] == 4
-    # What is only written down is not part of the question.
+    # Fields that are only recorded do not identify a call.
     judge_calls(calls_for(["same"], purpose="else", order_shown="ba"), judge, ledger)
     ask(["same"], judge.model_copy(update={"base_url": endpoint.url + "/", "prices": PRICES}), ledger)
     assert endpoint.counts()["same"] == 4
 
 
-def test_the_window_is_full_and_never_more_than_full(endpoint: Running, ledger: Ledger) -> None:
+def test_concurrency_reaches_its_limit_and_never_exceeds_it(endpoint: Running, ledger: Ledger) -> None:
     endpoint.control(latency=0.05)
     ask([f"window {i}" for i in range(60)], a_judge(endpoint), ledger)
     events = sorted(
@@ -164,7 +164,7 @@ TRANSIENT = {
 LOST = ("reset", "truncated", "schema")  # the reply may have been paid for
 
 
-def test_passing_faults_are_retried_and_every_request_is_accounted_for(
+def test_transient_faults_are_retried_and_every_request_is_accounted_for(
     endpoint: Running, ledger: Ledger
 ) -> None:
     faulty = {fault(kind, times): times for kind, times in TRANSIENT.items()}
@@ -181,16 +181,14 @@ def test_passing_faults_are_retried_and_every_request_is_accounted_for(
 
 
 @pytest.mark.parametrize("kind", ["timeout", "dribble"])
-def test_a_reply_that_does_not_come_to_an_end_is_tried_again(
-    endpoint: Running, ledger: Ledger, kind: str
-) -> None:
+def test_a_reply_that_never_ends_is_retried(endpoint: Running, ledger: Ledger, kind: str) -> None:
     judge = a_judge(endpoint, limits={"timeout_s": 0.3})
     (reply,) = ask([fault(kind)], judge, ledger)
     assert (reply.status, reply.attempts, reply.text) == ("ok", 2, reply_to(fault(kind)))
     assert ledger.frame()["lost_replies"].to_list() == [1]
 
 
-def test_retry_after_silences_everybody(endpoint: Running, ledger: Ledger) -> None:
+def test_retry_after_pauses_all_requests(endpoint: Running, ledger: Ledger) -> None:
     prompts = [fault("429", 1, retry_after=0.5), *(f"other {i}" for i in range(300))]
     ask(prompts, a_judge(endpoint), ledger)
     refused = next(line["at"] for line in endpoint.lines("answered") if line["what"] == "429")
@@ -206,16 +204,16 @@ def test_rate_limit_headers_are_heeded(endpoint: Running, ledger: Ledger) -> Non
     assert second - first > 0.28
 
 
-def test_own_rate_limit_is_kept(endpoint: Running, ledger: Ledger) -> None:
+def test_configured_rate_limit_is_respected(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, limits={"requests_per_minute": 1200, "concurrency": 64})
     started = time.monotonic()
     ask([f"limited {i}" for i in range(60)], judge, ledger)
-    # Of 60, 38 may go at once and the others at 19 a second: 22/19 s, on a busy machine more. test_rate_limit.py
-    # is exact.
+    # Of 60 requests, 38 can go at once and the others at 19 a second: 22/19 s, more on a busy machine.
+    # test_rate_limit.py is exact.
     assert time.monotonic() - started > 1.1
 
 
-def test_endless_refusals_stop_the_batch(endpoint: Running, ledger: Ledger) -> None:
+def test_endless_rate_limiting_stops_the_batch(endpoint: Running, ledger: Ledger) -> None:
     policy = RetryPolicy(base_s=0.01, cap_s=0.02, patience_s=0.3)
     endpoint.control(every={"kind": "429"})
     with pytest.raises(JudgeStoppedError, match=r"HTTP 429.*run again later"):
@@ -228,7 +226,7 @@ def test_endless_refusals_stop_the_batch(endpoint: Running, ledger: Ledger) -> N
     assert ask(["limited"], a_judge(endpoint), ledger)[0].status == "ok"
 
 
-def test_a_call_that_alone_is_refused_for_ever_is_given_up(endpoint: Running, ledger: Ledger) -> None:
+def test_a_single_call_that_is_always_rate_limited_is_given_up(endpoint: Running, ledger: Ledger) -> None:
     prompts = [fault("429", 10**6), *(f"fine {i}" for i in range(20))]
     policy = RetryPolicy(base_s=0.01, cap_s=0.02, patience_s=0.5)
     hopeless, *fine = ask(prompts, a_judge(endpoint), ledger, policy=policy)
@@ -250,13 +248,13 @@ HOPELESS = (
     "400",
     "401",
 )
-NEVER = 10**6
+ALWAYS = 10**6
 
 
-def test_calls_that_always_fail_are_given_up_once_and_sent_again_only_on_request(
+def test_calls_that_always_fail_are_given_up_once_and_retried_only_on_request(
     endpoint: Running, ledger: Ledger
 ) -> None:
-    prompts = [fault(kind, NEVER) for kind in HOPELESS] + [f"fine {i}" for i in range(20)]
+    prompts = [fault(kind, ALWAYS) for kind in HOPELESS] + [f"fine {i}" for i in range(20)]
     judge = a_judge(endpoint)
     before = datetime.now(UTC)
     replies = dict(zip(prompts, ask(prompts, judge, ledger), strict=True))
@@ -268,12 +266,12 @@ def test_calls_that_always_fail_are_given_up_once_and_sent_again_only_on_request
         ("gzip", "Decoding"),
         ("filter", "blocked"),
     ):
-        reply = replies[fault(kind, NEVER)]
+        reply = replies[fault(kind, ALWAYS)]
         assert (reply.text, reply.usd) == (None, None) and words in str(reply.error)
     counts = endpoint.counts()
     for kind in HOPELESS:
         sent = {"wall": 2, "401": 2, "filter": 1, "400": 1}.get(kind, 4)
-        assert counts[fault(kind, NEVER)] == sent == replies[fault(kind, NEVER)].attempts, kind
+        assert counts[fault(kind, ALWAYS)] == sent == replies[fault(kind, ALWAYS)].attempts, kind
     assert accounted(endpoint, ledger)
 
     requests = len(endpoint.lines())
@@ -284,7 +282,7 @@ def test_calls_that_always_fail_are_given_up_once_and_sent_again_only_on_request
     ahead = forecast(calls_for(prompts), judge, ledger)
     assert (ahead.calls, ahead.cached, ahead.failed) == (0, 20, len(HOPELESS))
 
-    # On request: those alone, and a probe, for nothing else can show that the endpoint is up.
+    # On request, only those are sent, and a probe, because nothing else can show that the endpoint is up.
     start = datetime.now(UTC)
     retried = ask(prompts, judge, ledger, retry_before=start)
     assert sum(not reply.from_ledger for reply in retried) == len(HOPELESS)
@@ -298,7 +296,7 @@ def test_calls_that_always_fail_are_given_up_once_and_sent_again_only_on_request
     assert 1 <= probes.height <= 5 and set(probes["status"]) == {"ok"}
 
 
-def test_what_was_given_up_and_answers_now_is_ok(endpoint: Running, ledger: Ledger) -> None:
+def test_a_call_given_up_earlier_can_succeed_when_retried(endpoint: Running, ledger: Ledger) -> None:
     prompts = ["fine", fault("500", 4)]
     judge = a_judge(endpoint, limits={"concurrency": 1})
     assert [reply.status for reply in ask(prompts, judge, ledger)] == ["ok", "failed"]
@@ -308,10 +306,10 @@ def test_what_was_given_up_and_answers_now_is_ok(endpoint: Running, ledger: Ledg
     assert [reply.status for reply in ask(prompts, judge, ledger)] == ["ok", "ok"]
 
 
-def test_hopeless_calls_at_the_end_do_not_look_like_an_outage(endpoint: Running, ledger: Ledger) -> None:
-    """More than `outage_calls` of them, all together, with nothing else left to ask."""
+def test_hopeless_calls_at_the_end_are_not_mistaken_for_an_outage(endpoint: Running, ledger: Ledger) -> None:
+    """More than `outage_calls` of them in a row, with no other call left to send."""
     fine = [f"fine {i}" for i in range(10)]
-    hopeless = [f"{i} {fault('page', NEVER)}" for i in range(40)]
+    hopeless = [f"{i} {fault('page', ALWAYS)}" for i in range(40)]
     judge = a_judge(endpoint, limits={"attempts": 2})
     ask(fine, judge, ledger)
     replies = ask([*fine, *hopeless], judge, ledger)
@@ -319,8 +317,8 @@ def test_hopeless_calls_at_the_end_do_not_look_like_an_outage(endpoint: Running,
     assert accounted(endpoint, ledger)
 
 
-def test_where_no_call_ever_worked_a_neutral_question_decides(endpoint: Running, ledger: Ledger) -> None:
-    replies = ask([fault("page", NEVER), fault("filter", NEVER)], a_judge(endpoint), ledger)
+def test_without_any_successful_call_a_probe_decides(endpoint: Running, ledger: Ledger) -> None:
+    replies = ask([fault("page", ALWAYS), fault("filter", ALWAYS)], a_judge(endpoint), ledger)
     assert [reply.status for reply in replies] == ["failed", "failed"]
     probes = ledger.frame().filter(purpose="probe")
     assert set(probes["status"]) == {"ok"} and accounted(endpoint, ledger)
@@ -338,7 +336,7 @@ def test_where_no_call_ever_worked_a_neutral_question_decides(endpoint: Running,
     ],
 )
 @pytest.mark.parametrize("worked", [False, True])
-def test_what_every_call_is_refused_for_stops_at_once(
+def test_an_error_that_affects_every_call_stops_the_batch_at_once(
     endpoint: Running, ledger: Ledger, kind: str, remedy: str, worked: bool
 ) -> None:
     judge = a_judge(endpoint, limits={"concurrency": 2})
@@ -354,21 +352,21 @@ def test_what_every_call_is_refused_for_stops_at_once(
     assert {reply.status for reply in ask(prompts, judge, ledger)} == {"ok"}
 
 
-def test_what_one_call_is_refused_for_fails_that_call_only(endpoint: Running, ledger: Ledger) -> None:
-    long, fine = ask([fault("context", NEVER), "fine"], a_judge(endpoint), ledger)
+def test_an_error_that_affects_one_call_fails_only_that_call(endpoint: Running, ledger: Ledger) -> None:
+    long, fine = ask([fault("context", ALWAYS), "fine"], a_judge(endpoint), ledger)
     assert (long.status, long.attempts, fine.status) == ("failed", 1, "ok")
     assert long.error is not None and "context" in long.error
 
 
-def test_a_reply_names_its_model(endpoint: Running, ledger: Ledger) -> None:
-    prompts = ["as requested", fault("model", NEVER, model="judge-2-mini"), fault("no_model", NEVER)]
+def test_replies_record_the_model_that_answered(endpoint: Running, ledger: Ledger) -> None:
+    prompts = ["as requested", fault("model", ALWAYS, model="judge-2-mini"), fault("no_model", ALWAYS)]
     replies = ask(prompts, a_judge(endpoint), ledger)
     assert [reply.model for reply in replies] == ["judge-1", "judge-2-mini", None]
     assert [reply.model for reply in ask(prompts, a_judge(endpoint), ledger)] == [r.model for r in replies]
     assert sorted(ledger.frame()["reply_model"].drop_nulls()) == ["judge-1", "judge-2-mini"]
 
 
-def test_empty_replies_and_refusals_are_replies(endpoint: Running, ledger: Ledger) -> None:
+def test_empty_replies_and_refusals_count_as_replies(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, prices=PRICES)
     kinds = ("empty", "refusal", "no_usage", "huge_usage")
     empty, refusal, uncounted, huge = ask([fault(kind) for kind in kinds], judge, ledger)
@@ -378,17 +376,17 @@ def test_empty_replies_and_refusals_are_replies(endpoint: Running, ledger: Ledge
     assert uncounted.tokens_in is None
     assert (
         uncounted.usd is not None and empty.usd is not None and uncounted.usd > empty.usd
-    )  # the dearest case
+    )  # charged at the upper bound
     assert set(endpoint.counts().values()) == {1}
 
 
-def test_costs_are_those_of_the_price_list(endpoint: Running, ledger: Ledger) -> None:
+def test_costs_follow_the_price_list(endpoint: Running, ledger: Ledger) -> None:
     (reply,) = ask(["x" * 400], a_judge(endpoint, prices=PRICES), ledger)
     assert (reply.tokens_in, reply.tokens_cached, reply.tokens_out) == (104, 2, 10)
     assert reply.usd == pytest.approx((102 * 10 + 2 * 1 + 10 * 20) / 1e6)
 
 
-def test_an_outage_stops_the_batch_and_later_it_goes_on(endpoint: Running, ledger: Ledger) -> None:
+def test_an_outage_stops_the_batch_and_the_next_run_resumes_it(endpoint: Running, ledger: Ledger) -> None:
     prompts = [f"outage {i}" for i in range(300)]
     judge = a_judge(endpoint, limits={"attempts": 2})
 
@@ -402,11 +400,11 @@ def test_an_outage_stops_the_batch_and_later_it_goes_on(endpoint: Running, ledge
     replies = ask(prompts, judge, ledger)
     assert [reply.text for reply in replies] == [reply_to(prompt) for prompt in prompts]
     answered = [line["prompt"] for line in endpoint.lines("answered") if line["what"] == "reply"]
-    assert sorted(answered) == sorted(prompts)  # each paid once
+    assert sorted(answered) == sorted(prompts)  # each paid for once
     assert accounted(endpoint, ledger)
 
 
-def test_a_short_outage_is_sat_out(endpoint: Running, ledger: Ledger) -> None:
+def test_a_short_outage_is_waited_out(endpoint: Running, ledger: Ledger) -> None:
     endpoint.control(every={"kind": "503"})
     timer = threading.Timer(0.3, lambda: endpoint.control(every=None))
     timer.start()
@@ -418,18 +416,18 @@ def test_a_short_outage_is_sat_out(endpoint: Running, ledger: Ledger) -> None:
     assert accounted(endpoint, ledger)
 
 
-def test_nobody_there(endpoint: Running, ledger: Ledger) -> None:
+def test_an_unreachable_endpoint_stops_the_batch(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint, base_url="http://127.0.0.1:9/v1", limits={"attempts": 2})
     with pytest.raises(JudgeStoppedError, match=r"connection failed.*seems to be down"):
         ask(["a", "b"], judge, ledger)
     rows = ledger.frame()
-    assert rows["lost_replies"].sum() == 0  # never sent, never paid
+    assert rows["lost_replies"].sum() == 0  # never sent, never paid for
     assert set(rows["status"]) == {"stopped"}
     assert all("connection failed" in error for error in rows["error"])
 
 
 def start(endpoint: Running, store: Path, calls: int) -> subprocess.Popen[bytes]:
-    """A process that asks; what it says goes to the file `told`."""
+    """Start a process that makes judge calls; its output goes to `output_file`."""
     command = [
         sys.executable,
         "-m",
@@ -439,25 +437,25 @@ def start(endpoint: Running, store: Path, calls: int) -> subprocess.Popen[bytes]
         str(calls),
     ]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
-    with told(store).open("ab") as output:
+    with output_file(store).open("ab") as output:
         return subprocess.Popen(
             command, cwd=PROJECT, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
 
 
-def told(store: Path) -> Path:
+def output_file(store: Path) -> Path:
     return store.with_suffix(".log")
 
 
 def wait_for(endpoint: Running, answered: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
     while len(endpoint.lines("answered")) < answered:
-        assert process.poll() is None, f"it ended by itself with {process.returncode}"
+        assert process.poll() is None, f"it exited on its own with {process.returncode}"
         assert time.monotonic() < deadline
         time.sleep(0.005)
 
 
-def test_after_kill_9_nothing_is_paid_twice_but_what_was_in_flight(endpoint: Running, tmp_path: Path) -> None:
+def test_after_kill_9_only_calls_in_flight_are_paid_for_twice(endpoint: Running, tmp_path: Path) -> None:
     endpoint.control(latency=0.1)
     store, prompts = tmp_path / "killed", batch_process.prompts(200)
     for answered in (40, 100):  # killed, resumed, killed again
@@ -480,7 +478,7 @@ def test_after_kill_9_nothing_is_paid_twice_but_what_was_in_flight(endpoint: Run
     counts = endpoint.counts()
     assert {prompt for prompt, count in counts.items() if count > 1} <= in_flight
     assert all(counts[prompt] >= 1 for prompt in prompts)
-    # Every request is a row's; a row "lost" may be of a request that was killed before it went out.
+    # Every request has a row; a "lost" row may belong to a request that was killed before it was sent.
     assert 0 <= rows["attempts"].sum() + tally.requests - sum(counts.values()) <= lost.height
 
 
@@ -491,14 +489,14 @@ def test_an_interrupt_loses_nothing(endpoint: Running, tmp_path: Path) -> None:
         wait_for(endpoint, 16, process)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=20)
-    assert "interrupted" in told(store).read_text()
+    assert "interrupted" in output_file(store).read_text()
     with Ledger(ArtifactStore(store)) as ledger:
         statuses = ledger.frame()["status"].to_list()
     answered = len(endpoint.lines("answered"))
     assert statuses == ["ok"] * answered and 16 <= answered == len(endpoint.lines()) < 100
 
 
-def test_an_interrupt_does_not_wait_for_ever(endpoint: Running, ledger: Ledger) -> None:
+def test_an_interrupt_does_not_wait_forever(endpoint: Running, ledger: Ledger) -> None:
     class StopError(BaseException):
         pass
 
@@ -515,7 +513,7 @@ def test_an_interrupt_does_not_wait_for_ever(endpoint: Running, ledger: Ledger) 
 
 def test_the_budget_stops_before_it_is_exceeded(endpoint: Running, ledger: Ledger) -> None:
     prompts = [f"prompt {i:03}" for i in range(100)]
-    # At most a call could cost (26 * 10 + 10 * 20) / 1e6: bytes are an upper bound of tokens.
+    # A call could cost at most (26 * 10 + 10 * 20) / 1e6: the number of bytes bounds the tokens.
     cost = (6 * 10 - 2 * 9 + 10 * 20) / 1e6
     judge = a_judge(endpoint, prices=PRICES, decoding=JudgeDecoding(max_tokens=10))
     judge = judge.model_copy(update={"budget_usd": 30 * cost})
@@ -524,7 +522,7 @@ def test_the_budget_stops_before_it_is_exceeded(endpoint: Running, ledger: Ledge
     rows = ledger.frame()
     assert set(rows["status"]) == {"ok"} and rows["usd"].sum() <= 30 * cost
     assert 27 <= rows.height == len(endpoint.lines()) <= 30
-    with pytest.raises(BudgetExceededError):  # the batch's past counts
+    with pytest.raises(BudgetExceededError):  # what the batch has spent counts
         ask(prompts, judge, ledger)
     assert len(endpoint.lines()) == rows.height
     richer = judge.model_copy(update={"budget_usd": 200 * cost})
@@ -568,18 +566,18 @@ def test_a_full_disk_stops_the_spending(
     assert {reply.status for reply in replies} == {"ok"}
 
 
-def test_the_key_is_nowhere(endpoint: Running, tmp_path: Path, ledger: Ledger) -> None:
+def test_the_api_key_does_not_leak(endpoint: Running, tmp_path: Path, ledger: Ledger) -> None:
     store = tmp_path / "canary"
     with start(endpoint, store, 20) as process:
         process.wait(timeout=30)
-    output = told(store).read_text()
+    output = output_file(store).read_text()
     assert "finished" in output and "DEBUG" in output
     endpoint.control(every={"kind": "echo_key"})
     with pytest.raises(JudgeStoppedError) as stopped:
         ask(["echoed"], a_judge(endpoint), ledger)
     assert "[key]" in str(stopped.value)
     endpoint.control(every=None)
-    (reply,) = ask([fault("echo_key_500", NEVER)], a_judge(endpoint), ledger)
+    (reply,) = ask([fault("echo_key_500", ALWAYS)], a_judge(endpoint), ledger)
     assert reply.error is not None and "[key]" in reply.error
     ledger.flush()
     texts = [output, str(stopped.value), repr(stopped.value), repr(reply), repr(a_judge(endpoint))]
@@ -588,7 +586,7 @@ def test_the_key_is_nowhere(endpoint: Running, tmp_path: Path, ledger: Ledger) -
     assert len(files) >= 3 and not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-def test_a_missing_key_stops_before_anything(
+def test_a_missing_key_stops_before_any_request(
     endpoint: Running, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CANARY_KEY")
@@ -601,7 +599,7 @@ def test_a_missing_key_stops_before_anything(
     assert not endpoint.lines()
 
 
-def test_a_placeholder_for_a_key_changes_no_reply(
+def test_a_placeholder_key_does_not_alter_replies(
     tmp_path: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CANARY_KEY", "e")
@@ -609,7 +607,7 @@ def test_a_placeholder_for_a_key_changes_no_reply(
         assert ask(["a"], a_judge(endpoint), ledger)[0].text == reply_to("a")
 
 
-def test_without_a_key_none_is_sent(tmp_path: Path, ledger: Ledger) -> None:
+def test_without_an_api_key_none_is_sent(tmp_path: Path, ledger: Ledger) -> None:
     with running(tmp_path / "open.jsonl") as endpoint:
         ask(["a"], a_judge(endpoint, api_key_env=None), ledger)
         assert [line["authorized"] for line in endpoint.lines()] == [False]
@@ -650,14 +648,14 @@ def test_forecast(endpoint: Running, ledger: Ledger) -> None:
     better = forecast(calls_for(prompts), judge, ledger)
     assert (better.calls, better.cached, better.calibrated_on) == (30, 30, 30)
     assert better.tokens_in == 30 * 104 and better.tokens_out_expected == 300
-    made = ask(prompts[30:], judge, ledger)
-    usd = sum(reply.usd or 0 for reply in made)
+    replies = ask(prompts[30:], judge, ledger)
+    usd = sum(reply.usd or 0 for reply in replies)
     assert better.usd_expected == pytest.approx(usd, rel=0.01)
     assert better.usd_max is not None and rough.usd_max is not None and usd < better.usd_max < rough.usd_max
     assert forecast(calls_for(prompts), judge, ledger).calls == 0
 
 
-def test_it_works_inside_loops_and_threads(endpoint: Running, ledger: Ledger) -> None:
+def test_judge_calls_work_inside_event_loops_and_threads(endpoint: Running, ledger: Ledger) -> None:
     judge = a_judge(endpoint)
 
     async def inside() -> list[Reply]:

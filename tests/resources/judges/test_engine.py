@@ -1,4 +1,4 @@
-"""The engine ends, whatever the endpoint does: random mixtures of calls over real HTTP, outages in the middle."""
+"""The engine terminates, whatever the endpoint does: random mixes of calls over real HTTP, with outages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from textalign_dagster.settings.judge import Judge, JudgeLimits
 
 ATTEMPTS = 4
 QUICK = RetryPolicy(base_s=0.005, cap_s=0.02, patience_s=0.5, outage_calls=4, grace_s=5)
-NEVER = 10**6
+ALWAYS = 10**6
 GOOD = st.just("")
 SLOW = st.sampled_from([0.02, 0.1]).map(lambda s: f'FAULT{{"kind": "reply", "times": 1, "latency": {s}}}')
 FLAKY = st.tuples(st.sampled_from(["500", "truncated", "reset", "gzip"]), st.integers(1, ATTEMPTS - 2)).map(
@@ -29,7 +29,7 @@ FLAKY = st.tuples(st.sampled_from(["500", "truncated", "reset", "gzip"]), st.int
 )
 HOPELESS = st.sampled_from(
     ["500", "page", "no_choices", "truncated", "gzip", "filter", "wall", "context"]
-).map(lambda kind: f'FAULT{{"kind": "{kind}", "times": {NEVER}}}')
+).map(lambda kind: f'FAULT{{"kind": "{kind}", "times": {ALWAYS}}}')
 OUTAGES = st.none() | st.tuples(st.integers(0, 150), st.sampled_from([0.05, 0.3, 60.0]))
 numbers = itertools.count()
 
@@ -56,7 +56,7 @@ def test_every_batch_ends_with_the_right_outcomes(
     outage: tuple[int, float] | None,
 ) -> None:
     if hopeless_last:
-        orders = sorted(orders, key=lambda order: str(NEVER) in order)
+        orders = sorted(orders, key=lambda order: str(ALWAYS) in order)
     example = next(numbers)
     prompts = [f"{example}.{n} {order}" for n, order in enumerate(orders)]
     seen = len(endpoint.lines())
@@ -69,18 +69,18 @@ def test_every_batch_ends_with_the_right_outcomes(
             endpoint.control(outage_after=None)
             replies = ask(prompts, endpoint, ledger, slots)
         for prompt, reply in zip(prompts, replies, strict=True):
-            expected = ("failed", None) if str(NEVER) in prompt else ("ok", reply_to(prompt))
+            expected = ("failed", None) if str(ALWAYS) in prompt else ("ok", reply_to(prompt))
             assert (reply.status, reply.text) == expected, prompt
         rows = ledger.frame()
-        mine = endpoint.lines()[seen:]
-        assert len(mine) == rows["attempts"].sum(), "a request without a row"
+        requests = endpoint.lines()[seen:]
+        assert len(requests) == rows["attempts"].sum(), "a request without a row"
         paid = Counter(line["prompt"] for line in endpoint.lines("answered") if line["what"] == "reply")
         probes = rows.filter(purpose="probe", status="ok").height
-        twice = sum(paid[prompt] - 1 for prompt in prompts if paid[prompt])
-        assert twice <= probes, "a call was paid twice"
+        duplicates = sum(paid[prompt] - 1 for prompt in prompts if paid[prompt])
+        assert duplicates <= probes, "a call was paid for twice"
 
         again = ask(prompts, endpoint, ledger, slots)
-        assert len(endpoint.lines()) == seen + len(mine), "a call that has an outcome was sent again"
+        assert len(endpoint.lines()) == seen + len(requests), "a call that has an outcome was sent again"
         assert [(r.status, r.text, r.error) for r in again] == [(r.status, r.text, r.error) for r in replies]
 
 

@@ -1,4 +1,4 @@
-"""The examples of docs/judges.md are settings that load, with templates that can be asked."""
+"""The examples in docs/judges.md load as valid settings, and their templates resolve."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ EXAMPLES = [text for text in re.findall(r"```yaml\n(.*?)```", PAGE, re.S) if "ju
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_every_example_loads(example: str) -> None:
     changes = parse_yaml(example, "docs/judges.md")
-    other = "pep8_alt_rm" if "method" in changes else "pep8_alt_lmu"  # its datapool suits no other method
-    base = {**Library((PROJECT / "experiments",)).content(other), "control": None}
+    base_name = "pep8_alt_rm" if "method" in changes else "pep8_alt_lmu"  # its datapool fits no other method
+    base = {**Library((PROJECT / "experiments",)).content(base_name), "control": None}
     if isinstance(changes.get("method"), str):
         changes["method"] = {"name": changes["method"]}
     experiment: Experiment = validate(Experiment, merge(base, changes), "docs/judges.md")
@@ -31,7 +31,7 @@ def test_every_example_loads(example: str) -> None:
     template_of(judge)
 
 
-def test_the_page_shows_each_ask() -> None:
+def test_page_documents_every_ask() -> None:
     assert set(get_args(Ask)) == set(re.findall(r"^\| `(\w+)` \| (?!the judge)", PAGE, re.M))
     for setting in ("group", "pairs", "repeats", "scale", "budget_usd", "limits"):
         assert any(re.search(rf"^  {setting}:", example, re.M) for example in EXAMPLES), setting

@@ -60,12 +60,12 @@ def in_process(code: str, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_what_is_added_is_there(any_store: ArtifactStore) -> None:
+def test_added_calls_are_readable(any_store: ArtifactStore) -> None:
     with Ledger(any_store) as ledger:
         assert ledger.frame().schema == FEEDBACK_CALLS and ledger.outcomes(["key000000001"]) == {}
         added = [record(1, raw_reply='line\nbreak " é \0', refusal="no"), record(2), record(3, "failed")]
-        for each in added:
-            ledger.add(each)
+        for call in added:
+            ledger.add(call)
         ledger.flush()
         for reader in (ledger, Ledger(any_store)):
             assert reader.frame().schema == FEEDBACK_CALLS
@@ -74,7 +74,7 @@ def test_what_is_added_is_there(any_store: ArtifactStore) -> None:
     with Ledger(any_store) as ledger:
         assert ledger.compact().rows == 3
         assert [CallRecord._make(row) for row in ledger.frame().iter_rows()] == added
-        ledger.add(record(4))  # a closed ledger can go on
+        ledger.add(record(4))  # a reopened ledger accepts more calls
         ledger.flush()
         assert ledger.frame().height == 4
 
@@ -86,7 +86,7 @@ def test_lone_surrogates_do_not_break_readers(store: ArtifactStore) -> None:
         assert ledger.outcomes(["key000000001"])["key000000001"].raw_reply == "half ? of a pair"
 
 
-def test_the_first_reply_counts_and_every_payment_shows(store: ArtifactStore) -> None:
+def test_the_first_reply_wins_and_every_payment_is_recorded(store: ArtifactStore) -> None:
     with Ledger(store) as first, Ledger(store) as second:
         second.add(record(1, called_at=START + timedelta(seconds=9), raw_reply="later"))
         first.add(record(1))
@@ -95,14 +95,14 @@ def test_the_first_reply_counts_and_every_payment_shows(store: ArtifactStore) ->
         assert second.frame()["usd"].sum() == 1.0
 
 
-def test_calls_in_flight_become_lost_when_their_writer_is_gone(store: ArtifactStore) -> None:
+def test_calls_in_flight_become_lost_once_their_writer_is_gone(store: ArtifactStore) -> None:
     with Ledger(store) as reader:
         writer = Ledger(store)
         for n, status in ((1, "sent"), (2, "sent"), (2, "ok"), (3, "sent"), (3, "failed")):
             writer.add(record(n, status))
         writer.flush()
         assert reader.frame()["status"].to_list() == ["sent", "ok", "failed"]
-        assert reader.compact().segments == 0  # it lives
+        assert reader.compact().segments == 0  # its writer is still alive
         writer.close()
         assert reader.frame()["status"].to_list() == ["lost", "ok", "failed"]
         assert reader.compact().rows == 3 and not segments(store)
@@ -110,7 +110,7 @@ def test_calls_in_flight_become_lost_when_their_writer_is_gone(store: ArtifactSt
         assert set(reader.outcomes([f"key{n:09}" for n in range(5)])) == {"key000000002", "key000000003"}
 
 
-def test_several_processes_write_at_once(store: ArtifactStore) -> None:
+def test_several_processes_write_concurrently(store: ArtifactStore) -> None:
     code = """
 with Ledger(ArtifactStore(sys.argv[1])) as ledger:
     for n in range(int(sys.argv[2]), int(sys.argv[2]) + 500):
@@ -134,7 +134,7 @@ with Ledger(ArtifactStore(sys.argv[1])) as ledger:
 
 @settings(max_examples=30, deadline=None)
 @given(cut=st.integers(1, 400), garbage=st.booleans())
-def test_a_torn_end_costs_its_line_only(
+def test_a_torn_last_line_loses_only_itself(
     tmp_path_factory: pytest.TempPathFactory, cut: int, garbage: bool
 ) -> None:
     store = ArtifactStore(tmp_path_factory.mktemp("torn"))
@@ -153,7 +153,7 @@ def test_a_torn_end_costs_its_line_only(
     assert reader.compact().rows == 2
 
 
-def test_a_damaged_line_costs_itself_only(store: ArtifactStore) -> None:
+def test_a_damaged_line_loses_only_itself(store: ArtifactStore) -> None:
     with Ledger(store) as ledger:
         for n in range(3):
             ledger.add(record(n))
@@ -169,7 +169,9 @@ STEPS = ("write_parquet", "sync", "replace", "sync", "remove", "remove")
 
 
 @pytest.mark.parametrize("step", range(len(STEPS)))
-def test_compaction_killed_anywhere_loses_and_doubles_nothing(store: ArtifactStore, step: int) -> None:
+def test_compaction_killed_at_any_step_neither_loses_nor_duplicates_calls(
+    store: ArtifactStore, step: int
+) -> None:
     for half in range(2):
         with Ledger(store) as ledger:
             for n in range(half * 10, half * 10 + 10):
@@ -207,7 +209,7 @@ with Ledger(store) as ledger:
     assert before["status"].value_counts(sort=True).rows() == [("ok", 20), ("lost", 2)]
 
 
-def test_a_killed_writer_loses_no_line(store: ArtifactStore) -> None:
+def test_a_killed_writer_loses_no_lines(store: ArtifactStore) -> None:
     code = """
 ledger = Ledger(ArtifactStore(sys.argv[1]))
 for n in range(10**9):
@@ -243,20 +245,20 @@ def test_a_hundred_thousand_lookups_take_less_than_a_second(large: ArtifactStore
     keys = [f"key{n:09}" for n in range(50_000, 150_000)]
     seconds = []
     for _ in range(3):
-        started = time.process_time()  # of all threads: more than the wall time of an idle machine
+        started = time.process_time()  # CPU time of all threads: more than the wall time on an idle machine
         assert len(ledger.outcomes(keys)) == 50_000
         seconds.append(time.process_time() - started)
     assert min(seconds) < 1.0
 
 
-def test_a_ledger_that_cannot_be_written_says_so(store: ArtifactStore) -> None:
+def test_an_unwritable_ledger_raises(store: ArtifactStore) -> None:
     store.local.mkdir()
     (store.local / "ledger").write_text("in the way")
     with pytest.raises(ArtifactError, match="ledger"):
         Ledger(store).add(record(1))
 
 
-def test_the_view_is_the_ledger_whatever_is_compacted(store: ArtifactStore) -> None:
+def test_the_view_equals_the_ledger_before_and_after_compaction(store: ArtifactStore) -> None:
     def viewed() -> pl.DataFrame:
         with connect(store) as database:
             return database.sql("FROM feedback_calls ORDER BY called_at, call_key").pl().cast(FEEDBACK_CALLS)
@@ -274,12 +276,12 @@ def test_the_view_is_the_ledger_whatever_is_compacted(store: ArtifactStore) -> N
         ledger.flush()
         assert viewed()["status"].to_list() == ["ok", "failed", "lost", "ok"]
         assert viewed().equals(ledger.frame()), "from Parquet and from a segment"
-        for number, data in enumerate(whole):  # as a compaction killed before it removed them leaves them
+        for number, data in enumerate(whole):  # as left by a compaction killed before removing them
             (store.local / "ledger" / "segments" / f"again-{number}.jsonl").write_bytes(data)
         assert viewed().equals(ledger.frame()), "a call in both is one row"
 
 
-def test_a_catalog_copies_no_compacted_call(store: ArtifactStore) -> None:
+def test_a_catalog_does_not_copy_compacted_calls(store: ArtifactStore) -> None:
     with Ledger(store) as ledger:
         for n in range(2_000):
             ledger.add(record(n, raw_reply=os.urandom(500).hex()))
@@ -291,8 +293,8 @@ def test_a_catalog_copies_no_compacted_call(store: ArtifactStore) -> None:
         ]
 
 
-def test_a_ledger_without_the_newest_column_is_read(store: ArtifactStore) -> None:
-    """Written before replies named their model: a segment, and a Parquet file."""
+def test_a_ledger_without_the_newest_column_is_readable(store: ArtifactStore) -> None:
+    """A segment and a Parquet file written before replies named their model."""
     names = [name for name in FEEDBACK_CALLS if name != "reply_model"]
     old = pl.DataFrame([record(n)._asdict() for n in (1, 2)], schema=FEEDBACK_CALLS).select(names)
     compacted = store.local / "ledger" / "compacted" / "old.parquet"

@@ -1,4 +1,4 @@
-"""Token buckets under a fake clock, what headers say, and budgets."""
+"""Token buckets under a fake clock, rate-limit headers, and budgets."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Clock:
 
 arrivals = st.lists(
     st.tuples(st.floats(0, 20), st.floats(0, 300)), min_size=1, max_size=60
-)  # seconds since the last, units
+)  # seconds since the previous arrival, units
 
 
 def granted(
     bucket: TokenBucket, clock: Clock, arrivals: list[tuple[float, float]]
 ) -> list[tuple[float, float]]:
-    """(when, units) of every grant; first come, first served."""
+    """The (time, units) of every grant; first come, first served."""
     grants = []
     for gap, units in arrivals:
         clock.now += gap
         grants.append((clock.now + bucket.take(units), units))
-    assert all(later[0] >= sooner[0] - 1e-6 for sooner, later in itertools.pairwise(grants))
+    assert all(later[0] >= earlier[0] - 1e-6 for earlier, later in itertools.pairwise(grants))
     return grants
 
 
 @given(st.integers(1, 10_000), arrivals)
-def test_grants_of_any_size_keep_to_the_rate(per_minute: int, arrivals: list[tuple[float, float]]) -> None:
+def test_grants_of_any_size_respect_the_rate(per_minute: int, arrivals: list[tuple[float, float]]) -> None:
     clock = Clock()
     bucket = TokenBucket(per_minute, clock)
     grants = granted(bucket, clock, arrivals)
@@ -54,14 +54,14 @@ def test_grants_of_any_size_keep_to_the_rate(per_minute: int, arrivals: list[tup
 
 
 @given(st.integers(1, 500), st.lists(st.floats(0, 20), min_size=1, max_size=100))
-def test_no_minute_sees_more_requests_than_its_limit(per_minute: int, gaps: list[float]) -> None:
+def test_no_minute_exceeds_its_request_limit(per_minute: int, gaps: list[float]) -> None:
     clock = Clock()
     times = [at for at, _ in granted(TokenBucket(per_minute, clock), clock, [(gap, 1) for gap in gaps])]
-    assert all(later - sooner > 60 for sooner, later in zip(times, times[per_minute:], strict=False))
+    assert all(later - earlier > 60 for earlier, later in zip(times, times[per_minute:], strict=False))
 
 
 @given(st.integers(60, 10_000), st.integers(1, 500))
-def test_a_bucket_wastes_little(per_minute: int, requests: int) -> None:
+def test_a_bucket_wastes_little_capacity(per_minute: int, requests: int) -> None:
     clock = Clock()
     bucket = TokenBucket(per_minute, clock)
     last = max(bucket.take(1) for _ in range(requests))
@@ -76,11 +76,11 @@ def test_corrections_restore_the_bucket(estimates: list[float]) -> None:
         limit.take(tokens)
         limit.correct(tokens, 0)
     assert limit.take(limit._tokens.capacity if limit._tokens else 0) == pytest.approx(0, abs=1e-6)
-    limit.correct(0, 620)  # used more than was said
+    limit.correct(0, 620)  # more than estimated
     assert limit.take(0) > 5
 
 
-def test_requests_and_tokens_both_count() -> None:
+def test_requests_and_tokens_are_both_limited() -> None:
     clock = Clock()
     limit = RateLimit(600, 6000, clock)
     waits = [limit.take(10) for _ in range(40)]
@@ -107,7 +107,7 @@ def test_pauses_do_not_shorten_each_other() -> None:
         ({}, 0),
         ({"x-ratelimit-remaining-requests": "3", "x-ratelimit-reset-requests": "9s"}, 0),
         ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "9s"}, 9),
-        # The reset is that of the whole bucket; one request of 90 comes back after a ninetieth of it.
+        # The reset time is for the whole bucket; one of 90 requests is available after a ninetieth of it.
         (
             {
                 "x-ratelimit-remaining-requests": "0",
@@ -150,11 +150,11 @@ def test_backoff_is_bounded_and_jittered(attempt: int) -> None:
 )
 def test_a_budget_is_never_exceeded(limit: float, calls: list[tuple[float, float, bool]]) -> None:
     budget = Budget(limit)
-    flying: list[tuple[float, float]] = []
+    in_flight: list[tuple[float, float]] = []
     for highest, share, ends in calls:
         if budget.reserve(highest):
-            flying.append((highest, share))
-        if ends and flying:
-            highest, share = flying.pop()
+            in_flight.append((highest, share))
+        if ends and in_flight:
+            highest, share = in_flight.pop()
             budget.settle(highest, spent=highest * share)
         assert budget.spent + budget.uncertain + budget.reserved <= limit + 1e-6

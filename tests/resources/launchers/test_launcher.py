@@ -1,4 +1,4 @@
-"""The launcher: live progress, honest failures, and nobody left behind."""
+"""The launcher: live progress, accurate failures, and no process left behind."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def launch(
     on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
     **options: Any,
 ) -> Launched:
-    """The launch, inside a step of an asset; raises what the step raises."""
+    """Launch inside a step of an asset; raises what the step raises."""
     results: list[Launched] = []
 
     @dg.asset
@@ -103,7 +103,7 @@ def test_progress_arrives_while_the_child_runs(tmp_path: Path) -> None:
     assert launched.seconds > 0
 
 
-def test_the_childs_own_words_are_the_failure(tmp_path: Path) -> None:
+def test_the_failure_is_the_childs_own_error(tmp_path: Path) -> None:
     command = script(tmp_path, "with open_dagster_pipes():\n    raise RuntimeError('CUDA out of {memory}')")
     with pytest.raises(dg.Failure) as failure:
         launch(command, log=tmp_path / "log" / "train.log")
@@ -116,7 +116,7 @@ def test_the_childs_own_words_are_the_failure(tmp_path: Path) -> None:
     assert "RuntimeError" in (tmp_path / "log" / "train.log").read_text()
 
 
-def test_a_child_that_says_nothing(tmp_path: Path) -> None:
+def test_a_child_that_reports_no_error(tmp_path: Path) -> None:
     with pytest.raises(dg.Failure, match="exited with 3 and reported no error"):
         launch(script(tmp_path, "sys.exit(3)"))
 
@@ -138,13 +138,13 @@ def test_a_failure_names_the_step_that_is_kept(tmp_path: Path) -> None:
             launch(script(tmp_path, body), unfinished=tmp_path / "snapshots")
 
 
-def test_exit_code_0_is_not_believed(tmp_path: Path) -> None:
-    (tmp_path / "done.json").write_text("{}")  # of an earlier run
+def test_exit_code_0_alone_is_not_success(tmp_path: Path) -> None:
+    (tmp_path / "done.json").write_text("{}")  # from an earlier run
     with pytest.raises(dg.Failure, match="did not finish"):
         launch(script(tmp_path, ""), done=tmp_path / "done.json")
 
 
-def test_an_error_of_the_listener_is_raised_in_the_end(tmp_path: Path) -> None:
+def test_an_error_of_the_listener_is_raised_at_the_end(tmp_path: Path) -> None:
     def broken(_: dict[str, Any]) -> None:
         raise ZeroDivisionError("listener")
 
@@ -156,7 +156,7 @@ def test_an_error_of_the_listener_is_raised_in_the_end(tmp_path: Path) -> None:
         launch(command, on_progress=broken)
 
 
-def test_what_the_child_leaves_running_is_ended(tmp_path: Path) -> None:
+def test_processes_left_running_by_the_child_are_ended(tmp_path: Path) -> None:
     stubborn = tmp_path / "stubborn.py"
     stubborn.write_text(STUBBORN)
     pid_file = tmp_path / "pid"
@@ -186,7 +186,7 @@ def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
 dg.materialize([checkpoint])
 """
 
-# A launcher whose two workers ignore polite signals; one has a session of its own, as torchrun's have.
+# A launcher whose two workers ignore SIGINT and SIGTERM; one has its own session, like torchrun's workers.
 LAUNCHER = """
 import subprocess, sys
 stubborn, first, second = sys.argv[1:]
@@ -196,13 +196,13 @@ subprocess.Popen([sys.executable, stubborn, second], start_new_session=True).wai
 
 
 def two_workers(folder: Path, pids: list[Path]) -> list[str]:
-    """A command that starts two workers, who write their process ids."""
+    """A command that starts two workers, which write their process ids."""
     for name, text in {"launcher.py": LAUNCHER, "stubborn.py": STUBBORN}.items():
         (folder / name).write_text(text)
     return [sys.executable, str(folder / "launcher.py"), str(folder / "stubborn.py"), *map(str, pids)]
 
 
-def test_an_interruption_waits_until_everybody_is_gone(
+def test_an_interrupt_waits_until_all_processes_have_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pids = [tmp_path / "first", tmp_path / "second"]
@@ -221,7 +221,7 @@ def test_an_interruption_waits_until_everybody_is_gone(
     assert not any(alive(int(path.read_text())) for path in pids)
 
 
-def test_who_never_stops_it_leaves_nobody_either(tmp_path: Path) -> None:
+def test_no_process_is_left_if_stop_is_never_called(tmp_path: Path) -> None:
     pids = [tmp_path / "first", tmp_path / "second"]
     source = f"""
         from resources.compute.processes import Supervised
@@ -240,9 +240,9 @@ def test_who_never_stops_it_leaves_nobody_either(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 @pytest.mark.parametrize("victim", ["parent", "parent and supervisor"])
-def test_nobody_is_left(tmp_path: Path, number: signal.Signals, victim: str) -> None:
+def test_no_process_is_left_when_the_parent_ends(tmp_path: Path, number: signal.Signals, victim: str) -> None:
     if victim == "parent and supervisor" and number == signal.SIGKILL:
-        pytest.skip("nobody is left who could end anybody")
+        pytest.skip("no process is left that could end the workers")
     (tmp_path / "driver.py").write_text(DRIVER)
     pids = [tmp_path / "first", tmp_path / "second"]
     root = PROJECT
@@ -279,14 +279,14 @@ def alive(pid: int) -> bool:
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
+                pids.append(int(stat.parent.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -296,11 +296,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_accelerate_command_leaves_nothing_to_guess() -> None:
-    one = accelerate_command(Acceleration(cpu=True, threads=2))
-    assert one[0] == sys.executable and one[-1] == "-m" and "--cpu" in one
+def test_accelerate_command_is_fully_specified() -> None:
+    single = accelerate_command(Acceleration(cpu=True, threads=2))
+    assert single[0] == sys.executable and single[-1] == "-m" and "--cpu" in single
     for option in ("--num_processes", "--num_machines", "--mixed_precision", "--dynamo_backend"):
-        assert option in one
+        assert option in single
     several = accelerate_command(Acceleration(processes=2, cpu=True))
     assert "--cpu" not in several and "--multi_gpu" in several  # --cpu would start one process only
     assert accelerate_env(Acceleration(processes=2, cpu=True, threads=2))["ACCELERATE_USE_CPU"] == "true"
@@ -308,14 +308,14 @@ def test_accelerate_command_leaves_nothing_to_guess() -> None:
     assert json.dumps(accelerate_env(Acceleration()))
 
 
-def test_a_line_is_read_when_its_end_is_there(tmp_path: Path) -> None:
+def test_a_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     path, over = tmp_path / "messages", threading.Event()
     path.write_bytes(b'{"a": 1}\n{"b"')
     with path.open("ab", buffering=0) as writer:
         lines = lines_of(path, over, every=0.01)
         assert next(lines) == b'{"a": 1}\n'
         later = threading.Timer(0.1, writer.write, [b": 2}\n"])
-        later.start()  # the reader has met half a line by then
+        later.start()  # the reader has seen half a line by then
         assert next(lines) == b'{"b": 2}\n'
         later.join()
         writer.write(b'{"c": 3}\n{"torn')

@@ -1,4 +1,4 @@
-"""What Slurm's commands say and leave unsaid, with commands of our own; a real Slurm: tests/integration."""
+"""How the output of Slurm's commands is interpreted, with fake commands; a real Slurm: tests/integration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from training.settings import Training
 
 
 def commands(folder: Path, patch: pytest.MonkeyPatch, **bodies: str) -> None:
-    """The only Slurm there is: these shell scripts."""
+    """Replace Slurm's commands with these shell scripts."""
     for name, body in bodies.items():
         path = folder / name
         path.write_text(f"#!/bin/bash\n{body}\n")
@@ -43,7 +43,7 @@ GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
 
 
 @pytest.mark.parametrize(
-    "squeue, scontrol, sacct, found",
+    "squeue, scontrol, sacct, expected",
     [
         ("echo 'RUNNING|None'", "exit 9", "exit 9", "RUNNING"),
         ("echo 'PENDING|Priority'", "exit 9", "exit 9", "PENDING (Priority)"),
@@ -61,28 +61,31 @@ GONE = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
         ("true", GONE, "true", None),
     ],
 )  # fmt: skip
-def test_the_queue_is_asked_then_the_controller_then_the_accounts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str, scontrol: str, sacct: str, found: str | None
+def test_state_is_read_from_queue_then_controller_then_accounting(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    squeue: str,
+    scontrol: str,
+    sacct: str,
+    expected: str | None,
 ) -> None:
     commands(tmp_path, monkeypatch, squeue=squeue, scontrol=scontrol, sacct=sacct)
     state = slurm.state("1")
-    assert (None if state is None else str(state)) == found
+    assert (None if state is None else str(state)) == expected
 
 
-def test_a_site_without_accounts_has_no_sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_without_accounting_have_no_sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands(tmp_path, monkeypatch, squeue=GONE, scontrol=GONE)
     assert slurm.state("1") is None
 
 
-def test_a_queue_that_does_not_answer_is_not_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreachable_queue_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands(tmp_path, monkeypatch, squeue="echo 'slurm_load_jobs error: Unable to contact' >&2; exit 1")
     with pytest.raises(slurm.SlurmSilent, match="squeue: slurm_load_jobs error: Unable to contact"):
         slurm.listed("name")
 
 
-def test_jobs_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_listed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands(tmp_path, monkeypatch, squeue="echo '7|RUNNING|None|/a b|c'; echo '8|PENDING|Dependency|/d'")
     assert slurm.listed("name") == [
         slurm.Listed("7", "RUNNING", "None", Path("/a b|c")),
@@ -90,7 +93,7 @@ def test_jobs_of_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     ]
 
 
-def test_what_the_cluster_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quiet = dict.fromkeys(("sbatch", "squeue", "scancel", "scontrol"), "exit 9")
     commands(tmp_path, monkeypatch, **quiet, sinfo="echo 'gpu|16'; echo 'cpu*|4'")
     assert slurm.partitions() == {"gpu": (16, False), "cpu": (4, True)}
@@ -110,7 +113,7 @@ def test_what_the_cluster_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         slurm.check_slurm(Slurm())
 
 
-def test_no_key_of_a_judge_gets_into_a_job() -> None:
+def test_jobs_do_not_inherit_secrets() -> None:
     environment = {
         "PATH": "/bin",
         "LC_ALL": "C",
@@ -137,7 +140,7 @@ def shell(script: str, folder: Path, **env: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_words_reach_the_node_as_they_are(tmp_path: Path) -> None:
+def test_command_words_reach_the_node_unchanged(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     words = ["/bin/echo", NODE, HEAD, PORT, "$HOME", "it's", 'a "b"', "`id`"]
     script = node_script("a\nb", tmp_path, words, {"SAID": "x'$y"}, ['echo "setup $SLURM_NODEID"'])
@@ -154,7 +157,7 @@ def test_words_reach_the_node_as_they_are(tmp_path: Path) -> None:
     assert (tmp_path / "0" / "node_1").read_text() == "0 n2"
 
 
-def test_a_node_that_lacks_something_says_so(tmp_path: Path) -> None:
+def test_missing_prerequisites_on_a_node_are_reported(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     assert shell(node_script("t", tmp_path / "none", ["/bin/true"], {}, []), tmp_path).returncode == 97
     done = shell(node_script("t", tmp_path, ["/none/python"], {}, []), tmp_path, TEXTALIGN_LIFE="0")
@@ -174,7 +177,7 @@ def a_job(folder: Path, *lives: dict[str, Any]) -> SlurmJob:
     return SlurmJob(folder)
 
 
-def test_a_life_is_finished_when_job_and_trainer_say_so(tmp_path: Path) -> None:
+def test_a_life_is_finished_when_job_and_trainer_both_report_it(tmp_path: Path) -> None:
     whole = {"done": {"steps": 1}, "ended": "0 12"}
 
     def finished(name: str, *lives: dict[str, Any]) -> str | None:
@@ -183,7 +186,7 @@ def test_a_life_is_finished_when_job_and_trainer_say_so(tmp_path: Path) -> None:
 
     assert finished("a", whole) == "0"
     assert finished("b", {}, whole) == "1"
-    assert finished("c", whole, {}) == "0"  # what a second life does or not is not part of the first one
+    assert finished("c", whole, {}) == "0"  # the second life does not affect the first
     assert finished("d", *[{}] * 9, whole, whole) == "10"
     assert finished("e", {"ended": "0 12"}) is None
     assert finished("f", {"done": {}, "ended": "1 12"}) is None
@@ -192,8 +195,8 @@ def test_a_life_is_finished_when_job_and_trainer_say_so(tmp_path: Path) -> None:
     assert SlurmJob(tmp_path / "h").finished() is None
 
 
-def test_each_start_of_a_job_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    """Also where Slurm does not count a start, as after a crash of its controller."""
+def test_each_start_of_a_job_has_its_own_folder(tmp_path: Path) -> None:
+    """Even if Slurm does not count a start, as after a crash of its controller."""
     (tmp_path / "bin").mkdir()
     for command, body in {"scontrol": "echo n1", "srun": 'echo "$TEXTALIGN_LIFE" > "$PWD/life"'}.items():
         (tmp_path / "bin" / command).write_text(f"#!/bin/bash\n{body}\n")
@@ -229,12 +232,14 @@ def test_each_start_of_a_job_has_a_folder_of_its_own(tmp_path: Path) -> None:
         (slurm.State("COMPLETED"), 0, "did not finish"),
     ],
 )
-def test_each_end_has_its_sentence(tmp_path: Path, state: slurm.State, code: int | None, words: str) -> None:
-    said = reason_of(state, tmp_path, code)
-    assert re.search(words, said) and "\n" not in said
+def test_each_failure_has_its_message(
+    tmp_path: Path, state: slurm.State, code: int | None, words: str
+) -> None:
+    message = reason_of(state, tmp_path, code)
+    assert re.search(words, message) and "\n" not in message
 
 
-def test_a_name_is_of_a_training_and_a_folder(tmp_path: Path) -> None:
+def test_the_job_name_depends_on_training_and_folder(tmp_path: Path) -> None:
     def name(key: str, folder: Path) -> str:
         return SlurmLauncher(Slurm(), key, "title", folder).name
 
@@ -269,7 +274,7 @@ def test_settings() -> None:
     assert Training(processes=8).machines == 1
 
 
-def test_where_it_trains_is_not_what_it_trains() -> None:
+def test_launcher_settings_do_not_change_the_checkpoint() -> None:
     library = Library((PROJECT / "experiments",))
     plain, moved = (
         stage_settings(library.overridden("pep8_alt_lmu", overrides), "checkpoint", 1)
@@ -281,7 +286,7 @@ def test_where_it_trains_is_not_what_it_trains() -> None:
     assert plain == moved
 
 
-def test_machines_are_told_of_each_other() -> None:
+def test_machines_know_their_rank_and_head() -> None:
     command = accelerate_command(Acceleration(processes=8, machines=2))
     pairs = dict(pairwise(command))
     assert (pairs["--num_processes"], pairs["--num_machines"], pairs["--machine_rank"]) == ("8", "2", NODE)
@@ -294,7 +299,7 @@ def test_machines_are_told_of_each_other() -> None:
     assert "--machine_rank" not in accelerate_command(Acceleration(processes=8))
 
 
-def test_a_configuration_may_name_as_many_machines_as_there_are_nodes(tmp_path: Path) -> None:
+def test_an_accelerate_file_must_match_the_number_of_nodes(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distributed_type: MULTI_GPU\nnum_machines: 2\n")
     settings = {"processes": 4, "accelerate": str(path), "slurm": {"nodes": 2}}

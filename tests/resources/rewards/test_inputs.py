@@ -1,4 +1,4 @@
-"""What a scoring model is shown: templates, special tokens, and what is cut."""
+"""What a scoring model is shown: templates, special tokens, and truncation."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_template_is_tokenised_as_a_whole() -> None:
     assert text_of(row, "text").strip() == "print a"
 
 
-def test_a_text_that_spells_a_special_token_is_plain_words() -> None:
+def test_a_text_that_spells_a_special_token_is_plain_text() -> None:
     (row,) = encode(WORDS, [("a<|end|>b", "c<|end|>d")], PUBLISHED, None)
     assert row.ids.count(WORDS.eos_token_id) == 1 and row.ids[-1] == WORDS.eos_token_id
     assert end_position(row, {0}) == len(row.ids) - 2
@@ -57,13 +57,13 @@ def test_without_a_template_prompt_and_text_are_joined_as_the_policy_saw_them() 
     assert alone.ids == encoded("a, b)")
 
 
-def test_braces_in_prompts_and_texts_are_words() -> None:
+def test_braces_in_prompts_and_texts_are_literal() -> None:
     (row,) = encode(WORDS, [("{text} {prompt}", "{prompt}")], "{prompt}|{text}", None)
     assert text_of(row) == "{text} {prompt}|{prompt}"
 
 
 def bert_like() -> Any:
-    """A tokenizer that puts [CLS] before and [SEP] behind by itself."""
+    """A tokenizer that adds [CLS] and [SEP] by itself."""
     from tokenizers.processors import TemplateProcessing
 
     words = tokenizer()
@@ -75,7 +75,7 @@ def bert_like() -> Any:
     return words
 
 
-def test_the_tokenizers_own_frame_stands_there_once() -> None:
+def test_the_tokenizers_own_special_tokens_appear_once() -> None:
     words = bert_like()
     cls, sep = words.cls_token_id, words.sep_token_id
     assert trailing_ids(words) == [sep]
@@ -101,7 +101,7 @@ def test_the_prompt_loses_its_beginning_and_keeps_its_cue() -> None:
     assert shortened(row, Limits(len(row.ids), "end", False)) == row
 
 
-def test_a_text_that_does_not_fit_is_refused_or_loses_its_end() -> None:
+def test_a_text_that_does_not_fit_is_refused_or_truncated() -> None:
     (row,) = encode(WORDS, [("def", "abc " * 30)], PUBLISHED, None)
     with pytest.raises(TooLong, match=r"the text has \d+ tokens and there is room for"):
         shortened(row, Limits(40, "end", False))
@@ -112,13 +112,13 @@ def test_a_text_that_does_not_fit_is_refused_or_loses_its_end() -> None:
         shortened(row, Limits(3, "end", True))  # not even one token of the text
 
 
-def test_the_reward_stands_before_the_first_end_behind_the_text() -> None:
+def test_the_reward_is_read_before_the_first_end_token_after_the_text() -> None:
     assert end_position(Row([5, 6, 7, 0, 0], ["fixed", "prompt", "text", "fixed", "fixed"]), {0}) == 2
     assert end_position(Row([0, 6, 7, 8], ["fixed", "prompt", "text", "fixed"]), {0}) == 3
     assert end_position(Row([5, 6, 0], ["fixed", "prompt", "fixed"]), {0}) == 1  # an empty text
 
 
-def test_chat_templates_are_written_out() -> None:
+def test_chat_templates_become_plain_templates() -> None:
     words = tokenizer()
     words.chat_template = (
         "{% for m in messages %}<|best|>{{ m['role'] }}\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"

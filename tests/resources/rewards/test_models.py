@@ -1,4 +1,4 @@
-"""Classifiers and reward models: scores equal those of transformers itself, whatever the batch."""
+"""Classifiers and reward models: scores equal those of transformers, whatever the batch."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def numbers(scorer: ModelScorer, pairs: list[tuple[str, str]] = PAIRS) -> list[f
 
 
 def logits_of(folder: Path, ids: list[int]) -> torch.Tensor:
-    """One input through transformers itself."""
+    """The logits of one input, computed by transformers itself."""
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).logits[0]
@@ -79,10 +79,10 @@ def test_rewards_equal_those_of_transformers_one_by_one(folders: dict[str, Path]
         float(logits_of(folders[kind], words(p)["input_ids"] + words(t)["input_ids"])[0]) for p, t in PAIRS
     ]
     assert len({round(x, 3) for x in expected}) == len(PAIRS)  # the model tells them apart
-    together = numbers(RewardModelScorer(model=str(folders[kind])))
-    apart = numbers(RewardModelScorer(model=str(folders[kind]), batch_tokens=1))
-    assert together == pytest.approx(expected, abs=1e-5)
-    assert apart == pytest.approx(expected, abs=1e-5)
+    batched = numbers(RewardModelScorer(model=str(folders[kind])))
+    one_by_one = numbers(RewardModelScorer(model=str(folders[kind]), batch_tokens=1))
+    assert batched == pytest.approx(expected, abs=1e-5)
+    assert one_by_one == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
@@ -93,7 +93,7 @@ def test_classifiers_equal_transformers(folders: dict[str, Path], activation: An
     texts = [("never shown", text) for _, text in PAIRS[:4]]
     expected = [float(function(logits_of(folders["bert"], words(t)["input_ids"]))[1]) for _, t in texts]
     scorer = ClassifierScorer(model=str(folders["bert"]), label="toxic", activation=activation, good=False)
-    bare = [("", text) for _, text in texts]  # what score_samples gives a scorer that reads texts
+    bare = [("", text) for _, text in texts]  # what score_samples passes to a scorer that reads only texts
     assert numbers(scorer, bare) == pytest.approx(expected, abs=1e-5)
     by_index = ClassifierScorer(model=str(folders["bert"]), label=1, activation=activation, good=False)
     assert numbers(by_index, bare) == pytest.approx(expected, abs=1e-5)
@@ -122,9 +122,9 @@ def test_last_token_rewards_equal_the_published_computation(folders: dict[str, P
         expected.append(float(rewards[ids.index(words.eos_token_id) - 1]))
     scorer = RewardModelScorer(model=str(folder), head="gptj_last_token", template=template)
     assert numbers(scorer, PAIRS[:4]) == pytest.approx(expected, abs=1e-4)
-    apart = scorer.model_copy(update={"batch_tokens": 1})
-    assert numbers(apart, PAIRS[:4]) == pytest.approx(expected, abs=1e-4)
-    # The cue is written by the template, and taken off the prompt.
+    unbatched = scorer.model_copy(update={"batch_tokens": 1})
+    assert numbers(unbatched, PAIRS[:4]) == pytest.approx(expected, abs=1e-4)
+    # The template adds the cue, so it is removed from the prompt.
     cued = scorer.model_copy(update={"cue": "TL;DR:"})
     with_cue = [(f"{prompt}\nTL;DR:", text) for prompt, text in PAIRS[:4]]
     assert numbers(cued, with_cue) == pytest.approx(expected, abs=1e-4)
@@ -137,7 +137,7 @@ def test_the_published_template_is_the_default_of_the_published_head() -> None:
     assert RewardModelScorer(model="/m").shown_template is None
 
 
-def test_what_is_too_long_fails_or_loses_its_prompt(folders: dict[str, Path]) -> None:
+def test_inputs_that_are_too_long_fail_or_lose_their_prompt(folders: dict[str, Path]) -> None:
     long = [("a b " * 100 + "cue:", " print(name)"), ("a", "b c " * 100)]
     (score, _), (none, reason) = scored(RewardModelScorer(model=str(folders["llama"])), long)
     assert score is not None and none is None and f"(of {CONTEXT} in all)" in reason
@@ -204,7 +204,7 @@ def test_samples_are_scored_in_a_worker_that_passes_its_check(
     scorer = RewardModelScorer(model=str(folders["llama"]))
     expected = numbers(scorer)
     fixture = tmp_path / "pairs.jsonl"
-    # One prompt for all, so that the model's own order of texts decides; the last pair is wrong.
+    # One prompt for all, so that only the model's ranking of the texts matters; the last pair is wrong.
     texts = [text for _, text in PAIRS[:4]]
     by_text = numbers(scorer, [("p", text) for text in texts])
     order = sorted(range(4), key=lambda i: by_text[i])
@@ -221,14 +221,14 @@ def test_samples_are_scored_in_a_worker_that_passes_its_check(
     facts: dict[str, Any] = {}
     seen: list[tuple[int, int]] = []
     twice = [*PAIRS, PAIRS[0]]
-    rows = score_samples(checked, samples(twice), lambda *told: seen.append(told[:2]), facts=facts)
+    rows = score_samples(checked, samples(twice), lambda *step: seen.append(step[:2]), facts=facts)
     assert rows.schema == SCORED and rows["sample_id"].to_list() == [f"s{i}" for i in range(6)]
     assert rows["score"].to_list() == pytest.approx([*expected, expected[0]], abs=1e-5)
     assert rows["value"].to_list() == rows["score"].to_list()
     assert facts["check_accuracy"] == 0.75 and seen[-1] == (5, 5)  # a repeated sample is scored once
 
 
-class Here:
+class InProcessChannel:
     """A channel whose worker is this process: starting a real one takes many seconds."""
 
     ready = None
@@ -246,7 +246,7 @@ class Here:
 def test_a_model_that_fails_its_check_is_not_trusted(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.rewards.models, "Channel", Here)
+    monkeypatch.setattr(resources.rewards.models, "Channel", InProcessChannel)
     good = numbers(RewardModelScorer(model=str(folders["llama"])), [("p", "value"), ("p", "print")])
     better, worse = ("value", "print") if good[0] > good[1] else ("print", "value")
     path = tmp_path / "pairs.jsonl"
@@ -254,31 +254,29 @@ def test_a_model_that_fails_its_check_is_not_trusted(
     check = {"path": str(path), "min_accuracy": 0.7}
     scorer = RewardModelScorer.model_validate({"model": str(folders["llama"]), "check": check})
     with pytest.raises(ScoringError, match=r"0 of 1 pairs.*0\.00.*not trusted"):
-        score_samples(scorer, samples(PAIRS), lambda *told: None)
+        score_samples(scorer, samples(PAIRS), lambda *_: None)
     assert "1 pairs" in inspect_scorer(scorer)
 
 
 def test_toxic_is_lower_and_blank_texts_are_skipped(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resources.rewards.models, "Channel", Here)
+    monkeypatch.setattr(resources.rewards.models, "Channel", InProcessChannel)
     scorer = ClassifierScorer(model=str(folders["bert"]), label="toxic", good=False)
-    rows = score_samples(
-        scorer, samples([("p", "print"), ("p", " \n"), ("p", "a " * 200)]), lambda *told: None
-    )
+    rows = score_samples(scorer, samples([("p", "print"), ("p", " \n"), ("p", "a " * 200)]), lambda *_: None)
     assert rows["status"].to_list() == ["ok", "skipped", "failed"]
     assert rows["value"][0] == pytest.approx(1 - rows["score"][0])
     assert rows["score"][1:].to_list() == rows["value"][1:].to_list() == [None, None]
     assert "blank" in rows["reason"][1] and "allow_truncated_text" in rows["reason"][2]
 
 
-def test_models_that_are_not_there_are_told(tmp_path: Path) -> None:
+def test_missing_models_are_reported(tmp_path: Path) -> None:
     missing = RewardModelScorer(model=str(tmp_path / "none"))
     assert missing.identity["model"] is None
     with pytest.raises(ScoringError, match=r"scorer reward_model: model: .*: no such folder"):
-        score_samples(missing, samples(PAIRS), lambda *told: None)
+        score_samples(missing, samples(PAIRS), lambda *_: None)
     with pytest.raises(ScoringError, match="is neither a folder nor a hub id"):
-        score_samples(RewardModelScorer(model="nothing"), samples(PAIRS), lambda *told: None)
+        score_samples(RewardModelScorer(model="nothing"), samples(PAIRS), lambda *_: None)
 
 
 def test_a_hub_model_is_read_from_the_hubs_cache(
@@ -306,8 +304,8 @@ def test_a_hub_model_is_read_from_the_hubs_cache(
         inspect_scorer(RewardModelScorer(model="someone/else"), "evaluation.scorer")
 
 
-def test_positions_that_do_not_begin_at_zero_count(tmp_path: Path) -> None:
-    """RoBERTa's positions begin behind its padding id, so two of them are never used."""
+def test_positions_that_do_not_start_at_zero_are_accounted_for(tmp_path: Path) -> None:
+    """RoBERTa's positions start after its padding id, so two of them are never used."""
     config = RobertaConfig(
         vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
         max_position_embeddings=CONTEXT + 2, pad_token_id=1, num_labels=1)  # fmt: skip
@@ -323,13 +321,13 @@ def test_positions_that_do_not_begin_at_zero_count(tmp_path: Path) -> None:
 # Identity and settings
 
 
-def test_identity_follows_what_scores_follow_from(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_identity_depends_on_what_determines_the_scores(folders: dict[str, Path], tmp_path: Path) -> None:
     scorer = RewardModelScorer(model=str(folders["gpt2"]))
     same = RewardModelScorer(model=str(folders["gpt2"]), device="cuda", batch_tokens=7)
     assert scorer.identity == same.identity and scorer.version == same.version
     json.dumps(scorer.identity)
     copy = tiny_scorers.classifier(tmp_path / "copy", "gpt2")
-    assert RewardModelScorer(model=str(copy)).identity == scorer.identity  # content, not place
+    assert RewardModelScorer(model=str(copy)).identity == scorer.identity  # content, not location
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "note": 1}))
     assert RewardModelScorer(model=str(copy)).identity != scorer.identity

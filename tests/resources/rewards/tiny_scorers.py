@@ -1,4 +1,4 @@
-"""Random scoring models of a few thousand weights, saved as their folders would be."""
+"""Random scoring models of a few thousand weights, saved as real ones are."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def classifier(
     pad: int | None = 1,
     words: PreTrainedTokenizerFast | None = None,
 ) -> Path:
-    """A "gpt2", "llama" or "bert" with one output a label."""
+    """A "gpt2", "llama" or "bert" with one output per label."""
     torch.manual_seed(3)
-    named = {
+    options = {
         "id2label": dict(enumerate(labels)),
         "label2id": {label: i for i, label in enumerate(labels)},
         "pad_token_id": pad,
@@ -49,15 +49,15 @@ def classifier(
     }
     config: Any
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **named)
+        config = GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, **options)
     elif kind == "llama":
         config = LlamaConfig(
             vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, **named)  # fmt: skip
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=CONTEXT, **options)  # fmt: skip
     else:
         config = BertConfig(
             vocab_size=304, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=CONTEXT, **named)  # fmt: skip
+            num_attention_heads=4, max_position_embeddings=CONTEXT, **options)  # fmt: skip
     if isinstance(config, BertConfig):
         model = BertForSequenceClassification(config)
     else:
@@ -68,7 +68,7 @@ def classifier(
 
 
 def last_token(folder: Path, *, masks: bool = True, safe: bool = True) -> Path:
-    """A GPT-J with a head of one output, as CarperAI saved them; config and tokenizer beside it."""
+    """A GPT-J with a head of one output, as saved by CarperAI, and its config and tokenizer."""
     torch.manual_seed(5)
     config = GPTJConfig(
         vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT, rotary_dim=4,
@@ -76,7 +76,7 @@ def last_token(folder: Path, *, masks: bool = True, safe: bool = True) -> Path:
     body = sharpened(GPTJModel(config))
     state = {f"transformer.{name}": t.contiguous() for name, t in body.state_dict().items()}
     state["v_head.weight"] = torch.randn(1, 32)
-    if masks:  # what GPT-J had in its state dict in the versions of then
+    if masks:  # buffers in the state dict of GPT-J in the versions of that time
         for layer in range(2):
             mask = torch.tril(torch.ones(CONTEXT, CONTEXT, dtype=torch.bool)).view(1, 1, CONTEXT, CONTEXT)
             state[f"transformer.h.{layer}.attn.bias"] = mask

@@ -1,4 +1,4 @@
-"""What `textalign clean` finds in a store: leftovers, and what no cell needs; never anything that one does."""
+"""What `textalign clean` finds in a store: leftovers and artifacts that no cell needs, never one that is needed."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def assign(store: ArtifactStore, experiment: str, artifact: Artifact, iteration:
 
 
 def lineage(store: ArtifactStore, name: str, experiment: str | None) -> dict[str, Artifact]:
-    """An iteration from the draw of its prompts to its evaluation, with its parts; cells point at it, or none does."""
-    made: dict[str, Artifact] = {}
+    """All artifacts of an iteration, with the parts of its evaluation; cells point at them if ``experiment`` is given."""
+    artifacts: dict[str, Artifact] = {}
     for stage, inputs in (
         ("prompt_draws", {"source": "prompts"}),
         ("generations", {"prompt_draws": f"{name}-prompt_draws", "policy": "base"}),
@@ -65,20 +65,20 @@ def lineage(store: ArtifactStore, name: str, experiment: str | None) -> dict[str
         ("evaluation", {"trained_policy": f"{name}-policy", "base_policy": "base"}),
     ):
         policy = f"{name}-policy" if stage in ("checkpoint", "evaluation") else None
-        made[stage] = make(store, stage, f"{name}-{stage}", inputs, policy=policy)
+        artifacts[stage] = make(store, stage, f"{name}-{stage}", inputs, policy=policy)
         if experiment is not None and not stage.startswith("evaluation_"):
-            assign(store, experiment, made[stage])
-    return made
+            assign(store, experiment, artifacts[stage])
+    return artifacts
 
 
-def found(
+def removable_names(
     store: ArtifactStore, *, older_than: timedelta = NOW, unreferenced: bool = False
 ) -> dict[str, set[str]]:
-    """Kind → what of it is found, by its folder's name."""
+    """Kind → the folder names of what is removable."""
     kinds: dict[str, set[str]] = {}
     home = store.local.parent
-    for one in removable(store, home, older_than=older_than, unreferenced=unreferenced):
-        kinds.setdefault(one.kind, set()).add(one.place.rpartition("/")[2])
+    for item in removable(store, home, older_than=older_than, unreferenced=unreferenced):
+        kinds.setdefault(item.kind, set()).add(item.place.rpartition("/")[2])
     return kinds
 
 
@@ -87,118 +87,122 @@ def apply(store: ArtifactStore, *, unreferenced: bool = False) -> None:
     remove(store, removable(store, home, older_than=NOW, unreferenced=unreferenced), NOW)
 
 
-def everything(store: ArtifactStore) -> set[str]:
+def stored_names(store: ArtifactStore) -> set[str]:
     return {path.split("/")[2] for path in store.storage.entries("artifacts")}
 
 
-def test_what_cells_point_at_stays(store: ArtifactStore) -> None:
+def test_artifacts_that_cells_point_at_are_kept(store: ArtifactStore) -> None:
     kept, gone = lineage(store, "kept", "one"), lineage(store, "gone", None)
-    assert found(store) == {}
+    assert removable_names(store) == {}
     stages = {artifact.key for stage, artifact in gone.items() if not stage.startswith("evaluation_")}
     parts = {"gone-evaluation_sampling", "gone-evaluation_fluency"}
-    assert found(store, unreferenced=True) == {UNREFERENCED: stages, PARTS: parts}
+    assert removable_names(store, unreferenced=True) == {UNREFERENCED: stages, PARTS: parts}
     apply(store, unreferenced=True)
-    assert everything(store) == {artifact.key for artifact in kept.values()}
+    assert stored_names(store) == {artifact.key for artifact in kept.values()}
     for artifact in kept.values():
         again = store.find(artifact.stage, artifact.key)
         assert again is not None
         again.verify()
-    assert found(store, unreferenced=True) == {}
+    assert removable_names(store, unreferenced=True) == {}
 
 
-def test_what_a_cell_was_made_from_stays(store: ArtifactStore) -> None:
-    """The draw was made anew, and the checkpoint: the evaluation is stale, and still has its own past."""
+def test_the_inputs_of_a_cells_artifact_are_kept(store: ArtifactStore) -> None:
+    """Draw and checkpoint were recomputed: the evaluation is stale, and keeps what it was computed from."""
     old = lineage(store, "old", "one")
     assign(store, "one", make(store, "prompt_draws", "new-prompt_draws", {"source": "prompts"}))
     assign(
         store, "one", make(store, "checkpoint", "new-checkpoint", {"datapool": "old-datapool"}, policy="new")
     )
     (store.local / "cells/one/001/generations.json").unlink()
-    assert found(store, unreferenced=True) == {}
+    assert removable_names(store, unreferenced=True) == {}
     shutil.rmtree(store.local / "cells" / "one")
-    assert old["checkpoint"].key in found(store, unreferenced=True)[UNREFERENCED]
+    assert old["checkpoint"].key in removable_names(store, unreferenced=True)[UNREFERENCED]
 
 
-def test_a_shared_artifact_stays_until_its_last_cell_is_gone(store: ArtifactStore) -> None:
+def test_a_shared_artifact_is_kept_until_its_last_cell_is_gone(store: ArtifactStore) -> None:
     for artifact in lineage(store, "shared", "one").values():
         if not artifact.stage.startswith("evaluation_"):
             assign(store, "two", artifact)
     shutil.rmtree(store.local / "cells" / "one")
-    assert found(store, unreferenced=True) == {}
+    assert removable_names(store, unreferenced=True) == {}
     shutil.rmtree(store.local / "cells" / "two")
-    assert len(found(store, unreferenced=True)[UNREFERENCED]) == 6
+    assert len(removable_names(store, unreferenced=True)[UNREFERENCED]) == 6
 
 
-def test_parts_stay_as_long_as_an_evaluation_may_want_them(store: ArtifactStore) -> None:
-    """Its judge was out of reach: the checkpoint's samples are there, its evaluation is not yet."""
-    made = lineage(store, "waiting", "one")
-    store.remove("evaluation", made["evaluation"].key)
+def test_parts_are_kept_as_long_as_an_evaluation_may_need_them(store: ArtifactStore) -> None:
+    """Its judge was unreachable: the checkpoint's samples exist, its evaluation does not yet."""
+    artifacts = lineage(store, "waiting", "one")
+    store.remove("evaluation", artifacts["evaluation"].key)
     (store.local / "cells/one/001/evaluation.json").unlink()
     make(store, "evaluation_sampling", "of-baseline", {"policy": "baseline", "prompts": "held out"})
-    assert found(store) == {PARTS: {"of-baseline"}}
-    # Of baselines, only the table of an evaluation tells.
+    assert removable_names(store) == {PARTS: {"of-baseline"}}
+    # Baselines are known only from the table of an evaluation.
     assign(
         store,
         "one",
         make(store, "evaluation", "with-baseline", {"base_policy": "base"}, policy="baseline"),
         0,
     )
-    assert found(store) == {}
+    assert removable_names(store) == {}
 
 
-def test_log_probabilities_stay_as_long_as_a_cell_has_their_policy(store: ArtifactStore) -> None:
-    made = lineage(store, "a", "mine")
+def test_log_probabilities_are_kept_as_long_as_a_cell_has_their_policy(store: ArtifactStore) -> None:
+    artifacts = lineage(store, "a", "mine")
     for policy in ("base", "a-policy", "gone"):
         make(store, "reference_log_probs", f"of-{policy}", {"policy": policy})
-    assert made["checkpoint"].manifest["inputs"]["policy"] == "base"
-    assert found(store) == {LOG_PROBS: {"of-gone"}}
+    assert artifacts["checkpoint"].manifest["inputs"]["policy"] == "base"
+    assert removable_names(store) == {LOG_PROBS: {"of-gone"}}
 
 
-def test_attacks_and_harness_stay_as_long_as_their_policy(store: ArtifactStore) -> None:
+def test_attacks_and_harness_results_are_kept_as_long_as_their_policy(store: ArtifactStore) -> None:
     lineage(store, "a", "mine")
     for stage in ("evaluation_red_team", "evaluation_lm_eval"):
         for policy in ("a-policy", "gone"):
             make(store, stage, f"{stage}-{policy}", {"policy": policy})
-    assert found(store) == {PARTS: {"evaluation_red_team-gone", "evaluation_lm_eval-gone"}}
+    assert removable_names(store) == {PARTS: {"evaluation_red_team-gone", "evaluation_lm_eval-gone"}}
 
 
-def test_leftovers_of_interrupted_work(store: ArtifactStore) -> None:
-    made = lineage(store, "kept", "one")
+def test_leftovers_of_interrupted_work_are_removed(store: ArtifactStore) -> None:
+    artifacts = lineage(store, "kept", "one")
     make(store, CHUNK, "chunk", {"policy": "base"})
-    parent = store.local / "artifacts" / "checkpoint" / made["checkpoint"].key
+    parent = store.local / "artifacts" / "checkpoint" / artifacts["checkpoint"].key
     dead = parent / "20260101T000000-00000000"
     dead.mkdir()
     (dead / "half").write_bytes(bytes(10))
     training = store.local.parent / "unfinished" / "key-of-a-training"
     training.mkdir(parents=True)
     (training / "snapshot").write_bytes(bytes(100))
-    assert found(store) == {CHUNKS: {"chunk"}, ATTEMPTS: {dead.name}, TRAININGS: {"key-of-a-training"}}
+    assert removable_names(store) == {
+        CHUNKS: {"chunk"},
+        ATTEMPTS: {dead.name},
+        TRAININGS: {"key-of-a-training"},
+    }
     apply(store)
-    assert found(store) == {} and not dead.exists() and not training.exists()
-    assert everything(store) == {artifact.key for artifact in made.values()}
-    made["checkpoint"].verify()
+    assert removable_names(store) == {} and not dead.exists() and not training.exists()
+    assert stored_names(store) == {artifact.key for artifact in artifacts.values()}
+    artifacts["checkpoint"].verify()
 
 
-def test_what_is_young_is_left_alone(store: ArtifactStore) -> None:
+def test_recent_leftovers_are_left_alone(store: ArtifactStore) -> None:
     make(store, CHUNK, "chunk")
     make(store, "checkpoint", "checkpoint")
-    assert found(store, older_than=timedelta(hours=1), unreferenced=True) == {}
+    assert removable_names(store, older_than=timedelta(hours=1), unreferenced=True) == {}
     for path in (store.local / "artifacts" / CHUNK).rglob("*"):
         os.utime(path, (time.time() - 7200,) * 2)
-    assert found(store, older_than=timedelta(hours=1), unreferenced=True) == {CHUNKS: {"chunk"}}
+    assert removable_names(store, older_than=timedelta(hours=1), unreferenced=True) == {CHUNKS: {"chunk"}}
 
 
-def test_nothing_goes_while_somebody_writes(store: ArtifactStore) -> None:
+def test_nothing_is_removed_while_a_process_is_writing(store: ArtifactStore) -> None:
     make(store, CHUNK, "chunk")
     attempt = Attempt(store.local / "artifacts" / "generations" / "under-way")
     (attempt.folder / "half").write_bytes(bytes(10))
-    assert found(store) == {CHUNKS: {"chunk"}}  # the attempt lives
+    assert removable_names(store) == {CHUNKS: {"chunk"}}  # the attempt is still running
     with pytest.raises(ArtifactError, match=f"{attempt.name} is being written by a running process"):
         apply(store)
-    assert everything(store) == {"chunk", "under-way"}
+    assert stored_names(store) == {"chunk", "under-way"}
     attempt.release(remove=True)
     apply(store)
-    assert everything(store) == set()
+    assert stored_names(store) == set()
 
 
 @pytest.mark.parametrize(
@@ -209,18 +213,18 @@ def test_nothing_goes_while_somebody_writes(store: ArtifactStore) -> None:
         lambda root: next(root.glob("artifacts/evaluation/kept-evaluation/*/scores.parquet")).write_text("?"),
     ],
 )
-def test_where_it_cannot_be_told_what_is_needed_nothing_goes(
+def test_nothing_is_removed_if_it_is_unclear_what_is_needed(
     store: ArtifactStore, damage: Callable[[Path], object]
 ) -> None:
     lineage(store, "kept", "one")
     lineage(store, "gone", None)
-    before = everything(store)
+    before = stored_names(store)
     damage(store.local)
     with pytest.raises(ArtifactError):
         apply(store, unreferenced=True)
-    assert everything(store) == before
+    assert stored_names(store) == before
 
 
-def test_stages_of_a_later_version_are_nobodys_to_remove(store: ArtifactStore) -> None:
+def test_stages_of_a_newer_version_are_never_removed(store: ArtifactStore) -> None:
     make(store, "unheard_of", "key")
-    assert found(store, unreferenced=True) == {}
+    assert removable_names(store, unreferenced=True) == {}

@@ -1,4 +1,4 @@
-"""The store: what is published is whole, what is not is invisible, whatever happens."""
+"""The store: published artifacts are complete, unpublished ones invisible, whatever happens."""
 
 from __future__ import annotations
 
@@ -72,20 +72,20 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 def test_publishes_once_and_reuses(store: ArtifactStore) -> None:
     assert store.find("numbers", "k1") is None
-    made = make(store, versions={"linter": "2"}, seed=7)
-    assert not made.reused
-    assert made.frame("numbers").equals(FRAME)
-    assert made.scan("numbers").filter(pl.col("n") == 1).collect().height == 1
-    assert (made.path("model") / "deep" / "weights.bin").stat().st_size == 1000
-    assert made.url("numbers") == str(store.local / made.prefix / "numbers.parquet")
+    artifact = make(store, versions={"linter": "2"}, seed=7)
+    assert not artifact.reused
+    assert artifact.frame("numbers").equals(FRAME)
+    assert artifact.scan("numbers").filter(pl.col("n") == 1).collect().height == 1
+    assert (artifact.path("model") / "deep" / "weights.bin").stat().st_size == 1000
+    assert artifact.url("numbers") == str(store.local / artifact.prefix / "numbers.parquet")
     again = make(store, produce=lambda draft: pytest.fail("made twice"))
     assert again.reused
-    assert again == made
-    made.verify()
+    assert again == artifact
+    artifact.verify()
     assert leftovers(store.local) == []
 
 
-def test_manifest_tells_everything(store: ArtifactStore) -> None:
+def test_manifest_records_everything(store: ArtifactStore) -> None:
     facts = make(store, versions={"linter": "2"}, seed=7).manifest
     assert facts["stage"] == "numbers" and facts["key"] == "k1"
     assert facts["inputs"] == {"policy": "p0"} and facts["settings"] == {"n": 3}
@@ -116,13 +116,13 @@ def test_equal_frames_give_equal_bytes(store: ArtifactStore) -> None:
 
 @settings(max_examples=25)
 @given(rows=st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.none() | st.text())))
-def test_tables_come_back_as_they_were(
+def test_tables_round_trip(
     rows: list[tuple[int, str | None]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     frame = pl.DataFrame(rows, schema=NUMBERS, orient="row")
     store = ArtifactStore(tmp_path_factory.mktemp("store"))
-    made = make(store, produce=lambda draft: draft.write("numbers", frame, NUMBERS))
-    assert made.frame("numbers").equals(frame)
+    artifact = make(store, produce=lambda draft: draft.write("numbers", frame, NUMBERS))
+    assert artifact.frame("numbers").equals(frame)
 
 
 @pytest.mark.parametrize("failure", [ValueError("bad row"), KeyboardInterrupt(), SystemExit(3)])
@@ -138,7 +138,7 @@ def test_a_failure_publishes_nothing(store: ArtifactStore, failure: BaseExceptio
     assert not make(store).reused
 
 
-def test_drafts_refuse_what_would_not_last(store: ArtifactStore, tmp_path: Path) -> None:
+def test_drafts_refuse_what_cannot_be_stored(store: ArtifactStore, tmp_path: Path) -> None:
     def twice(draft: Draft) -> None:
         draft.write("numbers", FRAME, NUMBERS)
         draft.write("numbers", FRAME, NUMBERS)
@@ -169,13 +169,13 @@ def test_drafts_refuse_what_would_not_last(store: ArtifactStore, tmp_path: Path)
         {"access_token": "hf_1234"},
     ],
 )
-def test_secrets_are_refused_before_anything_is_paid(store: ArtifactStore, secret: dict[str, Any]) -> None:
+def test_secrets_are_refused_before_anything_runs(store: ArtifactStore, secret: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="looks like a secret") as error:
         make(store, produce=lambda draft: pytest.fail("ran"), settings=secret)
     assert "1234" not in str(error.value) and "pass@" not in str(error.value)
 
 
-def test_names_of_secrets_and_tokens_are_no_secrets(store: ArtifactStore) -> None:
+def test_names_of_secrets_and_tokens_are_not_secrets(store: ArtifactStore) -> None:
     harmless = {
         "api_key_env": "OPENAI_API_KEY",
         "api_key": None,
@@ -222,36 +222,36 @@ def test_two_processes_one_winner(store: ArtifactStore) -> None:
         assert racer.stdin is not None
         racer.stdin.write("\n")
         racer.stdin.flush()
-    told = [racer.communicate()[0].split() for racer in racers]
-    assert told[0][0] == told[1][0], "both return the same artifact"
-    assert sorted(reused for _, reused, _ in told) == ["False", "True"]
-    assert told[0][2] == told[1][2]
+    outputs = [racer.communicate()[0].split() for racer in racers]
+    assert outputs[0][0] == outputs[1][0], "both return the same artifact"
+    assert sorted(reused for _, reused, _ in outputs) == ["False", "True"]
+    assert outputs[0][2] == outputs[1][2]
     assert leftovers(store.local) == []
 
 
 def test_live_attempts_are_left_alone(store: ArtifactStore) -> None:
-    """A second maker sweeps, wins and cleans while the first is still filling."""
-    filling, go_on = threading.Event(), threading.Event()
+    """A second writer sweeps, wins and cleans while the first is still filling its draft."""
+    filling, proceed = threading.Event(), threading.Event()
     results: list[Any] = []
 
     def slow(draft: Draft) -> None:
         fill(draft)
         filling.set()
-        assert go_on.wait(30)
+        assert proceed.wait(30)
 
     first = threading.Thread(target=lambda: results.append(make(store, produce=slow)))
     first.start()
     assert filling.wait(30)
     winner = make(ArtifactStore(store.local))
     assert store.clean() == []
-    go_on.set()
+    proceed.set()
     first.join()
     assert results[0] == winner and results[0].reused and not winner.reused
     assert leftovers(store.local) == []
 
 
-# A child that is killed by SIGKILL at the n-th change of the file system, for every n. The parent
-# forks before any of its own threads run, and judges by the files alone.
+# A child is killed by SIGKILL at its n-th file-system change, for every n. The parent forks before
+# any of its own threads run, and checks only the files.
 KILLED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
@@ -315,28 +315,28 @@ print(kills)
 """
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+def test_a_process_killed_at_any_moment_leaves_a_consistent_store(tmp_path: Path) -> None:
     child = start(KILLED_EVERYWHERE, str(tmp_path))
     out, _ = child.communicate(timeout=120)
     assert child.returncode == 0
-    assert int(out) >= 15, "the child was killed at fewer moments than there are"
+    assert int(out) >= 15, "the child was killed at too few moments"
 
 
-def test_a_killed_process_leaves_nothing_behind(store: ArtifactStore) -> None:
+def test_leftovers_of_a_killed_process_are_swept_by_the_next(store: ArtifactStore) -> None:
     child = start(RACER, str(store.local), "killed")
     assert child.stdout is not None and child.stdout.readline() == "filled\n"
     child.kill()
     child.communicate()
     assert store.find("numbers", "k1") is None
-    assert leftovers(store.local), "the attempt is there, but invisible"
+    assert leftovers(store.local), "the attempt exists, but is invisible"
     assert not make(store).reused
     assert leftovers(store.local) == []
 
 
 def test_clean_removes_leftovers_only(store: ArtifactStore) -> None:
-    made = make(store)
-    store.assign("exp", 1, "numbers", made, settings={}, checks={})
-    child = start(RACER, str(store.local), "killed")  # finds k1, so makes nothing
+    artifact = make(store)
+    store.assign("exp", 1, "numbers", artifact, settings={}, checks={})
+    child = start(RACER, str(store.local), "killed")  # finds k1, so it produces nothing
     child.communicate("\n")
     dead = store.local / "artifacts" / "numbers" / "k2" / "20250101T000000-0123abcd"
     dead.mkdir(parents=True)
@@ -347,7 +347,7 @@ def test_clean_removes_leftovers_only(store: ArtifactStore) -> None:
         path.touch()
     os.utime(stale, (time.time() - 7200,) * 2)
     assert sorted(store.clean()) == sorted([str(dead), str(stale)])
-    assert fresh.exists() and store.find("numbers", "k1") == made
+    assert fresh.exists() and store.find("numbers", "k1") == artifact
     assert store.cells().height == 1
 
 
@@ -368,7 +368,7 @@ def test_disk_full_anywhere(
         with pytest.raises(ArtifactError, match=r"no space left on .*; nothing was published$") as e:
             make(store)
     assert "\n" not in str(e.value)
-    if (module, name) != (storage, "sync"):  # there the manifest was linked already: it is whole
+    if (module, name) != (storage, "sync"):  # by then the manifest is linked: the artifact is complete
         assert store.find("numbers", "k1") is None
     assert leftovers(store.local) == []
     assert make(store).frame("numbers").equals(FRAME)
@@ -377,7 +377,7 @@ def test_disk_full_anywhere(
 def test_disk_full_in_the_stage(store: ArtifactStore) -> None:
     with pytest.raises(ArtifactError, match="no space left"):
         make(store, produce=no_space)
-    with pytest.raises(PermissionError):  # others are the stage's own
+    with pytest.raises(PermissionError):  # other errors are the stage's own
         make(store, produce=lambda draft: (_ for _ in ()).throw(PermissionError(13, "no")))
     polars_error = pl.exceptions.ComputeError("IO error: No space left on device (os error 28)")
     assert durable.full_disk(polars_error)
@@ -390,12 +390,12 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("no right to mount a tmpfs here")
+        pytest.skip("not permitted to mount a tmpfs")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_disk_really_full(tiny_disk: Path) -> None:
+def test_disk_full_on_a_real_disk(tiny_disk: Path) -> None:
     store = ArtifactStore(tiny_disk)
     noise = pl.DataFrame({"n": [hash((n, "noise")) for n in range(60_000)]})
 
@@ -428,9 +428,9 @@ def damage_truncate(path: Path) -> None:
     ],
 )
 def test_damaged_files_are_named(store: ArtifactStore, damage: Callable[[Path], None], message: str) -> None:
-    made = make(store)
-    store.assign("exp", 1, "numbers", made, settings={}, checks={})
-    damage(Path(made.url("numbers")))
+    artifact = make(store)
+    store.assign("exp", 1, "numbers", artifact, settings={}, checks={})
+    damage(Path(artifact.url("numbers")))
     remedy = rf"{message}.*Remove {store.local}/artifacts/numbers/k1 and run the stage again"
     for look in (
         lambda: store.find("numbers", "k1"),
@@ -445,14 +445,14 @@ def test_damaged_files_are_named(store: ArtifactStore, damage: Callable[[Path], 
     assert not make(store).reused
 
 
-def test_changed_bytes_are_found_by_verify(store: ArtifactStore) -> None:
-    made = make(store)
-    path = Path(made.url("numbers"))
+def test_changed_bytes_are_detected_by_verify(store: ArtifactStore) -> None:
+    artifact = make(store)
+    path = Path(artifact.url("numbers"))
     path.write_bytes(b"x" * path.stat().st_size)
     with pytest.raises(ArtifactError, match=r"numbers\.parquet has changed since it was written"):
-        made.verify()
+        artifact.verify()
     with pytest.raises(ArtifactError, match=r"numbers\.parquet cannot be read"):
-        made.frame("numbers")
+        artifact.frame("numbers")
 
 
 @pytest.mark.parametrize(
@@ -465,14 +465,16 @@ def test_changed_bytes_are_found_by_verify(store: ArtifactStore) -> None:
         (b'{"format": 1}', r"not written by this project \(no stage, key"),
     ],
 )
-def test_foreign_manifests_and_pointers(store: ArtifactStore, content: bytes, message: str) -> None:
+def test_unreadable_manifests_and_pointers_are_refused(
+    store: ArtifactStore, content: bytes, message: str
+) -> None:
     store.assign("exp", 1, "numbers", make(store), settings={}, checks={})
     manifest_path = store.local / "artifacts" / "numbers" / "k1" / "manifest.json"
-    whole = manifest_path.read_bytes()
+    original = manifest_path.read_bytes()
     manifest_path.write_bytes(content)
     with pytest.raises(ArtifactError, match=rf"manifest.json .*{message}"):
         store.find("numbers", "k1")
-    manifest_path.write_bytes(whole)
+    manifest_path.write_bytes(original)
     (store.local / "cells" / "exp" / "001" / "numbers.json").write_bytes(content)
     with pytest.raises(ArtifactError, match=r"numbers.json .*remove it and run again"):
         store.pointer("exp", 1, "numbers")
@@ -480,20 +482,20 @@ def test_foreign_manifests_and_pointers(store: ArtifactStore, content: bytes, me
         store.cells()
 
 
-def test_a_newer_format_is_not_guessed_at(store: ArtifactStore) -> None:
-    made = make(store)
-    newer = {**made.manifest, "format": manifest.FORMAT + 1}
+def test_a_newer_format_is_refused(store: ArtifactStore) -> None:
+    artifact = make(store)
+    newer = {**artifact.manifest, "format": manifest.FORMAT + 1}
     (store.local / "artifacts/numbers/k1/manifest.json").write_text(json.dumps(newer))
     with pytest.raises(ArtifactError, match="format 2, this version reads 1"):
         store.find("numbers", "k1")
 
 
 def test_missing_parts_are_named(store: ArtifactStore) -> None:
-    made = make(store)
+    artifact = make(store)
     with pytest.raises(ArtifactError, match=r"no table 'scores'; it has \['numbers'\]"):
-        made.frame("scores")
+        artifact.frame("scores")
     with pytest.raises(ArtifactError, match=r"no folder 'weights'"):
-        made.path("weights")
+        artifact.path("weights")
 
 
 def test_cells_point_at_artifacts(store: ArtifactStore) -> None:
@@ -519,22 +521,22 @@ def test_cells_point_at_artifacts(store: ArtifactStore) -> None:
     assert store.cells().filter(iteration=1)["passed"].to_list() == [False]
 
 
-def test_a_rerun_does_not_unpay(store: ArtifactStore) -> None:
+def test_a_rerun_does_not_mark_a_paid_cell_as_reused(store: ArtifactStore) -> None:
     store.assign("exp", 1, "numbers", make(store), settings={}, checks={})
     store.assign("exp", 1, "numbers", make(store), settings={}, checks={})  # reused, same cell
     store.assign("exp", 2, "numbers", make(store), settings={}, checks={})  # reused, another cell
     assert store.cells()["reused"].to_list() == [False, True]
 
 
-def test_cells_refuse_what_is_no_cell(store: ArtifactStore) -> None:
-    made = make(store)
+def test_invalid_cells_are_refused(store: ArtifactStore) -> None:
+    artifact = make(store)
     for experiment, iteration, stage, message in [
         ("../exp", 1, "numbers", "experiment '../exp'"),
         ("exp", -1, "numbers", "count from 0"),
         ("exp", 1, "scores", "is not an output of 'scores'"),
     ]:
         with pytest.raises(ArtifactError, match=message):
-            store.assign(experiment, iteration, stage, made, settings={}, checks={})
+            store.assign(experiment, iteration, stage, artifact, settings={}, checks={})
     with pytest.raises(ArtifactError, match="key"):
         make(store, "../../k1")
 
@@ -554,12 +556,12 @@ def test_create_if_absent_has_one_winner_among_threads(store: ArtifactStore) -> 
     barrier = threading.Barrier(8)
     wins: list[int] = []
 
-    def claim(who: int) -> None:
+    def claim(number: int) -> None:
         barrier.wait()
-        if store.storage.create("claim", str(who).encode()):
-            wins.append(who)
+        if store.storage.create("claim", str(number).encode()):
+            wins.append(number)
 
-    threads = [threading.Thread(target=claim, args=(who,)) for who in range(8)]
+    threads = [threading.Thread(target=claim, args=(number,)) for number in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -617,8 +619,8 @@ def test_code_revision_is_the_commit(tmp_path: Path) -> None:
         return done.stdout.strip()
 
     if shutil.which("git") is None:
-        pytest.skip("no git here")
-    # A checkout of its own: the package says where the project is.
+        pytest.skip("git is not installed")
+    # A separate checkout: the package determines where the project is.
     (tmp_path / "textalign_dagster").mkdir()
     for name in ("__init__.py", "ids.py"):
         shutil.copy(ROOT / "textalign_dagster" / name, tmp_path / "textalign_dagster")
@@ -636,9 +638,9 @@ def test_code_revision_is_the_commit(tmp_path: Path) -> None:
 def test_in_memory(tmp_path: Path) -> None:
     pytest.importorskip("obstore", reason="object stores need the extra s3")
     store = ArtifactStore("memory://store", cache=tmp_path / "one")
-    made = make(store)
-    other = ArtifactStore("memory://store", cache=tmp_path / "two")  # the same, within this process
-    assert other.find("numbers", "k1") == made
+    artifact = make(store)
+    other = ArtifactStore("memory://store", cache=tmp_path / "two")  # the same store, within this process
+    assert other.find("numbers", "k1") == artifact
     assert other.find("numbers", "k1").frame("numbers").equals(FRAME)  # type: ignore[union-attr]
     store.remove("numbers", "k1")
     assert other.find("numbers", "k1") is None

@@ -35,7 +35,7 @@ STAGES = {
 
 
 def rows(table: str, values: list[dict[str, Any]], schema: pl.Schema | None = None) -> pl.DataFrame:
-    """A table with the values given and NULL elsewhere."""
+    """A table with the given values, and NULL elsewhere."""
     schema = schema or TABLES[table]
     return pl.DataFrame([{**dict.fromkeys(schema), **row} for row in values], schema=schema)
 
@@ -48,15 +48,15 @@ def put(
     frames: dict[str, pl.DataFrame],
     **facts: Any,
 ) -> None:
-    """Make an artifact with these tables, unless it exists, and let the cell point at it."""
+    """Create an artifact with these tables unless it exists, and point the cell at it."""
 
     def fill(draft: Any) -> None:
         for name, frame in frames.items():
             draft.write(name, frame, frame.schema)
         draft.record(**facts)
 
-    made = store.make(stage, key, fill, inputs={"policy": "p0"}, settings={"n": 1})
-    store.assign(*cell, stage, made, settings={"lr": 0.1}, checks={"enough": True})
+    artifact = store.make(stage, key, fill, inputs={"policy": "p0"}, settings={"n": 1})
+    store.assign(*cell, stage, artifact, settings={"lr": 0.1}, checks={"enough": True})
 
 
 def query(store: ArtifactStore, sql: str) -> list[tuple[Any, ...]]:
@@ -66,7 +66,7 @@ def query(store: ArtifactStore, sql: str) -> list[tuple[Any, ...]]:
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # durability is not what is tested here
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # durability is not tested here
     return ArtifactStore(tmp_path / "store")
 
 
@@ -100,13 +100,13 @@ def test_an_empty_store_has_every_view_with_its_columns(store: ArtifactStore) ->
         assert query(store, f"SELECT experiment, iteration FROM {table}") == [("exp", 1)]
 
 
-def test_a_shared_file_shows_once_for_each_cell(store: ArtifactStore) -> None:
+def test_a_shared_file_appears_once_per_cell(store: ArtifactStore) -> None:
     shared = {"generations": rows("generations", [{"sample_id": "s1"}, {"sample_id": "s2"}])}
     for cell in [("a", 1), ("b", 1), ("b", 10)]:
         put(store, cell, "generations", "k1", shared)
     put(store, ("b", 2), "generations", "k2", {"generations": rows("generations", [{"sample_id": "s3"}])})
-    found = query(store, "SELECT experiment, iteration, sample_id FROM generations ORDER BY ALL")
-    assert found == [
+    result = query(store, "SELECT experiment, iteration, sample_id FROM generations ORDER BY ALL")
+    assert result == [
         *[("a", 1, s) for s in ("s1", "s2")],
         *[("b", 1, s) for s in ("s1", "s2")],
         ("b", 2, "s3"),
@@ -131,10 +131,10 @@ def test_measures_of_different_tasks_are_read_together(store: ArtifactStore) -> 
         frame = rows("evaluation_samples", [{"sample_id": experiment}]).with_columns(measures([values]))
         assert frame.schema == EVALUATION_SAMPLES
         put(store, (experiment, 0), "evaluation", experiment, {"evaluation_samples": frame})
-    found = query(
+    result = query(
         store, "SELECT experiment, iteration, measures['errors'], measures FROM evaluation_samples ORDER BY 1"
     )
-    assert found == [("pep8", 0, 2.0, {"errors": 2.0, "clean": 0.0}), ("pii", 0, None, {"names": None})]
+    assert result == [("pep8", 0, 2.0, {"errors": 2.0, "clean": 0.0}), ("pii", 0, None, {"names": None})]
 
 
 def test_measure_is_a_column() -> None:
@@ -145,7 +145,7 @@ def test_measure_is_a_column() -> None:
 
 
 def test_files_written_by_older_versions(store: ArtifactStore) -> None:
-    """Columns that a file lacks are NULL, whether other files have them or not; order does not matter."""
+    """Columns missing from a file are NULL, whether or not other files have them; order does not matter."""
     old = {name: kind for name, kind in GENERATIONS.items() if name not in ("seed", "logprob")}
     old = dict(reversed(old.items())) | {"dropped_since": pl.String()}
     put(
@@ -162,13 +162,13 @@ def test_files_written_by_older_versions(store: ArtifactStore) -> None:
     assert query(store, sql) == [("new", -1.5), ("old", None)]
 
 
-def test_tables_of_later_versions_are_shown_as_they_are(store: ArtifactStore) -> None:
+def test_tables_of_newer_versions_are_shown_unchanged(store: ArtifactStore) -> None:
     frame = pl.DataFrame({"sample_id": ["s"], "ratio": [0.5]})
     put(store, ("a", 1), "extra", "k", {"extra": frame})
     assert query(store, "SELECT * FROM extra") == [("a", 1, "s", 0.5)]
 
 
-def test_samples_join_what_happened_to_a_sample(store: ArtifactStore) -> None:
+def test_the_samples_view_joins_feedback_and_datapool(store: ArtifactStore) -> None:
     generations = [{"sample_id": f"s{n}", "prompt": "p", "text": f"t{n}", "n_tokens": n} for n in (1, 2, 3)]
     feedback: list[dict[str, Any]] = [
         {"sample_id": "s1", "aspect": "style", "kind": "reward", "value": 1.0, "status": "ok"},
@@ -184,13 +184,13 @@ def test_samples_join_what_happened_to_a_sample(store: ArtifactStore) -> None:
         put(store, cell, "feedback", "f", {"feedback": rows("feedback", feedback)})
     put(store, ("a", 2), "datapool", "p", {"datapool": rows("datapool", pool)})
     put(store, ("a", 3), "datapool", "q", {"datapool": rows("datapool", pool)})
-    found = query(
+    result = query(
         store,
         "SELECT sample_id, text, feedback_aspect, feedback_kind, feedback_value, feedback_text, "
         "feedback_status, len(feedback), pool_label, pool_drawn, pool_reason "
         "FROM samples WHERE experiment = 'a' ORDER BY sample_id",
     )
-    assert found == [
+    assert result == [
         ("s1", "t1", "length", "text", None, "long", "ok", 2, "bad", False, "full"),
         ("s2", "t2", "style", None, None, None, "failed", 1, None, None, None),
         ("s3", "t3", None, None, None, None, None, None, None, None, None),
@@ -207,15 +207,15 @@ def test_costs_are_counted_once(store: ArtifactStore) -> None:
     frames = {"feedback": pl.DataFrame(schema=FEEDBACK)}
     for cell in [("a", 1), ("b", 1), ("b", 1), ("a", 2)]:
         put(store, cell, "feedback", "shared", frames, usd=2.5, seconds=7.0, gpu_seconds=3.0)
-    put(store, ("b", 2), "feedback", "own", frames)  # nothing recorded: the wall time is
-    found = query(store, "SELECT experiment, iteration, seconds, usd, reused FROM costs ORDER BY 1, 2")
-    assert found[:3] == [("a", 1, 7.0, 2.5, False), ("a", 2, 7.0, 2.5, True), ("b", 1, 7.0, 2.5, True)]
-    assert found[3][2] is not None and found[3][3:] == (None, False)
+    put(store, ("b", 2), "feedback", "own", frames)  # records no cost; the wall time is always recorded
+    result = query(store, "SELECT experiment, iteration, seconds, usd, reused FROM costs ORDER BY 1, 2")
+    assert result[:3] == [("a", 1, 7.0, 2.5, False), ("a", 2, 7.0, 2.5, True), ("b", 1, 7.0, 2.5, True)]
+    assert result[3][2] is not None and result[3][3:] == (None, False)
     spent = query(store, "SELECT sum(usd), sum(gpu_seconds) FROM costs WHERE NOT reused")
     assert spent == [(2.5, 3.0)]
 
 
-def test_costs_are_counted_when_the_payer_died_before_pointing(store: ArtifactStore) -> None:
+def test_costs_are_counted_if_the_payer_died_before_assigning_its_cell(store: ArtifactStore) -> None:
     store.make("feedback", "k", lambda d: d.record(usd=1.0), inputs={}, settings={})
     put(store, ("a", 1), "feedback", "k", {})
     assert store.cells()["reused"].to_list() == [True]
@@ -245,23 +245,23 @@ def test_lineage_manifests_and_cells(store: ArtifactStore) -> None:
 
 
 @pytest.mark.parametrize("name", ["it's", "a[1]b", "iteration=001", "star*", "with blank", "experiment=x/ü"])
-def test_any_folder_name_will_do(tmp_path: Path, name: str) -> None:
+def test_any_folder_name_works(tmp_path: Path, name: str) -> None:
     store = ArtifactStore(tmp_path / name)
     put(store, ("a", 1), "generations", "k", {"generations": rows("generations", [{"sample_id": "s"}])})
     assert query(store, "SELECT experiment, iteration, sample_id FROM generations") == [("a", 1, "s")]
 
 
-def test_damage_is_told_or_left_out_by_request(store: ArtifactStore) -> None:
+def test_damage_is_reported_or_skipped_on_request(store: ArtifactStore) -> None:
     for iteration in (1, 2, 3):
         frame = rows("generations", [{"sample_id": str(iteration)}])
         put(store, ("a", iteration), "generations", f"k{iteration}", {"generations": frame})
-    one = store.find("generations", "k1")
-    assert one is not None
-    Path(one.url("generations")).unlink()
+    artifact = store.find("generations", "k1")
+    assert artifact is not None
+    Path(artifact.url("generations")).unlink()
     store.remove("generations", "k2")
-    for look in (connect, write_catalog):
+    for open_views in (connect, write_catalog):
         with pytest.raises(ArtifactError, match=r"generations k1 is damaged.*\(1 more"):
-            look(store)
+            open_views(store)
     with connect(store, skip_damaged=True) as connection:
         assert connection.execute("SELECT iteration FROM generations").fetchall() == [(3,)]
         problems = connection.execute("SELECT problem FROM cells ORDER BY iteration").fetchall()
@@ -270,7 +270,7 @@ def test_damage_is_told_or_left_out_by_request(store: ArtifactStore) -> None:
     assert problems[2] == (None,)
 
 
-def test_the_data_cannot_be_written(store: ArtifactStore) -> None:
+def test_views_are_read_only(store: ArtifactStore) -> None:
     put(store, ("a", 1), "generations", "k", {"generations": rows("generations", [{"sample_id": "s"}])})
     with connect(store) as connection:
         for sql in ("DELETE FROM generations", "UPDATE generations SET text = 'x'"):
@@ -278,7 +278,7 @@ def test_the_data_cannot_be_written(store: ArtifactStore) -> None:
                 connection.execute(sql)
 
 
-def test_catalog_is_for_other_programs(store: ArtifactStore, tmp_path: Path) -> None:
+def test_the_catalog_can_be_read_by_other_programs(store: ArtifactStore, tmp_path: Path) -> None:
     put(store, ("a", 1), "generations", "k", {"generations": rows("generations", [{"sample_id": "s"}])})
     path = write_catalog(store)
     assert path == store.local / "catalog.duckdb"
@@ -287,13 +287,13 @@ def test_catalog_is_for_other_programs(store: ArtifactStore, tmp_path: Path) -> 
         "with duckdb.connect(sys.argv[1], read_only=True) as c:\n"
         "    print(c.execute('SELECT experiment, iteration, sample_id FROM samples').fetchall())\n"
     )
-    told = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, str(path)], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert told.stdout.strip() == "[('a', 1, 's')]"
+    assert result.stdout.strip() == "[('a', 1, 's')]"
 
 
-def test_catalog_is_replaced_while_others_read_it(store: ArtifactStore) -> None:
+def test_the_catalog_can_be_replaced_while_others_read_it(store: ArtifactStore) -> None:
     assert write_catalog(store).exists(), "an empty store has a catalog, too"
     with duckdb.connect(store.local / "catalog.duckdb", read_only=True) as reader:
         put(store, ("a", 1), "generations", "k", {"generations": rows("generations", [{"sample_id": "s"}])})

@@ -21,7 +21,7 @@ COMMANDS = sorted(main.commands)
 
 
 def call(*arguments: str, text: str | None = None) -> Result:
-    """The command in this process."""
+    """Runs the command in this process."""
     return CliRunner().invoke(main, arguments, input=text)
 
 
@@ -36,13 +36,13 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_examples_name_experiments_that_ship(command: str) -> None:
+def test_help_examples_use_shipped_experiments(command: str) -> None:
     known = Library.default().paths
     for name in re.findall(r"textalign \S+ (pep8_\w+)", call(command, "--help").output):
         assert name in known
 
 
-def test_the_commands_are_listed() -> None:
+def test_commands_are_listed() -> None:
     output = call("--help").output
     for name, command in main.commands.items():
         assert name in output
@@ -52,7 +52,7 @@ def test_the_commands_are_listed() -> None:
     assert "textalign, version" in call("--version").output
 
 
-def test_help_does_not_load_anything_heavy(home: Path) -> None:
+def test_help_does_not_import_heavy_packages(home: Path) -> None:
     code = (
         "import sys\n"
         "from textalign_dagster.cli.main import main\n"
@@ -66,7 +66,7 @@ def test_help_does_not_load_anything_heavy(home: Path) -> None:
         )
 
 
-def test_looking_does_not_load_torch_or_dagster(toys: Path) -> None:
+def test_read_only_commands_do_not_import_torch_or_dagster(toys: Path) -> None:
     code = (
         "import sys\n"
         "from textalign_dagster.cli.main import main\n"
@@ -79,7 +79,7 @@ def test_looking_does_not_load_torch_or_dagster(toys: Path) -> None:
     subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True)
 
 
-def test_experiments(toys: Path) -> None:
+def test_experiments_are_listed(toys: Path) -> None:
     result = call("experiments")
     assert result.exit_code == 0
     assert re.search(r"^toy +As small as it gets\.$", result.output, re.MULTILINE)
@@ -91,14 +91,14 @@ def test_experiments(toys: Path) -> None:
 def test_show_config_is_an_experiment_file(toys: Path) -> None:
     from textalign_dagster.experiment import Experiment
 
-    wanted = Library.default().load("toy")
+    expected = Library.default().load("toy")
     shown = call("show-config", "toy")
     assert shown.exit_code == 0
-    assert validate(Experiment, parse_yaml(shown.stdout, "shown"), "shown") == wanted
-    assert json.loads(call("show-config", "toy", "--json").stdout) == json.loads(wanted.model_dump_json())
+    assert validate(Experiment, parse_yaml(shown.stdout, "shown"), "shown") == expected
+    assert json.loads(call("show-config", "toy", "--json").stdout) == json.loads(expected.model_dump_json())
 
 
-def test_an_experiment_given_as_a_path_knows_its_neighbours_and_the_shipped_ones(
+def test_experiment_given_as_a_path_finds_its_neighbours_and_the_shipped_ones(
     toys: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TEXTALIGN_EXPERIMENTS")
@@ -119,18 +119,18 @@ def test_validate_with_overrides_writes_nothing(toys: Path, home: Path) -> None:
     assert not home.exists()
 
 
-def test_status_of_nothing(toys: Path) -> None:
+def test_status_before_any_run(toys: Path) -> None:
     cells = json.loads(call("status", "toy", "--json").stdout)
     assert [cell["state"] for cell in cells] == ["missing"] * 12
     assert "nothing has been run yet" in call("status").stdout
     shown = call("status", "--all").stdout
     (row,) = [line for line in shown.splitlines() if "toy " in line]
-    assert "1–2" in row and "-" in row  # what was not begun is one row
+    assert "1–2" in row and "-" in row  # iterations that have not started share one row
     assert call("status", "toi").exit_code == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "says"),
+    ("arguments", "code", "message"),
     [
         (["show", "toy"], 1, "error: toy has not been evaluated yet: textalign run toy"),
         (["timing", "toy"], 1, "error: toy has no finished stage yet: textalign run toy"),
@@ -142,10 +142,10 @@ def test_status_of_nothing(toys: Path) -> None:
         (["sql", "select * from datapool where nonsense"], 1, "error: "),
     ],
 )
-def test_exit_codes(toys: Path, arguments: list[str], code: int, says: str) -> None:
+def test_exit_codes(toys: Path, arguments: list[str], code: int, message: str) -> None:
     result = call(*arguments)
     assert result.exit_code == code, result.output
-    assert says in result.stderr
+    assert message in result.stderr
     assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
@@ -168,15 +168,15 @@ def test_sql_cannot_write_to_the_tables(toys: Path) -> None:
 
 def test_the_sql_prompt_reads_from_stdin(toys: Path) -> None:
     text = "select 40 + 2\n as answer;\nselekt 1;\n\nselect 'last' as word"
-    done = textalign("sql", text=text, env=environment(toys.parent / "home", toys))
-    assert "42" in done.stdout and "answer" in done.stdout
-    assert "last" in done.stdout  # ended by the end of the input
-    assert "error: " in done.stderr and "selekt" in done.stderr
-    assert "sql>" not in done.stdout  # nobody is there to be prompted
+    result = textalign("sql", text=text, env=environment(toys.parent / "home", toys))
+    assert "42" in result.stdout and "answer" in result.stdout
+    assert "last" in result.stdout  # terminated by the end of the input
+    assert "error: " in result.stderr and "selekt" in result.stderr
+    assert "sql>" not in result.stdout  # no prompt without a terminal
     assert textalign("sql", text="\n\n", env=environment(toys.parent / "home", toys)).stdout == ""
 
 
-def test_a_catalog_of_nothing(toys: Path, home: Path) -> None:
+def test_catalog_of_an_empty_store(toys: Path, home: Path) -> None:
     path = Path(call("catalog").stdout.strip())
     assert path.is_file()
     assert home in path.parents

@@ -1,4 +1,4 @@
-"""What the doctor finds: real probes where they are quick, real servers, no key shown."""
+"""What the doctor reports: real probes where they are quick, real servers, and no leaked keys."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def of(findings: Iterator[Finding], subject: str) -> Finding:
     return found
 
 
-def test_probes_run_elsewhere() -> None:
+def test_probes_run_in_another_process() -> None:
     assert probe("print('noise'); print('{\"a\": 1}')") == {"a": 1}
     assert probe("print('{\"a\": 1}'); print('a package says goodbye'); print(3)") == {"a": 1}
     assert probe("import os; os.abort()")["error"].startswith("ended by signal 6")
@@ -74,8 +74,8 @@ def test_vllm_that_imports_but_cannot_run() -> None:
     assert of(doctor._vllm({"version": "0.32.0", "device": "cuda"}, has_gpu=True), "vllm").state == "ok"
 
 
-def test_a_package_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not installed is told from what is installed and fails, and probes run as trainings do."""
+def test_failing_package_reports_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is not installed is distinguished from one that is installed but fails."""
     monkeypatch.setattr(doctor, "_version", lambda package: None if package == "deepspeed" else "0.32.0")
     absent = of(doctor._deepspeed({"error": "No module named 'deepspeed'"}), "deepspeed")
     assert (absent.state, absent.detail) == ("missing", "not installed")
@@ -92,7 +92,7 @@ def test_an_installed_deepspeed_is_found() -> None:
     assert (found.state, found.detail) == ("ok", version)
 
 
-def test_a_compiler_is_a_finding_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiler_is_a_separate_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "g++"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
@@ -106,7 +106,7 @@ def test_a_compiler_is_a_finding_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp
         assert of(iter(findings), "C++ compiler").state == expected
 
 
-def test_slurm_that_is_installed_and_does_not_answer_is_not_missing(
+def test_slurm_that_does_not_answer_reports_its_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for name, body in (
@@ -130,12 +130,12 @@ def test_endpoints_and_keys(server: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert KEY not in str(findings)
     monkeypatch.delenv("DOCTOR_KEY")
     assert of(doctor._judges(judged(server, key="DOCTOR_KEY")), "DOCTOR_KEY").state == "missing"
-    other = of(doctor._judges(judged(server, model="mine")), "endpoint")
-    assert (other.state, "serves served, not mine" in other.detail) == ("problem", True)
+    mismatch = of(doctor._judges(judged(server, model="mine")), "endpoint")
+    assert (mismatch.state, "serves served, not mine" in mismatch.detail) == ("problem", True)
 
 
-def test_an_endpoint_that_is_down() -> None:
-    with socket.socket() as reserved:  # nobody listens
+def test_endpoint_that_is_down() -> None:
+    with socket.socket() as reserved:  # bound, but not listening
         reserved.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
         found = of(doctor._judges(judged(url)), "endpoint")
@@ -143,7 +143,7 @@ def test_an_endpoint_that_is_down() -> None:
     assert "cannot be reached" in found.detail
 
 
-def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unwritable_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path / "file" / "home"))
     monkeypatch.setenv("TEXTALIGN_STORE", str(tmp_path / "file"))
@@ -152,7 +152,7 @@ def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert all(finding.remedy for finding in findings)
 
 
-def test_a_port_that_is_taken() -> None:
+def test_port_in_use() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,4 +1,4 @@
-"""Documents of a file in place of samples: shards, segments, and what an experiment with them may say."""
+"""Documents from a file in place of samples: shards, segments, and which settings they allow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from textalign_dagster.settings.offline import Offline
 TEXTS = ["a=1\nb = 2\n", "", "c = 3\n", "d=4", "e = 5\n"]
 
 
-def written(folder: Path, records: list[Any], name: str = "corpus.jsonl") -> Offline:
+def write_corpus(folder: Path, records: list[Any], name: str = "corpus.jsonl") -> Offline:
     path = folder / name
     if name.endswith(".parquet"):
         pl.DataFrame(records).write_parquet(path)
@@ -36,10 +36,12 @@ def drawn(offline: Offline, *places: int) -> pl.DataFrame:
 
 
 @pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.parquet"])
-def test_shards_are_read_on_their_own(tmp_path: Path, name: str) -> None:
-    offline = written(tmp_path, [{"text": text, "meta": {"id": i}} for i, text in enumerate(TEXTS)], name)
-    found = corpus.shards(offline)
-    assert found["prompt"].to_list() == [f"{name}, documents {of}" for of in ("1 to 2", "3 to 4", "5 to 5")]
+def test_shards_are_read_individually(tmp_path: Path, name: str) -> None:
+    offline = write_corpus(
+        tmp_path, [{"text": text, "meta": {"id": i}} for i, text in enumerate(TEXTS)], name
+    )
+    shards = corpus.shards(offline)
+    assert shards["prompt"].to_list() == [f"{name}, documents {of}" for of in ("1 to 2", "3 to 4", "5 to 5")]
     samples = corpus.documents(offline, drawn(offline, 2, 0))
     assert samples.select("draw_id", "own_id", "text", "prompt").rows() == [
         ("draw0", "5", "e = 5\n", ""),
@@ -56,17 +58,17 @@ def test_shards_are_read_on_their_own(tmp_path: Path, name: str) -> None:
     assert pieces["sample_id"].unique(maintain_order=True).to_list() == ids
 
 
-def test_a_corpus_that_was_scored_elsewhere(tmp_path: Path) -> None:
+def test_prescored_corpus(tmp_path: Path) -> None:
     """The columns of the published datasets of Korbak et al."""
     records = [
         {"texts": ["One. ", "Two."], "scores": [0.25, 0.0], "avg_score": 0.125, "num_sents": 2, "meta": {}}
     ]
-    offline = written(tmp_path, records)
+    offline = write_corpus(tmp_path, records)
     assert corpus.scored_elsewhere(offline)
     assert corpus.documents(offline, drawn(offline, 0))["text"].to_list() == ["One. Two."]
     pieces = corpus.segments(offline, drawn(offline, 0))
     assert pieces.drop("sample_id").rows() == [(0, 5, "One. ", 0.25), (5, 9, "Two.", 0.0)]
-    bad = written(tmp_path, [{"texts": ["One."], "scores": [0.0, 1.0]}], "bad.jsonl")
+    bad = write_corpus(tmp_path, [{"texts": ["One."], "scores": [0.0, 1.0]}], "bad.jsonl")
     with pytest.raises(
         SettingsError, match=r"bad\.jsonl: document 1: texts, scores: must be two lists of the same"
     ):
@@ -74,24 +76,24 @@ def test_a_corpus_that_was_scored_elsewhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ('{"words": "a"}\n', "has the columns words; a corpus needs `text`"),
         ("", "cannot be read as Parquet or JSON Lines"),
         ("not json\n", "cannot be read as Parquet or JSON Lines"),
     ],
 )
-def test_files_that_are_no_corpus(tmp_path: Path, content: str, says: str) -> None:
+def test_invalid_corpus_files(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "corpus.jsonl"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(SettingsError, match=says):
+    with pytest.raises(SettingsError, match=message):
         corpus.shards(Offline(path=str(path), format="corpus"))
     with pytest.raises(SettingsError, match="no such file"):
         corpus.shards(Offline(path=str(tmp_path / "none.jsonl"), format="corpus"))
 
 
 def experiment(tmp_path: Path, **changes: Any) -> Experiment:
-    offline = written(tmp_path, [{"text": text} for text in TEXTS])
+    offline = write_corpus(tmp_path, [{"text": text} for text in TEXTS])
     plain = {
         "task": {"name": "pep8"},
         "method": {"name": "mle"},
@@ -112,7 +114,7 @@ def test_an_experiment_draws_shards(tmp_path: Path) -> None:
         "prompt", draw_id=pl.lit("d"), prompt_id=pl.lit(prompt_id(prompts["prompt"][0]))
     )
     assert offline_samples(mine, task_of(mine), rows)["text"].to_list() == ["a=1\nb = 2\n"]
-    # How a file is cut is part of what its feedback follows from; of other files it is not.
+    # The feedback of a corpus depends on how it is segmented.
     lines, whole = (
         experiment(tmp_path, method={"name": "filtering"}, offline={"segments": kind})
         for kind in ("line", "document")
@@ -121,7 +123,7 @@ def test_an_experiment_draws_shards(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"training": {}}, "training.block: missing; a corpus is trained on in blocks"),
         (
@@ -135,12 +137,14 @@ def test_an_experiment_draws_shards(tmp_path: Path) -> None:
         ({"offline": {"held_out": 1}}, "held_out: a corpus has none"),
     ],
 )
-def test_what_does_not_go_with_a_corpus(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
+def test_settings_that_do_not_work_with_a_corpus(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError, match=message):
         experiment(tmp_path, **changes)
 
 
-def test_what_only_goes_with_a_corpus() -> None:
+def test_settings_that_require_a_corpus() -> None:
     plain = {"task": {"name": "pep8"}, "method": {"name": "mle"}, "policy": {"model": "pep8-sloppy-1m"}}
     with pytest.raises(SettingsError, match=r"training\.block: only a corpus is trained on in blocks"):
         validate(Experiment, {**plain, "training": {"block": 8}}, "here.yaml")

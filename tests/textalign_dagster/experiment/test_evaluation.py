@@ -1,4 +1,4 @@
-"""Which prompts and conditions an evaluation has, and what is refused before anything is sampled."""
+"""Which prompts and conditions an evaluation has, and what is rejected before anything is sampled."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from textalign_dagster.settings import SettingsError, merge, parse_yaml, validat
 
 
 def experiment(**changes: object) -> Experiment:
-    least = {
+    minimal = {
         "task": "pep8",
         "method": {"name": "alt_lmu", "ask_for": "good", "probe": ["bad", "odd"]},
         "policy": {"model": "m"},
     }
-    found: Experiment = validate(Experiment, merge(least, changes), "x")
-    return found
+    result: Experiment = validate(Experiment, merge(minimal, changes), "x")
+    return result
 
 
 def test_the_exemplar_comes_first_then_the_probes() -> None:
@@ -52,14 +52,14 @@ def prompt_files(tmp_path: Path, train: list[str], held_out: list[str]) -> dict[
 
 def test_held_out_prompts_have_seeds_that_do_not_depend_on_the_iteration(tmp_path: Path) -> None:
     files = prompt_files(tmp_path, ["a"], ["x", "y", "z"])
-    found = evaluation_prompts(experiment(**files))
-    assert found["prompt"].to_list() == ["x", "y"]
-    assert found.columns == ["prompt_id", "prompt", "reference", "seeds"]
-    seeds = found["seeds"].explode()
+    prompts = evaluation_prompts(experiment(**files))
+    assert prompts["prompt"].to_list() == ["x", "y"]
+    assert prompts.columns == ["prompt_id", "prompt", "reference", "seeds"]
+    seeds = prompts["seeds"].explode()
     assert len(seeds) == seeds.n_unique() == 6
-    assert found.equals(evaluation_prompts(experiment(**files)))
+    assert prompts.equals(evaluation_prompts(experiment(**files)))
     assert not seeds.equals(evaluation_prompts(experiment(**files, seed=1))["seeds"].explode())
-    assert evaluation_source(found) == evaluation_source(evaluation_prompts(experiment(**files, seed=1)))
+    assert evaluation_source(prompts) == evaluation_source(evaluation_prompts(experiment(**files, seed=1)))
 
 
 def test_a_prompt_in_both_files_is_contamination(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_prompt_in_both_files_is_contamination(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_of_the_tasks_own_evaluation_prompts_cannot_be_trained_on(tmp_path: Path) -> None:
+def test_the_tasks_own_held_out_prompts_cannot_be_trained_on(tmp_path: Path) -> None:
     own = experiment().task.prompts("evaluation")["prompt"].to_list()
     pl.DataFrame({"prompt": own[:1]}).write_csv(tmp_path / "train.csv")
     with pytest.raises(SettingsError, match="the held-out prompts of task pep8 are trained on too"):
@@ -94,16 +94,16 @@ def answered(tmp_path: Path, references: list[str | None]) -> dict[str, dict[str
     )
 
 
-def test_other_references_are_another_source(tmp_path: Path) -> None:
-    one = evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "b"]))))
-    assert one != evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "c"]))))
+def test_different_references_are_a_different_source(tmp_path: Path) -> None:
+    source = evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "b"]))))
+    assert source != evaluation_source(evaluation_prompts(experiment(**answered(tmp_path, ["a", "c"]))))
 
 
-def test_a_reference_follows_its_prompt_as_a_sample_does(tmp_path: Path) -> None:
-    found = reference_answers(
+def test_references_continue_their_prompts_like_samples(tmp_path: Path) -> None:
+    answers = reference_answers(
         evaluation_prompts(experiment(**answered(tmp_path, ["one", " two", None, " "])))
     )
-    assert found.select("prompt", "reference", "text").rows() == [
+    assert answers.select("prompt", "reference", "text").rows() == [
         ("x0:", "one", " one"),
         ("x1:", " two", " two"),
     ]
@@ -114,20 +114,20 @@ def test_a_reference_follows_its_prompt_as_a_sample_does(tmp_path: Path) -> None
 PATTERNS = {"name": "patterns", "keywords": ["bad"]}
 
 
-def test_the_evaluations_scorer_goes_before_the_experiments() -> None:
+def test_scorer_of_the_evaluation_takes_precedence() -> None:
     assert evaluation_scorer(experiment()) is None
     rewards = {"method": {"name": "quark"}, "scorer": PATTERNS}
-    found = evaluation_scorer(experiment(**rewards))
-    assert found is not None and found.name == "patterns"
-    other = evaluation_scorer(experiment(**rewards, evaluation={"scorer": {"name": "pii"}}))
-    assert other is not None and other.name == "pii"
+    default = evaluation_scorer(experiment(**rewards))
+    assert default is not None and default.name == "patterns"
+    own = evaluation_scorer(experiment(**rewards, evaluation={"scorer": {"name": "pii"}}))
+    assert own is not None and own.name == "pii"
 
 
 JUDGE = {"model": "m", "api_key_env": None}
 
 
 @pytest.mark.parametrize(
-    ("changes", "references", "says"),
+    ("changes", "references", "message"),
     [
         ({"sampling": {"max_new_tokens": 8, "min_new_tokens": 5}, "evaluation": {"max_new_tokens": 4}}, ["a", "b"],
          "evaluation.max_new_tokens: 4, but sampling.min_new_tokens is 5; raise it, or lower that one"),
@@ -143,15 +143,15 @@ JUDGE = {"model": "m", "api_key_env": None}
          ["a", "b"], "evaluation.judge.api_key_env: the environment variable NO_SUCH_KEY is not set"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_measured_is_refused_before_sampling(
-    tmp_path: Path, changes: dict[str, object], references: list[str | None], says: str
+def test_impossible_evaluations_are_rejected_before_sampling(
+    tmp_path: Path, changes: dict[str, object], references: list[str | None], message: str
 ) -> None:
     with pytest.raises(SettingsError) as caught:
         check_evaluation(experiment(**merge(answered(tmp_path, references), changes)))
-    assert str(caught.value).startswith(says)
+    assert str(caught.value).startswith(message)
 
 
-def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
+def test_imported_feedback_cannot_score_an_evaluation(tmp_path: Path) -> None:
     imported = {"name": "imported", "path": "feedback_{iteration}.jsonl", "format": "plain", "kind": "reward"}
     rewards = {"method": {"name": "quark"}}
     assert evaluation_scorer(experiment(**rewards, scorer=imported)) is None
@@ -162,7 +162,7 @@ def test_feedback_of_an_iteration_scores_no_evaluation(tmp_path: Path) -> None:
         check_evaluation(experiment(**files))
 
 
-def test_the_example_of_the_docs() -> None:
+def test_examples_in_the_docs() -> None:
     page = (PROJECT / "docs" / "evaluation.md").read_text(encoding="utf-8")
     block, sampled, attacked, harness, ranked = re.findall(r"```yaml\n(.*?)```", page, re.S)
     best = experiment(**parse_yaml(ranked, "docs/evaluation.md")).evaluation.best_of_n
@@ -173,12 +173,12 @@ def test_the_example_of_the_docs() -> None:
     assert tasks is not None and tasks.limit == 500
     scenarios = experiment(**parse_yaml(sampled, "docs/evaluation.md")).evaluation.scenarios
     assert scenarios["unprompted"].path is None and scenarios["signatures"].hits == 0
-    found = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
-    assert found.baselines == {"SFT": "/models/sft", "people": "references"}
-    assert found.judge is not None and found.scorer is not None
+    evaluation = experiment(**parse_yaml(block, "docs/evaluation.md")).evaluation
+    assert evaluation.baselines == {"SFT": "/models/sft", "people": "references"}
+    assert evaluation.judge is not None and evaluation.scorer is not None
 
 
-def test_what_can_be_measured_is_not_refused(tmp_path: Path) -> None:
+def test_valid_evaluation_is_accepted(tmp_path: Path) -> None:
     settings = {
         "max_new_tokens": 4,
         "baselines": {"people": "references"},

@@ -1,4 +1,4 @@
-"""An experiment: what is impossible is refused, what is left out has a meaning."""
+"""An experiment: impossible settings are rejected, omitted ones have defaults."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import pytest
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.settings import SettingsError, describe, merge, parse_yaml, validate
 
-LEAST: dict[str, Any] = {"task": "pep8", "method": "quark", "policy": {"model": "m"}}
+MINIMAL: dict[str, Any] = {"task": "pep8", "method": "quark", "policy": {"model": "m"}}
 
 
 def experiment(**changes: Any) -> Experiment:
-    found: Experiment = validate(Experiment, merge(LEAST, changes), "x.yaml")
-    return found
+    result: Experiment = validate(Experiment, merge(MINIMAL, changes), "x.yaml")
+    return result
 
 
 def test_three_fields_are_enough() -> None:
-    found = experiment()
-    assert (found.iterations, found.seed, found.control) == (3, 0, None)
-    assert found.method.name == "quark"
-    assert found.datapool.drop_factor == 1.0
-    assert found.evaluation.probe
+    minimal = experiment()
+    assert (minimal.iterations, minimal.seed, minimal.control) == (3, 0, None)
+    assert minimal.method.name == "quark"
+    assert minimal.datapool.drop_factor == 1.0
+    assert minimal.evaluation.probe
 
 
-def test_the_short_form_of_task_and_method() -> None:
+def test_short_form_of_task_and_method() -> None:
     assert experiment(method="quark") == experiment(method={"name": "quark"}, task={"name": "pep8"})
 
 
-def test_settings_do_not_change() -> None:
+def test_settings_are_immutable() -> None:
     with pytest.raises(Exception, match="frozen"):
         experiment().seed = 1  # type: ignore[misc]
 
 
-def test_the_description_of_every_method_is_itself_an_experiment() -> None:
+def test_description_of_every_method_is_a_valid_experiment() -> None:
     for method in ("quark", "alt_rm", "no_feedback", {"name": "alt_lmu", "ask_for": "a: b # c"}):
         found = experiment(method=method, datapool={"samples": 4, "fill": "none"})
-        told = describe(found)
-        assert validate(Experiment, parse_yaml(told, "told"), "told") == found
-        assert all(line.lstrip().startswith("#") or ":" in line for line in told.splitlines() if line)
+        description = describe(found)
+        assert validate(Experiment, parse_yaml(description, "described"), "described") == found
+        assert all(line.lstrip().startswith("#") or ":" in line for line in description.splitlines() if line)
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         ({"method": "quar"}, "method: unknown name 'quar' (did you mean 'quark'?); one of: "),
         ({"task": "pep9"}, "'pep9'"),
@@ -69,17 +69,17 @@ def test_the_description_of_every_method_is_itself_an_experiment() -> None:
         ({"evaluation": {"prompts": 1}}, "evaluation.prompts: 1 given"),
     ],
 )  # fmt: skip
-def test_what_is_impossible_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_impossible_settings_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         experiment(**changes)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_what_a_null_control_shares_is_everything_before_training() -> None:
-    one = experiment()
-    assert one.upstream == experiment(method="no_feedback", training={"epochs": 9.0}, iterations=1).upstream
+def test_null_control_shares_everything_before_training() -> None:
+    plain = experiment()
+    assert plain.upstream == experiment(method="no_feedback", training={"epochs": 9.0}, iterations=1).upstream
     for changes in ({"seed": 1}, {"sampling": {"temperature": 0.5}}, {"prompts": {"per_iteration": 1}},
                     {"policy": {"dtype": "bfloat16"}}, {"evaluation": {"prompts": 2}},
                     {"task": {"name": "pep8", "max_prompts": 5}}):  # fmt: skip
-        assert one.upstream != experiment(**changes).upstream
+        assert plain.upstream != experiment(**changes).upstream

@@ -33,14 +33,14 @@ def write(folder: Path, name: str, content: str) -> Path:
     return path
 
 
-def refused(library: Library, name: str) -> str:
+def control_error(library: Library, name: str) -> str:
     with pytest.raises(SettingsError) as caught:
         library.control_of(name)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def test_all_that_ships_loads_and_has_an_honest_control() -> None:
+def test_everything_shipped_loads_and_has_a_valid_control() -> None:
     library = Library((SHIPPED,))
     good, bad = library.load_all()
     assert not bad
@@ -66,14 +66,14 @@ def test_extends_may_name_an_experiment_of_another_folder(folder: Path) -> None:
     assert Library((folder, SHIPPED)).load("mine").seed == 7
 
 
-def test_the_first_folder_that_has_a_name_wins(folder: Path) -> None:
+def test_first_folder_with_a_name_wins(folder: Path) -> None:
     write(folder, "pep8_quark", "{extends: base, seed: 9}")
     assert Library((folder, SHIPPED)).load("pep8_quark").seed == 9
     assert Library((SHIPPED, folder)).load("pep8_quark").seed == 0
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         ("me", "extends: me", "extends itself: me -> me"),
         ("cycle", "extends: cycle2", "extends itself: cycle -> cycle2 -> cycle"),
@@ -87,20 +87,20 @@ def test_the_first_folder_that_has_a_name_wins(folder: Path) -> None:
         ("a|b", "extends: base", "rename it"),
     ],
 )
-def test_a_bad_file_is_named_with_the_remedy(folder: Path, name: str, content: str, says: str) -> None:
+def test_bad_file_is_reported_with_the_remedy(folder: Path, name: str, content: str, message: str) -> None:
     path = write(folder, name, content)
     write(folder, "cycle2", "extends: cycle")
     library = Library((folder,))
     with pytest.raises(SettingsError) as caught:
         library.load(name)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(path) in str(caught.value) or str(folder / "cycle2.yaml") in str(caught.value)
     good, bad = library.load_all()
-    assert set(good) == {"base", "null_of_base"}  # the others are not taken down with it
+    assert set(good) == {"base", "null_of_base"}  # the other files still load
     assert name in bad
 
 
-def test_an_unknown_name_lists_what_is_known(folder: Path) -> None:
+def test_unknown_name_lists_the_known_experiments(folder: Path) -> None:
     with pytest.raises(
         SettingsError, match=r"bas: no such experiment \(did you mean 'base'\?\); known: base, "
     ):
@@ -130,7 +130,7 @@ def test_paths_are_relative_to_the_file_that_holds_them(folder: Path, tmp_path: 
     assert library.load("base").policy.model == "pep8-sloppy-1m"
 
 
-def test_so_are_paths_of_scorers_and_baselines(folder: Path, tmp_path: Path) -> None:
+def test_paths_of_scorers_and_baselines_are_relative_to_their_file(folder: Path, tmp_path: Path) -> None:
     (folder / "rm").mkdir()
     write(
         folder,
@@ -162,15 +162,17 @@ def test_a_control_is_checked(folder: Path) -> None:
     write(folder, "d", "{extends: base, control: broken}")
     write(folder, "broken", "{extends: base, sed: 1}")
     library = Library((folder,))
-    assert "control: nul_of_base: no such experiment (did you mean 'null_of_base'?)" in refused(library, "a")
-    assert "control: a uses feedback (method quark); a null control has method no_feedback" in refused(
+    assert "control: nul_of_base: no such experiment (did you mean 'null_of_base'?)" in control_error(
+        library, "a"
+    )
+    assert "control: a uses feedback (method quark); a null control has method no_feedback" in control_error(
         library, "b"
     )
-    message = refused(library, "c")
+    message = control_error(library, "c")
     assert "differs upstream of training" in message
     assert "sampling.temperature: 0.5 -> 1.0" in message
     assert "seed: 3 -> 0" in message
-    assert "broken.yaml: sed: unknown field" in refused(library, "d")
+    assert "broken.yaml: sed: unknown field" in control_error(library, "d")
 
 
 def test_a_control_may_differ_downstream(folder: Path) -> None:
@@ -178,12 +180,12 @@ def test_a_control_may_differ_downstream(folder: Path) -> None:
     assert Library((folder,)).control_of("a") == "null_of_base"
 
 
-def test_no_overrides_no_variant(folder: Path, home: Path) -> None:
+def test_no_variant_without_overrides(folder: Path, home: Path) -> None:
     assert Library((folder,)).variant("base", [], variants_folder()) == "base"
     assert not home.exists()
 
 
-def test_a_control_without_a_scorer_takes_no_part_of_one(folder: Path, home: Path) -> None:
+def test_control_without_a_scorer_ignores_scorer_overrides(folder: Path, home: Path) -> None:
     write(folder, "a", "{extends: base, scorer: {name: imported, path: x.jsonl}}")
     name = Library((folder,)).variant("a", ["scorer.path=y.jsonl", "seed=1"], home / "variants")
     both = Library((folder, home / "variants"))
@@ -191,7 +193,7 @@ def test_a_control_without_a_scorer_takes_no_part_of_one(folder: Path, home: Pat
     assert control.scorer is None and control.seed == 1
 
 
-def test_a_variant_is_an_experiment_of_its_own_with_a_control_of_its_own(folder: Path, home: Path) -> None:
+def test_variant_is_a_separate_experiment_with_its_own_control(folder: Path, home: Path) -> None:
     library = Library((folder, variants_folder()))
     name = library.variant("base", ["seed=1", "sampling.temperature=0.8"], variants_folder())
     assert name == "base+sampling.temperature=0.8+seed=1"
@@ -205,7 +207,7 @@ def test_a_variant_is_an_experiment_of_its_own_with_a_control_of_its_own(folder:
     assert not [p for p in variants_folder().iterdir() if p.name.startswith(".")]
 
 
-def test_the_control_of_a_variant_keeps_its_method_and_its_buckets(folder: Path, home: Path) -> None:
+def test_control_of_a_variant_keeps_its_method_and_buckets(folder: Path, home: Path) -> None:
     library = Library((SHIPPED, variants_folder()))
     overrides = ["method.ask_for=tidy", 'datapool.shares={"3": 1.0}', "datapool.samples=10"]
     name = library.variant("pep8_alt_lmu", overrides, variants_folder())
@@ -219,13 +221,15 @@ def test_the_control_of_a_variant_keeps_its_method_and_its_buckets(folder: Path,
     assert library.load(name).datapool.shares == {"3": 1.0}
 
 
-def test_shares_are_one_value_unless_one_of_them_is_named(folder: Path, home: Path) -> None:
+def test_shares_are_replaced_unless_a_single_one_is_named(folder: Path, home: Path) -> None:
     library = Library((SHIPPED, variants_folder()))
     before = library.load("pep8_alt_lmu").datapool.shares or {}
-    one = library.variant("pep8_alt_lmu", ["datapool.shares.3=0.9", "datapool.shares.0=0"], variants_folder())
+    single = library.variant(
+        "pep8_alt_lmu", ["datapool.shares.3=0.9", "datapool.shares.0=0"], variants_folder()
+    )
     whole = library.variant("pep8_alt_lmu", ["datapool.shares={'2': 1}"], variants_folder())
     library = Library(library.folders)
-    assert library.load(one).datapool.shares == {**before, "3": 0.9, "0": 0}
+    assert library.load(single).datapool.shares == {**before, "3": 0.9, "0": 0}
     assert library.load(whole).datapool.shares == {"2": 1}
     with pytest.raises(SettingsError, match=r"datapool\.shares\.3: 'x' given"):
         library.overridden("pep8_alt_lmu", ["datapool.shares.3=x"])
@@ -255,11 +259,11 @@ def test_a_long_or_odd_label_becomes_a_hash(folder: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["'1e-4'", "'no'", "'0777'", "'~'", '"a\\nb\\x85c"', "'# a'"])
-def test_a_text_that_looks_like_something_else_stays_text(folder: Path, home: Path, value: str) -> None:
+def test_strings_that_look_like_other_types_stay_strings(folder: Path, home: Path, value: str) -> None:
     library = Library((folder, variants_folder()))
-    wanted = library.overridden("base", [f"description={value}"]).description
+    expected = library.overridden("base", [f"description={value}"]).description
     name = library.variant("base", [f"description={value}"], variants_folder())
-    assert Library(library.folders).load(name).description == wanted
+    assert Library(library.folders).load(name).description == expected
 
 
 @pytest.mark.parametrize(
@@ -274,13 +278,13 @@ def test_a_text_that_looks_like_something_else_stays_text(folder: Path, home: Pa
         "datapool.shares={a: 1}",
     ],
 )
-def test_nothing_is_written_on_a_bad_override(folder: Path, home: Path, override: str) -> None:
+def test_nothing_is_written_for_a_bad_override(folder: Path, home: Path, override: str) -> None:
     with pytest.raises(SettingsError, match="--set"):
         Library((folder, variants_folder())).variant("base", ["iterations=2", override], variants_folder())
     assert not home.exists()
 
 
-def test_a_path_in_an_override_is_relative_to_where_it_is_typed(
+def test_path_in_an_override_is_relative_to_the_working_directory(
     folder: Path, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -294,7 +298,7 @@ def test_a_path_in_an_override_is_relative_to_where_it_is_typed(
         assert found.policy.model == str(tmp_path / "my_model")
 
 
-def test_overriding_says_so_in_errors(folder: Path) -> None:
+def test_errors_mention_the_overrides(folder: Path) -> None:
     with pytest.raises(SettingsError, match=r"base\.yaml with --set seed=-1 --set iterations=2: seed: "):
         Library((folder,)).overridden("base", ["seed=-1", "iterations=2"])
 

@@ -1,4 +1,4 @@
-"""A minimal file is a valid one: task, policy and method, and nothing else."""
+"""A minimal experiment file, with only task, policy and method, is valid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from textalign_dagster.prompts import Prompts, draw_prompts
 from textalign_dagster.settings import SettingsError, write_yaml
 
 REQUIRED = {"alt_lmu": {"ask_for": "no issues"}}
-"""Settings without a default that could be right."""
+"""Settings without a sensible default."""
 
 
 def minimal(folder: Path, **changes: object) -> Library:
@@ -28,14 +28,14 @@ def minimal(folder: Path, **changes: object) -> Library:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method(tmp_path: Path, home: Path, method: str) -> None:
+def test_minimal_file_of_every_method(tmp_path: Path, home: Path, method: str) -> None:
     changes: dict[str, object] = {"method": {"name": method, **REQUIRED.get(method, {})}}
-    found = preflight(minimal(tmp_path, **changes), "mine")
-    assert "prompts: 393, of which 393 per iteration" in found
-    assert any(line.startswith("lengths: ") for line in found)
+    report = preflight(minimal(tmp_path, **changes), "mine")
+    assert "prompts: 393, of which 393 per iteration" in report
+    assert any(line.startswith("lengths: ") for line in report)
 
 
-def test_unset_means_what_the_model_holds_and_keys_stay(tmp_path: Path) -> None:
+def test_unset_fields_have_the_same_stage_settings_as_explicit_values(tmp_path: Path) -> None:
     unset = minimal(tmp_path).load("mine")
     named = minimal(tmp_path, training={"max_length": 1024}, prompts={"per_iteration": 2048}).load("mine")
     for stage in ("prompt_draws", "checkpoint"):
@@ -43,7 +43,7 @@ def test_unset_means_what_the_model_holds_and_keys_stay(tmp_path: Path) -> None:
     assert unset.training.max_length is None
 
 
-def test_unset_draws_what_there_is() -> None:
+def test_unset_per_iteration_draws_all_prompts() -> None:
     prompts = pl.DataFrame({"prompt": [f"p{i}" for i in range(7)]}).with_columns(
         reference=pl.lit(None, dtype=pl.String), source=pl.lit("s"), source_revision=pl.lit("1")
     )
@@ -59,27 +59,29 @@ def test_validate_lists_all_problems(tmp_path: Path, home: Path) -> None:
         prompts={"path": "nowhere.csv"},
         training={"max_length": 400, "mixed_precision": "fp16"},
     )
-    done = CliRunner().invoke(main, ["validate", str(tmp_path / "mine.yaml")])
-    lines = done.output.splitlines()
-    assert done.exit_code == 1
+    result = CliRunner().invoke(main, ["validate", str(tmp_path / "mine.yaml")])
+    lines = result.output.splitlines()
+    assert result.exit_code == 1
     assert all(f"{tmp_path / 'mine.yaml'}: " in line for line in lines)
     for field in ("nowhere.csv: no such prompt file", "training.max_length", "mixed_precision"):
         assert sum(field in line for line in lines) == 1, (field, lines)
 
 
-def test_a_forecast_without_the_hubs_prompts(
+def test_forecast_without_prompts_from_the_hub(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    done = CliRunner().invoke(main, ["forecast", "tldr_alt_lmu", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.output)
-    # 2,048 prompts and 20 samples of each, one call a sample.
-    assert found["calls"] == 2048 * 20 and found["samples_exist"] is False
-    assert "the prompts cannot be read here" in found["assumption"] and "400 tokens" in found["assumption"]
-    # A file that somebody has named is an error as before.
+    result = CliRunner().invoke(main, ["forecast", "tldr_alt_lmu", "--json"])
+    assert result.exit_code == 0, result.output
+    forecast = json.loads(result.output)
+    # 2,048 prompts and 20 samples of each, one call per sample.
+    assert forecast["calls"] == 2048 * 20 and forecast["samples_exist"] is False
+    assert (
+        "the prompts cannot be read here" in forecast["assumption"] and "400 tokens" in forecast["assumption"]
+    )
+    # A missing file that was named explicitly is still an error.
     wrong = tmp_path / "tldr.yaml"
     wrong.write_text("extends: tldr_alt_lmu\nprompts: {path: nowhere.csv}\n")
-    done = CliRunner().invoke(main, ["forecast", str(wrong)])
-    assert done.exit_code == 1 and "nowhere.csv: no such prompt file" in done.output
+    result = CliRunner().invoke(main, ["forecast", str(wrong)])
+    assert result.exit_code == 1 and "nowhere.csv: no such prompt file" in result.output

@@ -52,12 +52,12 @@ def draws(*prompts: str) -> pl.DataFrame:
     )
 
 
-def test_prompts_are_the_files_with_the_best_response_as_reference(tmp_path: Path) -> None:
+def test_prompts_come_from_the_file_with_the_best_response_as_reference(tmp_path: Path) -> None:
     mine = experiment(tmp_path)
-    found = training_prompts(mine)
-    assert found.select("prompt", "reference").rows() == [("P", " good"), ("Q\n", "yes"), ("R", None)]
-    assert set(found["source"]) == {"file.jsonl"}
-    # The task's own prompts are what it is measured on.
+    prompts = training_prompts(mine)
+    assert prompts.select("prompt", "reference").rows() == [("P", " good"), ("Q\n", "yes"), ("R", None)]
+    assert set(prompts["source"]) == {"file.jsonl"}
+    # The evaluation uses the task's own prompts.
     assert held_out_prompts(mine).height > 100
 
 
@@ -79,7 +79,7 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
 def test_a_response_is_a_sample_for_every_draw_of_its_prompt(tmp_path: Path) -> None:
     mine = experiment(tmp_path)
     found = offline_samples(mine, task_of(mine), draws("Q\n", "P", "Q\n"))
-    # A blank stands before a text where neither the prompt ends in one nor the text begins with one.
+    # A text is preceded by a space unless its prompt ends, or it begins, with whitespace.
     assert found.select("draw_id", "text", "sample_index").rows() == [
         ("draw0", "yes", 0), ("draw0", "no", 1),
         ("draw1", " good", 0), ("draw1", "\tbad", 1), ("draw1", " middling", 2),
@@ -88,7 +88,7 @@ def test_a_response_is_a_sample_for_every_draw_of_its_prompt(tmp_path: Path) -> 
     assert found["sample_id"].is_unique().all()
 
 
-def test_comparisons_become_shares_of_points_and_stay_pairs(tmp_path: Path) -> None:
+def test_comparisons_give_shares_of_points_and_pairs(tmp_path: Path) -> None:
     mine, drawn = experiment(tmp_path), draws("P", "R", "Q\n", "Q\n")
     samples = offline_samples(mine, task_of(mine), drawn)
     found = offline_feedback(mine, task_of(mine), drawn, "reward")
@@ -106,16 +106,17 @@ def test_comparisons_become_shares_of_points_and_stay_pairs(tmp_path: Path) -> N
     ]  # fmt: skip
 
 
-def test_the_keys_follow_the_content_and_not_the_place(tmp_path: Path) -> None:
+def test_keys_depend_on_the_content_not_the_path(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     first, moved = (experiment(tmp_path / name) for name in ("a", "b"))
     stages = ("generations", "feedback")
     before = [stage_settings(first, stage, 1) for stage in stages]
     assert [stage_settings(moved, stage, 1) for stage in stages] == before
-    experiment(tmp_path / "b", PAIRS[:2])  # another content at the same place
+    experiment(tmp_path / "b", PAIRS[:2])  # different content at the same path
     assert not any(
-        stage_settings(moved, *at, 1) == was for at, was in zip([(s,) for s in stages], before, strict=True)
+        stage_settings(moved, *arguments, 1) == key
+        for arguments, key in zip([(s,) for s in stages], before, strict=True)
     )
 
 
@@ -128,12 +129,12 @@ def test_the_keys_follow_the_content_and_not_the_place(tmp_path: Path) -> None:
         ({"method": {"name": "unlikelihood"}}, "needs feedback of kind 'spans', which a file"),
     ],
 )  # fmt: skip
-def test_what_does_not_go_together(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_incompatible_settings(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         experiment(tmp_path, **changes)
 
 
-def test_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_files(tmp_path: Path) -> None:
     broken = [*PAIRS, {"question": "?"}]
     mine = experiment(tmp_path, broken)
     with pytest.raises(SettingsError, match=r"1 of 6 rows cannot be read.*skip_refused\n[\s\S]*line 6"):
@@ -148,7 +149,7 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         training_prompts(unjudged)
 
 
-def test_judgments_of_cut(tmp_path: Path) -> None:
+def test_cut_judgments(tmp_path: Path) -> None:
     judgments = [None, "The end is missing.", "$ERROR$", "Perfect! But the end is missing.", ""]
     path = tmp_path / "cut.json"
     records = [
@@ -165,7 +166,7 @@ def test_judgments_of_cut(tmp_path: Path) -> None:
     assert CUT().label(rows)["label"].to_list() == ["satisfied", "judged", None, None, None]
 
 
-def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> None:
+def test_amended_responses_beat_the_originals(tmp_path: Path) -> None:
     records = [
         {"instruction": "P", "input": "", "output": "bad", "judgment": "wrong", "i_ans": "good"},
         {"instruction": "P", "input": "", "output": "fine", "judgment": None},
@@ -173,8 +174,8 @@ def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> No
     ]
     path = tmp_path / "judged.json"
     path.write_text(json.dumps(records), encoding="utf-8")
-    given = {"path": str(path), "format": "cut", "refinements": True}
-    mine = experiment(tmp_path, offline=given)
+    settings = {"path": str(path), "format": "cut", "refinements": True}
+    mine = experiment(tmp_path, offline=settings)
     found = offline_samples(mine, task_of(mine), draws("P"))
     assert found["text"].to_list() == [" bad", " fine", " good"]
     ids = dict(zip(("bad", "fine", "good"), found["sample_id"], strict=True))
@@ -182,13 +183,13 @@ def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> No
     values = dict(judged.rows.select("sample_id", "value").iter_rows())
     assert values == {ids["bad"]: 0.0, ids["fine"]: None, ids["good"]: 1.0}
     assert judged.pairs is not None and judged.pairs.height == 1
-    # The judgments are still there for methods that read them.
-    words = offline_feedback(mine, task_of(mine), draws("P"), "judgment").rows
-    assert dict(words.select("sample_id", "text").iter_rows())[ids["bad"]] == "wrong"
-    # Without the setting a file is known by the same key as before.
-    plain = experiment(tmp_path, offline={**given, "refinements": False}).offline
+    # The judgments are still available to methods that read them.
+    judgments = offline_feedback(mine, task_of(mine), draws("P"), "judgment").rows
+    assert dict(judgments.select("sample_id", "text").iter_rows())[ids["bad"]] == "wrong"
+    # Without the setting, a file's key stays the same as before.
+    plain = experiment(tmp_path, offline={**settings, "refinements": False}).offline
     assert plain is not None and "refinements" not in plain.reading
-    # What is a response already is not there twice.
+    # An amendment that already is a response is not added twice.
     more = {"instruction": "P", "input": "", "output": "worse", "judgment": "wrong", "i_ans": "fine "}
     path.write_text(json.dumps([*records, more]), encoding="utf-8")
     found = offline_samples(mine, task_of(mine), draws("P"))
@@ -205,11 +206,11 @@ def test_amended_responses_are_better_than_what_they_amend(tmp_path: Path) -> No
         experiment(tmp_path, offline={"refinements": True})
 
 
-def test_a_task_reads_the_prompts_as_its_own(tmp_path: Path) -> None:
+def test_task_parses_the_prompts_of_the_file(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "Old?"}, {"role": "assistant", "content": "Yes."}]
     turns.append({"role": "user", "content": "New?"})
     pair = {"prompt": turns, "chosen": [{"role": "assistant", "content": "A"}], "rejected": "B"}
-    # The oldest turns go, never the latest one or the response.
+    # The oldest turns are dropped, never the latest one or the response.
     task = {"name": "dialogue", "max_turns": 1}
     mine = experiment(tmp_path, [pair], task=task)
     found = offline_samples(mine, task_of(mine), draws("Human: New?\n\nAssistant:"))

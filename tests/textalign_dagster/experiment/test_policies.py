@@ -1,4 +1,4 @@
-"""Base policies: found, hashed by what matters, or refused with what is missing."""
+"""Base policies: found and hashed by what affects samples, or rejected with what is missing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SHIPPED = "pep8-sloppy-1m"
 
 def experiment(model: str) -> Experiment:
     content = {"task": "pep8", "method": "quark", "policy": {"model": model}}
-    found: Experiment = validate(Experiment, content, "x")
-    return found
+    result: Experiment = validate(Experiment, content, "x")
+    return result
 
 
 @pytest.fixture
@@ -31,13 +31,13 @@ def folder(tmp_path: Path) -> Path:
     return copy
 
 
-def test_the_shipped_policy_and_a_copy_of_it_are_one_policy(folder: Path) -> None:
+def test_shipped_policy_and_a_copy_have_the_same_hash(folder: Path) -> None:
     shipped, copy = base_policy(experiment(SHIPPED)), base_policy(experiment(str(folder)))
     assert shipped.policy_hash == copy.policy_hash == policy_hash(folder)
     assert copy.path == folder
 
 
-def test_what_decides_samples_decides_the_hash(folder: Path) -> None:
+def test_hash_covers_only_what_affects_samples(folder: Path) -> None:
     before = policy_hash(folder)
     (folder / "README.md").write_text("other words")
     (folder / "done.json").write_text("{}")
@@ -49,7 +49,7 @@ def test_what_decides_samples_decides_the_hash(folder: Path) -> None:
     assert policy_hash(folder) != before
 
 
-def test_a_replaced_weight_file_is_noticed(folder: Path) -> None:
+def test_replaced_weight_file_is_detected(folder: Path) -> None:
     before = base_policy(experiment(str(folder))).policy_hash
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -60,7 +60,7 @@ def test_a_replaced_weight_file_is_noticed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "says"),
+    ("spoil", "message"),
     [
         (lambda f: shutil.rmtree(f), "no such folder"),
         (lambda f: (f / "config.json").unlink(), "has no config.json; give a folder saved by save_pretrained"),
@@ -77,11 +77,11 @@ def test_a_replaced_weight_file_is_noticed(folder: Path) -> None:
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer (tokenizer.json, tokenizer.model, vocab.json)"),
     ],
 )  # fmt: skip
-def test_an_unusable_folder_says_what_is_missing(folder: Path, spoil: object, says: str) -> None:
+def test_unusable_folder_reports_what_is_missing(folder: Path, spoil: object, message: str) -> None:
     spoil(folder)  # type: ignore[operator]
     with pytest.raises(SettingsError) as caught:
         base_policy(experiment(str(folder)))
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(caught.value).startswith("policy.model: ")
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -94,7 +94,7 @@ def test_a_truncated_weight_file(folder: Path) -> None:
         base_policy(experiment(str(folder)))
 
 
-def test_a_name_that_is_nothing() -> None:
+def test_unknown_model_name() -> None:
     with pytest.raises(SettingsError) as caught:
         base_policy(experiment("pep8-slopy-1m"))
     assert str(caught.value) == (
@@ -103,7 +103,7 @@ def test_a_name_that_is_nothing() -> None:
     )
 
 
-def test_a_hub_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_model_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -112,7 +112,7 @@ def test_a_hub_model_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monk
         base_policy(experiment("owner/model"))
 
 
-def test_a_hub_model_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_path: Path) -> None:
+def test_hub_model_is_read_from_the_hub_cache(home: Path, toys: Path, tmp_path: Path) -> None:
     """The hub's own folder layout, without the hub: refs name a commit, snapshots hold its files."""
     cache = tmp_path / "hub" / "models--someone--sloppy"
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -122,8 +122,8 @@ def test_a_hub_model_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_pat
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(commit, encoding="utf-8")
     env = environment(home, toys) | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    told = textalign("validate", "toy", "--set", "policy.model=someone/sloppy", env=env, fork=False).stdout
-    assert f"base policy: {snapshot}" in told
+    output = textalign("validate", "toy", "--set", "policy.model=someone/sloppy", env=env, fork=False).stdout
+    assert f"base policy: {snapshot}" in output
     missing = textalign(
         "validate", "toy", "--set", "policy.model=someone/else", env=env, ok=False, fork=False
     ).stderr

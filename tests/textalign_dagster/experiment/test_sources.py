@@ -1,4 +1,4 @@
-"""Where prompts come from, and what of them decides artifacts."""
+"""Where prompts come from, and which of their properties affect artifacts."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from textalign_dagster.settings import validate
 
 def experiment(**changes: object) -> Experiment:
     content = {"task": "pep8", "method": "quark", "policy": {"model": "pep8-sloppy-1m"}, **changes}
-    found: Experiment = validate(Experiment, content, "x")
-    return found
+    result: Experiment = validate(Experiment, content, "x")
+    return result
 
 
 def test_a_file_is_read_instead_of_the_task(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_an_edited_file_is_read_again(tmp_path: Path) -> None:
     assert training_prompts(mine)["prompt"].to_list() == ["b"]
 
 
-def test_texts_references_and_order_count() -> None:
+def test_source_hash_covers_texts_references_and_order() -> None:
     rows = pl.DataFrame(
         {"prompt": ["a", "b"], "reference": ["x", None], "source": "s", "source_revision": "r"}
     )

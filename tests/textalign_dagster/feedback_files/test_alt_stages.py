@@ -1,4 +1,4 @@
-"""ALT's files at every stage, written out by hand as the released scripts left them."""
+"""ALT's files at every stage, written by hand in the format of the released scripts."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def textalign(*arguments: object) -> Result:
         ({"prompt": "P", "generations": [{"text": "a", "toxicity": 0.5}]}, "feedback"),
     ],
 )
-def test_the_stage_is_told_by_the_fields(tmp_path: Path, row: dict[str, Any], stage: str) -> None:
+def test_stage_is_determined_by_the_fields(tmp_path: Path, row: dict[str, Any], stage: str) -> None:
     assert alt_stage(file(tmp_path, row, row)) == stage
 
 
-def test_prompts_are_read_as_they_stand_unless_a_template_is_named(tmp_path: Path) -> None:
+def test_prompts_are_read_unchanged_unless_a_template_is_given(tmp_path: Path) -> None:
     path = file(tmp_path, {"prompt": f"Excellent. input: {POST}"}, {"prompt": "Excellent. input: Q"})
     assert read_alt_prompts(path).prompts["prompt"].to_list() == [
         f"Excellent. input: {POST}", "Excellent. input: Q"
@@ -66,14 +66,14 @@ def test_prompts_are_read_as_they_stand_unless_a_template_is_named(tmp_path: Pat
     assert (found.rows, found.refused) == (2, ())
 
 
-def test_a_dialogue_loses_its_condition_and_nothing_else(tmp_path: Path) -> None:
-    """The released code kept the last piece of a split at the blank line: of this, `Assistant:`."""
+def test_only_the_condition_is_stripped_from_a_dialogue(tmp_path: Path) -> None:
+    """The released code split at blank lines and kept the last piece: here, `Assistant:`."""
     path = file(tmp_path, {"prompt": f"Harmless and very helpful.\n\n{DIALOGUE}"})
     found = read_alt_prompts(path, template="{condition}.\n\n{prompt}")
     assert found.prompts.row(0) == (DIALOGUE, None, "Harmless and very helpful")
 
 
-def test_what_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
+def test_prompts_that_do_not_match_the_template_are_refused(tmp_path: Path) -> None:
     path = file(
         tmp_path,
         {"prompt": "Bad. input: P"},
@@ -97,14 +97,14 @@ def test_what_does_not_fit_the_template_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "template", ["{condition}", "{prompt} {prompt}", "{condition}{prompt}", "{prompt} {condition}", "x"]
 )
-def test_a_template_that_cannot_be_undone_is_refused(template: str) -> None:
+def test_irreversible_templates_are_rejected(template: str) -> None:
     with pytest.raises(SettingsError, match="--template"):
         Conditioned(template)
 
 
-def test_words_around_the_prompt_are_stripped_on_both_sides() -> None:
+def test_text_around_the_prompt_is_stripped_on_both_sides() -> None:
     both = Conditioned("[{condition}] <{prompt}>")
-    assert both.undo("[a] <b] <c>") == ("a", "b] <c")  # the condition ends at the first
+    assert both.undo("[a] <b] <c>") == ("a", "b] <c")  # the condition ends at the first match
     assert Conditioned("<{prompt}>").undo("<>>") == (None, ">")
 
 
@@ -115,17 +115,17 @@ def test_prompts_of_realtoxicityprompts_and_repeats(tmp_path: Path) -> None:
     assert found.notes == ("a prompt is repeated; it is kept once (1 ×)",)
 
 
-def test_samples_have_no_feedback_and_say_what_they_were_sampled_under(tmp_path: Path) -> None:
+def test_samples_have_no_feedback_but_report_their_condition(tmp_path: Path) -> None:
     path = file(tmp_path, {"prompt": f"Good. input: {POST}", "generations": ["a", "a", ""]})
     found = read_alt(path, template="{condition} input: {prompt}")
     assert found.samples["prompt"].unique().to_list() == [POST]
-    assert found.samples["text"].to_list() == ["a", "a", ""]  # repeats are samples of their own
+    assert found.samples["text"].to_list() == ["a", "a", ""]  # repeats are separate samples
     assert found.feedback["status"].unique().to_list() == ["skipped"]
     assert "sampled under the condition 'Good.' (1 ×)" in found.notes
     assert read_alt(path).samples["prompt"][0] == f"Good. input: {POST}"
 
 
-def test_perplexity_is_a_judgement_of_a_single_generation(tmp_path: Path) -> None:
+def test_perplexity_is_kept_only_for_single_generations(tmp_path: Path) -> None:
     path = file(
         tmp_path,
         {"prompt": "P", "generations": ["a"], "rewards": [2.0], "perplexity": 12.5},
@@ -134,8 +134,8 @@ def test_perplexity_is_a_judgement_of_a_single_generation(tmp_path: Path) -> Non
         {"prompt": "S", "generations": ["d", "e"], "perplexity": 4.0},
     )
     found = read_alt(path, aspect="rm")
-    told = found.feedback.select("aspect", "kind", "value", "status").rows()
-    assert told == [
+    rows = found.feedback.select("aspect", "kind", "value", "status").rows()
+    assert rows == [
         ("rm", "reward", 2.0, "ok"),
         ("perplexity", "reward", -12.5, "ok"),
         ("perplexity", "reward", -3.0, "ok"),
@@ -147,7 +147,7 @@ def test_perplexity_is_a_judgement_of_a_single_generation(tmp_path: Path) -> Non
 
 
 class Mark:
-    """Unpickling it would leave a file behind."""
+    """Unpickling it would create a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,7 +157,7 @@ class Mark:
 
 
 @pytest.mark.parametrize("name", ["datapool.pkl", "datapool.json"])
-def test_a_pickle_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
+def test_pickle_is_rejected_and_not_executed(tmp_path: Path, name: str) -> None:
     path, mark = tmp_path / name, tmp_path / "mark"
     path.write_bytes(pickle.dumps(Mark(mark)))
     for read in (alt_stage, read_alt, read_alt_prompts):
@@ -168,13 +168,13 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path, name: str) -> None:
     assert not mark.exists() and not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_file_emptied_by_a_concatenation_is_refused(tmp_path: Path) -> None:
+def test_file_emptied_by_a_concatenation_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("\n")
     done = textalign("import", tmp_path / "empty.json", tmp_path / "out.jsonl", "--format", "alt")
     assert done.exit_code == 1 and "import the shards" in done.stderr
 
 
-def test_imported_prompts_are_prompts_of_an_experiment(tmp_path: Path) -> None:
+def test_imported_prompts_can_be_used_by_an_experiment(tmp_path: Path) -> None:
     path = file(
         tmp_path, {"prompt": f"Harmful.\n\n{DIALOGUE}"}, {"prompt": "Harmful.\n\nHuman: Hi\n\nAssistant:"}
     )
@@ -193,7 +193,7 @@ def test_imported_prompts_are_prompts_of_an_experiment(tmp_path: Path) -> None:
     assert other.exit_code == 1 and "carry no conditions" in other.stderr
 
 
-def test_samples_go_out_as_alt_sampled_them_and_come_back(tmp_path: Path) -> None:
+def test_samples_round_trip_in_the_format_of_alt(tmp_path: Path) -> None:
     generations = pl.DataFrame(
         [("s1", "P", "Good.", "a"), ("s2", "P", "Good.", "b"), ("s3", "Q", None, "c")],
         ["sample_id", "prompt", "condition", "text"],
@@ -210,13 +210,13 @@ def test_samples_go_out_as_alt_sampled_them_and_come_back(tmp_path: Path) -> Non
     assert back.samples.select("sample_id", "prompt", "text").rows() == [("s1", "P", "a"), ("s2", "P", "b")]
 
 
-def test_prompts_go_out(tmp_path: Path) -> None:
+def test_prompts_are_exported(tmp_path: Path) -> None:
     draws = pl.DataFrame({"draw_id": [1, 2], "prompt": ["P", "Q"], "reference": [None, "r"]})
     write_alt_prompts(tmp_path / "p.json", draws)
     assert (tmp_path / "p.json").read_text() == '{"prompt": "P"}\n{"prompt": "Q", "reference": "r"}\n'
 
 
-def test_toxicity_goes_out_and_comes_back(tmp_path: Path) -> None:
+def test_toxicity_round_trip(tmp_path: Path) -> None:
     samples = pl.DataFrame({"sample_id": ["a", "b"], "prompt": ["P", "P"], "text": ["x", "y"]})
     empty = dict.fromkeys(FEEDBACK) | {"aspect": "t", "kind": "reward", "call_keys": []}
     rows = [
@@ -235,6 +235,6 @@ def test_toxicity_goes_out_and_comes_back(tmp_path: Path) -> None:
     rows[0]["value"] = 2.5
     with pytest.raises(ValueError, match="is not a toxicity"):
         write_alt_toxicity(path, samples, pl.DataFrame(rows, FEEDBACK))
-    rows[0]["value"] = -0.25  # as our own scorers have it
+    rows[0]["value"] = -0.25  # as our own scorers return it
     write_alt_toxicity(path, samples, pl.DataFrame(rows, FEEDBACK), negated=True)
     assert json.loads(path.read_text())["generations"] == line["generations"]

@@ -21,7 +21,7 @@ def readings(counts: list[list[int]], prompts: int = 1) -> pl.DataFrame:
     return pl.DataFrame(rows, READINGS, orient="row")
 
 
-def test_a_table_by_hand() -> None:
+def test_agreement_table_by_hand() -> None:
     # p_o = (6+2+5)/20 = 0.65; p_e = (9·8 + 4·5 + 7·7)/400 = 141/400; κ = (0.65-0.3525)/(1-0.3525)
     found = agreement(readings([[6, 2, 1], [1, 2, 1], [1, 1, 5]], prompts=4), resamples=200)
     assert found.matrix == ((6, 2, 1), (1, 2, 1), (1, 1, 5))
@@ -55,14 +55,14 @@ def test_undefined_is_none() -> None:
 
 
 def test_intervals_resample_prompts() -> None:
-    # Two prompts, each of one mind: resamples of prompts give 0, 1/2 or 1.
+    # Two prompts, each unanimous: resampling prompts gives 0, 1/2 or 1.
     frame = pl.DataFrame([("p", "a", "a")] * 50 + [("q", "a", "b")] * 50, READINGS, orient="row")
     found = agreement(frame, resamples=400).agreement
     assert (found.lo, found.value, found.hi) == (0, 0.5, 1)
     assert agreement(frame, seed=1, resamples=50) == agreement(frame, seed=1, resamples=50)
 
 
-def test_other_classes_are_refused() -> None:
+def test_unknown_classes_are_rejected() -> None:
     with pytest.raises(ValueError, match="column second: 'equal' is not one of a, tie, b"):
         agreement(pl.DataFrame([("p", "a", "equal")], READINGS, orient="row"))
 
@@ -82,12 +82,12 @@ def pairs(*rows: tuple[str, str, str, str | None, str | None]) -> pl.DataFrame:
     names = ("prompt_id", "sample_a", "sample_b", "winner", "favoured")
     frame = pl.DataFrame(rows, {name: pl.String for name in names}, orient="row")
     status = pl.when(pl.col("winner").is_null()).then(pl.lit("failed")).otherwise(pl.lit("ok"))
-    # As the calls of a judge of our own, unless told otherwise.
+    # With recorded calls, as pairs of our own judge have them; see from_a_file.
     return frame.with_columns(status=status, call_keys=pl.lit(["c1", "c2"]))
 
 
 def from_a_file(frame: pl.DataFrame) -> pl.DataFrame:
-    """The same pairs, of which only the combined verdicts are known."""
+    """The same pairs, but with only the combined verdicts known."""
     return frame.with_columns(call_keys=pl.lit([], dtype=pl.List(pl.String)))
 
 
@@ -109,13 +109,13 @@ def test_ratings_against_rankings() -> None:
     assert found.agreement.decisive.value == 0.5
     # p_e = (2·1 + 1·2 + 1·1)/16 = 5/16
     assert found.agreement.kappa.value == pytest.approx((0.5 - 5 / 16) / (1 - 5 / 16))
-    covered = found.coverage
-    assert (covered.pairs, covered.ranked, covered.rated, covered.both) == (6, 5, 4, 4)
-    assert covered.share == pytest.approx(4 / 6)
+    coverage = found.coverage
+    assert (coverage.pairs, coverage.ranked, coverage.rated, coverage.both) == (6, 5, 4, 4)
+    assert coverage.share == pytest.approx(4 / 6)
     assert found.rating_repeats is None and found.ranking_repeats is None
 
 
-def test_the_pairs_own_order_is_kept() -> None:
+def test_order_within_pairs_is_kept() -> None:
     other = pairs(("p", "s3", "s1", "a", None), ("p", "s2", "s3", "tie", None), ("q", "t2", "t1", "a", None))
     # Ratings say s3 < s1, s2 = s3, t2 > t1; the first of each pair is the file's first.
     assert consistency(RATED, other, resamples=50).agreement.matrix == ((1, 0, 0), (0, 1, 0), (1, 0, 0))
@@ -130,14 +130,14 @@ def test_position_bias_by_hand() -> None:
     assert biased.first_wins.value == pytest.approx(0.75)
     unknown = position_bias(pairs(("p", "a", "b", "tie", None), ("q", "c", "d", "a", None)))
     assert (unknown.first_wins.value, unknown.first_wins.rows, unknown.flips.value) == (0.5, 1, 0.5)
-    # Of combined verdicts alone it would be 0.5 whatever the judge did: it cannot be measured.
+    # From combined verdicts alone it would be 0.5 whatever the judge did, so it cannot be measured.
     combined = position_bias(from_a_file(pairs(("p", "a", "b", "tie", None), ("q", "c", "d", "a", None))))
     assert (combined.first_wins.value, combined.flips.value) == (None, 0.5)
     nothing = position_bias(pairs())
     assert (nothing.first_wins.value, nothing.flips.value) == (None, None)
 
 
-def test_the_judge_against_itself() -> None:
+def test_self_agreement_of_the_judge() -> None:
     again = pairs(
         ("p", "s2", "s1", "b", None),  # the same pair the other way round: s1 wins again
         ("p", "s1", "s3", "a", None),
@@ -160,12 +160,12 @@ def test_margin() -> None:
     assert rated_pairs(RANKED, RATED)["winner"].to_list() == ["a", "a", "tie", "b"]
 
 
-def test_nothing_at_all() -> None:
+def test_empty_input() -> None:
     found = consistency(ratings({}), pairs())
     assert found.agreement.agreement.value is None and found.coverage.share is None
 
 
-def test_rows_twice_are_refused() -> None:
+def test_duplicate_rows_are_rejected() -> None:
     with pytest.raises(ValueError, match="ratings: s1 is listed more than once"):
         consistency(pl.concat([RATED, RATED.head(1)]), RANKED)
     swapped = pairs(("p", "s2", "s1", "a", None))

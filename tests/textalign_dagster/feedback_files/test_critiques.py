@@ -1,4 +1,4 @@
-"""OpenAI's critiques and Shepherd's judgments, in the published shape: which answer is judged, and by what."""
+"""OpenAI's critiques and Shepherd's judgments, in the published format: which answer is judged, and how."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from textalign_dagster.settings import SettingsError
 
 
 def answer(text: str, *critiques: tuple[str, str], **feedback: Any) -> dict[str, Any]:
-    told = [{"text": said, "refinement": amended} for said, amended in critiques]
-    return {"answer": text, "feedback": {"critiques": told, **feedback}}
+    items = [{"text": critique, "refinement": refinement} for critique, refinement in critiques]
+    return {"answer": text, "feedback": {"critiques": items, **feedback}}
 
 
-def written(folder: Path, name: str, *records: Any) -> Path:
+def write_lines(folder: Path, name: str, *records: Any) -> Path:
     path = folder / name
     path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
     return path
 
 
-def question(asked: str, rankings: list[float], *answers: dict[str, Any]) -> dict[str, Any]:
-    return {"question": asked, "rankings": rankings, "answers": list(answers)}
+def question(text: str, rankings: list[float], *answers: dict[str, Any]) -> dict[str, Any]:
+    return {"question": text, "rankings": rankings, "answers": list(answers)}
 
 
-def test_of_each_question_the_best_ranked_answer_is_taken_with_all_its_critiques(tmp_path: Path) -> None:
+def test_best_ranked_answer_of_each_question_is_taken_with_all_its_critiques(tmp_path: Path) -> None:
     questions = [
         question(
             "Who?", [0, 2, 1], answer("a"), answer("b", ("Vague.", "b1"), ("Too short.", "b2")), answer("c")
@@ -40,13 +40,13 @@ def test_of_each_question_the_best_ranked_answer_is_taken_with_all_its_critiques
         question("Which?", [1], answer("", rating=7)),
         question("What?", [1, 2], answer("that", rating=7)),
     ]
-    path = written(
+    path = write_lines(
         tmp_path, "critiques.jsonl", {"data": {"passage": {"text": "A text."}, "questions": questions}}, "{"
     )
     found = read_feedback(path, "critiques")
     rows = found.feedback.join(found.samples, on="sample_id", suffix="_of", maintain_order="left")
-    shown = rows.select("prompt", "text_of", "status", "label", "text", "reference").rows()
-    assert shown == [
+    values = rows.select("prompt", "text_of", "status", "label", "text", "reference").rows()
+    assert values == [
         ("A text.\nWho?", "b", "ok", "flawed", "Vague. Too short.", "b2"),
         ("A text.\nWhen?", "noon", "ok", "perfect", None, None),
         ("A text.\nWhere?", "here", "ok", "flawed", "Wrong.", None),
@@ -72,20 +72,20 @@ SHEPHERD = [
 ]
 
 
-def test_shepherd_with_the_amended_responses_of_the_file_beside_it(tmp_path: Path) -> None:
-    path = written(tmp_path, "human_data_for_model.jsonl", *SHEPHERD)
+def test_shepherd_with_the_amended_responses_of_the_neighbouring_file(tmp_path: Path) -> None:
+    path = write_lines(tmp_path, "human_data_for_model.jsonl", *SHEPHERD)
     alone = read_feedback(path, "shepherd")
     assert alone.samples["reference"].null_count() == 3 and not alone.refused
     assert alone.feedback.select("status", "label", "text").rows() == [
         ("ok", "flawed", "The year is wrong."),
-        ("unparseable", None, None),  # praise was trained as criticism
+        ("unparseable", None, None),  # the released code trained on praise as criticism
         ("ok", "flawed", "Too long."),
     ]
     raw = [
         {"metadata": {"context": f"Q{i}", "output_candidate": f"A{i}", "output_correct": f"B{i}"}}
         for i in (1, 2, 4)
     ]
-    written(tmp_path, "human_data_raw.jsonl", *raw)
+    write_lines(tmp_path, "human_data_raw.jsonl", *raw)
     found = read_feedback(path, "shepherd")
     assert found.samples["reference"].to_list() == ["B1", "B2"]
     assert [(row.line, row.reason) for row in found.refused] == [
@@ -93,6 +93,6 @@ def test_shepherd_with_the_amended_responses_of_the_file_beside_it(tmp_path: Pat
     ]
 
 
-def test_these_formats_are_only_read(tmp_path: Path) -> None:
+def test_these_formats_are_read_only(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^shepherd: this format is read-only; write `cut`"):
         write_feedback(tmp_path / "f.jsonl", "shepherd", pl.DataFrame(), pl.DataFrame())

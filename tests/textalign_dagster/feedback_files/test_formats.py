@@ -1,4 +1,4 @@
-"""Other projects' feedback files in, ours out: nothing changes on the way, nothing vanishes."""
+"""Importing and exporting feedback files of other projects: nothing is changed or lost on the way."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ def load(
     return read_feedback(path, format_name, **options)
 
 
-def told(found: Imported) -> list[tuple[Any, ...]]:
-    joined = found.feedback.join(found.samples, on="sample_id", suffix="_sampled", maintain_order="left")
+def judged_rows(imported: Imported) -> list[tuple[Any, ...]]:
+    joined = imported.feedback.join(
+        imported.samples, on="sample_id", suffix="_sampled", maintain_order="left"
+    )
     return joined.select("prompt", "text_sampled", "kind", "value", "label", "text", "status").rows()
 
 
@@ -44,10 +46,10 @@ def test_alt_scores_and_feedback(tmp_path: Path) -> None:
         "scores": [3, None, 2.0, 10, 1],
     }
     found = load(tmp_path, "alt", json.dumps(line) + "\n")
-    assert told(found) == [
+    assert judged_rows(found) == [
         ("P", "g1", "text", 3.0, None, "Good.", "ok"),
         ("P", "g2", "text", None, None, None, "failed"),
-        ("P", "g2", "text", 2.0, None, "Fine.", "ok"),  # a sample of its own
+        ("P", "g2", "text", 2.0, None, "Fine.", "ok"),  # a separate sample
         ("P", "g4", "text", None, None, None, "unparseable"),
         ("P", "g5", "text", None, None, None, "unparseable"),
     ]
@@ -81,7 +83,7 @@ def test_alt_categories_rewards_and_toxicity(tmp_path: Path) -> None:
     assert none.feedback["status"].to_list() == ["skipped"]
 
 
-def test_alt_bad_lines_are_refused_with_their_number(tmp_path: Path) -> None:
+def test_bad_alt_lines_are_refused_with_their_line_number(tmp_path: Path) -> None:
     lines = [
         '{"prompt": "P", "generations": ["a"], "rewards": [1]}',
         "",
@@ -125,7 +127,7 @@ def test_cut_judgments(tmp_path: Path) -> None:
         {"instruction": "I", "output": "o8", "judgment": "Perfect."},
     ]
     found = load(tmp_path, "cut", json.dumps(records, indent=1), "file.json")
-    assert [(r[1], *r[3:]) for r in told(found)] == [
+    assert [(r[1], *r[3:]) for r in judged_rows(found)] == [
         ("o1", None, "perfect", None, "ok"),
         ("o2", None, "flawed", "The date is wrong.", "ok"),
         ("o3", None, None, None, "failed"),
@@ -172,7 +174,7 @@ def test_sparse_ratings_with_their_quirks(tmp_path: Path) -> None:
         '"open,x,y,1\n'
     )
     found = load(tmp_path, "sparse_ratings", text, "file.csv")
-    assert told(found) == [
+    assert judged_rows(found) == [
         ("Say hi", "hi", "rating", 6.0, None, None, "ok"),
         ("Add\n\nInput:\n1, 2", "three\n3", "rating", 7.0, None, None, "ok"),
         ("Say hi", "bye", "rating", None, None, None, "unparseable"),
@@ -205,7 +207,7 @@ def test_sparse_rankings_with_header(tmp_path: Path) -> None:
     assert found.pairs.schema == PAIRS and found.notes == ("the first line is a header (1 ×)",)
 
 
-def test_ratings_and_rankings_of_a_text_meet(tmp_path: Path) -> None:
+def test_ratings_and_rankings_of_a_text_share_its_sample_id(tmp_path: Path) -> None:
     ratings = load(tmp_path, "sparse_ratings", "P,,x,6\nP,,y,4\n", "ratings.csv")
     rankings = load(tmp_path, "sparse_rankings", "P,nan,x,y,(a)\n", "rankings.csv")
     assert set(ratings.samples["sample_id"]) == set(rankings.samples["sample_id"])
@@ -214,7 +216,7 @@ def test_ratings_and_rankings_of_a_text_meet(tmp_path: Path) -> None:
 # Plain rows
 
 
-def test_plain_rows_of_ones_own(tmp_path: Path) -> None:
+def test_plain_rows(tmp_path: Path) -> None:
     lines = [
         {"prompt": "P", "response": "a", "value": 0},
         {"prompt": "P", "response": "b", "label": "good", "extra": 1},
@@ -278,7 +280,7 @@ def test_plain_parquet_with_a_wrong_type(tmp_path: Path) -> None:
         read_feedback(path, "plain")
 
 
-# There and back
+# Round trips
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 WORDS = TEXTS.filter(lambda t: bool(t.strip()))
@@ -292,7 +294,7 @@ CRITIQUES = (
 def table(
     kind: str, judgement: st.SearchStrategy[dict[str, Any]]
 ) -> st.SearchStrategy[tuple[pl.DataFrame, pl.DataFrame]]:
-    """Samples and their feedback: a few prompts with any texts, some judgements not ok."""
+    """Samples and their feedback: a few prompts, arbitrary texts, some judgements not ok."""
     other = st.sampled_from(["failed", "unparseable", "skipped"]).map(
         lambda s: {"status": s, "reason": f"{s} it was"}
     )
@@ -339,10 +341,10 @@ JUDGMENTS = table(
 RATINGS = table("rating", st.integers(1, 7).map(lambda v: {"value": float(v)}))
 JUDGED = ["value", "label", "text", "status", "reason", "kind"]
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+few_examples = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def there_and_back(
+def round_trip(
     format_name: str,
     samples: pl.DataFrame,
     feedback: pl.DataFrame,
@@ -352,16 +354,16 @@ def there_and_back(
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"file{end}"
         written = write_feedback(path, format_name, samples, feedback, pairs)
-        found = read_feedback(path, format_name)
-    assert found.refused == ()
-    return found, written.left_out
+        imported = read_feedback(path, format_name)
+    assert imported.refused == ()
+    return imported, written.left_out
 
 
-@few
+@few_examples
 @given(st.one_of(REWARDS, FEEDBACKS, CATEGORIES))
-def test_alt_there_and_back(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+def test_alt_round_trip(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     samples, feedback = frames
-    found, left_out = there_and_back("alt", samples, feedback)
+    found, left_out = round_trip("alt", samples, feedback)
     assert not left_out
     assert_frame_equal(
         found.samples.select("sample_id", "prompt", "text"), samples.select("sample_id", "prompt", "text")
@@ -369,11 +371,11 @@ def test_alt_there_and_back(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     assert_frame_equal(found.feedback.select("sample_id", *JUDGED), feedback.select("sample_id", *JUDGED))
 
 
-@few
+@few_examples
 @given(JUDGMENTS)
-def test_cut_there_and_back(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+def test_cut_round_trip(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     samples, feedback = frames
-    found, left_out = there_and_back("cut", samples, feedback)
+    found, left_out = round_trip("cut", samples, feedback)
     ok = feedback.filter(pl.col("status") == "ok")
     kept = samples.filter(pl.col("sample_id").is_in(ok["sample_id"].to_list()))
     assert found.feedback.height + sum(left_out.values()) == feedback.height
@@ -381,17 +383,19 @@ def test_cut_there_and_back(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     assert_frame_equal(found.feedback.select(JUDGED), ok.select(JUDGED))
 
 
-@few
+@few_examples
 @given(RATINGS)
-def test_sparse_ratings_there_and_back(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
+def test_sparse_ratings_round_trip(frames: tuple[pl.DataFrame, pl.DataFrame]) -> None:
     samples, feedback = frames
-    found, left_out = there_and_back("sparse_ratings", samples, feedback)
+    found, left_out = round_trip("sparse_ratings", samples, feedback)
     joined = feedback.join(samples.rename({"text": "response"}), on="sample_id", maintain_order="left")
     first = joined.filter(pl.col("status") == "ok").unique(
         ["prompt", "response"], keep="first", maintain_order=True
     )
     assert found.feedback.height + sum(left_out.values()) == feedback.height
-    assert [(r[0], r[1], r[3]) for r in told(found)] == first.select("prompt", "response", "value").rows()
+    assert [(r[0], r[1], r[3]) for r in judged_rows(found)] == first.select(
+        "prompt", "response", "value"
+    ).rows()
 
 
 def pair_rows(samples: pl.DataFrame, winners: list[str | None]) -> pl.DataFrame:
@@ -413,13 +417,13 @@ def pair_rows(samples: pl.DataFrame, winners: list[str | None]) -> pl.DataFrame:
 WINNERS = st.lists(st.sampled_from(["a", "b", "tie", None]), min_size=1, max_size=5)
 
 
-@few
+@few_examples
 @given(REWARDS, WINNERS)
-def test_sparse_rankings_there_and_back(
+def test_sparse_rankings_round_trip(
     frames: tuple[pl.DataFrame, pl.DataFrame], winners: list[str | None]
 ) -> None:
     samples, pairs = frames[0], pair_rows(frames[0], winners)
-    found, left_out = there_and_back("sparse_rankings", samples, pairs, pairs)
+    found, left_out = round_trip("sparse_rankings", samples, pairs, pairs)
     assert found.pairs.height + sum(left_out.values()) == pairs.height
 
     def won(imported: pl.DataFrame, texts: dict[str, str]) -> list[tuple[str, str]]:
@@ -430,28 +434,28 @@ def test_sparse_rankings_there_and_back(
 
     expected = won(pairs.filter(pl.col("status") == "ok"), dict(samples.select("sample_id", "text").rows()))
     got = won(found.pairs, dict(found.samples.select("sample_id", "text").rows()))
-    assert set(got) <= set(expected) and bool(got) == any(one != two for one, two, _ in expected)
+    assert set(got) <= set(expected) and bool(got) == any(first != second for first, second, _ in expected)
 
 
-@few
+@few_examples
 @given(
     st.one_of(REWARDS, FEEDBACKS, CATEGORIES, JUDGMENTS, RATINGS),
     WINNERS,
     st.sampled_from([".jsonl", ".parquet"]),
 )
-def test_plain_there_and_back(
+def test_plain_round_trip(
     frames: tuple[pl.DataFrame, pl.DataFrame], winners: list[str | None], end: str
 ) -> None:
     samples, feedback = frames
     pairs = pair_rows(samples, winners)
-    found, left_out = there_and_back("plain", samples, feedback, pairs, end)
+    found, left_out = round_trip("plain", samples, feedback, pairs, end)
     assert not left_out
     assert_frame_equal(found.samples.drop("prompt_id"), samples.drop("prompt_id"))
     assert_frame_equal(found.feedback, feedback)
     assert_frame_equal(found.pairs.drop("prompt_id"), pairs.drop("prompt_id"))
 
 
-def test_what_cannot_be_written_is_counted_or_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_counted_or_rejected(tmp_path: Path) -> None:
     names = {"sample_id": pl.String, "prompt": pl.String, "text": pl.String}
     samples = pl.DataFrame([(f"s{i}", "P", f"t{i}") for i in range(4)], names, orient="row")
 
@@ -461,7 +465,7 @@ def test_what_cannot_be_written_is_counted_or_refused(tmp_path: Path) -> None:
 
     judged = feedback(
         {"label": "flawed", "text": "Wrong."},
-        {"label": "flawed", "text": "Bad.", "value": 9.0},  # CUT would take the score for praise
+        {"label": "flawed", "text": "Bad.", "value": 9.0},  # CUT would read the score as praise
         {"label": "flawed", "text": "Perfect, almost."},
         {"status": "failed", "reason": "down"},
     )

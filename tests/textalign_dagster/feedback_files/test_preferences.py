@@ -1,4 +1,4 @@
-"""Preferences in the columns of the known datasets: every form, and what is refused."""
+"""Preferences in the columns of well-known datasets: every form, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from textalign_dagster.feedback_files.formats import Imported, read_feedback, wr
 from textalign_dagster.settings import SettingsError
 
 USER, REPLY = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}
-OTHER = {"role": "assistant", "content": "Go away."}
-WRITTEN = "Human: Hi?\n\nAssistant:"
-HH = f"\n\n{WRITTEN} Hello."
+BAD_REPLY = {"role": "assistant", "content": "Go away."}
+TRANSCRIPT = "Human: Hi?\n\nAssistant:"
+HH = f"\n\n{TRANSCRIPT} Hello."
 
 
 def load(tmp_path: Path, *records: Any, name: str = "file.jsonl") -> Imported:
@@ -29,17 +29,17 @@ def load(tmp_path: Path, *records: Any, name: str = "file.jsonl") -> Imported:
     ("record", "prompt", "better", "worse"),
     [
         ({"prompt": "P", "chosen": "x", "rejected": "y"}, "P", "x", "y"),
-        ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, WRITTEN, "Hello.", "Go away."),
-        # Without a prompt: conversations and transcripts hold it.
-        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, WRITTEN, "Hello.", "Go away."),
-        ({"chosen": HH, "rejected": f"{WRITTEN} No."}, WRITTEN, "Hello.", "No."),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [BAD_REPLY]}, TRANSCRIPT, "Hello.", "Go away."),
+        # Without a prompt column: conversations and transcripts contain the prompt.
+        ({"chosen": [USER, REPLY], "rejected": [USER, BAD_REPLY]}, TRANSCRIPT, "Hello.", "Go away."),
+        ({"chosen": HH, "rejected": f"{TRANSCRIPT} No."}, TRANSCRIPT, "Hello.", "No."),
         # UltraFeedback binarized gives the prompt twice.
-        ({"prompt": "Hi?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, WRITTEN, "Hello.", "Go away."),
+        ({"prompt": "Hi?", "chosen": [USER, REPLY], "rejected": [USER, BAD_REPLY]}, TRANSCRIPT, "Hello.", "Go away."),
         ({"history": "P", "human_ref_A": "x", "human_ref_B": "y", "labels": 1}, "P", "x", "y"),
         ({"history": "P", "human_ref_A": "x", "human_ref_B": "y", "labels": 0}, "P", "y", "x"),
         (
-            {"type": "pairwise_feedback", "prompt": [USER], "output_A": [REPLY], "output_B": [OTHER], "label": 0},
-            WRITTEN,
+            {"type": "pairwise_feedback", "prompt": [USER], "output_A": [REPLY], "output_B": [BAD_REPLY], "label": 0},
+            TRANSCRIPT,
             "Go away.",
             "Hello.",
         ),
@@ -96,27 +96,29 @@ def test_rated_responses_of_ultrafeedback_in_parquet(tmp_path: Path) -> None:
         ({"instruction": "P", "completions": "x"}, "no list of objects in `completions`"),
     ],
 )  # fmt: skip
-def test_what_is_refused(tmp_path: Path, record: Any, reason: str) -> None:
+def test_refused_rows(tmp_path: Path, record: Any, reason: str) -> None:
     found = load(tmp_path, {"prompt": "P", "chosen": "x", "rejected": "y"}, record)
     assert found.pairs.height == 1
     (refused,) = found.refused
     assert refused.line == 2 and reason in refused.reason
 
 
-def test_other_files_are_refused(tmp_path: Path) -> None:
+def test_other_file_types_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"end in \.json, \.jsonl or \.parquet"):
         load(tmp_path, {}, name="file.txt")
 
 
-def test_there_and_back(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     records = [
         {"prompt": "P", "chosen": "x", "rejected": "y"},
         {"prompt": "Q", "chosen": "b", "rejected": "a"},
     ]
-    found = load(tmp_path, *records, name="file.json")
-    tie = found.pairs.head(1).with_columns(winner=pl.lit("tie"))
+    imported = load(tmp_path, *records, name="file.json")
+    tie = imported.pairs.head(1).with_columns(winner=pl.lit("tie"))
     out = tmp_path / "out.jsonl"
-    done = write_feedback(out, "preferences", found.samples, found.feedback, pl.concat([found.pairs, tie]))
-    assert done.rows == 2 and done.left_out == {"a tie, which the format cannot hold": 1}
+    exported = write_feedback(
+        out, "preferences", imported.samples, imported.feedback, pl.concat([imported.pairs, tie])
+    )
+    assert exported.rows == 2 and exported.left_out == {"a tie, which the format cannot hold": 1}
     written = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     assert sorted(written, key=lambda row: row["prompt"]) == records

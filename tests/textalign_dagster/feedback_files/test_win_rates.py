@@ -1,4 +1,4 @@
-"""Win rates by both protocols on a small fixture, worked out by hand."""
+"""Win rates under both protocols on a small fixture, worked out by hand."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RANKED_B = [(f"i{k}", f"ref {k}", f"b {k}", "(b)") for k in (1, 2, 3)]
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, str]:
-    found = {}
+    paths = {}
     tables = {
         "reference": REFERENCE,
         "rated_a": RATED_A,
@@ -47,8 +47,8 @@ def files(tmp_path: Path) -> dict[str, str]:
         path = tmp_path / f"{name}.csv"
         with path.open("w", newline="") as file:  # as the released scripts write them: no header
             csv.writer(file).writerows([row[0], "", *row[1:]] for row in rows)
-        found[name] = str(path)
-    return found
+        paths[name] = str(path)
+    return paths
 
 
 def test_the_matrix_by_hand(files: dict[str, str]) -> None:
@@ -58,11 +58,11 @@ def test_the_matrix_by_hand(files: dict[str, str]) -> None:
         f"b={files['rated_b']}",
         f"b={files['ranked_b']}",
     ]
-    done = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models, "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    rows = {(one["model"], one["protocol"]): one for one in found["win_rates"]}
-    rates = {key: one["win_rate"]["value"] for key, one in rows.items()}
+    result = CliRunner().invoke(main, ["winrates", "--reference", files["reference"], *models, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    rows = {(row["model"], row["protocol"]): row for row in found["win_rates"]}
+    rates = {key: row["win_rate"]["value"] for key, row in rows.items()}
     assert rates == {
         ("a", "ratings"): 0.5,
         ("a", "rankings"): 0.5,
@@ -77,7 +77,7 @@ def test_the_matrix_by_hand(files: dict[str, str]) -> None:
     assert (ranked["counted"], ranked["items"], ranked["unusable"]) == (4, 5, 1)
     # By ratings both have i1 (1, 1) and i2 (1/2, 0); by rankings i1 (1, 1), i2 (0, 1) and i3 (1/2, 1). Model a has
     # i1 (1, 1), i2 (1/2, 0) and i3 (0, 1/2) by both, b i1 (1, 1) and i2 (0, 1).
-    differences = {(one["first"], one["second"]): (one["value"], one["n"]) for one in found["differences"]}
+    differences = {(row["first"], row["second"]): (row["value"], row["n"]) for row in found["differences"]}
     assert differences == {
         ("a, by ratings", "a, by rankings"): (pytest.approx(0.0), 3),
         ("a, by ratings", "b, by ratings"): (pytest.approx(0.25), 2),
@@ -89,7 +89,7 @@ def test_the_matrix_by_hand(files: dict[str, str]) -> None:
     assert "a, by ratings - b, by ratings: +25.0 points" in shown and ", 2 shared items" in shown
 
 
-def test_bad_input_is_named(files: dict[str, str]) -> None:
+def test_bad_input_is_reported(files: dict[str, str]) -> None:
     def refused(*arguments: str) -> str:
         done = CliRunner().invoke(main, ["winrates", *arguments])
         assert done.exit_code != 0
@@ -106,13 +106,13 @@ def rows(outcomes: list[float], longer: list[float]) -> pl.DataFrame:
     return pl.DataFrame({"prompt_id": ids, "outcome": outcomes, "longer_by": longer})
 
 
-def test_without_a_difference_in_length_it_is_the_win_rate() -> None:
+def test_length_controlled_rate_equals_win_rate_at_equal_length() -> None:
     found = length_controlled(rows([1.0, 1.0, 0.5, 0.0, 1.0] * 20, [0.0] * 100), resamples=50)
     assert found.value == pytest.approx(0.7, abs=1e-4)
 
 
 def test_length_explains_wins_away() -> None:
-    """Odds of a win 1 : 1 at equal length, and e^2 as high at tanh = 1, drawn from that very model."""
+    """Odds of a win are 1 : 1 at equal length and e^2 times as high at tanh = 1; drawn from exactly this model."""
     rng = np.random.default_rng(0)
     longer = rng.normal(50, 100, 20_000)
     p = 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))
@@ -128,8 +128,8 @@ def test_separated_lengths_stay_finite() -> None:
     assert found.value == pytest.approx(0.5, abs=1e-6) and found.lo is not None
 
 
-def test_what_can_be_detected() -> None:
-    """400 items, half of them won: a standard error of 0.025, 2.8 of which are 0.07."""
+def test_detectable_difference() -> None:
+    """400 items, half of them won: a standard error of 0.025, and 2.8 times that is 0.07."""
     found = win_rate(Outcomes(rows([1.0, 0.0] * 200, [0.0] * 400), 400, 0), resamples=4000)
     assert found.detectable == pytest.approx(0.025 * 2.8016, rel=0.06)
     empty = win_rate(Outcomes(rows([], []).cast({"outcome": pl.Float64, "longer_by": pl.Float64}), 3, 0))
@@ -142,7 +142,7 @@ def test_annotations_of_alpaca_eval(tmp_path: Path) -> None:
         texts = {"instruction": instruction, "output_1": "reference", "output_2": "a model's answer"}
         return {**texts, "generator_1": "text_davinci_003", "generator_2": "mine", "preference": preference}
 
-    # A win, a loss, a tie of either spelling, a win with a probability of 0.9, one that counts before, one unusable.
+    # A win, a loss, ties in both encodings, a win with probability 0.9, a repeat (the first counts), an unusable row.
     rows = [row("a", 2), row("b", 1), row("c", 1.5), row("d", 0), row("e", 1.9), row("a", 1), row("f", None)]
     path = tmp_path / "annotations.json"
     path.write_text(json.dumps(rows), encoding="utf-8")
@@ -150,9 +150,9 @@ def test_annotations_of_alpaca_eval(tmp_path: Path) -> None:
     assert outcomes.rows["outcome"].to_list() == pytest.approx([1, 0, 0.5, 0.5, 0.9])
     assert outcomes.rows["longer_by"].to_list() == [len("a model's answer") - len("reference")] * 5
     assert (outcomes.items, outcomes.unusable) == (6, 1)
-    done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
-    assert done.exit_code == 0 and "mine, by rankings: 58.0 %" in done.stdout
-    assert "wins 40.0, ties 40.0, losses 20.0" in done.stdout
+    result = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
+    assert result.exit_code == 0 and "mine, by rankings: 58.0 %" in result.stdout
+    assert "wins 40.0, ties 40.0, losses 20.0" in result.stdout
     path.write_text(json.dumps([{"instruction": "a", "output": "x"}]), encoding="utf-8")
-    done = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
-    assert done.exit_code == 1 and "row 1 is not an AlpacaEval annotation" in done.output
+    result = CliRunner().invoke(main, ["winrates", f"mine={path}", "--format", "alpaca_eval"])
+    assert result.exit_code == 1 and "row 1 is not an AlpacaEval annotation" in result.output

@@ -1,4 +1,4 @@
-"""What is asked of samples and what the answers make of them, without anybody being called."""
+"""Questions about samples and the feedback built from the answers, without calling a judge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def samples(*rows: tuple[str, str, str | None, str]) -> pl.DataFrame:
     return pl.DataFrame(full, dict.fromkeys(COLUMNS, pl.String), orient="row")
 
 
-def a_judge(**settings: Any) -> Judge:
+def make_judge(**settings: Any) -> Judge:
     return Judge.model_validate({"model": "m", "template": settings.get("ask", "rating"), **settings})
 
 
@@ -34,17 +34,17 @@ def answered(judge: Judge, frame: pl.DataFrame, *answers: Any) -> Judged:
     return asked.judged([Answer(Reply(json.dumps(a)), f"k{n}") for n, a in enumerate(answers)])
 
 
-def test_repeats_of_a_verdict() -> None:
+def test_combining_repeated_verdicts() -> None:
     def rated(*values: float) -> list[Verdict]:
         return [Verdict("ok", value=value, text=f"says {value:g}") for value in values]
 
     down, odd = failed("down"), unparseable("what?")
     assert combined([down, *rated(2, 3), odd]) == Verdict("ok", value=2.5, text="says 2")
     labels = [Verdict("ok", label=label, analysis=label + "!") for label in ("x", "y", "y", "x")]
-    assert combined(labels) == labels[0], "of equally many votes the first given counts"
+    assert combined(labels) == labels[0], "in a tie, the first label given wins"
     assert combined(labels[1:]) == labels[1]
     flawed, fine = Verdict("ok", label="flawed", text="Wrong."), Verdict("ok", label="perfect")
-    assert combined([flawed, fine, fine]) == fine, "no critique of what was found perfect"
+    assert combined([flawed, fine, fine]) == fine, "a response judged perfect has no critique"
     assert combined([odd, down, odd]) == down
     assert combined([odd]) == odd
 
@@ -54,7 +54,7 @@ def test_groups_share_prompt_and_reference() -> None:
         ("s1", "p", None, "a"), ("t1", "q", None, "b"), ("s2", "p", None, "c"), ("s3", "p", None, "d")
     )
     judged = answered(
-        a_judge(ask="rating", group=2),
+        make_judge(ask="rating", group=2),
         frame,
         {"1": {"analysis": ".", "rating": 1}, "2": {"analysis": ".", "rating": 2}},
         {"1": {"analysis": ".", "rating": 3}},
@@ -68,22 +68,22 @@ def test_groups_share_prompt_and_reference() -> None:
 
 def test_judgments() -> None:
     frame = samples(("s", "p", None, "a"), ("t", "p", None, "b"))
-    said = [{"analysis": ".", "judgment": text} for text in ("It is wrong.", "perfect")]
-    judged = answered(a_judge(ask="judgment"), frame, *said)
+    replies = [{"analysis": ".", "judgment": text} for text in ("It is wrong.", "perfect")]
+    judged = answered(make_judge(ask="judgment"), frame, *replies)
     assert judged.rows.select("label", "text", "kind").rows() == [
         ("flawed", "It is wrong.", "judgment"),
         ("perfect", None, "judgment"),
     ]
 
 
-def test_a_template_that_shows_references_skips_samples_without(tmp_path: Any) -> None:
+def test_template_with_references_skips_samples_without_one(tmp_path: Any) -> None:
     path = tmp_path / "against.yaml"
     path.write_text(
         "name: against\nversion: 1\nask: rating\nscale: {low: 1, high: 5}\nsystem: Grade.\n"
         "user: |\n  {prompt}\n  {reference}\n  {response}\n"
     )
     frame = samples(("s", "p", "good", "a"), ("t", "q", None, "b"), ("u", "r", " ", "c"))
-    judged = answered(a_judge(ask="rating", template=str(path)), frame, {"rating": 4})
+    judged = answered(make_judge(ask="rating", template=str(path)), frame, {"rating": 4})
     assert judged.rows.select("sample_id", "status", "reason").rows() == [
         ("s", "ok", None),
         ("t", "skipped", "its prompt has no reference"),
@@ -91,9 +91,9 @@ def test_a_template_that_shows_references_skips_samples_without(tmp_path: Any) -
     ]
 
 
-def test_who_is_alone_and_who_is_the_same() -> None:
+def test_single_and_identical_samples_need_no_calls() -> None:
     frame = samples(("s", "p", None, "same"), ("t", "p", None, "same"), ("u", "q", None, "alone"))
-    judged = answered(a_judge(ask="ranking"), frame)
+    judged = answered(make_judge(ask="ranking"), frame)
     assert judged.pairs is not None
     assert judged.pairs.select("winner", "favoured", "call_keys").rows() == [("tie", None, [])]
     assert judged.rows.select("sample_id", "value", "status", "reason").rows() == [
@@ -101,18 +101,20 @@ def test_who_is_alone_and_who_is_the_same() -> None:
         ("t", 0.5, "ok", None),
         ("u", None, "skipped", "its prompt has no other sample to compare it with"),
     ]
-    few = asking(a_judge(ask="ranking", pairs=1), samples(*[(f"s{n}", "p", None, str(n)) for n in range(4)]))
+    few = asking(
+        make_judge(ask="ranking", pairs=1), samples(*[(f"s{n}", "p", None, str(n)) for n in range(4)])
+    )
     ab, ba = few.questions
     drawn = few.judged([Answer(Reply('{"analysis": ".", "better": "a"}'), "k")] * 2).rows
     assert sorted(drawn["status"]) == ["ok", "ok", "skipped", "skipped"]
     assert ab.order_shown is not None and ba.order_shown == ", ".join(ab.order_shown.split(", ")[::-1])
 
 
-def test_renaming_the_samples_changes_no_verdict() -> None:
-    """Ids decide who is called A; the verdict must not depend on it."""
+def test_renaming_the_samples_does_not_change_the_verdict() -> None:
+    """Ids determine which response is labelled A; the verdict must not depend on it."""
 
     def won(first: str, second: str) -> float | None:
-        judge, texts = a_judge(ask="ranking"), {first: "good", second: "bad"}
+        judge, texts = make_judge(ask="ranking"), {first: "good", second: "bad"}
         frame = samples(*[(sample, "p", None, text) for sample, text in texts.items()])
         asked = asking(judge, frame)
         answers = []
@@ -126,20 +128,20 @@ def test_renaming_the_samples_changes_no_verdict() -> None:
     assert won("a", "b") == won("b", "a") == 1.0
 
 
-def test_a_sample_that_stands_there_twice_is_refused() -> None:
+def test_duplicate_sample_is_rejected() -> None:
     with pytest.raises(ValueError, match="sample s is listed twice"):
-        asking(a_judge(ask="rating"), samples(("s", "p", None, "a"), ("s", "p", None, "b")))
+        asking(make_judge(ask="rating"), samples(("s", "p", None, "a"), ("s", "p", None, "b")))
 
 
-def test_a_scale_replaces_the_templates() -> None:
-    template = template_of(a_judge(ask="rating", scale={"low": 0, "high": 10}))
+def test_scale_of_the_judge_replaces_that_of_the_template() -> None:
+    template = template_of(make_judge(ask="rating", scale={"low": 0, "high": 10}))
     assert template.scale is not None and (template.scale.low, template.scale.high) == (0, 10)
     assert [example.answer["rating"] for example in template.examples] == [2, 10]  # 2 and 7 of 1 to 7
     with pytest.raises(
         SettingsError, match=r"judge\.scale: not valid for the template rating: low and high must"
     ):
-        template_of(a_judge(ask="rating", scale={"low": 0, "high": 0.5}))
+        template_of(make_judge(ask="rating", scale={"low": 0, "high": 0.5}))
     with pytest.raises(
         SettingsError, match=r"judge\.ask: 'rating', but the template ranking asks for 'ranking'"
     ):
-        template_of(a_judge(ask="rating", template="ranking"))
+        template_of(make_judge(ask="rating", template="ranking"))

@@ -1,4 +1,4 @@
-"""Comparisons: both orders, ties by disagreement, and what swapping may change."""
+"""Comparisons: both orders, ties by disagreement, and what swapping can change."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ SWAPPED = {"a": "b", "b": "a", "tie": "tie", None: None}
     [
         (A, B, "a", None),  # A both times
         (B, A, "b", None),  # B both times
-        (A, A, "tie", "first"),  # whichever came first
+        (A, A, "tie", "first"),  # whichever was shown first
         (B, B, "tie", "second"),
     ],
 )
-def test_the_four_cases(ab: Verdict, ba: Verdict, winner: str, favoured: str | None) -> None:
-    found = pair_verdict(ab, ba)
-    assert (found.status, found.winner, found.favoured) == ("ok", winner, favoured)
+def test_verdicts_of_both_orders(ab: Verdict, ba: Verdict, winner: str, favoured: str | None) -> None:
+    verdict = pair_verdict(ab, ba)
+    assert (verdict.status, verdict.winner, verdict.favoured) == ("ok", winner, favoured)
 
 
-def test_anything_unusable_has_a_status_and_no_winner() -> None:
-    found = pair_verdict(A, unparseable("what?"))
-    assert found == PairVerdict("unparseable", reason="B first: what?")
+def test_unusable_replies_give_a_status_and_no_winner() -> None:
+    verdict = pair_verdict(A, unparseable("what?"))
+    assert verdict == PairVerdict("unparseable", reason="B first: what?")
     assert pair_verdict(failed("down"), unparseable("what?")).reason == "A first: down"
     assert pair_verdict(skipped("x"), skipped("x")).status == "skipped"
     with pytest.raises(ValueError, match="'a' or 'b'"):
@@ -51,28 +51,28 @@ def test_anything_unusable_has_a_status_and_no_winner() -> None:
 
 
 @given(st.sampled_from(VERDICTS), st.sampled_from(VERDICTS))
-def test_swapping_the_responses_swaps_the_verdict(one: Verdict, two: Verdict) -> None:
-    # The same two calls, with the responses called B and A instead of A and B.
-    found, swapped = pair_verdict(one, two), pair_verdict(two, one)
-    assert swapped.winner == SWAPPED[found.winner]
-    assert (swapped.status, swapped.favoured) == (found.status, found.favoured)
+def test_swapping_the_responses_swaps_the_verdict(ab: Verdict, ba: Verdict) -> None:
+    # The same two calls, with the responses labelled B and A instead of A and B.
+    verdict, swapped = pair_verdict(ab, ba), pair_verdict(ba, ab)
+    assert swapped.winner == SWAPPED[verdict.winner]
+    assert (swapped.status, swapped.favoured) == (verdict.status, verdict.favoured)
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.floats(-20, 20), st.floats(0, 5))
-def test_a_judge_with_a_bias_swaps_or_ties_but_never_contradicts_itself(
+def test_biased_judge_swaps_or_ties_but_never_contradicts_itself(
     quality_a: int, quality_b: int, bias: float, margin: float
 ) -> None:
     def judge(first: int, second: int) -> Verdict:
         return A if first - second + bias > margin else B
 
-    found = pair_verdict(judge(quality_a, quality_b), judge(quality_b, quality_a))
+    verdict = pair_verdict(judge(quality_a, quality_b), judge(quality_b, quality_a))
     swapped = pair_verdict(judge(quality_b, quality_a), judge(quality_a, quality_b))
-    assert swapped.winner == SWAPPED[found.winner]
-    if found.winner != "tie":
-        assert found.winner == ("a" if quality_a > quality_b else "b")
+    assert swapped.winner == SWAPPED[verdict.winner]
+    if verdict.winner != "tie":
+        assert verdict.winner == ("a" if quality_a > quality_b else "b")
 
 
-def test_all_pairs_of_a_prompt_whatever_the_order_of_rows() -> None:
+def test_all_pairs_of_a_prompt_regardless_of_row_order() -> None:
     samples = pl.DataFrame(
         {"sample_id": ["s3", "s1", "s2", "t1", "u2", "u1"], "prompt_id": ["p", "p", "p", "q", "r", "r"]}
     )
@@ -83,7 +83,7 @@ def test_all_pairs_of_a_prompt_whatever_the_order_of_rows() -> None:
 
 
 @given(st.integers(0, 40))
-def test_after_any_number_of_pairs_all_took_part_equally_often(count: int) -> None:
+def test_every_prefix_of_the_schedule_is_balanced(count: int) -> None:
     seen: set[frozenset[int]] = set()
     times = [0] * count
     for first, second in schedule(count):
@@ -96,27 +96,27 @@ def test_after_any_number_of_pairs_all_took_part_equally_often(count: int) -> No
 
 
 @given(st.permutations([f"s{n}" for n in range(7)]), st.integers(1, 30))
-def test_a_draw_follows_from_the_ids_alone(ids: list[str], limit: int) -> None:
+def test_draw_depends_only_on_the_ids(ids: list[str], limit: int) -> None:
     drawn = drawn_pairs(ids, limit)
     assert drawn == drawn_pairs(sorted(ids), limit)
     assert len(set(drawn)) == len(drawn) == min(limit, 21)
     assert all(a < b for a, b in drawn)
 
 
-def test_other_samples_have_other_pairs() -> None:
+def test_different_samples_have_different_pairs() -> None:
     draws = {tuple(drawn_pairs([f"{n}{i}" for i in "abcdef"], 3)) for n in range(30)}
-    places = {tuple((a[-1], b[-1]) for a, b in pairs) for pairs in draws}
-    assert len(places) > 10, "the draw must not always take the same places"
+    positions = {tuple((a[-1], b[-1]) for a, b in pairs) for pairs in draws}
+    assert len(positions) > 10, "the draw must not always take the same positions"
 
 
-TOLD = {"aspect": "ranking", "scorer": "judge", "scorer_version": "1", "parser_version": "1"}
+PROVENANCE = {"aspect": "ranking", "scorer": "judge", "scorer_version": "1", "parser_version": "1"}
 
 
 def frame(*compared: tuple[str, str, PairVerdict]) -> pl.DataFrame:
     ids = [("p", a, b) for a, b, _ in compared]
     pairs = pl.DataFrame(ids, dict.fromkeys(("prompt_id", "sample_a", "sample_b"), pl.String), orient="row")
     keys = [[f"{a}{b}", f"{b}{a}"] for a, b, _ in compared]
-    return pair_frame(pairs, [v for *_, v in compared], call_keys=keys, **TOLD)
+    return pair_frame(pairs, [v for *_, v in compared], call_keys=keys, **PROVENANCE)
 
 
 def test_a_sample_has_one_row_with_its_share_of_points() -> None:
@@ -129,7 +129,7 @@ def test_a_sample_has_one_row_with_its_share_of_points() -> None:
         ("v", "w", pair_verdict(skipped("x"), skipped("x"))),
     )
     assert pairs.schema == PAIRS
-    rows = ranking_feedback(pairs, {"z": "alone"}, TOLD)
+    rows = ranking_feedback(pairs, {"z": "alone"}, PROVENANCE)
     assert rows.schema == FEEDBACK
     assert rows.select("sample_id", "value", "status", "reason").rows() == [
         ("s", 0.75, "ok", None),
@@ -147,7 +147,7 @@ def test_rows_against_a_reference() -> None:
     pairs = frame(
         ("ref", "s", pair_verdict(A, B)), ("ref", "t", pair_verdict(B, A)), ("ref", "u", pair_verdict(B, B))
     )
-    rows = win_feedback(pairs, {"z": "none"}, TOLD)
+    rows = win_feedback(pairs, {"z": "none"}, PROVENANCE)
     assert rows.select("sample_id", "value", "label", "status", "reason").rows() == [
         ("s", 0.0, "loss", "ok", None),
         ("t", 1.0, "win", "ok", None),
@@ -164,10 +164,10 @@ def test_figures_of_comparisons() -> None:
         ("t", "u", pair_verdict(B, A)),
         ("u", "v", pair_verdict(A, failed("down"))),
     )
-    unasked = frame(("t", "v", PairVerdict("ok", "tie"))).with_columns(
+    without_calls = frame(("t", "v", PairVerdict("ok", "tie"))).with_columns(
         call_keys=pl.lit([], pl.List(pl.String))
     )
-    assert pair_figures(pl.concat([pairs, unasked])) == {
+    assert pair_figures(pl.concat([pairs, without_calls])) == {
         "pairs": 5,
         "pairs unusable": 1,
         "pairs tied": 0.5,
@@ -176,7 +176,7 @@ def test_figures_of_comparisons() -> None:
     assert pair_figures(pairs.clear()) == {"pairs": 0, "pairs unusable": 0}
 
 
-def test_orientation_keeps_the_meaning() -> None:
+def test_orienting_pairs_keeps_their_meaning() -> None:
     pairs = pl.DataFrame(
         {"sample_a": ["y", "x", "y"], "sample_b": ["x", "y", "x"], "winner": ["a", "a", None]}
     )

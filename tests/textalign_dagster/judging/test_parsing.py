@@ -1,4 +1,4 @@
-"""Replies as judges write them. What is not plainly an answer is none."""
+"""Replies as judges write them. What is not clearly an answer is unparseable."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ RATINGS = [
 
 @pytest.mark.parametrize(("text", "value"), RATINGS)
 def test_ratings(text: str, value: float) -> None:
-    found = read(RATING, text)
-    assert (found.status, found.value, found.reason) == ("ok", value, None)
+    verdict = read(RATING, text)
+    assert (verdict.status, verdict.value, verdict.reason) == ("ok", value, None)
 
 
 NOT_RATINGS = [
@@ -120,10 +120,10 @@ NOT_RATINGS = [
 
 
 @pytest.mark.parametrize("text", NOT_RATINGS)
-def test_what_is_no_rating_gives_no_number(text: str) -> None:
-    found = read(RATING, text)
-    assert (found.status, found.value, found.text) == ("unparseable", None, None), found
-    assert found.reason
+def test_invalid_ratings_give_no_number(text: str) -> None:
+    verdict = read(RATING, text)
+    assert (verdict.status, verdict.value, verdict.text) == ("unparseable", None, None), verdict
+    assert verdict.reason
 
 
 def test_reasons_say_what_is_wrong() -> None:
@@ -157,8 +157,8 @@ CATEGORIES = [
 
 @pytest.mark.parametrize(("text", "label"), CATEGORIES)
 def test_categories(text: str, label: str) -> None:
-    found = read(CATEGORY, text)
-    assert (found.status, found.label, found.value) == ("ok", label, None)
+    verdict = read(CATEGORY, text)
+    assert (verdict.status, verdict.label, verdict.value) == ("ok", label, None)
 
 
 @pytest.mark.parametrize(
@@ -179,15 +179,19 @@ def test_categories(text: str, label: str) -> None:
         "4",
     ],
 )
-def test_what_names_no_label_or_two(text: str) -> None:
-    found = read(CATEGORY, text)
-    assert (found.status, found.label) == ("unparseable", None), found
+def test_replies_naming_no_label_or_two(text: str) -> None:
+    verdict = read(CATEGORY, text)
+    assert (verdict.status, verdict.label) == ("unparseable", None), verdict
 
 
 def test_feedback_with_score() -> None:
     text = "1. Analysis: Good facts.\nAnd short.\n2. Feedback: Accurate, yet dry.\n3. Score: 2/3"
-    found = read(TEXT, text)
-    assert (found.value, found.text, found.analysis) == (2, "Accurate, yet dry.", "Good facts.\nAnd short.")
+    verdict = read(TEXT, text)
+    assert (verdict.value, verdict.text, verdict.analysis) == (
+        2,
+        "Accurate, yet dry.",
+        "Good facts.\nAnd short.",
+    )
     inline = read(TEXT, "Analysis: ok. Feedback: Too long. Score: 1")
     assert (inline.value, inline.text) == (1, "Too long.")
     as_json = read(TEXT, '{"analysis": "ok", "feedback": "  Too\\nlong. ", "score": 0}')
@@ -211,7 +215,7 @@ def test_feedback_with_score() -> None:
         "Feedback: one.\nFeedback: two.\nScore: 2",
     ],
 )
-def test_feedback_that_is_incomplete(text: str) -> None:
+def test_incomplete_feedback(text: str) -> None:
     assert read(TEXT, text).status == "unparseable", read(TEXT, text)
 
 
@@ -219,8 +223,8 @@ def test_feedback_that_is_incomplete(text: str) -> None:
     "text", ["perfect", "Perfect.", ' "PERFECT!" ', "Judgment: perfect", '{"judgment": "Perfect."}']
 )
 def test_nothing_to_criticise(text: str) -> None:
-    found = read(JUDGMENT, text)
-    assert (found.status, found.label, found.text) == ("ok", "perfect", None)
+    verdict = read(JUDGMENT, text)
+    assert (verdict.status, verdict.label, verdict.text) == ("ok", "perfect", None)
 
 
 @pytest.mark.parametrize(
@@ -240,8 +244,8 @@ def test_nothing_to_criticise(text: str) -> None:
     ],
 )
 def test_critiques(text: str, critique: str) -> None:
-    found = read(JUDGMENT, text)
-    assert (found.status, found.label, found.text) == ("ok", "flawed", critique)
+    verdict = read(JUDGMENT, text)
+    assert (verdict.status, verdict.label, verdict.text) == ("ok", "flawed", critique)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +263,7 @@ def test_critiques(text: str, critique: str) -> None:
         'I say: {"judgment": "perfect"}',
     ],
 )
-def test_what_is_neither_praise_nor_critique(text: str) -> None:
+def test_neither_praise_nor_critique(text: str) -> None:
     assert read(JUDGMENT, text).status == "unparseable", read(JUDGMENT, text)
 
 
@@ -296,9 +300,9 @@ def test_choices(text: str, label: str) -> None:
         '{"better": 1}',
     ],
 )
-def test_what_chooses_neither_or_both(text: str) -> None:
-    found = read(RANKING, text)
-    assert (found.status, found.label) == ("unparseable", None), found
+def test_replies_choosing_neither_or_both(text: str) -> None:
+    verdict = read(RANKING, text)
+    assert (verdict.status, verdict.label) == ("unparseable", None), verdict
 
 
 def test_a_judgment_with_reasons() -> None:
@@ -307,8 +311,8 @@ def test_a_judgment_with_reasons() -> None:
         "Analysis: 1990 is wrong.\nJudgment: The date is wrong.",
         '{"analysis": "1990 is wrong.", "judgment": "The date is wrong."}',
     ):
-        found = read(explained, text)
-        assert (found.text, found.analysis) == ("The date is wrong.", "1990 is wrong.")
+        verdict = read(explained, text)
+        assert (verdict.text, verdict.analysis) == ("The date is wrong.", "1990 is wrong.")
     assert read(explained, "The date is wrong.").status == "unparseable"
 
 
@@ -323,9 +327,9 @@ def test_failures_and_refusals() -> None:
     ]
     for template in TEMPLATES.values():
         for reply, reason in cases:
-            found = parse(template, reply)
-            assert found.status == "failed" and (found.reason or "").startswith(reason)
-    assert read(RATING, "I'm sorry to say it is bad.\nRating: 2").value == 2  # a verdict is there
+            verdict = parse(template, reply)
+            assert verdict.status == "failed" and (verdict.reason or "").startswith(reason)
+    assert read(RATING, "I'm sorry to say it is bad.\nRating: 2").value == 2  # it contains a verdict
     assert read(JUDGMENT, "I'm sorry, I can't help with that.").status == "failed"
 
 
@@ -368,15 +372,15 @@ def test_groups() -> None:
 @given(
     st.text(alphabet=st.sampled_from('0123456789 {}[]":,./\n-abRatingHarmfulperfect`<>think()'), max_size=60)
 )
-def test_any_text_gives_a_verdict_that_keeps_the_rules(text: str) -> None:
+def test_any_text_gives_a_valid_verdict(text: str) -> None:
     for template in TEMPLATES.values():
-        found = parse(template, Reply(text))  # Verdict itself refuses a number beside a reason
-        if found.value is not None and template.scale:
-            assert found.value in range(int(template.scale.low), int(template.scale.high) + 1)
-        if found.label is not None:
+        verdict = parse(template, Reply(text))  # Verdict itself rejects a number with a reason
+        if verdict.value is not None and template.scale:
+            assert verdict.value in range(int(template.scale.low), int(template.scale.high) + 1)
+        if verdict.label is not None:
             allowed = template.labels or (("perfect", "flawed") if template.ask == "judgment" else ("a", "b"))
-            assert found.label in allowed
-        assert parse(template, Reply(text)) == found
+            assert verdict.label in allowed
+        assert parse(template, Reply(text)) == verdict
 
 
 @settings(max_examples=60)
@@ -385,14 +389,14 @@ def test_any_text_gives_a_verdict_that_keeps_the_rules(text: str) -> None:
     st.text(max_size=40),
     st.sampled_from(["{}", "Sure.\n{}", "```json\n{}\n```", "<think>5</think>{}"]),
 )
-def test_an_answer_as_asked_for_is_read_whatever_it_quotes(rating: int, quoted: str, around: str) -> None:
+def test_well_formed_answer_is_parsed_whatever_it_quotes(rating: int, quoted: str, around: str) -> None:
     answer = json.dumps({"analysis": quoted, "rating": rating})
-    found = read(RATING, around.format("\0").replace("\0", answer))
-    # Tags in a reasoning reply's answer may spoil it, but never change it.
-    assert found.value == rating or (found.status == "unparseable" and "</" in quoted)
+    verdict = read(RATING, around.format("\0").replace("\0", answer))
+    # Tags in a reasoning reply's answer can make it unparseable, but never change it.
+    assert verdict.value == rating or (verdict.status == "unparseable" and "</" in quoted)
 
 
-def test_time_grows_with_the_reply_and_not_with_its_square() -> None:
+def test_parsing_time_is_not_quadratic_in_the_reply() -> None:
     started = time.process_time()
     for text in (
         '"' + '\\"' * 50_000,
@@ -408,25 +412,25 @@ def test_time_grows_with_the_reply_and_not_with_its_square() -> None:
     assert time.process_time() - started < 10
 
 
-def test_half_characters_do_not_reach_the_tables() -> None:
-    found = [
+def test_lone_surrogates_do_not_reach_the_tables() -> None:
+    verdicts = [
         read(TEXT, '{"analysis": "\\ud83d", "feedback": "Nice \\ud83d", "score": 1}'),
         read(TEXT, "Feedback: Nice \ud83d\nScore: 1"),
         read(JUDGMENT, '{"judgment": "Wrong \\ud83d"}'),
         read(RATING, "\ud83d no rating"),
     ]
-    assert [v.text for v in found] == ["Nice \ufffd", "Nice \ufffd", "Wrong \ufffd", None]
-    feedback_rows(TEXT, "judge", list("abcd"), found, [[]] * 4)
+    assert [v.text for v in verdicts] == ["Nice \ufffd", "Nice \ufffd", "Wrong \ufffd", None]
+    feedback_rows(TEXT, "judge", list("abcd"), verdicts, [[]] * 4)
 
 
-def test_a_verdict_cannot_lie() -> None:
+def test_inconsistent_verdicts_are_rejected() -> None:
     with pytest.raises(ValueError, match="carries a reason and nothing else"):
         Verdict("failed", value=0.0, reason="x")
     with pytest.raises(ValueError, match="carries a judgement"):
         Verdict("ok")
 
 
-def test_rows() -> None:
+def test_feedback_rows() -> None:
     verdicts = [read(RATING, "6"), read(RATING, "10")]
     rows = feedback_rows(RATING, "judge-2026-01-01", ["s1", "s2"], verdicts, [["k1"], ["k2"]])
     assert rows.schema == FEEDBACK
@@ -436,7 +440,7 @@ def test_rows() -> None:
     assert feedback_rows(RATING, "j", [], [], []).schema == FEEDBACK
 
 
-def test_what_a_parsed_critique_is_is_what_is_read_back() -> None:
+def test_parsed_critique_is_read_back_unchanged() -> None:
     for text in ("The date is wrong.", "Almost perfect, but no."):
         critique = read(JUDGMENT, text).text
         assert read_judgment(critique) == critique

@@ -1,4 +1,4 @@
-"""Every check with a table that passes and tables that do not."""
+"""Every check, with a table that passes and tables that fail."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_schema_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frame", "told"),
+    ("frame", "message"),
     [
         (feedback().drop("value"), "column value is missing"),
         (
@@ -57,10 +57,10 @@ def test_schema_passes() -> None:
         (feedback(status=["ok", "failed"]), "1 rows that are not ok carry a value"),
     ],
 )
-def test_schema_fails(frame: pl.DataFrame, told: str) -> None:
+def test_schema_fails(frame: pl.DataFrame, message: str) -> None:
     result = schema(frame)
     assert not result.passed and result.severity == ERROR
-    assert told in str(result.description)
+    assert message in str(result.description)
 
 
 def test_schema_of_repeats_on_different_aspects_passes() -> None:
@@ -79,10 +79,10 @@ def test_not_empty() -> None:
     assert failed.metadata["examples"].value == ["1", "3"]
 
 
-def test_no_generation_at_all_is_a_failure() -> None:
+def test_no_generations_at_all_is_a_failure() -> None:
     empty = generated("x").clear()
     assert not checks.not_empty(empty, limit=1.0).passed
-    assert checks.not_duplicated(empty, limit=0.0).passed  # the other check tells
+    assert checks.not_duplicated(empty, limit=0.0).passed  # left to the other check
 
 
 def test_not_duplicated() -> None:
@@ -92,7 +92,7 @@ def test_not_duplicated() -> None:
     assert failed.metadata["examples"].value == ["x", "x"]
     assert checks.not_duplicated(rows, limit=0.5).passed
     other_prompts = rows.with_columns(prompt_id=pl.Series(list("pqrs")))
-    assert checks.not_duplicated(other_prompts, limit=0.0).passed  # `pass` may answer many prompts
+    assert checks.not_duplicated(other_prompts, limit=0.0).passed  # `pass` can answer many prompts
 
 
 def test_conditioned_once() -> None:
@@ -115,10 +115,10 @@ def test_usable() -> None:
     assert "1× unparseable: no JSON" in str(failed.description)
     assert "1× failed: timeout" in str(failed.description)
     assert checks.usable(rows, limit=0.5).passed
-    assert checks.usable(rows.filter(pl.col("status") == "skipped"), limit=0.0).passed  # nothing was asked
+    assert checks.usable(rows.filter(pl.col("status") == "skipped"), limit=0.0).passed  # no judge was called
 
 
-def test_usable_names_the_remedy_where_it_helps() -> None:
+def test_usable_suggests_the_remedy_only_where_it_helps() -> None:
     rows = pl.DataFrame({"sample_id": ["a"], "status": ["failed"], "reason": ["timeout"]})
     assert str(checks.usable(rows, 0.0, "send it again").description).endswith("; send it again")
     assert "send" not in str(checks.usable(rows, 1.0, "send it again").description)
@@ -144,9 +144,9 @@ def test_usable_names_the_remedy_where_it_helps() -> None:
     ],
 )
 def test_judge_model(requested: str | None, named: dict[str, int], passed: bool) -> None:
-    found = checks.judge_model(requested, named)
-    assert (found.passed, found.severity) == (passed, WARN)
-    assert all(name in str(found.description) for name in named)
+    result = checks.judge_model(requested, named)
+    assert (result.passed, result.severity) == (passed, WARN)
+    assert all(name in str(result.description) for name in named)
 
 
 @pytest.mark.parametrize(("lengths", "passed"), [([1, 2, 3, 4], False), ([2, 1, 1, 2], True)])
@@ -156,7 +156,7 @@ def test_length_correlation(lengths: list[int], passed: bool) -> None:
 
 
 @pytest.mark.parametrize("values", [[], [1.0, 1.0]])
-def test_length_correlation_that_is_undefined_warns_of_nothing(values: list[float]) -> None:
+def test_undefined_length_correlation_does_not_warn(values: list[float]) -> None:
     lengths = pl.Series([1, 2][: len(values)], dtype=pl.Int64)
     result = checks.length_correlation(pl.Series(values, dtype=pl.Float64), lengths, limit=0.0)
     assert result.passed and "undefined" in str(result.description)
@@ -186,7 +186,7 @@ def test_diversity() -> None:
 
 
 @pytest.mark.parametrize("at_start", [None, 0.0])
-def test_diversity_that_cannot_be_told_warns(at_start: float | None) -> None:
+def test_undefined_diversity_warns(at_start: float | None) -> None:
     result = checks.diversity(0.5, at_start, limit=0.7)
     assert not result.passed and result.severity == WARN
     assert "evaluation.prompts" in str(result.description)

@@ -1,4 +1,4 @@
-"""Which setting matters to which stage: what is made anew after an edit, and what is shared."""
+"""Which setting affects which stage: what is recomputed after an edit, and what is shared."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ FIRST, LATER = "first iteration", "later iterations"
 
 
 def changed(before: Experiment, after: Experiment, iteration: int) -> list[str]:
-    """The stages whose own settings differ (what follows from them differs by its inputs)."""
+    """The stages whose own settings differ (stages downstream of them differ by their inputs)."""
     return [s for s in STAGES if stage_settings(before, s, iteration) != stage_settings(after, s, iteration)]
 
 
-EVERY = {
+AFFECTED = {
     # override → (stages of iteration 1, stages of later ones)
     "training.learning_rate=3.21e-5": (["checkpoint"], ["checkpoint"]),
     "training.density_ratio={}": (["checkpoint"], ["checkpoint"]),
@@ -38,7 +38,7 @@ EVERY = {
     "evaluation.text_statistics=true": (["evaluation"], ["evaluation"]),
     "prompts.per_iteration=7": (["prompt_draws"], ["prompt_draws"]),
     "prompts.draw=with_replacement": (["prompt_draws"], ["prompt_draws"]),
-    "prompts.path=here.jsonl": ([], []),  # its content counts, as an input
+    "prompts.path=here.jsonl": ([], []),  # its content matters, as an input
     "offline.path=here.jsonl": (["generations", "feedback", "datapool"], ["generations", "feedback", "datapool"]),
     "sampling.samples_per_prompt=4": (["generations"], ["generations"]),
     "sampling.temperature=0.7": (["generations"], ["generations"]),
@@ -54,7 +54,7 @@ EVERY = {
     "evaluation.scorer={name: pii}": (["evaluation"], ["evaluation"]),
     "evaluation.judge={model: m, template: text_feedback}": (["evaluation"], ["evaluation"]),
     "evaluation.fluency_model=pep8-sloppy-1m": (["evaluation"], ["evaluation"]),
-    "evaluation.baselines={start: pep8-sloppy-1m}": (["evaluation"], []),  # they stand beside iteration 0
+    "evaluation.baselines={start: pep8-sloppy-1m}": (["evaluation"], []),  # evaluated with iteration 0
     "method.probe=[other]": (["datapool", "evaluation"],) * 2,
     "method.ask_for=tidy": (["datapool", "evaluation"], ["generations", "datapool", "evaluation"]),
     "method.template='{condition}: {prompt}'": (
@@ -62,27 +62,27 @@ EVERY = {
     ),
     "task.max_prompts=50": (["prompt_draws", "feedback", "evaluation"],) * 2,
     "policy.dtype=bfloat16": (["generations", "checkpoint", "evaluation"],) * 2,
-    "policy.model=elsewhere": ([], []),  # its content counts, as an input
+    "policy.model=elsewhere": ([], []),  # its content matters, as an input
     "seed=1": (["prompt_draws", "datapool", "checkpoint", "evaluation"],) * 2,
     "description=other": ([], []),
     "iterations=9": ([], []),
     "control=null": ([], []),
     "judge={model: m, template: text_feedback}": (["feedback"], ["feedback"]),
     "scorer={name: imported, path: 'a_{iteration}.csv', format: plain, kind: text}": (["feedback"],) * 2,
-    "checks.max_empty=0.5": ([], []),  # a limit is not an input: the verdict is taken anew
+    "checks.max_empty=0.5": ([], []),  # a limit is not an input: the check is evaluated again
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("override", EVERY)
-def test_what_changes_which_stage(override: str) -> None:
+@pytest.mark.parametrize("override", AFFECTED)
+def test_override_changes_the_expected_stages(override: str) -> None:
     before, after = LIBRARY.load("pep8_alt_lmu"), LIBRARY.overridden("pep8_alt_lmu", [override])
     assert before != after, "the override changes nothing: choose another value"
-    first, later = EVERY[override]
+    first, later = AFFECTED[override]
     assert changed(before, after, 1) == first
     assert changed(before, after, 2) == changed(before, after, 3) == later
 
 
-def test_how_fast_and_how_dearly_a_judge_is_asked_changes_nothing() -> None:
+def test_judge_limits_and_api_key_change_no_stage() -> None:
     judge = "judge={model: m, template: text_feedback}"
     before = LIBRARY.overridden("pep8_alt_lmu", [judge])
     for override in ("judge.limits.concurrency=3", "judge.api_key_env=MY_KEY"):
@@ -92,14 +92,14 @@ def test_how_fast_and_how_dearly_a_judge_is_asked_changes_nothing() -> None:
         assert changed(before, LIBRARY.overridden("pep8_alt_lmu", [judge, override]), 2) == ["feedback"]
 
 
-def test_what_an_evaluation_has_counts_by_what_it_is() -> None:
-    """Not by how it is called, and a cut of its own goes before that of the samples."""
+def test_which_evaluation_settings_matter() -> None:
+    """A baseline's name matters, as does a separate length limit, which takes precedence over that of the samples."""
     before = LIBRARY.overridden("pep8_alt_lmu", ["evaluation.baselines={start: pep8-sloppy-1m}"])
-    other = LIBRARY.overridden("pep8_alt_lmu", ["evaluation.baselines={other: pep8-sloppy-1m}"])
-    assert changed(before, other, 0) == changed(before, other, 1) == ["evaluation"]
-    cut = "evaluation.max_new_tokens=30"
-    before = LIBRARY.overridden("pep8_alt_lmu", [cut])
-    after = LIBRARY.overridden("pep8_alt_lmu", [cut, "sampling.max_new_tokens=20"])
+    renamed = LIBRARY.overridden("pep8_alt_lmu", ["evaluation.baselines={other: pep8-sloppy-1m}"])
+    assert changed(before, renamed, 0) == changed(before, renamed, 1) == ["evaluation"]
+    length = "evaluation.max_new_tokens=30"
+    before = LIBRARY.overridden("pep8_alt_lmu", [length])
+    after = LIBRARY.overridden("pep8_alt_lmu", [length, "sampling.max_new_tokens=20"])
     assert "evaluation" not in changed(before, after, 1)
     judged = "evaluation.judge={model: m, template: text_feedback}"
     before = LIBRARY.overridden("pep8_alt_lmu", [judged])
@@ -108,8 +108,8 @@ def test_what_an_evaluation_has_counts_by_what_it_is() -> None:
 
 
 def test_every_section_of_an_experiment_is_in_the_table() -> None:
-    """A new section must be thought about here."""
-    sections = {override.partition("=")[0].partition(".")[0] for override in EVERY}
+    """A new section must be added to the table."""
+    sections = {override.partition("=")[0].partition(".")[0] for override in AFFECTED}
     assert sections == set(Experiment.model_fields)
 
 
@@ -118,7 +118,7 @@ def test_the_null_control_shares_samples_and_the_base_evaluation(name: str) -> N
     method, control = LIBRARY.load(name), LIBRARY.load("pep8_no_feedback")
     assert "prompt_draws" not in changed(method, control, 1) + changed(method, control, 2)
     assert "generations" not in changed(method, control, 1)
-    assert "generations" in changed(method, control, 2)  # it asks for nothing
+    assert "generations" in changed(method, control, 2)  # it requests no condition
     assert "datapool" in changed(method, control, 1)
     assert stage_settings(method, "evaluation", 0) == stage_settings(control, "evaluation", 0)
     assert stage_settings(method, "evaluation", 1) != stage_settings(control, "evaluation", 1)
@@ -126,18 +126,18 @@ def test_the_null_control_shares_samples_and_the_base_evaluation(name: str) -> N
 
 def test_siblings_share_the_base_evaluation() -> None:
     names = ["pep8_alt_lmu", "pep8_alt_rm", "pep8_quark", "pep8_no_feedback"]
-    found = [stage_settings(LIBRARY.load(name), "evaluation", 0) for name in names]
-    assert all(one == found[0] for one in found)
+    settings = [stage_settings(LIBRARY.load(name), "evaluation", 0) for name in names]
+    assert all(other == settings[0] for other in settings)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_settings_come_back_from_json_as_they_were(stage: str) -> None:
+def test_stage_settings_survive_a_json_round_trip(stage: str) -> None:
     for iteration in (0, 1, 2):
-        found = stage_settings(LIBRARY.load("pep8_alt_rm"), stage, iteration)
-        assert json.loads(json.dumps(found)) == found
+        settings = stage_settings(LIBRARY.load("pep8_alt_rm"), stage, iteration)
+        assert json.loads(json.dumps(settings)) == settings
 
 
-def test_a_key_is_of_stage_settings_and_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_artifact_key_depends_on_stage_settings_inputs_and_version(monkeypatch: pytest.MonkeyPatch) -> None:
     key = artifact_key("feedback", {"a": 1}, {"x": "1"})
     assert key == artifact_key("feedback", {"a": 1}, {"x": "1"})
     others = [
@@ -152,7 +152,7 @@ def test_a_key_is_of_stage_settings_and_inputs(monkeypatch: pytest.MonkeyPatch) 
     assert artifact_key("feedback", {"a": 1}, {"x": "1"}) != key
 
 
-def test_an_unknown_stage_is_refused() -> None:
+def test_unknown_stage_is_rejected() -> None:
     with pytest.raises(ValueError, match="unknown stage 'x'; one of prompt_draws, "):
         stage_settings(LIBRARY.load("pep8_quark"), "x", 1)
     assert set(VERSIONS) == set(STAGES)

@@ -1,4 +1,4 @@
-"""Best-of-n against all subsets, all draws and numbers by hand."""
+"""Best-of-n against all subsets, all draws and hand-computed values."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ SCORES = [0.3, 2.0, 1.0, 1.0, -1.0]
 
 @pytest.mark.parametrize("n", range(1, 6))
 def test_the_expected_best_is_the_mean_over_all_subsets(n: int) -> None:
-    every = [max(subset) for subset in combinations(SCORES, n)]
-    assert expected_best(SCORES, n) == pytest.approx(sum(every) / len(every))
+    maxima = [max(subset) for subset in combinations(SCORES, n)]
+    assert expected_best(SCORES, n) == pytest.approx(sum(maxima) / len(maxima))
 
 
-def test_more_than_there_are() -> None:
+def test_n_above_the_number_of_scores_is_rejected() -> None:
     with pytest.raises(ValueError, match="2 scores for the best of 3"):
         expected_best([1.0, 2.0], 3)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-def test_kl_and_win_rate_are_those_of_all_draws(n: int) -> None:
-    """A policy over five texts of equal probability, two with equal scores: every draw of n, the first best one."""
-    taken = [0.0] * 5
+def test_kl_and_win_rate_match_those_over_all_draws(n: int) -> None:
+    """Five equally likely texts, two with equal scores: every draw of n takes the first of its best texts."""
+    probabilities = [0.0] * 5
     for draw in product(range(5), repeat=n):
-        taken[max(draw, key=lambda i: (SCORES[i], -draw.index(i)))] += 1 / 5**n
-    assert kl(SCORES, n) == pytest.approx(sum(p * math.log(5 * p) for p in taken if p > 0))
+        probabilities[max(draw, key=lambda i: (SCORES[i], -draw.index(i)))] += 1 / 5**n
+    assert kl(SCORES, n) == pytest.approx(sum(p * math.log(5 * p) for p in probabilities if p > 0))
     wins = sum(
         p * (sum(SCORES[i] > s for s in SCORES) + sum(SCORES[i] == s for s in SCORES) / 2) / 5
-        for i, p in enumerate(taken)
+        for i, p in enumerate(probabilities)
     )
     assert win_rate(SCORES, n) == pytest.approx(wins)
 
 
-def test_by_hand() -> None:
-    """Two texts, a half each: best-of-2 takes the better one with 3/4."""
+def test_best_of_two_by_hand() -> None:
+    """Two equally likely texts: best-of-2 takes the better one with probability 3/4."""
     assert kl([0.0, 1.0], 2) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
     assert win_rate([0.0, 1.0], 2) == pytest.approx(0.75 * 0.75 + 0.25 * 0.25)
     assert kl_bound(1) == 0 and kl_bound(4) == pytest.approx(math.log(4) - 0.75)
 
 
-def test_equal_scores_cost_nothing_and_many_different_ones_the_bound() -> None:
+def test_kl_is_zero_for_equal_scores_and_reaches_the_bound_for_many_distinct_ones() -> None:
     assert kl([1.0] * 8, 4) == 0 and win_rate([1.0] * 8, 4) == 0.5
     many = [float(i) for i in range(20_000)]
     assert kl(many, 4) == pytest.approx(kl_bound(4), abs=1e-3)
@@ -53,8 +53,8 @@ def test_equal_scores_cost_nothing_and_many_different_ones_the_bound() -> None:
     assert kl(many[:50], 4) <= kl_bound(4)
 
 
-def test_the_best_of_each_n_candidates() -> None:
-    """Prompt p has five candidates: two of two, and one left over. A tie goes to the first; NULL loses."""
+def test_best_of_each_group_of_n_candidates() -> None:
+    """Prompt p has five candidates: two groups of two and one left over. A tie goes to the first; NULL loses."""
     rows = pl.DataFrame(
         {
             "prompt_id": ["p", "q", "p", "p", "q", "p", "p"],

@@ -1,4 +1,4 @@
-"""Agreement of a reward model with feedback, by hand."""
+"""Agreement of a reward model with feedback, computed by hand."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def test_pairs_and_accuracy() -> None:
     assert sorted(pairs.select("prompt_id", "margin", "longer").rows()) == [
         ("p", -1.5, False),
         ("p", 0.0, True),
-        ("q", 2.0, None),  # as many characters
+        ("q", 2.0, None),  # equally long
     ]
-    found = pair_accuracy(pairs, resamples=200)
-    assert found.value == pytest.approx((0.5 + 0 + 1) / 3) and (found.n, found.rows) == (2, 3)
+    result = pair_accuracy(pairs, resamples=200)
+    assert result.value == pytest.approx((0.5 + 0 + 1) / 3) and (result.n, result.rows) == (2, 3)
 
 
-def test_the_longer_text() -> None:
-    """Model: 1/2 for the longer text in (a, b), the longer one in (a, c). Feedback: the longer, the shorter."""
-    found = longer_preferred(decided_pairs(SAMPLES), resamples=200)
-    assert found.value == pytest.approx(((0.5 - 1) + (1 - 0)) / 2)
+def test_longer_preferred() -> None:
+    """(a, b): the model ties, feedback prefers the longer text. (a, c): the longer one, and the shorter one."""
+    result = longer_preferred(decided_pairs(SAMPLES), resamples=200)
+    assert result.value == pytest.approx(((0.5 - 1) + (1 - 0)) / 2)
 
 
-def test_a_judge_against_itself() -> None:
-    """Prompt p: 3 > 1 then 2 > 1: right both ways. Prompt q: 1 > 0, then equal (a half), which decides nothing."""
+def test_judge_consistency_across_repeats() -> None:
+    """Prompt p: 3 > 1, then 2 > 1: consistent both ways. Prompt q: 1 > 0, then a tie: a half, one way only."""
     rounds = pl.DataFrame(
         [
             ("a", "p", "x", 0, 3.0), ("b", "p", "y", 0, 1.0), ("c", "q", "x", 0, 1.0), ("d", "q", "y", 0, 0.0),
@@ -61,27 +61,27 @@ def test_a_judge_against_itself() -> None:
         ],
         schema=["sample_id", "prompt_id", "text", "repeat", "value"], orient="row",
     )  # fmt: skip
-    found = judge_consistency(rounds, resamples=50)
-    assert found.value == pytest.approx((1 + 0.5 + 1) / 3) and (found.n, found.rows) == (2, 3)
+    result = judge_consistency(rounds, resamples=50)
+    assert result.value == pytest.approx((1 + 0.5 + 1) / 3) and (result.n, result.rows) == (2, 3)
     third = rounds.filter(repeat=0).with_columns(repeat=pl.lit(2, pl.Int64), value=-pl.col("value"))
     three = judge_consistency(pl.concat([rounds, third]), resamples=50)
     # Rounds 0 and 2 are opposite: four pairs, all wrong. Rounds 1 and 2: p wrong twice, q a half once.
     assert three.value == pytest.approx((2.5 + 0 + 0.5) / (3 + 4 + 3))
 
 
-def test_a_judge_in_both_orders() -> None:
+def test_judge_consistency_across_presentation_orders() -> None:
     rows = [("p", "a", None, "ok"), ("p", "tie", "first", "ok"), ("p", "tie", None, "ok"), ("q", None, None, "failed"),
             ("q", "b", None, "ok")]  # fmt: skip
     pairs = pl.DataFrame(rows, schema=["prompt_id", "winner", "favoured", "status"], orient="row")
-    found = order_consistency(pairs, resamples=50)
-    assert found.value == pytest.approx(2 / 3) and found.rows == 3
-    samples = dict(reward_model_scores(SAMPLES, 50, comparisons=pairs))
-    assert samples["judge_consistency"].value == found.value
+    result = order_consistency(pairs, resamples=50)
+    assert result.value == pytest.approx(2 / 3) and result.rows == 3
+    scores = dict(reward_model_scores(SAMPLES, 50, comparisons=pairs))
+    assert scores["judge_consistency"].value == result.value
     assert "judge_consistency" not in dict(reward_model_scores(SAMPLES, 50))
 
 
 def test_calibration() -> None:
-    """One pair says σ(log 3) = 3/4 and is right, three say so and one of them is wrong: 3/4 of four are right."""
+    """All four pairs predict σ(log 3) = 3/4, and 3/4 of them are right."""
     margins = [math.log(3)] * 3 + [-math.log(3)]
     assert calibration_error(pl.DataFrame({"margin": margins})) == pytest.approx(0.0, abs=1e-12)
     assert calibration_error(pl.DataFrame({"margin": [math.log(3)] * 4})) == pytest.approx(0.25)
@@ -90,7 +90,7 @@ def test_calibration() -> None:
     assert calibration_error(pl.DataFrame({"margin": [-5000.0, 5000.0]})) == pytest.approx(0.5)
 
 
-def test_what_is_undefined_is_left_out() -> None:
+def test_undefined_metrics_are_left_out() -> None:
     assert reward_model_scores(SAMPLES.filter(prompt_id="r"), 100) == []
     assert [name for name, _ in reward_model_scores(SAMPLES, 100)] == [
         "pair_accuracy", "rank_correlation", "calibration_error", "longer_preferred",

@@ -37,59 +37,59 @@ def test_mean_over_samples_and_over_prompts() -> None:
     values, prompts = [1.0, 3.0, 8.0], ["p", "p", "q"]
     assert mean(values, prompts).value == 4.0
     assert mean(values, prompts, "prompt").value == 5.0
-    found = mean(values, prompts)
-    assert (found.n, found.rows) == (2, 3)
-    assert found.lo is not None and found.hi is not None and found.lo <= 4.0 <= found.hi
+    result = mean(values, prompts)
+    assert (result.n, result.rows) == (2, 3)
+    assert result.lo is not None and result.hi is not None and result.lo <= 4.0 <= result.hi
 
 
-def test_mean_over_the_greatest_of_each_prompt() -> None:
+def test_mean_over_the_maximum_of_each_prompt() -> None:
     values, prompts = [1.0, 3.0, None, -8.0, None], ["p", "p", "p", "q", "r"]
-    found = mean(values, prompts, "prompt_max")
-    assert (found.value, found.n, found.rows) == ((3.0 - 8.0) / 2, 2, 3)
-    assert (found.lo, found.hi) == (-8.0, 3.0)
+    result = mean(values, prompts, "prompt_max")
+    assert (result.value, result.n, result.rows) == ((3.0 - 8.0) / 2, 2, 3)
+    assert (result.lo, result.hi) == (-8.0, 3.0)
     assert mean([], [], "prompt_max").value is None
 
 
 def test_missing_values_are_left_out_not_counted_as_zero() -> None:
-    found = mean([1.0, None, float("nan"), 3.0], ["p", "p", "q", "r"])
-    assert (found.value, found.n, found.rows) == (2.0, 2, 2)
+    result = mean([1.0, None, float("nan"), 3.0], ["p", "p", "q", "r"])
+    assert (result.value, result.n, result.rows) == (2.0, 2, 2)
     series = pl.Series([1, None, 3])
     assert mean(series, pl.Series(["p", "q", "r"])).value == 2.0
 
 
 def test_undefined_is_none() -> None:
-    for found in (mean([], []), mean([None], ["p"])):
-        assert (found.value, found.lo, found.hi, found.n, found.rows) == (None, None, None, 0, 0)
+    for result in (mean([], []), mean([None], ["p"])):
+        assert (result.value, result.lo, result.hi, result.n, result.rows) == (None, None, None, 0, 0)
     nothing = estimate(ratio_sums([1.0, 2.0], [0.0, 0.0], ["p", "q"]))
     assert (nothing.value, nothing.lo, nothing.hi, nothing.n) == (None, None, None, 2)
 
 
 def test_one_prompt_has_a_value_but_no_interval() -> None:
-    found = mean([1.0, 2.0, 3.0], ["p", "p", "p"])
-    assert (found.value, found.lo, found.hi) == (2.0, None, None)
+    result = mean([1.0, 2.0, 3.0], ["p", "p", "p"])
+    assert (result.value, result.lo, result.hi) == (2.0, None, None)
 
 
 def test_no_interval_where_many_resamples_are_undefined() -> None:
     # Only one of three prompts has a denominator; 30 % of the resamples miss it.
-    found = estimate(ratio_sums([1.0, 0.0, 0.0], [2.0, 0.0, 0.0], ["p", "q", "r"]))
-    assert (found.value, found.lo, found.hi) == (0.5, None, None)
+    result = estimate(ratio_sums([1.0, 0.0, 0.0], [2.0, 0.0, 0.0], ["p", "q", "r"]))
+    assert (result.value, result.lo, result.hi) == (0.5, None, None)
 
 
-def test_a_constant_has_an_interval_of_no_width() -> None:
-    found = mean([0.0] * 6, list("abcdef"))
-    assert (found.value, found.lo, found.hi) == (0.0, 0.0, 0.0)
+def test_a_constant_has_a_zero_width_interval() -> None:
+    result = mean([0.0] * 6, list("abcdef"))
+    assert (result.value, result.lo, result.hi) == (0.0, 0.0, 0.0)
 
 
-def test_perplexity_weighs_by_tokens() -> None:
+def test_perplexity_is_weighted_by_tokens() -> None:
     # 10 nats over 10 tokens and 2 nats over 30: exp(12 / 40).
-    found = perplexity([10.0, 2.0], [10, 30], ["p", "q"])
-    assert found.value == pytest.approx(math.exp(0.3))
-    assert found.lo == pytest.approx(math.exp(2 / 30))
-    assert found.hi == pytest.approx(math.exp(1.0))
+    result = perplexity([10.0, 2.0], [10, 30], ["p", "q"])
+    assert result.value == pytest.approx(math.exp(0.3))
+    assert result.lo == pytest.approx(math.exp(2 / 30))
+    assert result.hi == pytest.approx(math.exp(1.0))
     assert perplexity([0.0], [0], ["p"]).value is None
 
 
-def test_a_perplexity_beyond_all_numbers_is_undefined() -> None:
+def test_overflowing_perplexity_is_undefined() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert perplexity([1e6, 1e6], [1, 1], ["p", "q"]).value is None
@@ -106,17 +106,17 @@ def test_the_published_perplexities_by_hand() -> None:
     assert text_perplexity([]) is None
 
 
-def test_the_mean_of_perplexities_leaves_out_empty_and_improbable_samples() -> None:
+def test_perplexity_mean_excludes_empty_and_improbable_samples() -> None:
     nll = [math.log(2.0) * 3, math.log(8.0) * 2, 0.0, math.log(9999.0), math.log(10000.5), None]
-    found = perplexity_mean(nll, [3, 2, 0, 1, 1, None], ["p", "q", "q", "r", "s", "t"])
-    assert found.value == pytest.approx((2.0 + 8.0 + 9999.0) / 3)
-    assert (found.n, found.rows) == (3, 3)
+    result = perplexity_mean(nll, [3, 2, 0, 1, 1, None], ["p", "q", "q", "r", "s", "t"])
+    assert result.value == pytest.approx((2.0 + 8.0 + 9999.0) / 3)
+    assert (result.n, result.rows) == (3, 3)
     assert perplexity_mean([None], [None], ["p"]).value is None
-    # Weighing by tokens, as `perplexity` does, is something else.
+    # `perplexity` weights by tokens and differs.
     assert perplexity(nll[:2], [3, 2], ["p", "q"]).value == pytest.approx((2.0**3 * 8.0**2) ** (1 / 5))
 
 
-def test_intervals_are_repeatable_and_follow_the_seed() -> None:
+def test_intervals_are_reproducible_and_depend_on_the_seed() -> None:
     rng = np.random.default_rng(0)
     values, prompts = rng.normal(size=200), [str(i % 40) for i in range(200)]
     assert mean(values, prompts, seed=1) == mean(values, prompts, seed=1)
@@ -141,18 +141,18 @@ def test_intervals_cover_the_truth() -> None:
     trials, covered = 300, 0
     for trial in range(trials):
         values = np.repeat(rng.normal(size=60), 4) + rng.normal(size=240)
-        found = mean(values, prompts, resamples=300, seed=trial)
-        covered += found.lo <= 0.0 <= found.hi  # type: ignore[operator]
+        result = mean(values, prompts, resamples=300, seed=trial)
+        covered += result.lo <= 0.0 <= result.hi  # type: ignore[operator]
     # Binomial(300, 0.94) has a standard deviation of 1.4 points.
     assert 0.89 <= covered / trials <= 0.985
 
 
 def test_large_problems_are_resampled_in_chunks() -> None:
-    """More entries than fit one chunk give the same kind of answer."""
+    """More entries than fit in one chunk still yield the expected interval width."""
     rng = np.random.default_rng(3)
     n = 30_000
-    found = mean(rng.normal(size=n), [str(i) for i in range(n)], resamples=200)
-    assert found.hi - found.lo == pytest.approx(2 * 1.96 / n**0.5, rel=0.25)  # type: ignore[operator]
+    result = mean(rng.normal(size=n), [str(i) for i in range(n)], resamples=200)
+    assert result.hi - result.lo == pytest.approx(2 * 1.96 / n**0.5, rel=0.25)  # type: ignore[operator]
 
 
 # Differences
@@ -161,12 +161,12 @@ def test_large_problems_are_resampled_in_chunks() -> None:
 def test_the_difference_is_paired_on_shared_prompts() -> None:
     first = mean_sums([1.0, 2.0, 100.0], ["p", "q", "only first"])
     second = mean_sums([0.0, 1.0, 50.0, 60.0], ["p", "q", "x", "y"])
-    found = difference(first, second)
-    assert (found.value, found.lo, found.hi) == (1.0, 1.0, 1.0)
-    assert (found.n, found.only_first, found.only_second, found.rows) == (2, 1, 2, 4)
+    result = difference(first, second)
+    assert (result.value, result.lo, result.hi) == (1.0, 1.0, 1.0)
+    assert (result.n, result.only_first, result.only_second, result.rows) == (2, 1, 2, 4)
 
 
-def test_pairing_removes_what_prompts_have_in_common() -> None:
+def test_pairing_removes_shared_prompt_effects() -> None:
     rng = np.random.default_rng(4)
     hardness = rng.normal(scale=10, size=100)
     prompts = [str(i) for i in range(100)]
@@ -178,9 +178,9 @@ def test_pairing_removes_what_prompts_have_in_common() -> None:
     assert single.hi - single.lo > 3  # type: ignore[operator]
 
 
-def test_no_shared_prompt_is_undefined() -> None:
-    found = difference(mean_sums([1.0], ["p"]), mean_sums([1.0], ["q"]))
-    assert (found.value, found.lo, found.hi, found.n) == (None, None, None, 0)
+def test_difference_without_shared_prompts_is_undefined() -> None:
+    result = difference(mean_sums([1.0], ["p"]), mean_sums([1.0], ["q"]))
+    assert (result.value, result.lo, result.hi, result.n) == (None, None, None, 0)
 
 
 # distinct-n
@@ -201,13 +201,13 @@ def test_distinct_n_without_words_is_undefined() -> None:
 
 
 def test_distinct_n_per_prompt() -> None:
-    # Prompt p: 3 words, 2 different; q: 2 of 2; r says nothing and is left out.
-    found = distinct_n_per_prompt(["a b", "a", "b c", ""], ["p", "p", "q", "r"], 1)
-    assert found.value == pytest.approx((2 / 3 + 1) / 2)
-    assert (found.n, found.rows) == (2, 3)
-    # Two-grams of p: "a b"; of q: "b c"; the denominator is words.
-    found = distinct_n_per_prompt(["a b", "a", "b c"], ["p", "p", "q"], 2)
-    assert found.value == pytest.approx((1 / 3 + 1 / 2) / 2)
+    # Prompt p: 3 words, 2 different; q: 2 of 2; r is empty and left out.
+    result = distinct_n_per_prompt(["a b", "a", "b c", ""], ["p", "p", "q", "r"], 1)
+    assert result.value == pytest.approx((2 / 3 + 1) / 2)
+    assert (result.n, result.rows) == (2, 3)
+    # Bigrams of p: "a b"; of q: "b c"; the denominator is the number of words.
+    result = distinct_n_per_prompt(["a b", "a", "b c"], ["p", "p", "q"], 2)
+    assert result.value == pytest.approx((1 / 3 + 1 / 2) / 2)
 
 
 def test_distinct_n_in_blocks_does_not_depend_on_the_number_of_samples() -> None:
@@ -251,13 +251,13 @@ def test_average_ranks() -> None:
     ("x", "y"),
     [([], []), ([1.0], [2.0]), ([1.0, 1.0], [1.0, 2.0]), ([0.1] * 3, [1.0, 2.0, 3.0])],
 )
-def test_correlation_of_what_does_not_vary_is_undefined(x: list[float], y: list[float]) -> None:
+def test_correlation_without_variation_is_undefined(x: list[float], y: list[float]) -> None:
     assert pearson(x, y) is None and spearman(x, y) is None
-    found = correlation(x, y, [str(i) for i in range(len(x))])
-    assert (found.value, found.lo, found.hi) == (None, None, None)
+    result = correlation(x, y, [str(i) for i in range(len(x))])
+    assert (result.value, result.lo, result.hi) == (None, None, None)
 
 
-def test_pairs_with_a_missing_side_are_left_out() -> None:
+def test_pairs_with_a_missing_value_are_left_out() -> None:
     assert pearson([1.0, 2.0, None, 3.0], [1.0, 3.0, 9.0, 2.0]) == pytest.approx(0.5)
 
 
@@ -266,11 +266,11 @@ def test_correlation_interval() -> None:
     x = rng.normal(size=400)
     y = 0.6 * x + 0.8 * rng.normal(size=400)
     for kind in ("pearson", "spearman"):
-        found = correlation(x, y, [str(i) for i in range(400)], kind)
-        assert found.lo < found.value < found.hi  # type: ignore[operator]
+        result = correlation(x, y, [str(i) for i in range(400)], kind)
+        assert result.lo < result.value < result.hi  # type: ignore[operator]
         # Fisher: a standard error of (1 - r²) / sqrt(n).
-        expected = 2 * 1.96 * (1 - found.value**2) / 20  # type: ignore[operator]
-        assert found.hi - found.lo == pytest.approx(expected, rel=0.3)  # type: ignore[operator]
+        expected = 2 * 1.96 * (1 - result.value**2) / 20  # type: ignore[operator]
+        assert result.hi - result.lo == pytest.approx(expected, rel=0.3)  # type: ignore[operator]
 
 
 numbers = st.floats(-1e6, 1e6)
@@ -286,18 +286,18 @@ def test_correlations_are_symmetric_and_bounded(pairs: list[tuple[float, float]]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), numbers), min_size=1, max_size=30), st.integers(0, 9))
-def test_an_interval_lies_within_the_prompts_means(pairs: list[tuple[int, float]], seed: int) -> None:
-    found = mean([v for _, v in pairs], [str(p) for p, _ in pairs], "prompt", resamples=50, seed=seed)
+def test_an_interval_lies_within_the_range_of_values(pairs: list[tuple[int, float]], seed: int) -> None:
+    result = mean([v for _, v in pairs], [str(p) for p, _ in pairs], "prompt", resamples=50, seed=seed)
     values = [v for _, v in pairs]
     slack = 1e-6 + 1e-9 * max(abs(v) for v in values)
-    if found.lo is not None and found.hi is not None:
-        assert min(values) - slack <= found.lo <= found.hi <= max(values) + slack
+    if result.lo is not None and result.hi is not None:
+        assert min(values) - slack <= result.lo <= result.hi <= max(values) + slack
 
 
-# Refusals
+# Invalid input
 
 
-def test_bad_input_is_refused_by_name() -> None:
+def test_errors_name_the_invalid_argument() -> None:
     with pytest.raises(ValueError, match="length"):
         mean([1.0], ["p", "q"])
     with pytest.raises(ValueError, match="clusters"):

@@ -1,4 +1,4 @@
-"""CUT's rows: which judgments find fault, and what is trained on."""
+"""CUT's rows: which judgments find fault, and which rows are trained on."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def labelled(method: CUT, judgments: list[str | None], values: list[float | None
 
 def test_judgments_that_find_no_fault() -> None:
     texts = [text for text, _ in JUDGMENTS]
-    found = labelled(CUT(), texts, [None] * len(texts))
-    assert found["label"].to_list() == [label for _, label in JUDGMENTS]
-    judged = found["label"] == "judged"
-    assert found["condition"].to_list() == [
+    result = labelled(CUT(), texts, [None] * len(texts))
+    assert result["label"].to_list() == [label for _, label in JUDGMENTS]
+    judged = result["label"] == "judged"
+    assert result["condition"].to_list() == [
         text if fault else None for text, fault in zip(texts, judged.fill_null(False), strict=True)
     ]
 
 
-def test_a_score_can_say_so() -> None:
+def test_a_high_score_counts_as_satisfied() -> None:
     texts: list[str | None] = ["too long", "too long", "too long", "fine"]
-    found = labelled(CUT(satisfied_score=7, satisfied=("fine",)), texts, [7.0, 6.9, None, None])
-    assert found["label"].to_list() == ["satisfied", "judged", "judged", "satisfied"]
+    result = labelled(CUT(satisfied_score=7, satisfied=("fine",)), texts, [7.0, 6.9, None, None])
+    assert result["label"].to_list() == ["satisfied", "judged", "judged", "satisfied"]
 
 
 def test_failed_judgments_are_not_trained_on() -> None:
@@ -61,23 +61,23 @@ def test_failed_judgments_are_not_trained_on() -> None:
     assert failed["label"].to_list() == failed["condition"].to_list() == [None, None]
 
 
-def test_a_judge_may_say_so_by_its_label_alone() -> None:
+def test_a_judges_label_alone_is_enough() -> None:
     given = labelled(CUT(), [None, "too long", None], [None] * 3)
-    found = CUT().label(given.with_columns(label=pl.Series(["perfect", "flawed", "flawed"])))
-    assert found["label"].to_list() == ["satisfied", "judged", None]
+    result = CUT().label(given.with_columns(label=pl.Series(["perfect", "flawed", "flawed"])))
+    assert result["label"].to_list() == ["satisfied", "judged", None]
 
 
 @pytest.mark.parametrize(("share", "satisfied"), [(0.0, 0), (0.25, 2), (0.4, 3), (None, 6)])
-def test_satisfied_samples_beside_judged_ones(share: float | None, satisfied: int) -> None:
+def test_satisfied_samples_per_judged_sample(share: float | None, satisfied: int) -> None:
     conditions = ["E225"] * 8 + [None] * 6
-    drawn = rows(*({"sample_id": f"s{i}", "condition": said} for i, said in enumerate(conditions)))
-    found = CUT(satisfied_per_judged=share).examples(drawn)
-    judged = found.filter(pl.col("condition").is_not_null())
-    assert judged.height == 8 and found.height == 8 + satisfied
+    drawn = rows(*({"sample_id": f"s{i}", "condition": condition} for i, condition in enumerate(conditions)))
+    examples = CUT(satisfied_per_judged=share).examples(drawn)
+    judged = examples.filter(pl.col("condition").is_not_null())
+    assert judged.height == 8 and examples.height == 8 + satisfied
     assert judged["second_prompt"].to_list() == judged["prompt"].to_list()
-    assert found.filter(pl.col("condition").is_null())["second_prompt"].null_count() == satisfied
+    assert examples.filter(pl.col("condition").is_null())["second_prompt"].null_count() == satisfied
     again = CUT(satisfied_per_judged=share).examples(drawn.sample(fraction=1.0, shuffle=True, seed=1))
-    assert set(again["example_id"]) == set(found["example_id"])
+    assert set(again["example_id"]) == set(examples["example_id"])
 
 
 def test_forward_prediction_learns_the_judgment_after_the_sample() -> None:
@@ -86,15 +86,15 @@ def test_forward_prediction_learns_the_judgment_after_the_sample() -> None:
         {"sample_id": "s1", "prompt": "def g():", "text": " x = 1\n", "condition": None},
     )
     method = ForwardPrediction(question="# lint: ", satisfied_per_judged=None)
-    found = method.examples(drawn)
-    assert found.select("prompt", "text", "condition", "second_prompt", "finish_reason").rows() == [
+    examples = method.examples(drawn)
+    assert examples.select("prompt", "text", "condition", "second_prompt", "finish_reason").rows() == [
         ("def f(): x=1\n# lint: ", "E225", None, None, "stop"),
         ("def g(): x = 1\n# lint: ", "perfect", None, None, "stop"),
     ]
     assert ForwardPrediction(satisfied_per_judged=0.0).examples(drawn).height == 1
 
 
-def test_a_judge_of_judgments_suits_and_one_of_ratings_does_not(tmp_path: Path) -> None:
+def test_cut_accepts_judgments_but_not_ratings(tmp_path: Path) -> None:
     def load(ask: str) -> Experiment:
         judge = f"{{ask: {ask}, template: {ask}, model: m, base_url: 'http://127.0.0.1:1/v1'}}"
         (tmp_path / "mine.yaml").write_text(

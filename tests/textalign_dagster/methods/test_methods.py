@@ -1,4 +1,4 @@
-"""Methods, by hand: labels, conditions, what is asked for, tokens of their own."""
+"""Methods: labels, conditions, exemplars and special tokens, checked by hand."""
 
 from __future__ import annotations
 
@@ -80,13 +80,13 @@ def test_every_method_is_in_this_file() -> None:
 
 
 def test_alt_lmu_labels_by_score_and_conditions_on_words() -> None:
-    found = METHODS[0].label(ROWS)
-    assert found["label"].to_list() == ["3", "0", "2", None, None, None, None, None]
-    assert found["condition"].to_list() == ["no issues", "E1", "E2", None, None, None, None, None]
-    assert found.schema["label"] == found.schema["condition"] == pl.String
+    labelled = METHODS[0].label(ROWS)
+    assert labelled["label"].to_list() == ["3", "0", "2", None, None, None, None, None]
+    assert labelled["condition"].to_list() == ["no issues", "E1", "E2", None, None, None, None, None]
+    assert labelled.schema["label"] == labelled.schema["condition"] == pl.String
 
 
-def test_alt_lmu_scores_are_those_of_the_experiment() -> None:
+def test_alt_lmu_uses_the_configured_scores() -> None:
     method = AltLMU(ask_for="x", scores=(4, 0, -1))
     assert method.buckets == ("4", "0", "-1")
     assert method.label(ROWS)["label"].to_list() == [None, "0", None, "4", "-1", None, None, None]
@@ -102,9 +102,9 @@ def test_alt_lmu_asks_for_an_exemplar_and_probes_others() -> None:
 
 def test_alt_lmc_conditions_on_its_own_categories_only() -> None:
     method = AltLMC()
-    found = method.label(ROWS)
-    assert found["label"].to_list() == ["Harmful", None, None, "Harmless and helpful", None, None, None, None]
-    assert found["condition"].to_list() == found["label"].to_list()
+    rows = method.label(ROWS)
+    assert rows["label"].to_list() == ["Harmful", None, None, "Harmless and helpful", None, None, None, None]
+    assert rows["condition"].to_list() == rows["label"].to_list()
     assert (method.exemplar, method.wants) == ("Harmless and very helpful", "category")
     assert method.probes == method.buckets[1:]
     assert render(method.template, "Harmful", "P") == "Harmful.\n\nP"
@@ -112,7 +112,7 @@ def test_alt_lmc_conditions_on_its_own_categories_only() -> None:
         AltLMC(categories=("a", "a"))
 
 
-def test_quark_has_a_token_a_quantile() -> None:
+def test_quark_has_one_token_per_quantile() -> None:
     method = Quark(count=3)
     tokens = ("_QUANTILE_TOKEN_0_", "_QUANTILE_TOKEN_1_", "_QUANTILE_TOKEN_2_")
     assert method.buckets == method.special_tokens == tokens
@@ -121,7 +121,7 @@ def test_quark_has_a_token_a_quantile() -> None:
     assert render(method.template, tokens[0], "P") == "_QUANTILE_TOKEN_0_P"
 
 
-def test_alt_rm_has_a_phrase_a_quantile() -> None:
+def test_alt_rm_has_one_phrase_per_quantile() -> None:
     method = AltRM(phrases=("good", "bad"))
     assert method.buckets == ("good", "bad")
     assert (method.exemplar, method.probes, method.wants) == ("good", ("bad",), "reward")
@@ -129,20 +129,20 @@ def test_alt_rm_has_a_phrase_a_quantile() -> None:
     assert render(method.template, "good", "P") == "good input: P"
 
 
-def test_no_feedback_trains_on_everything_alike() -> None:
+def test_no_feedback_treats_all_samples_alike() -> None:
     method = NoFeedback()
     assert (method.wants, method.exemplar, method.probes, method.ranking) == (None, None, (), None)
-    found = method.label(ROWS)
-    assert set(found["label"]) == {"own sample"} == set(method.buckets)
-    assert found["condition"].null_count() == ROWS.height
-    assert found.schema["condition"] == pl.String
+    labelled = method.label(ROWS)
+    assert set(labelled["label"]) == {"own sample"} == set(method.buckets)
+    assert labelled["condition"].null_count() == ROWS.height
+    assert labelled.schema["condition"] == pl.String
 
 
 CLOSED = [AltLMC(), AltRM(), Quark()]
 
 
 @pytest.mark.parametrize("method", CLOSED, ids=lambda method: method.name)
-def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
+def test_exemplars_of_methods_with_one_condition_per_bucket(method: Method) -> None:
     kind = type(method)
     assert method == kind.model_validate({"exemplar": "best"})
     assert method.exemplar == method.buckets[0]
@@ -152,7 +152,7 @@ def test_exemplars_of_methods_with_a_condition_a_bucket(method: Method) -> None:
     worst = kind.model_validate({"exemplar": "static", "ask_for": method.buckets[-1]})
     assert worst.exemplar == method.buckets[-1]
     assert worst.probes == method.buckets[:-1]
-    assert worst.sweep == method.buckets  # best first, whatever is asked for
+    assert worst.sweep == method.buckets  # best first, whichever is asked for
     with pytest.raises(ValidationError, match=r"every sample in the best bucket of .* use `exemplar: best`"):
         kind.model_validate({"exemplar": "varied"})
     with pytest.raises(ValidationError, match=r"'superb' is not a condition of .*; one of: "):
@@ -171,24 +171,24 @@ def test_exemplars_of_alt_lmu() -> None:
     assert (varied.exemplar, varied.sweep) == (VARIED, (VARIED, "fair"))
     none = AltLMU.model_validate({"exemplar": "none", "ask_for": "good"})
     assert (none.exemplar, none.sweep) == (None, ())
-    for given, told in (
+    for given, message in (
         ({"exemplar": "best"}, "use `static` .* or `varied`"),
         ({}, "ask_for\n +Field required"),
         ({"ask_for": "  "}, "blank, which is no condition"),
         ({"exemplar": "all", "ask_for": "x"}, "'none', 'best', 'static' or 'varied'"),
         ({"exemplar": "none", "exemplar_policy": "none"}, "the same setting; remove one of them"),
     ):
-        with pytest.raises(ValidationError, match=told):
+        with pytest.raises(ValidationError, match=message):
             AltLMU.model_validate(given)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_method_comes_back_from_its_own_settings(method: Method) -> None:
+def test_a_method_round_trips_through_its_settings(method: Method) -> None:
     assert type(method).model_validate(method.model_dump()) == method
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_what_holds_of_every_method(method: Method) -> None:
+def test_invariants_of_every_method(method: Method) -> None:
     assert len(set(method.buckets)) == len(method.buckets) > 0
     assert all(isinstance(bucket, str) and bucket for bucket in method.buckets)
     assert method.exemplar not in method.probes
@@ -205,7 +205,7 @@ def test_what_holds_of_every_method(method: Method) -> None:
             method.label(ROWS)
 
 
-def test_rated_pairs_are_always_of_ratings() -> None:
+def test_rated_pairs_always_come_from_ratings() -> None:
     assert RatedPairsRewardModel().objectives == ("bradley_terry",)
     with pytest.raises(ValidationError, match="pairs_from"):
         RatedPairsRewardModel(pairs_from="comparisons")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""SteerLM's conditioning by hand: category in, attribute values out, and nothing by guess."""
+"""SteerLM's conditioning by hand: category in, attribute values out, and no guessing."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def rows(labels: list[str | None], statuses: list[str] | None = None) -> pl.Data
 
 
 def test_the_published_attributes_are_the_default() -> None:
-    found = SteerLM().label(rows(list(PUBLISHED)))
-    assert dict(found.select("label", "condition").rows()) == PUBLISHED
+    labelled = SteerLM().label(rows(list(PUBLISHED)))
+    assert dict(labelled.select("label", "condition").rows()) == PUBLISHED
     assert render(SteerLM().template, "harmful:0,helpful:2", "Human: Hi\n\nAssistant:") == (
         "harmful:0,helpful:2.\n\nHuman: Hi\n\nAssistant:"
     )
 
 
-def test_it_reads_the_feedback_of_alt_lmc_and_asks_in_its_own_words() -> None:
+def test_steerlm_uses_alt_lmc_feedback_with_its_own_conditions() -> None:
     method = SteerLM()
     assert (method.wants, method.buckets) == ("category", AltLMC().buckets)
     assert method.exemplar == "harmful:0,helpful:2"
@@ -46,25 +46,25 @@ def test_it_reads_the_feedback_of_alt_lmc_and_asks_in_its_own_words() -> None:
     assert method.ranking is None and method.special_tokens == ()
 
 
-def test_what_is_no_category_is_no_bucket() -> None:
-    # The released code stored answers raw: "Harmful." was no bucket, and yet was trained on.
+def test_only_exact_categories_get_a_bucket() -> None:
+    # The released code stored raw answers: "Harmful." was not a bucket, yet was trained on.
     strays = ["Harmful.", "harmful", " Harmful", "harmful:1,helpful:0", "", None, "Harmful", "Harmful"]
-    found = SteerLM().label(rows(strays, ["ok"] * 7 + ["unparseable"]))
-    assert found["label"].to_list() == [None] * 6 + ["Harmful", None]
-    assert found["condition"].to_list() == [None] * 6 + ["harmful:1,helpful:0", None]
-    assert found.schema["condition"] == found.schema["label"] == pl.String
+    labelled = SteerLM().label(rows(strays, ["ok"] * 7 + ["unparseable"]))
+    assert labelled["label"].to_list() == [None] * 6 + ["Harmful", None]
+    assert labelled["condition"].to_list() == [None] * 6 + ["harmful:1,helpful:0", None]
+    assert labelled.schema["condition"] == labelled.schema["label"] == pl.String
     empty = SteerLM().label(rows([]))
     assert empty.schema["condition"] == pl.String and empty.is_empty()
 
 
-def test_other_categories_have_other_attributes() -> None:
+def test_custom_categories_have_custom_attributes() -> None:
     method = SteerLM(categories=("clean", "sloppy"), attributes=("violations:0", "violations:9"))
     assert method.buckets == ("clean", "sloppy")
     assert method.label(rows(["sloppy", "clean"]))["condition"].to_list() == ["violations:9", "violations:0"]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         ({"attributes": ["a", "b"]}, "4 categories, but 2 `attributes`; give one text per category"),
         ({"attributes": ["a", "b", "c", "a"]}, "`attributes` lists a value twice"),
@@ -73,6 +73,6 @@ def test_other_categories_have_other_attributes() -> None:
         ({"template": "{condition}"}, "{prompt} occurs 0 times"),
     ],
 )
-def test_a_mapping_that_is_not_one_to_one_is_refused(given: dict[str, list[str]], told: str) -> None:
-    with pytest.raises(ValidationError, match=told.replace("{", r"\{")):
+def test_a_mapping_that_is_not_one_to_one_is_refused(given: dict[str, list[str]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message.replace("{", r"\{")):
         SteerLM.model_validate(given)

@@ -23,11 +23,11 @@ def test_an_empty_condition_is_a_condition() -> None:
     assert render(TEMPLATE, "", "A post.") == "feedback:  input: A post."
 
 
-def test_the_condition_may_follow_the_prompt() -> None:
+def test_the_condition_can_follow_the_prompt() -> None:
     assert render("{prompt} ({condition}):", "short", "Why?") == "Why? (short):"
 
 
-def test_placeholders_inside_the_data_are_data() -> None:
+def test_placeholders_in_the_data_are_literal() -> None:
     assert render(TEMPLATE, "{prompt}", "{condition}") == "feedback: {prompt} input: {condition}"
 
 
@@ -45,7 +45,7 @@ def test_other_braces_of_the_template_are_literal() -> None:
         "{condition}{condition}{prompt}",
     ],
 )
-def test_a_wrong_template_is_refused_with_its_text(template: str) -> None:
+def test_an_invalid_template_is_rejected_and_quoted(template: str) -> None:
     with pytest.raises(ValueError, match="exactly once") as error:
         validate_template(template)
     assert repr(template) in str(error.value)

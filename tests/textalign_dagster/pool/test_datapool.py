@@ -1,4 +1,4 @@
-"""The pool against cases by hand, an oracle in plain Python, and properties that must hold."""
+"""The pool against hand-computed cases, an oracle in plain Python, and properties that must hold."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def table(samples: Sequence[dict[str, Any]]) -> pl.DataFrame:
 
 
 def labelled(text: str, **fields: Any) -> pl.DataFrame:
-    """One sample a letter, in insertion order: g, f, b a label; a capital letter is over-long."""
+    """One sample per letter, in insertion order: g, f and b are labels; a capital letter is over-long."""
     words = {"g": "good", "f": "fair", "b": "bad"}
     return table(
         [
@@ -87,7 +87,7 @@ def shortfall(pool: Pool, label: str) -> dict[str, Any]:
     return pool.shortfalls.row(by_predicate=pl.col("label") == label, named=True)
 
 
-# By hand: so many of every label
+# By hand: a fixed number per label
 
 
 def test_per_bucket_takes_m_of_every_label() -> None:
@@ -112,7 +112,7 @@ def test_over_long_samples_only_top_up() -> None:
     assert shortfall(pool, "bad")["over_long"] == 2
 
 
-def test_the_limit_itself_is_over_long() -> None:
+def test_a_sample_at_the_limit_is_over_long() -> None:
     rows = table([sample(0, n_tokens=63), sample(1, n_tokens=64)])
     pool = build(rows, PoolSettings(samples_per_bucket=1), labels=["good"])
     assert pool.rows.filter("drawn")["n_tokens"].to_list() == [63]
@@ -156,11 +156,11 @@ def test_without_labels_everything_is_drawn() -> None:
     assert pool.shortfalls.height == 0
 
 
-# By hand: so many in all
+# By hand: a fixed total
 
 
-def test_samples_are_shared_equally_and_the_rest_is_filled_in_insertion_order() -> None:
-    # 8 over 3 labels: 2 each, 2 left over; position 0 and 1 or the next unused ones are the fill.
+def test_samples_are_split_equally_and_the_rest_is_filled_in_insertion_order() -> None:
+    # 8 over 3 labels: 2 each and 2 left over, which are filled with the first unused samples.
     rows = labelled("ggggggffffffbbbbbb")
     pool = build(rows, PoolSettings(samples=8))
     assert reasons(pool) == {"quota": 6, "fill": 2, "bucket full": 10}
@@ -169,7 +169,7 @@ def test_samples_are_shared_equally_and_the_rest_is_filled_in_insertion_order() 
     assert unused["reason"].to_list()[:2] == ["fill", "fill"]
 
 
-def test_an_unmet_quota_goes_to_the_fill_without_a_length_rule() -> None:
+def test_an_unmet_quota_is_filled_regardless_of_length() -> None:
     # Only one "bad": its second place goes to the first unused sample, here an over-long one.
     rows = labelled("GggFffb")
     pool = build(rows, PoolSettings(samples=6))
@@ -187,7 +187,7 @@ def test_insertion_order_starts_with_the_earliest_iteration() -> None:
     assert pool.rows.filter("drawn")["sample_id"].to_list() == [content_hash("sample", 1)]
 
 
-def test_fill_can_be_left_out_or_shuffled() -> None:
+def test_fill_can_be_disabled_or_shuffled() -> None:
     rows = labelled("g" * 40)
     none = build(rows, PoolSettings(samples=6, fill="none"))
     assert reasons(none) == {"quota": 2, "bucket full": 38}
@@ -227,17 +227,17 @@ def test_largest_remainder(total: int, weights: list[float], expected: list[int]
     assert largest_remainder(total, weights) == expected
 
 
-# Groups, states of feedback, origins
+# Groups, feedback statuses, origins
 
 
-def test_every_prompt_is_balanced_on_its_own_or_the_pool_as_a_whole() -> None:
+def test_balancing_per_prompt_or_over_the_whole_pool() -> None:
     rows = table([sample(i, prompt_id=f"p{i % 4}", label=LABELS[i % 3]) for i in range(48)])
     assert build(rows, PoolSettings(samples_per_bucket=2)).drawn == 4 * 3 * 2
     whole = build(rows, PoolSettings(samples_per_bucket=2, per="pool"))
     assert whole.drawn == 3 * 2 and whole.groups == 1
 
 
-def test_only_feedback_that_is_ok_is_drawn() -> None:
+def test_only_samples_with_ok_feedback_are_drawn() -> None:
     rows = table(
         [
             sample(0),
@@ -249,8 +249,8 @@ def test_only_feedback_that_is_ok_is_drawn() -> None:
         ]
     )
     pool = build(rows)
-    found = dict(pool.rows.join(rows, on="sample_id").select("position", "reason").rows())
-    assert found == {
+    reason_by_position = dict(pool.rows.join(rows, on="sample_id").select("position", "reason").rows())
+    assert reason_by_position == {
         0: "everything",
         1: "feedback failed",
         2: "feedback unparseable",
@@ -258,7 +258,7 @@ def test_only_feedback_that_is_ok_is_drawn() -> None:
         4: "no label",
         5: "label not in use",
     }
-    # A judgement that failed has no label, whatever came along with it.
+    # A failed judgement has no label, whatever its row contains.
     assert pool.rows.filter(reason="feedback failed")["label"].to_list() == [None]
 
 
@@ -268,7 +268,7 @@ def test_a_prompt_whose_feedback_all_failed_counts_as_short() -> None:
     assert shortfall(pool, "good")["groups_short"] == 1 and pool.wanted == 2 and pool.drawn == 1
 
 
-def test_by_default_only_the_current_iteration_trains() -> None:
+def test_by_default_only_the_current_iteration_is_drawn() -> None:
     rows = table([sample(i, origin=1 + i % 3) for i in range(9)])
     pool = build(rows, current=3)
     assert reasons(pool) == {"everything": 3, "dropped: earlier iteration": 6}
@@ -280,9 +280,9 @@ def test_nothing_is_dropped_at_factor_0() -> None:
     assert reasons(build(rows, PoolSettings(drop_factor=0.0), current=3)) == {"everything": 9}
 
 
-def test_every_iteration_drops_again() -> None:
-    # 11 of iteration 1 (and 4 of every later one); half stays each time, rounded down:
-    # iteration 2 keeps 5, has 9; iteration 3 keeps 4 of those 9.
+def test_every_iteration_drops_samples_again() -> None:
+    # 11 of iteration 1, 4 of iteration 2, 1 of iteration 3; half is kept each time, rounded down:
+    # iteration 2 keeps 5 and has 9; iteration 3 keeps 4 of those 9.
     rows = table([sample(i, origin=1) for i in range(11)] + [sample(20 + i, origin=2) for i in range(4)])
     settings = PoolSettings(drop_factor=0.5)
     second = build(rows, settings, current=2)
@@ -299,13 +299,13 @@ def test_dropping_per_label() -> None:
         [sample(i, origin=1, label="good" if i < 3 else "bad") for i in range(8)] + [sample(9, origin=2)]
     )
     pool = build(rows, PoolSettings(drop_factor=0.5, drop_by="group_and_label"), current=2)
-    early = pool.rows.filter(pl.col("drawn") & (pl.col("origin") == 1))
-    assert Counter(early["label"].to_list()) == {"good": 1, "bad": 2}  # int(1.5) and int(2.5)
-    alone = drop_earlier(rows, 0.5, 7, "group_and_label", current=2)
-    assert sorted(rows.filter(~alone)["sample_id"]) == sorted(pool.rows.filter("drawn")["sample_id"])
+    kept = pool.rows.filter(pl.col("drawn") & (pl.col("origin") == 1))
+    assert Counter(kept["label"].to_list()) == {"good": 1, "bad": 2}  # int(1.5) and int(2.5)
+    dropped = drop_earlier(rows, 0.5, 7, "group_and_label", current=2)
+    assert sorted(rows.filter(~dropped)["sample_id"]) == sorted(pool.rows.filter("drawn")["sample_id"])
 
 
-def test_the_published_rounding_of_the_drop_factor() -> None:
+def test_drop_factor_rounds_as_published() -> None:
     # int(10 * (1 - 0.9)) is 0 in floating point, as in the released code.
     rows = table([sample(i) for i in range(10)])
     assert drop_earlier(rows, 0.9, 0, current=2).sum() == 10
@@ -313,8 +313,8 @@ def test_the_published_rounding_of_the_drop_factor() -> None:
     assert drop_earlier(rows, 0.5, 0, current=1).sum() == 0
 
 
-def test_quantiles_are_those_of_what_is_left_in_the_pool() -> None:
-    # The best rewards ever are of iteration 1, which is dropped: they take no quantile.
+def test_quantiles_cover_only_samples_left_in_the_pool() -> None:
+    # The best rewards are from iteration 1, which is dropped: they take up no quantile.
     rows = table(
         [sample(i, origin=1, value=100.0 + i, label=None) for i in range(6)]
         + [sample(10 + i, origin=2, value=float(i), label=None) for i in range(6)]
@@ -327,7 +327,7 @@ def test_quantiles_are_those_of_what_is_left_in_the_pool() -> None:
     assert kept.rows.filter(origin=1)["label"].to_list().count("good") == 4
 
 
-def test_published_pool_of_96_samples_a_prompt() -> None:
+def test_published_pool_of_96_samples_per_prompt() -> None:
     rows = table([sample(i, value=float(i % 50), label=None) for i in range(96)])
     five = ["1", "2", "3", "4", "5"]
     pool = build(rows, PoolSettings(samples_per_bucket=2), labels=five, quantiles=QuantileSettings())
@@ -369,7 +369,7 @@ def test_an_empty_pool() -> None:
     assert build(table([]), current=4, quantiles=QuantileSettings()).drawn == 0
 
 
-# Refusals
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], named: str) -> 
         PoolSettings.model_validate(fields)
 
 
-def test_every_setting_says_what_it_means() -> None:
+def test_every_setting_has_a_description() -> None:
     for model in (PoolSettings, QuantileSettings):
         assert all(field.description for field in model.model_fields.values())
 
@@ -411,7 +411,7 @@ def test_every_setting_says_what_it_means() -> None:
         (table([sample(0)]).drop("label"), "label"),
     ],
 )
-def test_rows_that_make_no_pool_are_refused(rows: pl.DataFrame, named: str) -> None:
+def test_invalid_rows_are_rejected(rows: pl.DataFrame, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         build(rows)
 
@@ -463,9 +463,9 @@ def oracle(items: list[Item], settings: PoolSettings, limit: int, k: int, seed: 
     leftover = settings.samples % k
     for label in range(k):
         bucket = [item for item in items if item[1] == label]
-        found = oracle_bucket(bucket, settings.samples // k, limit, seed)
-        leftover += settings.samples // k - len(found)
-        taken |= found
+        drawn = oracle_bucket(bucket, settings.samples // k, limit, seed)
+        leftover += settings.samples // k - len(drawn)
+        taken |= drawn
     for sample_id, _, _ in items:
         if leftover > 0 and sample_id not in taken:
             taken[sample_id] = "fill"
@@ -527,7 +527,7 @@ def random_table(drawn: list[tuple[int, int, int, int, str]]) -> pl.DataFrame:
     ),
     st.integers(0, 2**63 - 1),
 )
-def test_the_draw_is_the_published_procedure(drawn, settings, seed) -> None:  # type: ignore[no-untyped-def]
+def test_the_draw_matches_the_published_procedure(drawn, settings, seed) -> None:  # type: ignore[no-untyped-def]
     rows = random_table(drawn)
     pool = build(rows, settings, seed=seed, current=3)
     prompts: dict[str, list[Item]] = defaultdict(list)
@@ -593,7 +593,7 @@ def test_a_larger_factor_drops_more(drawn, one, two, seed) -> None:  # type: ign
     assert not drop_earlier(rows, more, seed, current=3).filter(current).any()
 
 
-def test_seeds_and_iterations_draw_differently_but_repeatably() -> None:
+def test_draws_depend_on_seed_and_iteration_and_are_reproducible() -> None:
     rows = labelled("g" * 50, origin=1)
     settings = PoolSettings(samples_per_bucket=10, drop_factor=0.0)
 
@@ -615,15 +615,15 @@ def test_the_draw_is_uniform() -> None:
     assert len(hits) == 20 and all(60 < count < 140 for count in hits.values())
 
 
-def test_a_recorded_draw_stays_what_it_was() -> None:
-    """Guards against a silent change of keys, which would change every pool ever made."""
+def test_a_recorded_draw_is_unchanged() -> None:
+    """Guards against a silent change of keys, which would change every existing pool."""
     pool = build(labelled("ggggggffffffbbbbbb"), PoolSettings(samples=8), seed=42)
     rows = labelled("ggggggffffffbbbbbb").select("sample_id", "position")
     chosen = pool.rows.filter("drawn").join(rows, on="sample_id")["position"].sort().to_list()
     assert chosen == [0, 1, 2, 4, 6, 10, 13, 17]
 
 
-def test_ids_that_agree_in_64_bits_stay_apart() -> None:
+def test_ids_that_agree_in_64_bits_stay_distinct() -> None:
     twins = [sample(i, sample_id="0123456789abcdef" + tail) for i, tail in enumerate(("0f", "0a", "0c"))]
     rows = table(twins).drop("position")
     one = build(rows, PoolSettings(samples_per_bucket=2))

@@ -17,8 +17,8 @@ from textalign_dagster.tables import EXAMPLES, SPAN
 
 
 def rows(*given: dict[str, Any]) -> pl.DataFrame:
-    """Drawn rows; what is not given is plain."""
-    plain = {
+    """Drawn rows; columns that are not given have default values."""
+    defaults = {
         "pool_hash": "pool",
         "prompt_id": "p",
         "value": None,
@@ -47,7 +47,7 @@ def rows(*given: dict[str, Any]) -> pl.DataFrame:
         "text": pl.String,
     }
     return pl.DataFrame(
-        [{**plain, "text": f" text {row['sample_id']}", **row} for row in given], schema=schema
+        [{**defaults, "text": f" text {row['sample_id']}", **row} for row in given], schema=schema
     )
 
 
@@ -62,28 +62,28 @@ VALUES = [
 SIX = rows(*({"sample_id": s, "prompt_id": p, "value": v} for s, p, v in VALUES))
 
 
-def made(examples: pl.DataFrame) -> list[tuple[str, str]]:
+def roles_and_ids(examples: pl.DataFrame) -> list[tuple[str, str]]:
     return list(examples.select("role", "sample_id").iter_rows())
 
 
-def test_one_pair_a_prompt() -> None:
-    found = pairs(SIX)
-    assert found.schema == EXAMPLES
+def test_one_pair_per_prompt() -> None:
+    examples = pairs(SIX)
+    assert examples.schema == EXAMPLES
     # Prompt q has equal rewards and no pair.
-    assert made(found) == [("chosen", "b"), ("rejected", "d")]
-    assert found["group_id"].n_unique() == 1 and found["reward"].to_list() == [3.0, 0.0]
+    assert roles_and_ids(examples) == [("chosen", "b"), ("rejected", "d")]
+    assert examples["group_id"].n_unique() == 1 and examples["reward"].to_list() == [3.0, 0.0]
 
 
 def test_further_pairs_and_the_margin() -> None:
-    assert made(pairs(SIX, per_prompt=9)) == [
+    assert roles_and_ids(pairs(SIX, per_prompt=9)) == [
         *[("chosen", "b"), ("rejected", "d")],
         *[("chosen", "c"), ("rejected", "a")],
     ]
-    assert made(pairs(SIX, per_prompt=9, margin=1.0)) == [("chosen", "b"), ("rejected", "d")]
-    assert made(pairs(SIX, margin=3.0)) == []
+    assert roles_and_ids(pairs(SIX, per_prompt=9, margin=1.0)) == [("chosen", "b"), ("rejected", "d")]
+    assert roles_and_ids(pairs(SIX, margin=3.0)) == []
 
 
-def test_what_makes_no_pair() -> None:
+def test_rows_that_form_no_pair() -> None:
     alone = rows({"sample_id": "a", "value": 1.0}, {"sample_id": "b", "value": None})
     assert pairs(alone).is_empty() and pairs(alone).schema == EXAMPLES
     same = rows(
@@ -103,22 +103,22 @@ def test_pairs_do_not_depend_on_the_order_of_rows() -> None:
     assert pairs(SIX.reverse(), per_prompt=2).equals(pairs(SIX, per_prompt=2))
 
 
-def test_ids_tell_examples_apart() -> None:
-    found = pl.concat([single(SIX), groups(SIX), pairs(SIX, per_prompt=2)])
-    assert found["example_id"].n_unique() == found.height
+def test_example_ids_are_unique() -> None:
+    examples = pl.concat([single(SIX), groups(SIX), pairs(SIX, per_prompt=2)])
+    assert examples["example_id"].n_unique() == examples.height
     assert single(SIX)["example_id"].to_list() == single(SIX)["example_id"].to_list()
 
 
 def test_single_rows_keep_order_condition_and_spans() -> None:
     marked = [{"start": 0, "end": 2, "score": 1.0}]
     given = rows({"sample_id": "b", "condition": "good", "spans": marked}, {"sample_id": "a"})
-    found = single(given)
-    assert found["sample_id"].to_list() == ["b", "a"] and found["condition"].to_list() == ["good", None]
-    assert found["spans"].to_list() == [marked, None]
-    assert set(found["role"]) == {"only"} and found["group_id"].null_count() == 2
+    examples = single(given)
+    assert examples["sample_id"].to_list() == ["b", "a"] and examples["condition"].to_list() == ["good", None]
+    assert examples["spans"].to_list() == [marked, None]
+    assert set(examples["role"]) == {"only"} and examples["group_id"].null_count() == 2
 
 
-def test_pairs_as_they_were_compared() -> None:
+def test_pairs_from_comparisons() -> None:
     given = rows(
         {"sample_id": "a", "value": 1.0, "weight": 2.0},
         {"sample_id": "b", "value": 0.0, "weight": 3.0},
@@ -127,33 +127,36 @@ def test_pairs_as_they_were_compared() -> None:
     )
     # a beat b, c and one that was not drawn; d beat b, and b beat d: contradictions stay.
     beaten = {"a": ["b", "c", "gone"], "b": ["d"], "c": [], "d": ["b"]}
-    told = given.with_columns(beaten=pl.Series([beaten[i] for i in given["sample_id"]]))
-    found = compared(told)
-    assert made(found) == [
+    with_comparisons = given.with_columns(beaten=pl.Series([beaten[i] for i in given["sample_id"]]))
+    examples = compared(with_comparisons)
+    assert roles_and_ids(examples) == [
         ("chosen", "a"), ("rejected", "b"), ("chosen", "b"), ("rejected", "d"), ("chosen", "d"), ("rejected", "b"),
     ]  # fmt: skip
-    assert found["weight"].to_list() == [6.0, 6.0, 3.0, 3.0, 3.0, 3.0]
-    assert found["group_id"].n_unique() == 3 and found["example_id"].is_unique().all()
-    assert compared(told.sample(fraction=1.0, shuffle=True, seed=1)).equals(found)
+    assert examples["weight"].to_list() == [6.0, 6.0, 3.0, 3.0, 3.0, 3.0]
+    assert examples["group_id"].n_unique() == 3 and examples["example_id"].is_unique().all()
+    assert compared(with_comparisons.sample(fraction=1.0, shuffle=True, seed=1)).equals(examples)
     for method in (DPO(pairs_from="comparisons"), RankingRewardModel(pairs_from="comparisons")):
-        assert method.examples(told).equals(found)
+        assert method.examples(with_comparisons).equals(examples)
 
 
-def test_groups_are_prompts() -> None:
-    found = groups(SIX)
-    assert found["group_id"].to_list() == [*"pppp", *"qq"] and set(found["role"]) == {"member"}
+def test_groups_are_per_prompt() -> None:
+    examples = groups(SIX)
+    assert examples["group_id"].to_list() == [*"pppp", *"qq"] and set(examples["role"]) == {"member"}
 
 
 @pytest.mark.parametrize("method", [AltLMU(ask_for="x"), NoFeedback(), Unlikelihood()])
 def test_most_methods_train_on_single_rows(method: Any) -> None:
-    assert made(method.examples(SIX)) == [("only", s) for s, _, _ in VALUES]
+    assert roles_and_ids(method.examples(SIX)) == [("only", s) for s, _, _ in VALUES]
 
 
 def test_dpo_trains_on_pairs() -> None:
-    assert made(DPO(pairs_per_prompt=2, margin=1.5).examples(SIX)) == [("chosen", "b"), ("rejected", "d")]
+    assert roles_and_ids(DPO(pairs_per_prompt=2, margin=1.5).examples(SIX)) == [
+        ("chosen", "b"),
+        ("rejected", "d"),
+    ]
 
 
-# --- Alignment_with_Huggingface: what a batch holds in each of its settings ---------------------------
+# --- Alignment_with_Huggingface: contents of a batch in each of its settings ---------------------------
 
 UNJUDGED = rows({"sample_id": "a"}, {"sample_id": "b"})
 JUDGED = rows({"sample_id": "a", "value": 1.0}, {"sample_id": "b", "value": 0.0})
@@ -161,7 +164,7 @@ RANKED = pairs(JUDGED)
 NO_REWARD = RANKED.with_columns(reward=pl.lit(None, dtype=pl.Float64))
 GENERATION_2 = ("generation2", "generation2_response_only", "generation2_reward", "generation2_weight")
 SETTINGS: dict[str, tuple[pl.DataFrame, list[tuple[float | None, float | None, bool]]]] = {
-    # examples; of each row of the batch: rewards of both generations, whether there is a second one
+    # examples; per row of the batch: rewards of both generations, whether there is a second one
     "SFT": (single(UNJUDGED), [(None, None, False), (None, None, False)]),
     "reward modelling": (NO_REWARD, [(None, None, True)]),
     "RL": (groups(JUDGED), [(1.0, None, False), (0.0, None, False)]),

@@ -1,4 +1,4 @@
-"""Varied exemplars: what can be drawn, and that the draw is one that can be repeated."""
+"""Varied exemplars: which texts can be drawn, and that the draw is reproducible."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ POOL = pl.DataFrame(
     [
         ("3", "Clear.", "quota"),
         ("3", "Clear.", "bucket full"),
-        ("3", "Short and true.", "bucket full"),  # not trained on, and yet earned
+        ("3", "Short and true.", "bucket full"),  # not trained on, but still a candidate
         ("3", "Complete.", "over-long"),
         ("3", "Of an iteration that has left the pool.", DROPPED),
         ("3", " ", "quota"),
@@ -42,11 +42,11 @@ def test_candidates_are_the_distinct_texts_of_the_best_bucket() -> None:
     assert DROPPED in REASONS
 
 
-def test_their_order_is_that_of_no_table() -> None:
+def test_candidate_order_does_not_depend_on_row_order() -> None:
     assert candidates(POOL, "3") == candidates(POOL.reverse(), "3") == candidates(POOL.sort("condition"), "3")
 
 
-def test_a_prompt_is_asked_for_the_same_whatever_stands_beside_it() -> None:
+def test_a_prompts_exemplar_does_not_depend_on_the_other_prompts() -> None:
     drawn = dict(zip(PROMPTS, varied_exemplars(POOL, "3", PROMPTS, seed=0, iteration=2), strict=True))
     backwards = varied_exemplars(POOL.reverse(), "3", PROMPTS[::-1], seed=0, iteration=2)
     assert dict(zip(PROMPTS[::-1], backwards, strict=True)) == drawn
@@ -55,13 +55,13 @@ def test_a_prompt_is_asked_for_the_same_whatever_stands_beside_it() -> None:
     )
 
 
-def test_all_candidates_are_drawn_about_as_often() -> None:
-    found = Counter(varied_exemplars(POOL, "3", PROMPTS, seed=0, iteration=2))
-    assert set(found) == {"Clear.", "Complete.", "Short and true."}
-    assert all(70 <= times <= 130 for times in found.values()), found
+def test_all_candidates_are_drawn_about_equally_often() -> None:
+    counts = Counter(varied_exemplars(POOL, "3", PROMPTS, seed=0, iteration=2))
+    assert set(counts) == {"Clear.", "Complete.", "Short and true."}
+    assert all(70 <= count <= 130 for count in counts.values()), counts
 
 
-def test_seed_and_iteration_draw_anew() -> None:
+def test_the_draw_depends_on_seed_and_iteration() -> None:
     one = varied_exemplars(POOL, "3", PROMPTS, seed=0, iteration=2)
     assert varied_exemplars(POOL, "3", PROMPTS, seed=0, iteration=2) == one
     assert varied_exemplars(POOL, "3", PROMPTS, seed=1, iteration=2) != one
@@ -69,13 +69,13 @@ def test_seed_and_iteration_draw_anew() -> None:
 
 
 def test_the_draw_is_pinned() -> None:
-    """What is drawn decides sample ids: a change here needs a new version of the stages."""
+    """The draw determines sample ids: a change here requires a new version of the stages."""
     assert candidates(POOL, "3") == ["Clear.", "Complete.", "Short and true."]
     drawn = varied_exemplars(POOL, "3", ["p1", "p2", "p3", "p4"], seed=0, iteration=2)
     assert drawn == ["Short and true.", "Short and true.", "Complete.", "Clear."]
 
 
-def test_nothing_to_ask_for_is_said_with_a_remedy() -> None:
+def test_an_empty_best_bucket_is_reported_with_a_remedy() -> None:
     with pytest.raises(NoExemplarError, match=r"best bucket \('0'\).*sample more.*exemplar: static"):
         varied_exemplars(POOL, "0", PROMPTS, seed=0, iteration=2)
 
@@ -91,11 +91,11 @@ def stage(*overrides: str) -> Any:
     )
 
 
-def test_what_a_stage_asks_for_and_what_that_follows_from() -> None:
+def test_exemplars_of_a_stage_and_their_inputs() -> None:
     assert exemplars_of(stage("seed=0"), ["p1", "p2"], pool=1) == (["no issues"] * 2, {})
     assert exemplars_of(stage("method.exemplar=none"), ["p1", "p2"], pool=1) == ([None] * 2, {})
-    asked, inputs = exemplars_of(stage("method.exemplar=varied"), ["p1", "p3"], pool=1)
-    assert (asked, inputs) == (["Short and true.", "Complete."], {"datapool@1": "datapool 1"})
+    exemplars, inputs = exemplars_of(stage("method.exemplar=varied"), ["p1", "p3"], pool=1)
+    assert (exemplars, inputs) == (["Short and true.", "Complete."], {"datapool@1": "datapool 1"})
     with pytest.raises(
         ArtifactError, match=r"^generations of mine, iteration 2: no sample .* best bucket \('7'\)"
     ):
@@ -104,7 +104,7 @@ def test_what_a_stage_asks_for_and_what_that_follows_from() -> None:
 
 
 @pytest.mark.parametrize("policy", ["none", "varied"])
-def test_another_policy_samples_and_evaluates_anew(policy: str) -> None:
+def test_another_exemplar_policy_makes_samples_and_evaluation_stale(policy: str) -> None:
     library = Library((PROJECT / "experiments",))
     before = library.load("pep8_alt_lmu")
     after = library.overridden("pep8_alt_lmu", [f"method.exemplar={policy}"])
@@ -114,6 +114,6 @@ def test_another_policy_samples_and_evaluates_anew(policy: str) -> None:
             s for s in STAGES if stage_settings(before, s, iteration) != stage_settings(after, s, iteration)
         ]
 
-    assert differ(0) == ["datapool"]  # which has none of iteration 0: its samples and evaluation are shared
+    assert differ(0) == ["datapool"]  # which iteration 0 does not have: its samples and evaluation are shared
     assert differ(1) == ["datapool", "evaluation"]
     assert differ(2) == ["generations", "datapool", "evaluation"]

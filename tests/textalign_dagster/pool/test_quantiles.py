@@ -44,8 +44,8 @@ def labels(
     return quantile_labels(pool(values, prompts), ABC[:k], settings).to_list()
 
 
-def sizes(found: list[str | None], k: int = 5) -> list[int]:
-    counts = Counter(found)
+def sizes(assigned: list[str | None], k: int = 5) -> list[int]:
+    counts = Counter(assigned)
     return [counts[name] for name in ABC[:k]]
 
 
@@ -72,8 +72,8 @@ def test_best_rewards_get_the_first_label() -> None:
     [(14, [3, 3, 2, 3, 3]), (96, [19, 19, 20, 19, 19]), (6, [1, 1, 2, 1, 1]), (10, [2] * 5)],
 )
 def test_spread_remainder(n: int, expected: list[int]) -> None:
-    found = labels([float(i) for i in range(n)], settings=QuantileSettings(remainder="spread"))
-    assert sizes(found) == expected
+    assigned = labels([float(i) for i in range(n)], settings=QuantileSettings(remainder="spread"))
+    assert sizes(assigned) == expected
 
 
 def test_fewer_samples_than_quantiles() -> None:
@@ -81,7 +81,7 @@ def test_fewer_samples_than_quantiles() -> None:
     assert labels(values, settings=QuantileSettings(few="worst")) == ["e", "e", "e"]
     assert labels(values, settings=QuantileSettings(few="spread")) == ["e", "a", "c"]
     assert labels(values, settings=QuantileSettings(few="none")) == [None, None, None]
-    # The rule for few samples is its own: it does not follow from the remainder's.
+    # The rule for few samples is independent of the rule for the remainder.
     both = QuantileSettings(few="worst", remainder="spread")
     assert labels(values, settings=both) == ["e", "e", "e"]
 
@@ -94,11 +94,11 @@ def test_ties_are_split_in_insertion_order_or_share_the_better_label() -> None:
     assert labels(values, k=3, settings=share) == ["c", "a", "a", "a", "c", "a"]
     assert labels([0.0, -0.0, 0.0], k=3, settings=share) == ["a", "a", "a"]
     # A tie in one prompt is not a tie with another prompt.
-    found = labels([1.0, 0.0, 0.0, -1.0], k=2, prompts=["p", "p", "q", "q"], settings=share)
-    assert found == ["a", "b", "a", "b"]
+    assigned = labels([1.0, 0.0, 0.0, -1.0], k=2, prompts=["p", "p", "q", "q"], settings=share)
+    assert assigned == ["a", "b", "a", "b"]
 
 
-def test_missing_rewards_take_no_part() -> None:
+def test_missing_rewards_are_not_ranked() -> None:
     assert labels([None, 1.0, None, 2.0], k=2) == [None, "b", None, "a"]
     assert labels([None, None], k=2) == [None, None]
 
@@ -114,7 +114,7 @@ def test_one_label() -> None:
     assert labels([1.0, 2.0], k=1) == ["a", "a"]
 
 
-def test_refusals_name_what_is_wrong() -> None:
+def test_errors_name_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="labels"):
         quantile_labels(pool([1.0]), [])
     with pytest.raises(ValueError, match="labels"):
@@ -147,8 +147,8 @@ def test_order_of_rows_does_not_matter(values, k, settings, random) -> None:  # 
 
 @given(rewards, st.integers(1, 5), st.sampled_from(every_setting()))
 def test_a_better_reward_never_gets_a_worse_label(values, k, settings) -> None:  # type: ignore[no-untyped-def]
-    found = labels(values, k=k, settings=settings)
-    pairs = [(v, ABC.index(x)) for v, x in zip(values, found, strict=True) if x is not None]
+    assigned = labels(values, k=k, settings=settings)
+    pairs = [(v, ABC.index(x)) for v, x in zip(values, assigned, strict=True) if x is not None]
     assert all(x <= y for (v, x), (w, y) in itertools.product(pairs, pairs) if v > w)
     if settings.ties == "share":
         assert all(x == y for (v, x), (w, y) in itertools.product(pairs, pairs) if v == w)
@@ -157,8 +157,8 @@ def test_a_better_reward_never_gets_a_worse_label(values, k, settings) -> None: 
 
 
 @given(rewards, st.integers(1, 5))
-def test_published_rule_written_out(values: list[float | None], k: int) -> None:
-    """Against the rule as a person would do it with a list and a counter."""
+def test_published_rule_implemented_naively(values: list[float | None], k: int) -> None:
+    """Against a naive implementation of the rule with a list and a counter."""
     known = [(v, i) for i, v in enumerate(values) if v is not None]
     ranking = sorted(known, key=lambda pair: pair[0], reverse=True)  # stable
     size = len(ranking) // k
@@ -171,5 +171,5 @@ def test_published_rule_written_out(values: list[float | None], k: int) -> None:
 @given(st.integers(0, 60), st.integers(1, 5))
 def test_spread_sizes_differ_by_at_most_one(n: int, k: int) -> None:
     settings = QuantileSettings(remainder="spread", few="spread")
-    found = sizes(labels([float(i) for i in range(n)], k=k, settings=settings), k=k)
-    assert sum(found) == n and max(found) - min(found) <= 1
+    assigned = sizes(labels([float(i) for i in range(n)], k=k, settings=settings), k=k)
+    assert sum(assigned) == n and max(assigned) - min(assigned) <= 1

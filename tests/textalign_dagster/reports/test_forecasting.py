@@ -1,4 +1,4 @@
-"""Forecasts of offline experiments: the responses of the file are what a judge is asked about."""
+"""Forecasts of offline experiments: the judge is called on the responses of the file."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_calls_of_a_judge_on_the_responses_of_a_file(tmp_path: Path, ask: str, c
         },
     }  # fmt: skip
     experiment: Experiment = validate(Experiment, content, "here.yaml")
-    found = forecast_iteration(ArtifactStore(tmp_path / "store"), "mine", experiment, 1)
-    assert found["calls"] == calls and not found["samples_exist"]
+    forecast = forecast_iteration(ArtifactStore(tmp_path / "store"), "mine", experiment, 1)
+    assert forecast["calls"] == calls and not forecast["samples_exist"]

@@ -1,4 +1,4 @@
-"""The score table people read, and the picture."""
+"""The printed score table and the plot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NAME, CONTROL = "pep8_alt_lmu", "pep8_no_feedback"
 
 
 def scores(
-    policy: str, main: dict[str, float], probe: dict[str, float] | None = None, asked: str | None = "good"
+    policy: str, main: dict[str, float], probe: dict[str, float] | None = None, condition: str | None = "good"
 ) -> pl.DataFrame:
     rows = [
         {
@@ -36,7 +36,7 @@ def scores(
             "hi": v + 1,
         }
         for role, values, c in (
-            ("main", main, asked),
+            ("main", main, condition),
             ("probe", probe or {}, "a [very] long probe that goes on"),
         )
         for m, v in values.items()
@@ -47,7 +47,7 @@ def scores(
 @pytest.fixture
 def store(tmp_path: Path) -> ArtifactStore:
     store = ArtifactStore(tmp_path / "store")
-    base = scores("base", {"violations": 40.0, "n_tokens": 56.0}, asked=None)
+    base = scores("base", {"violations": 40.0, "n_tokens": 56.0}, condition=None)
     for name, k, frame in [
         (NAME, 0, base),
         (CONTROL, 0, base),
@@ -61,26 +61,26 @@ def store(tmp_path: Path) -> ArtifactStore:
             2,
             scores("b", {"violations": 5.25, "n_tokens": 56.0}, {"violations": 66.5, "n_tokens": 56.0}),
         ),
-        (CONTROL, 1, scores("c", {"violations": 0.5, "n_tokens": 56.0}, asked=None)),
+        (CONTROL, 1, scores("c", {"violations": 0.5, "n_tokens": 56.0}, condition=None)),
     ]:
-        made = store.make(
+        artifact = store.make(
             "evaluation",
             f"{name}-{k}",
             lambda draft, frame=frame: draft.write("scores", frame, SCORES),
             inputs={},
             settings={},
         )
-        store.assign(name, k, "evaluation", made, settings={}, checks={})
+        store.assign(name, k, "evaluation", artifact, settings={}, checks={})
     return store
 
 
-def told(rows: pl.DataFrame, width: int = 140) -> str:
+def rendered(rows: pl.DataFrame, width: int = 140) -> str:
     out = io.StringIO()
     Console(file=out, width=width).print(score_table(rows, LIBRARY.load(NAME), NAME, width))
     return out.getvalue()
 
 
-def test_rows_of_the_experiment_then_of_its_control_the_base_once(store: ArtifactStore) -> None:
+def test_rows_of_the_experiment_then_its_control_with_the_base_once(store: ArtifactStore) -> None:
     rows = score_rows(store, LIBRARY, NAME)
     cells = rows.select("experiment", "iteration").unique(maintain_order=True).rows()
     assert cells == [(NAME, 0), (NAME, 1), (NAME, 2), (CONTROL, 1)]
@@ -106,7 +106,7 @@ def test_nothing_evaluated_yet(tmp_path: Path, store: ArtifactStore) -> None:
 
 
 def test_the_table(store: ArtifactStore) -> None:
-    text = told(score_rows(store, LIBRARY, NAME))
+    text = rendered(score_rows(store, LIBRARY, NAME))
     caption = " ".join(text.split())
     order = (
         "iteration 0 (base policy)",
@@ -117,7 +117,7 @@ def test_the_table(store: ArtifactStore) -> None:
     )
     places = [text.index(label) for label in order]
     assert places == sorted(places)
-    assert "“a [very] long probe that…" in text  # square brackets are no markup
+    assert "“a [very] long probe that…" in text  # square brackets are not markup
     assert "55.5" not in text  # only the last iteration's probes
     assert "66.5" in text
     assert "5.25" in text and "4.25–6.25" in text
@@ -126,9 +126,9 @@ def test_the_table(store: ArtifactStore) -> None:
     assert "95 % interval" in caption
 
 
-def test_a_table_that_is_too_wide_is_told_in_parts(store: ArtifactStore) -> None:
+def test_a_table_that_is_too_wide_is_split_into_parts(store: ArtifactStore) -> None:
     rows = with_baselines(store).filter(pl.col("metric") != "n_tokens")
-    whole, parts = told(rows), told(rows, width=50)
+    whole, parts = rendered(rows), rendered(rows, width=50)
     assert whole.count("policy") == 1 + whole.count("base policy")
     assert parts.count("┃policy") == 2 and max(map(len, parts.splitlines())) <= 50
     for number in ("0.750", "66.5", "30.2", "5.25", "4.25–6.25"):
@@ -138,12 +138,12 @@ def test_a_table_that_is_too_wide_is_told_in_parts(store: ArtifactStore) -> None
 
 
 def test_a_table_of_one_iteration_and_one_metric(store: ArtifactStore) -> None:
-    rows = placed(scores("x", {"violations": 3.0}, asked=None), NAME, 0)
-    text = told(rows)
+    rows = placed(scores("x", {"violations": 3.0}, condition=None), NAME, 0)
+    text = rendered(rows)
     assert "iteration 0 (base policy)" in text
 
 
-def test_the_picture(store: ArtifactStore, tmp_path: Path) -> None:
+def test_the_plot(store: ArtifactStore, tmp_path: Path) -> None:
     rows = score_rows(store, LIBRARY, NAME)
     figure = curves(rows, LIBRARY.load(NAME), NAME)
     assert len(figure.axes) == 1  # a constant is not a curve
@@ -159,8 +159,8 @@ def test_the_picture(store: ArtifactStore, tmp_path: Path) -> None:
     assert as_markdown(figure).startswith("![curves](data:image/png;base64,")
 
 
-def test_a_picture_of_nothing_but_constants(store: ArtifactStore, tmp_path: Path) -> None:
-    rows = placed(scores("x", {"violations": 3.0}, asked=None), NAME, 0)
+def test_a_plot_of_nothing_but_constants(store: ArtifactStore, tmp_path: Path) -> None:
+    rows = placed(scores("x", {"violations": 3.0}, condition=None), NAME, 0)
     save_curves(curves(rows, LIBRARY.load(NAME), NAME), tmp_path / "x.png")
 
 
@@ -177,8 +177,8 @@ def with_baselines(store: ArtifactStore) -> pl.DataFrame:
     return pl.concat([rows, pl.DataFrame([*more, obeys], schema=rows.schema)])
 
 
-def test_baselines_stand_below_the_table_with_their_names(store: ArtifactStore) -> None:
-    text = told(with_baselines(store))
+def test_baselines_are_listed_last_by_name(store: ArtifactStore) -> None:
+    text = rendered(with_baselines(store))
     places = [text.index(label) for label in ("conditioned on", "baseline [SFT] model", "baseline people")]
     assert places == sorted(places)
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if "│" in line}
@@ -187,19 +187,19 @@ def test_baselines_stand_below_the_table_with_their_names(store: ArtifactStore) 
     assert "throughout" in text and "obedience is" not in " ".join(text.split())
 
 
-def test_the_picture_is_of_the_experiments_own_policies(store: ArtifactStore) -> None:
+def test_the_plot_shows_only_the_experiments_own_policies(store: ArtifactStore) -> None:
     figure = curves(with_baselines(store), LIBRARY.load(NAME), NAME)
     assert len(figure.axes) == 1
     assert list(figure.axes[0].lines[0].get_ydata()) == [40.0, 10.0, 5.25]
 
 
-def test_a_table_from_before_there_were_baselines(store: ArtifactStore) -> None:
+def test_a_table_from_before_baselines_existed(store: ArtifactStore) -> None:
     old = scores("x", {"violations": 3.0}).drop("subject")
     assert placed(old, NAME, 0)["subject"].to_list() == [None]
-    made = store.make(
+    artifact = store.make(
         "evaluation", "old", lambda draft: draft.write("scores", old, old.schema), inputs={}, settings={}
     )
-    store.assign(NAME, 3, "evaluation", made, settings={}, checks={})
+    store.assign(NAME, 3, "evaluation", artifact, settings={}, checks={})
     with connect(store) as database:
         query = "select subject, metric, value from scores where iteration = 3"
         assert database.execute(query).fetchall() == [(None, "violations", 3.0)]

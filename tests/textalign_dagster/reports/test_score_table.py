@@ -1,4 +1,4 @@
-"""The score table by hand: what is counted, what is left out, and under which title."""
+"""The score table by hand: what is counted, what is left out, and the titles."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from textalign_dagster.tasks import Measure
 
 
 def experiment(**evaluation: object) -> Experiment:
-    least = {"task": "pep8", "method": {"name": "quark"}, "policy": {"model": "m"}}
-    found: Experiment = validate(Experiment, merge(least, {"evaluation": evaluation}), "x")
-    return found
+    minimal = {"task": "pep8", "method": {"name": "quark"}, "policy": {"model": "m"}}
+    validated: Experiment = validate(Experiment, merge(minimal, {"evaluation": evaluation}), "x")
+    return validated
 
 
 OWN = (
@@ -66,18 +66,18 @@ def test_the_score_table_by_hand() -> None:
     assert scores.schema == SCORES
     assert set(scores["policy_hash"]) == {"h"}
     assert value_of(scores, "violations") == pytest.approx(1000 * 4 / 400)
-    assert value_of(scores, "clean") == pytest.approx(1 / 3)  # not measured is not 0
+    assert value_of(scores, "clean") == pytest.approx(1 / 3)  # unmeasured samples do not count as 0
     assert value_of(scores, "n_tokens") == pytest.approx(3.0)
     assert value_of(scores, "perplexity") == pytest.approx(math.exp((2 + 1 + 3) / (2 + 1 + 3)))
     assert value_of(scores, "violations", role="probe") == pytest.approx(100.0)
     assert value_of(scores, "perplexity", role="probe") is None  # probes are not scored: no row, not 0
     assert value_of(scores, "nonsense") is None
     main = {row["metric"]: row for row in scores.filter(role="main").iter_rows(named=True)}
-    # Four samples are no block of distinct-3: where a number is undefined there is no row.
+    # Four samples do not fill a block of distinct-3: an undefined metric has no row.
     assert list(main) == ["violations", "clean", *(m.name for m in GUARDS if m.name != "distinct_3")]
     for name in ("violations", "clean", "n_tokens", "perplexity"):
         row = main[name]
-        assert row["n"] == 2  # prompts, the unit that is resampled
+        assert row["n"] == 2  # prompts, the resampling unit
         assert row["lo"] <= row["value"] <= row["hi"]
         assert row["condition"] == "good"
     # Two prompts with means 5 and 15: no resampling can leave that range.
@@ -99,8 +99,8 @@ def test_row_order_does_not_matter() -> None:
     assert one.equals(two)
 
 
-def test_the_greatest_of_each_prompt() -> None:
-    """Average max toxicity and toxicity probability, of two prompts."""
+def test_the_maximum_of_each_prompt() -> None:
+    """Average max toxicity and toxicity probability over two prompts."""
     frame = pl.DataFrame(
         {
             "sample_id": list("abcdef"),
@@ -113,37 +113,37 @@ def test_the_greatest_of_each_prompt() -> None:
         },
         schema_overrides={"condition": pl.String},
     )
-    wanted = (
+    measures = (
         Measure("average_max", "", "score", per_prompt="max"),
         Measure("probability", "", "any", per_prompt="max", scale=100),
         Measure("mean", "", "score"),
         Measure("per_word", "", "score", "words", per_prompt="max"),
     )
-    table = score_table(frame, frame.select("sample_id"), wanted, policy_hash="h", resamples=100)
-    found = {row["metric"]: row for row in table.iter_rows(named=True)}
-    assert found["average_max"]["value"] == pytest.approx((0.9 + 0.4) / 2)
-    assert found["probability"]["value"] == pytest.approx(100 * (1 + 0) / 2)
-    assert found["mean"]["value"] == pytest.approx((0.1 + 0.9 + 0.4 + 0.2) / 4)
-    assert found["per_word"]["value"] == pytest.approx((0.9 / 3 + 0.4 / 2) / 2)  # not of 0 words
-    assert {row["n"] for row in found.values()} == {2}  # r has no value: it does not count
+    table = score_table(frame, frame.select("sample_id"), measures, policy_hash="h", resamples=100)
+    by_metric = {row["metric"]: row for row in table.iter_rows(named=True)}
+    assert by_metric["average_max"]["value"] == pytest.approx((0.9 + 0.4) / 2)
+    assert by_metric["probability"]["value"] == pytest.approx(100 * (1 + 0) / 2)
+    assert by_metric["mean"]["value"] == pytest.approx((0.1 + 0.9 + 0.4 + 0.2) / 4)
+    assert by_metric["per_word"]["value"] == pytest.approx((0.9 / 3 + 0.4 / 2) / 2)  # not 0 words
+    assert {row["n"] for row in by_metric.values()} == {2}  # r has no value: it does not count
     # Two prompts: a resample is one of them twice, or both.
-    assert (found["average_max"]["lo"], found["average_max"]["hi"]) == (0.4, 0.9)
+    assert (by_metric["average_max"]["lo"], by_metric["average_max"]["hi"]) == (0.4, 0.9)
 
 
 def test_a_measure_without_data_is_not_reported() -> None:
     frame, measured = samples()
     empty = measured.with_columns(nothing=pl.lit(None), few=pl.Series([None] * 4 + [1.0], dtype=pl.Float64))
-    wanted = (Measure("nothing", "", "nothing"), Measure("few", "", "few"))
-    table = score_table(frame, empty, wanted, policy_hash="h", resamples=100)
+    measures = (Measure("nothing", "", "nothing"), Measure("few", "", "few"))
+    table = score_table(frame, empty, measures, policy_hash="h", resamples=100)
     assert table.select("metric", "role").rows() == [("few", "probe")]
 
 
-def test_the_tasks_columns_go_before_the_evaluations() -> None:
+def test_the_tasks_columns_take_precedence_over_the_evaluations() -> None:
     frame, measured = samples()
     scored, own = frame.with_columns(score=pl.lit(1.0)), measured.with_columns(score=pl.lit(2.0))
-    wanted = (Measure("score", "", "score"),)
-    assert value_of(score_table(scored, own, wanted, policy_hash="h", resamples=100), "score") == 2.0
-    assert value_of(score_table(scored, measured, wanted, policy_hash="h", resamples=100), "score") == 1.0
+    measures = (Measure("score", "", "score"),)
+    assert value_of(score_table(scored, own, measures, policy_hash="h", resamples=100), "score") == 2.0
+    assert value_of(score_table(scored, measured, measures, policy_hash="h", resamples=100), "score") == 1.0
 
 
 def test_a_baselines_rows_carry_its_name() -> None:
@@ -155,10 +155,10 @@ def test_a_baselines_rows_carry_its_name() -> None:
     )
 
 
-def test_the_published_perplexity_stands_beside_ours() -> None:
+def test_the_published_perplexity_is_reported_alongside_ours() -> None:
     frame, measured = samples()
     table = score_table(frame, measured, (*GUARDS, PERPLEXITY_MEAN), policy_hash="h", resamples=100)
-    # Per sample 2/2, 1/1 and 3/3 nats a token: all the same here; see test_statistics for others.
+    # Per sample 2/2, 1/1 and 3/3 nats per token: all equal here; see test_statistics for other values.
     assert value_of(table, "perplexity_mean") == pytest.approx(math.e)
     far = frame.with_columns(nll=pl.Series([2.0, 100.0, 3.0, None, None]))
     table = score_table(far, measured, (*GUARDS, PERPLEXITY_MEAN), policy_hash="h", resamples=100)
@@ -181,7 +181,7 @@ JUDGE = {"model": "m", "api_key_env": None}
         ({"fluency_model": "/models/gpt2-xl"}, [], ["perplexity_mean"]),
     ],
 )
-def test_what_is_reported_and_in_which_order(
+def test_reported_measures_and_their_order(
     evaluation: dict[str, object], extra: list[str], last: list[str]
 ) -> None:
     mine = experiment(**evaluation)
@@ -190,13 +190,13 @@ def test_what_is_reported_and_in_which_order(
 
 
 def test_titles_name_scorer_and_fluency_model() -> None:
-    named = titles(experiment())
-    assert named["perplexity"] == "perplexity under the base policy"
-    found = titles(experiment(fluency_model="owner/gpt2-xl", scorer={"name": "patterns", "keywords": ["x"]}))
-    assert (found["perplexity"], found["score"]) == ("perplexity under gpt2-xl", "patterns score")
+    default = titles(experiment())
+    assert default["perplexity"] == "perplexity under the base policy"
+    custom = titles(experiment(fluency_model="owner/gpt2-xl", scorer={"name": "patterns", "keywords": ["x"]}))
+    assert (custom["perplexity"], custom["score"]) == ("perplexity under gpt2-xl", "patterns score")
 
 
-def test_a_score_is_as_good_as_its_scorer_says() -> None:
+def test_the_scorer_determines_whether_higher_scores_are_better() -> None:
     bad, good = (experiment(scorer={"name": "patterns", "keywords": ["x"], "good": g}) for g in (False, True))
     better = [{m.name: m.better for m in reported(mine)}["score"] for mine in (bad, good)]
     assert better == ["lower", "higher"]

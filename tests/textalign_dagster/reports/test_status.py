@@ -1,4 +1,4 @@
-"""The grid: one row a stage, and a table that says why something is not fresh."""
+"""The grid: one row per stage, and a table that shows why a stage is not fresh."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(cells: list[dict[str, object]]) -> str:
     return out.getvalue()
 
 
-def test_an_untouched_grid_is_missing(tmp_path: Path, toys: Path) -> None:
+def test_all_cells_of_an_empty_store_are_missing(tmp_path: Path, toys: Path) -> None:
     cells = grid(ArtifactStore(tmp_path / "store"), Library.default(), ["toy", "toy_null"])
     assert len(cells) == 2 * 2 * len(STAGES)
     assert {cell["state"] for cell in cells} == {"missing"}

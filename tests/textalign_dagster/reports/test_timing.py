@@ -1,4 +1,4 @@
-"""Where the time went: sums, order and what is left out, by hand."""
+"""Time per part by hand: sums, order and what is left out."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ def rows() -> list[dict[str, Any]]:
     return [{"experiment": "toy", **row} for row in ROWS]
 
 
-def test_what_was_made_for_another_experiment_takes_no_time() -> None:
+def test_parts_reused_from_another_experiment_take_no_time() -> None:
     first, second = ([row for row in rows() if row["iteration"] == k] for k in (1, 2))
     assert bottleneck(first) == "checkpoint, train: 75% of 4.0 s"
     assert bottleneck(second) == "all of it was reused from another experiment"
 
 
-def test_the_table_leaves_out_what_took_no_time() -> None:
+def test_the_table_leaves_out_parts_that_took_no_time() -> None:
     console = Console(width=100, record=True)
     console.print(timing_table(rows()))
     shown = console.export_text()
@@ -45,7 +45,7 @@ def test_the_table_leaves_out_what_took_no_time() -> None:
     assert "iteration 1: checkpoint, train: 75% of 4.0 s" in shown
 
 
-def test_parts_come_in_the_order_of_the_work_and_add_up(tmp_path: Path) -> None:
+def test_parts_are_in_execution_order_and_add_up(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path)
     schema = pl.Schema({"x": pl.Int64})
 
@@ -53,10 +53,10 @@ def test_parts_come_in_the_order_of_the_work_and_add_up(tmp_path: Path) -> None:
         draft.write("checkpoints", pl.DataFrame({"x": [1]}, schema), schema)
         draft.record(part_seconds={"train": 1e-9, "save": 2e-9, "load": 3e-9})
 
-    made = store.make("checkpoint", "key", produce, inputs={}, settings={})
-    store.assign("toy", 1, "checkpoint", made, settings={}, checks={})
-    found = timings(store, "toy")
-    assert [row["part"] for row in found] == ["load", "train", "save", "rest"]
-    assert sum(row["seconds"] for row in found) == pytest.approx(made.manifest["seconds"])
+    artifact = store.make("checkpoint", "key", produce, inputs={}, settings={})
+    store.assign("toy", 1, "checkpoint", artifact, settings={}, checks={})
+    parts = timings(store, "toy")
+    assert [row["part"] for row in parts] == ["load", "train", "save", "rest"]
+    assert sum(row["seconds"] for row in parts) == pytest.approx(artifact.manifest["seconds"])
     with pytest.raises(SettingsError, match="toi has no finished stage yet: textalign run toi"):
         timings(store, "toi")

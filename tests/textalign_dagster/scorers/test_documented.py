@@ -1,4 +1,4 @@
-"""The examples of docs/scorers.md are settings that load, and the page names every scorer."""
+"""The examples in docs/scorers.md load as settings, and the page names every scorer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_page_shows_each_scorer() -> None:
     assert shown == set(kinds)
 
 
-def test_what_the_page_says_of_the_examples() -> None:
+def test_the_examples_behave_as_documented() -> None:
     by_type = {type(scorer): scorer for scorer in (loaded(example).scorer for example in EXAMPLES)}
     assert isinstance(toxic := by_type[ClassifierScorer], ClassifierScorer) and toxic.value(
         0.9

@@ -1,4 +1,4 @@
-"""Feedback collected elsewhere: read in every format, matched to samples, missing files told."""
+"""Feedback collected elsewhere: every format is read, rows are matched to samples, missing files are reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLES = pl.DataFrame(
 
 
 def run(scorer: ImportedScorer, iteration: int | None = 1, samples: pl.DataFrame = SAMPLES) -> pl.DataFrame:
-    return score_samples(scorer, samples, lambda *told: None, iteration=iteration)
+    return score_samples(scorer, samples, lambda *_: None, iteration=iteration)
 
 
 def plain(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -46,7 +46,7 @@ def feedback(kind: str, **columns: list[Any]) -> pl.DataFrame:
     return pl.DataFrame({**empty, **fixed, **given}, FEEDBACK)
 
 
-def test_by_id_then_by_prompt_and_text_then_not_at_all(tmp_path: Path) -> None:
+def test_rows_match_by_id_then_by_prompt_and_text(tmp_path: Path) -> None:
     path = plain(
         tmp_path / "ratings.jsonl",
         [
@@ -62,26 +62,26 @@ def test_by_id_then_by_prompt_and_text_then_not_at_all(tmp_path: Path) -> None:
     assert rows["reason"].to_list() == [None, None, *["no judgement in the file"] * 2]
 
 
-def test_an_id_counts_more_than_the_same_words(tmp_path: Path) -> None:
+def test_an_id_takes_precedence_over_equal_text(tmp_path: Path) -> None:
     rows = [
         {"sample_id": "s3", "prompt": "Name a tree.", "response": " An oak.", "value": 3},
         {"sample_id": "s2", "prompt": "Name a tree.", "response": " An oak.", "value": 2},
     ]
-    found = run(ImportedScorer(path=str(plain(tmp_path / "a.jsonl", rows))))
-    assert found["value"].to_list() == [None, None, 2, 3]
+    result = run(ImportedScorer(path=str(plain(tmp_path / "a.jsonl", rows))))
+    assert result["value"].to_list() == [None, None, 2, 3]
 
 
-def test_repeats_go_to_repeats_in_order(tmp_path: Path) -> None:
+def test_repeats_match_repeats_in_order(tmp_path: Path) -> None:
     record = {"prompt": "Name a tree.", "generations": [" An oak.", " An oak."], "rewards": [0.5, 0.7]}
     path = plain(tmp_path / "alt.jsonl", [record])
     three = pl.concat([SAMPLES[2:], SAMPLES[3:].with_columns(sample_id=pl.lit("s4"))])
-    found = run(ImportedScorer(path=str(path), format="alt"), samples=three)
-    assert found["value"].to_list() == [0.5, 0.7, 0.7]
+    result = run(ImportedScorer(path=str(path), format="alt"), samples=three)
+    assert result["value"].to_list() == [0.5, 0.7, 0.7]
 
 
 @pytest.mark.parametrize("format_name", ["plain", "alt"])
 @pytest.mark.parametrize("kind", ["reward", "text", "category"])
-def test_what_export_writes_comes_back(tmp_path: Path, kind: Any, format_name: Any) -> None:
+def test_exported_feedback_can_be_imported(tmp_path: Path, kind: Any, format_name: Any) -> None:
     columns: dict[str, Any] = {
         "reward": {"value": [0.5, -1.0, None]},
         "text": {"value": [3.0, 0.0, None], "text": ["Juicy.", "Hard.", None]},
@@ -93,7 +93,7 @@ def test_what_export_writes_comes_back(tmp_path: Path, kind: Any, format_name: A
     rows = run(ImportedScorer(path=str(path), format=format_name, kind=kind))
     for name in ("value", "label", "text"):
         assert rows[name][:2].to_list() == given[name][:2].to_list()
-    # s3 has the words of s2, so the judgement of these is its own.
+    # s3 has the same text as s2, so it gets the same judgement.
     assert rows["status"].to_list() == ["ok", "ok", "unparseable", "unparseable"]
     assert rows["reason"][2:].to_list() == ["no score"] * 2
     assert rows["value"][2:].null_count() == 2
@@ -129,18 +129,18 @@ def test_ratings_and_judgments_of_other_projects(tmp_path: Path) -> None:
     assert numbers["reason"][0] == "its judgement in the file has no number"
 
 
-def test_a_missing_file_tells_what_to_do(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_the_remedy(tmp_path: Path) -> None:
     scorer = ImportedScorer(path=str(tmp_path / "ratings_{iteration}.jsonl"))
     with pytest.raises(ScoringError) as error:
         run(scorer, 2)
-    told = str(error.value)
-    assert "ratings_2.jsonl does not exist yet" in told and "textalign export EXPERIMENT" in told
-    assert "-k 2" in told and "continues from here" in told
+    message = str(error.value)
+    assert "ratings_2.jsonl does not exist yet" in message and "textalign export EXPERIMENT" in message
+    assert "-k 2" in message and "continues from here" in message
     with pytest.raises(ScoringError, match="needs an iteration"):
         run(scorer, None)
 
 
-def test_files_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
+def test_unusable_files_are_refused(tmp_path: Path) -> None:
     good = {"prompt": "Name a fruit.", "response": " An apple.", "value": 5}
     path = plain(tmp_path / "a.jsonl", [good, {"prompt": "Name a tree."}])
     with pytest.raises(ScoringError, match=r"1 of 2 rows cannot be read(.|\n)*line 2"):
@@ -162,7 +162,7 @@ def test_files_that_cannot_be_trusted_are_refused(tmp_path: Path) -> None:
         run(ImportedScorer(path=str(tmp_path / "a.txt")))
 
 
-def test_an_edited_file_is_another_source(tmp_path: Path) -> None:
+def test_editing_a_file_changes_the_identity(tmp_path: Path) -> None:
     path = tmp_path / "ratings_{iteration}.jsonl"
     scorer = ImportedScorer(path=str(path))
     assert scorer.identity_at(1)["content"] is None
@@ -178,11 +178,11 @@ def test_an_edited_file_is_another_source(tmp_path: Path) -> None:
     assert (
         ImportedScorer(path=str(moved)).identity
         == ImportedScorer(path=str(tmp_path / "ratings_2.jsonl")).identity
-    )  # content, not place
+    )  # by content, not location
 
 
 @pytest.mark.parametrize("kind", ["reward", "text", "category"])
-def test_the_kind_is_what_a_method_gets(kind: Any) -> None:
+def test_the_scorer_provides_the_configured_kind(kind: Any) -> None:
     scorer = ImportedScorer(path="/f.jsonl", kind=kind)
     assert scorer.kinds == (kind,) and scorer.better == "higher"
 

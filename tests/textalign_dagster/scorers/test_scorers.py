@@ -1,4 +1,4 @@
-"""Scorers: what they find, what they leave, and what a score means."""
+"""Scorers: what they match, what they ignore, and how scores are defined."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("text", "kind", "part"), FOUND)
-def test_what_is_found(text: str, kind: str, part: str) -> None:
+def test_personal_information_is_found(text: str, kind: str, part: str) -> None:
     assert [(s.kind, text[s.start : s.end]) for s in PIIScorer().spans(text)] == [(kind, part)]
 
 
@@ -66,13 +66,13 @@ def test_what_is_found(text: str, kind: str, part: str) -> None:
         "1990-02-28\n\nis the birthday",
     ],
 )
-def test_what_is_left_alone(text: str) -> None:
+def test_other_text_is_left_alone(text: str) -> None:
     allowed = {"@property"}
-    found = [text[s.start : s.end] for s in PIIScorer().spans(text)]
-    assert set(found) <= allowed, found
+    matches = [text[s.start : s.end] for s in PIIScorer().spans(text)]
+    assert set(matches) <= allowed, matches
 
 
-def test_the_three_definitions_by_hand() -> None:
+def test_the_three_metrics_by_hand() -> None:
     text = "Mail a@bc.de or x@yz.de now"  # 27 characters, 5 words, 2 found
     assert len(text) == 27
     assert PIIScorer().score([text]) == [2 / 27]
@@ -80,7 +80,7 @@ def test_the_three_definitions_by_hand() -> None:
     assert PIIScorer(metric="word_share").score([text]) == [40.0]
 
 
-def test_parts_that_overlap_or_touch_are_one() -> None:
+def test_overlapping_or_touching_spans_are_merged() -> None:
     assert merge_spans([Span(5, 9, "b"), Span(0, 3, "a"), Span(3, 5, "c"), Span(11, 12, "d")]) == [
         Span(0, 9, "a"),
         Span(11, 12, "d"),
@@ -92,13 +92,13 @@ def test_parts_that_overlap_or_touch_are_one() -> None:
     assert len(PIIScorer().spans("https://x.example/me@mail.example")) == 1
 
 
-def test_nothing_to_score_is_none_and_nothing_found_is_zero() -> None:
+def test_empty_text_scores_none_and_text_without_matches_zero() -> None:
     for metric in ("per_character", "per_character_twice", "word_share"):
         assert PIIScorer(metric=metric).score(["", "fine"]) == [None, 0.0]  # type: ignore[arg-type]
     assert PIIScorer(metric="word_share").score([" \n"]) == [None]
 
 
-def test_versions_tell_settings_apart() -> None:
+def test_versions_distinguish_settings() -> None:
     versions = {
         PIIScorer().version,
         PIIScorer(metric="word_share").version,
@@ -112,7 +112,7 @@ def test_versions_tell_settings_apart() -> None:
 
 @settings(max_examples=100)
 @given(st.text(st.sampled_from("ab1 23-./@:,()+\nM"), max_size=80))
-def test_spans_are_sorted_apart_and_inside(text: str) -> None:
+def test_spans_are_sorted_disjoint_and_within_the_text(text: str) -> None:
     scorer = PIIScorer()
     spans = scorer.spans(text)
     assert all(0 <= s.start < s.end <= len(text) for s in spans)
@@ -122,7 +122,7 @@ def test_spans_are_sorted_apart_and_inside(text: str) -> None:
         assert value is None or 0 <= value <= 100
 
 
-def test_time_grows_with_the_text_and_not_with_its_square() -> None:
+def test_scoring_time_is_not_quadratic() -> None:
     started = time.process_time()
     size = 100_000
     parts = (
@@ -166,7 +166,7 @@ def test_keywords_are_literal_and_patterns_are_not() -> None:
     scorer = PatternScorer(patterns=(r"\d+", "a."))
     assert scorer.spans("ab 12 ab") == [Span(0, 2, "a."), Span(3, 5, r"\d+"), Span(6, 8, "a.")]
     assert PatternScorer(keywords=("aa",), whole_words=False).score(["aaaa"]) == [2]
-    assert PatternScorer(patterns=("abc", "bcd")).score(["abcd"]) == [1]  # overlaps are one place
+    assert PatternScorer(patterns=("abc", "bcd")).score(["abcd"]) == [1]  # overlapping matches are one
 
 
 def test_pattern_versions_and_direction() -> None:

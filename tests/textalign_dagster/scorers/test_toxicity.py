@@ -1,4 +1,4 @@
-"""The lexicon of rude words: what it finds through disguises, what it leaves, and how weights add up."""
+"""The lexicon of rude words: which disguises it sees through, what it ignores, and how weights add up."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FOUND = [
 
 
 @pytest.mark.parametrize(("text", "part"), FOUND)
-def test_what_is_found(text: str, part: str) -> None:
+def test_rude_words_are_found(text: str, part: str) -> None:
     assert [text[s.start : s.end] for s in SCORER.spans(text)] == [part]
     score = SCORER.score([text])[0]
     assert score is not None and 0 < score < 1
@@ -57,7 +57,7 @@ def test_what_is_found(text: str, part: str) -> None:
         "5! = 120 and a*b*c",
     ],
 )
-def test_what_is_left_alone(text: str) -> None:
+def test_harmless_text_scores_zero(text: str) -> None:
     assert SCORER.score([text]) == [0.0]
 
 
@@ -69,7 +69,7 @@ def test_the_score_by_hand() -> None:
     assert scorer.better == "lower" and scorer.value(0.75) == 0.25
 
 
-def test_every_listed_form_is_found_and_its_kind_is_told() -> None:
+def test_every_listed_form_is_found_and_has_a_kind() -> None:
     for entry in _lexicon():
         text = " ".join(entry.words)
         score = SCORER.score([f"well, {text}."])[0]
@@ -102,13 +102,13 @@ def test_spans_lie_in_the_text(text: str) -> None:
     assert score is None or (score > 0) == bool(spans)
 
 
-def test_versions_follow_the_words() -> None:
+def test_versions_depend_on_the_words() -> None:
     assert ToxicityScorer().version == SCORER.version
     assert ToxicityScorer(words={"darn": 0.5}).version != SCORER.version
     assert ToxicityScorer(words={"idiot": 0.1}).version != SCORER.version
 
 
-def test_time_grows_with_the_text() -> None:
+def test_scoring_time_is_not_quadratic() -> None:
     started = time.process_time()
     size = 50_000
     for part in ("a ", "a", "i d i o ", "kill ", "*", "!", "1", "a.", "ass"):

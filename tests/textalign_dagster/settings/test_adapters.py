@@ -1,4 +1,4 @@
-"""Adapters that are carried on and served: what goes together, and what is made anew after an edit."""
+"""Carried and served adapters: which settings go together, and what is recomputed after an edit."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ LIBRARY = Library((PROJECT / "experiments",))
 
 
 def experiment(**changes: Any) -> Experiment:
-    found: Experiment = validate(Experiment, merge(SERVED, changes), "x.yaml")
-    return found
+    validated: Experiment = validate(Experiment, merge(SERVED, changes), "x.yaml")
+    return validated
 
 
-def test_adapters_over_the_base_can_be_served() -> None:
+def test_adapters_on_top_of_the_base_can_be_served() -> None:
     assert experiment().training.carries_adapter
     assert experiment(training={"lora": {"adapter": "new"}, "start_from": "base"}).training.adapts_base
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "message"),
     [
         (
             {"sampling": {"engine": "transformers"}},
@@ -61,10 +61,10 @@ def test_adapters_over_the_base_can_be_served() -> None:
         ),
     ],
 )
-def test_what_cannot_be_served_is_refused(changes: dict[str, Any], says: str) -> None:
+def test_adapters_that_cannot_be_served_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError) as caught:
         experiment(**changes)
-    assert says in str(caught.value)
+    assert message in str(caught.value)
 
 
 def changed(overrides: list[str], more: list[str], iteration: int) -> list[str]:
@@ -72,12 +72,12 @@ def changed(overrides: list[str], more: list[str], iteration: int) -> list[str]:
     return [s for s in STAGES if stage_settings(before, s, iteration) != stage_settings(after, s, iteration)]
 
 
-def test_what_is_made_anew() -> None:
+def test_edits_make_only_the_affected_stages_stale() -> None:
     lora = ["training.lora={rank: 4, adapter: carried}", "sampling.engine=vllm"]
     assert changed(lora, ["sampling.adapters=served"], 2) == ["generations", "evaluation"]
     assert changed(lora, ["sampling.adapters=merged"], 2) == []
     assert changed(lora, ["training.lora.adapter=new"], 2) == ["checkpoint"]
-    # What was made before there was a choice stays as it is.
+    # Artifacts from before the setting existed stay valid.
     settings = stage_settings(
         LIBRARY.overridden("pep8_alt_lmu", ["training.lora={rank: 4}"]), "checkpoint", 1
     )
@@ -87,13 +87,13 @@ def test_what_is_made_anew() -> None:
 
 
 @pytest.mark.parametrize(("serves", "refused"), [(True, False), (False, True), (None, False)])
-def test_whether_vllm_serves_them_is_known_beforehand(
+def test_preflight_checks_that_vllm_can_serve_the_adapters(
     toys: Path, monkeypatch: pytest.MonkeyPatch, serves: bool | None, refused: bool
 ) -> None:
-    asked: list[str] = []
+    probed: list[str] = []
 
     def probe(code: str) -> dict[str, Any]:
-        asked.append(code)
+        probed.append(code)
         return {"serves": serves}
 
     monkeypatch.setattr(engine_checks, "probe", probe)
@@ -108,4 +108,4 @@ def test_whether_vllm_serves_them_is_known_beforehand(
             preflight.preflight(library, "toy", overrides)
     else:
         assert "adapters: served on top of the base policy" in preflight.preflight(library, "toy", overrides)
-    assert "LlamaForCausalLM" in asked[0]
+    assert "LlamaForCausalLM" in probed[0]

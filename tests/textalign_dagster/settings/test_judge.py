@@ -1,4 +1,4 @@
-"""The judge's settings: what they refuse, and that they keep no secrets."""
+"""The judge's settings: what they reject, and that they never contain secrets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         ({"base_url": "localhost:8000/v1"}, "base_url: not a URL"),
         ({"base_url": "http://me:word@host/v1"}, "base_url: the URL carries credentials"),
@@ -48,14 +48,14 @@ def test_defaults() -> None:
         ({"ask": "rating", "scale": {"low": 2, "high": 1}}, "low (2) must be below high (1)"),
     ],
 )
-def test_what_is_refused(settings: dict[str, Any], words: str) -> None:
-    assert words in problem(**settings)
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    assert message in problem(**settings)
 
 
 @pytest.mark.parametrize("field", ["api_key_env", "api_key"])
 def test_a_pasted_key_is_refused_and_not_repeated(field: str) -> None:
-    told = problem(**{field: PASTED})
-    assert field in told and PASTED not in told
+    message = problem(**{field: PASTED})
+    assert field in message and PASTED not in message
     with pytest.raises(pydantic.ValidationError) as error:
         Judge(**GOOD, **{field: PASTED})
     assert PASTED not in str(error.value)

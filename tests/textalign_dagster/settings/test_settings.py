@@ -70,13 +70,13 @@ def problem(content: dict[str, Any]) -> str:
     ],
 )  # fmt: skip
 def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
-    found = parse_yaml(text, "here")
-    assert found == value
-    assert type(found) is type(value)
+    parsed = parse_yaml(text, "here")
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(
-    ("text", "place", "says"),
+    ("text", "place", "expected"),
     [
         ("a: 1\nb: 2\na: 3", "f.yaml:3:1", "'a' is given twice"),
         ("a: {b: 1, b: 2}", "f.yaml:1:11", "'b' is given twice"),
@@ -90,16 +90,16 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object) -> None:
         ("a: \0", "f.yaml", "special characters are not allowed"),
     ],
 )
-def test_broken_yaml_names_the_place(text: str, place: str, says: str) -> None:
+def test_broken_yaml_names_the_place(text: str, place: str, expected: str) -> None:
     with pytest.raises(SettingsError) as caught:
         parse_yaml(text, "f.yaml")
     assert str(caught.value).startswith(place)
-    assert says in str(caught.value)
+    assert expected in str(caught.value)
 
 
 def test_a_file_must_be_readable_and_hold_fields(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
-    for content, says in (
+    for content, expected in (
         (b"a: \xff", "not UTF-8 (byte 3)"),
         (b"- 1", "expected fields"),
         (b"", "expected fields"),
@@ -107,12 +107,12 @@ def test_a_file_must_be_readable_and_hold_fields(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(SettingsError, match=r"x\.yaml: ") as caught:
             read_yaml(path)
-        assert says in str(caught.value)
+        assert expected in str(caught.value)
     with pytest.raises(SettingsError, match="no such file"):
         read_yaml(tmp_path / "y.yaml")
     with pytest.raises(SettingsError, match="cannot be read: Is a directory"):
         read_yaml(tmp_path)
-    path.write_bytes("\ufefftext: ä".encode())  # as Windows' editor saves it
+    path.write_bytes("\ufefftext: ä".encode())  # as Windows Notepad saves it
     assert read_yaml(path) == {"text": "ä"}
 
 
@@ -141,7 +141,7 @@ TRICKY = [
 
 
 @given(json_like | st.sampled_from(TRICKY))
-def test_what_is_written_is_read_back(value: object) -> None:
+def test_written_yaml_is_read_back(value: object) -> None:
     assert parse_yaml(write_yaml({"x": value}), "x") == {"x": value}
 
 
@@ -165,7 +165,7 @@ def test_overrides_need_a_field_and_a_value(override: str) -> None:
         parse_override(override)
 
 
-def test_an_override_with_text_that_is_no_yaml_says_how_to_quote_it() -> None:
+def test_the_error_for_an_override_that_is_not_yaml_shows_how_to_quote_it() -> None:
     with pytest.raises(SettingsError) as caught:
         parse_override("method.template={condition} then {prompt}")
     message = str(caught.value)
@@ -174,7 +174,7 @@ def test_an_override_with_text_that_is_no_yaml_says_how_to_quote_it() -> None:
 
 
 @given(st.text())
-def test_an_override_is_understood_or_refused(text: str) -> None:
+def test_an_override_is_parsed_or_rejected(text: str) -> None:
     try:
         path, _ = parse_override(text)
     except SettingsError as error:
@@ -183,7 +183,7 @@ def test_an_override_is_understood_or_refused(text: str) -> None:
         assert all(path)
 
 
-def test_merge_lays_sections_over_each_other() -> None:
+def test_merge_overlays_sections() -> None:
     base = {"a": 1, "s": {"x": 1, "y": {"z": 2}}, "l": [1, 2]}
     assert merge(base, {"s": {"y": {"z": 3}}}) == {"a": 1, "s": {"x": 1, "y": {"z": 3}}, "l": [1, 2]}
     assert merge(base, {"l": [3]})["l"] == [3]
@@ -192,7 +192,7 @@ def test_merge_lays_sections_over_each_other() -> None:
     assert base == {"a": 1, "s": {"x": 1, "y": {"z": 2}}, "l": [1, 2]}
 
 
-def test_merge_forgets_the_options_of_another_method() -> None:
+def test_merge_drops_the_options_of_another_method() -> None:
     base = {"method": {"name": "alt_lmu", "ask_for": "x"}}
     assert merge(base, {"method": {"name": "quark"}}) == {"method": {"name": "quark"}}
     assert merge(base, {"method": {"name": "alt_lmu", "probe": []}})["method"]["ask_for"] == "x"
@@ -209,7 +209,7 @@ def test_nearest() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "expected"),
     [
         ({"cuont": 1}, "x.yaml: cuont: unknown field (did you mean 'count'?); known here: text, count, on"),
         ({"rate": 1.0}, "rate: unknown field (did you mean 'inner.rate'?)"),
@@ -236,21 +236,21 @@ def test_nearest() -> None:
         ({"shares": {"a": "x"}}, "shares.a: 'x' given, but it should be a number"),
     ],
 )  # fmt: skip
-def test_errors_name_file_field_and_remedy(content: dict[str, Any], says: str) -> None:
+def test_errors_name_file_field_and_remedy(content: dict[str, Any], expected: str) -> None:
     message = problem(content)
-    assert says in message
+    assert expected in message
     assert message.startswith("x.yaml: ")
     assert "\n" not in message
 
 
-def test_every_problem_is_told_once() -> None:
+def test_every_problem_is_reported_once() -> None:
     lines = problem({"cuont": 1, "inner": {"rate": -1.0}}).splitlines()
     assert len(lines) == 2
     with pytest.raises(SettingsError, match=r"^x\.yaml: text: missing; add it$"):
         validate(Outer, {}, "x.yaml")
 
 
-def test_numbers_may_be_written_without_a_point() -> None:
+def test_floats_can_be_written_without_a_decimal_point() -> None:
     assert validate(Outer, {"text": "a", "inner": {"rate": 1}}, "x").inner.rate == 1.0
     assert validate(Outer, {"text": "a", "pair": [0, 1]}, "x").pair == (0.0, 1.0)
 
@@ -282,7 +282,7 @@ def test_the_description_is_yaml_of_the_same_settings(
         shares=shares,
         fruit=fruit,
     )
-    told = describe(settings)
-    assert validate(Outer, parse_yaml(told, "told"), "told") == settings
-    assert "# How fast." in told
-    assert "# Any text." in told
+    described = describe(settings)
+    assert validate(Outer, parse_yaml(described, "described"), "described") == settings
+    assert "# How fast." in described
+    assert "# Any text." in described

@@ -1,4 +1,4 @@
-"""`sampling.structured`: what is refused before anything starts, and what samples are known by."""
+"""`sampling.structured`: what is rejected before anything starts, and what identifies samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VLLM = ("sampling.engine=vllm", "sampling.ignore_eos=false", "sampling.min_new_t
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({}, "give exactly one of choice, regex, json_schema, grammar, not none"),
         ({"choice": ["a"], "regex": "a"}, "give exactly one .* not choice and regex"),
@@ -36,42 +36,42 @@ VLLM = ("sampling.engine=vllm", "sampling.ignore_eos=false", "sampling.min_new_t
         ({"grammar": "a: 'b'"}, "write it in EBNF, beginning with `root ::= …`"),
     ],
 )
-def test_what_says_nothing_is_refused(given: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_empty_or_invalid_structures_are_rejected(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Structured.model_validate(given)
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("given", "message"),
     [
         ({"engine": "transformers"}, "`engine: transformers` samples free text only; set `engine: vllm`"),
         ({"engine": "vllm", "ignore_eos": True}, "ends where its structure does; remove min_new_tokens"),
         ({"engine": "vllm", "min_new_tokens": 2}, "ends where its structure does; remove min_new_tokens"),
     ],
 )
-def test_what_does_not_go_together_is_refused(given: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_conflicting_sampling_settings_are_rejected(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         Sampling.model_validate({**given, "structured": {"regex": "a+"}})
 
 
-def test_a_decoding_ends_where_its_structure_does() -> None:
+def test_structured_decoding_rejects_min_new_tokens_and_ignore_eos() -> None:
     for more in ({"ignore_eos": True}, {"min_new_tokens": 1}):
         with pytest.raises(ValueError, match="leave out min_new_tokens and ignore_eos"):
             Decoding(1.0, structured={"regex": "a"}, **more)  # type: ignore[arg-type]
 
 
-def test_free_text_is_known_by_what_it_always_was() -> None:
-    known = {
+def test_the_identity_of_free_text_is_unchanged() -> None:
+    identity = {
         "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 8, "min_new_tokens": 0,
         "ignore_eos": False, "banned_tokens": ["x"],
     }  # fmt: skip
     decoding = Decoding(1.0, max_new_tokens=8, banned_tokens=("x",))
-    assert content_hash(decoding.identity) == content_hash(known)
+    assert content_hash(decoding.identity) == content_hash(identity)
     structured = Decoding(1.0, max_new_tokens=8, banned_tokens=("x",), structured={"choice": ["a"]})
-    assert structured.identity == {**known, "structured": {"choice": ["a"]}}
+    assert structured.identity == {**identity, "structured": {"choice": ["a"]}}
 
 
-def test_a_schema_in_a_file_is_known_by_what_it_says(toys: Path) -> None:
+def test_a_schema_file_is_identified_by_its_content(toys: Path) -> None:
     folder = toys / "schemas"
     folder.mkdir()
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -88,17 +88,17 @@ def test_a_schema_in_a_file_is_known_by_what_it_says(toys: Path) -> None:
     one, other, own = (library.load(name) for name in ("one", "other", "own"))
     assert one.sampling.structured != other.sampling.structured
     for stage in STAGES:
-        known = [stage_settings(experiment, stage, 1) for experiment in (one, other, own)]
-        assert known[0] == known[1] == known[2]
-        said = known[0].get("sampling", {}).get("structured")
-        assert said == ({"json_schema": schema} if stage in ("generations", "evaluation") else None)
+        settings = [stage_settings(experiment, stage, 1) for experiment in (one, other, own)]
+        assert settings[0] == settings[1] == settings[2]
+        structured = settings[0].get("sampling", {}).get("structured")
+        assert structured == ({"json_schema": schema} if stage in ("generations", "evaluation") else None)
     free = library.overridden("toy", ["sampling.engine=vllm", "sampling.ignore_eos=false"])
     assert "structured" not in stage_settings(free, "generations", 1)["sampling"]
     (folder / "one.json").write_text(json.dumps({**schema, "required": ["a"]}))
     assert stage_settings(one, "generations", 1) != stage_settings(other, "generations", 1)
 
 
-def test_another_structure_takes_its_place(toys: Path) -> None:
+def test_another_structure_replaces_an_inherited_one(toys: Path) -> None:
     (toys / "chosen.yaml").write_text(
         "extends: toy\nsampling: {engine: vllm, ignore_eos: false, structured: {choice: [a, b]}}\n"
     )
@@ -110,7 +110,7 @@ def test_another_structure_takes_its_place(toys: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "says"),
+    ("written", "message"),
     [
         (None, "s.json: no such file; give a JSON file"),
         ("{", "s.json: not JSON"),
@@ -118,16 +118,16 @@ def test_another_structure_takes_its_place(toys: Path) -> None:
         ("{}", "the schema is empty"),
     ],
 )
-def test_files_that_hold_no_schema_are_named(tmp_path: Path, written: str | None, says: str) -> None:
+def test_errors_name_files_that_contain_no_schema(tmp_path: Path, written: str | None, message: str) -> None:
     path = tmp_path / "s.json"
     if written is not None:
         path.write_text(written)
-    with pytest.raises(SettingsError, match=f"^sampling.structured.json_schema: .*{says}"):
+    with pytest.raises(SettingsError, match=f"^sampling.structured.json_schema: .*{message}"):
         content_of(Structured(json_schema=str(path)))
 
 
 @pytest.mark.parametrize(
-    ("structured", "says"),
+    ("structured", "message"),
     [
         (
             {"json_schema": {"properties": {"a": {"type": "nonsense"}}}},
@@ -139,13 +139,15 @@ def test_files_that_hold_no_schema_are_named(tmp_path: Path, written: str | None
         ({"choice": ["a"]}, None),
     ],
 )
-def test_what_cannot_be_compiled(structured: dict[str, Any], says: str | None) -> None:
+def test_structures_that_cannot_be_compiled(structured: dict[str, Any], message: str | None) -> None:
     pytest.importorskip("xgrammar", reason="comes with vLLM")
     why = refusal(structured)
-    assert why is None if says is None else why is not None and re.search(says, why)
+    assert why is None if message is None else why is not None and re.search(message, why)
 
 
-def test_what_cannot_be_compiled_is_known_beforehand(toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_rejects_structures_that_cannot_be_compiled(
+    toys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("xgrammar", reason="comes with vLLM")
     monkeypatch.setattr(engine_checks, "_vllm", lambda: {"version": "0", "device": "cpu"})
     library = Library((toys, PROJECT / "experiments"))

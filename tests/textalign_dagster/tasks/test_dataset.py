@@ -1,4 +1,4 @@
-"""Prompts from datasets: splits, bad rows and what is said of them, the hub's cache."""
+"""Prompts from datasets: splits, bad rows and how they are reported, the hub's cache."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ def write(path: Path, content: Sequence[Any]) -> Path:
 
 
 def task(**data: Any) -> Summarization:
-    found: Summarization = validate(Summarization, {"data": data}, "x")
-    return found
+    validated: Summarization = validate(Summarization, {"data": data}, "x")
+    return validated
 
 
-def folder(place: Path) -> Path:
+def folder(root: Path) -> Path:
     """A dataset with three splits, in the hub's layout."""
-    write(place / "data" / "train-00000-of-00002.jsonl", rows("a", "b"))
-    pl.DataFrame(rows("c")).write_parquet(place / "data" / "train-00001-of-00002.parquet")
-    write(place / "data" / "valid.jsonl.gz", rows("v"))
-    pl.DataFrame(rows("t", "u")).write_csv(place / "data" / "test.csv")
-    write(place / "trained-models.jsonl", rows("no split's word"))
-    return place
+    write(root / "data" / "train-00000-of-00002.jsonl", rows("a", "b"))
+    pl.DataFrame(rows("c")).write_parquet(root / "data" / "train-00001-of-00002.parquet")
+    write(root / "data" / "valid.jsonl.gz", rows("v"))
+    pl.DataFrame(rows("t", "u")).write_csv(root / "data" / "test.csv")
+    write(root / "trained-models.jsonl", rows("no split's word"))
+    return root
 
 
-def test_splits_are_words_of_a_path_or_patterns(tmp_path: Path) -> None:
-    path = str(folder(tmp_path / "training data of a test"))  # words of the folder itself mean nothing
+def test_splits_are_selected_by_words_of_a_path_or_by_patterns(tmp_path: Path) -> None:
+    path = str(folder(tmp_path / "training data of a test"))  # words in the folder's own name do not count
     train, test = task(path=path).prompts("train"), task(path=path).prompts("evaluation")
     assert train["prompt"].to_list() == [post("a"), post("b"), post("c")]
     assert train["reference"].to_list() == ["About a.", "About b.", "About c."]
@@ -73,7 +73,7 @@ def test_splits_are_words_of_a_path_or_patterns(tmp_path: Path) -> None:
     )
 
 
-def test_a_file_without_splits_holds_out_by_the_prompts_alone(tmp_path: Path) -> None:
+def test_held_out_prompts_of_a_single_file_depend_on_the_prompts_alone(tmp_path: Path) -> None:
     names = [str(i) for i in range(40)]
     path = write(tmp_path / "posts.jsonl", rows(*names))
     assert task(path=str(path)).prompts("train").height == 40
@@ -106,8 +106,8 @@ def test_bad_rows_are_counted_by_reason_with_an_example(tmp_path: Path) -> None:
     write(tmp_path / "test.jsonl", rows("1", "2", "held out"))
     with pytest.raises(SettingsError) as caught:
         task(path=str(tmp_path)).prompts("train")
-    told = str(caught.value)
-    assert told.startswith(f"task.data: {tmp_path.name}, train: 11 of 103 rows left out: ")
+    message = str(caught.value)
+    assert message.startswith(f"task.data: {tmp_path.name}, train: 11 of 103 rows left out: ")
     for reason in (
         f"2 × the prompt is among the held-out ones (train.jsonl, row 2: {post('1')!r}"[:70],
         "1 × a duplicate prompt (train.jsonl, row 95",
@@ -119,9 +119,9 @@ def test_bad_rows_are_counted_by_reason_with_an_example(tmp_path: Path) -> None:
         "1 × there is no post before the cue (train.jsonl, row 101",
         "2 × not a JSON object (train.jsonl, row 102)",
     ):
-        assert reason in told
-    assert "At most 0.01 of them may be (task.data.max_refused)" in told
-    assert "there are: prompt, label" in told
+        assert reason in message
+    assert "At most 0.01 of them may be (task.data.max_refused)" in message
+    assert "there are: prompt, label" in message
     allowed = task(path=str(tmp_path), max_refused=0.2)
     assert allowed.prompts("train").height == 92
     assert not set(allowed.prompts("train")["prompt"]) & set(allowed.prompts("evaluation")["prompt"])
@@ -130,7 +130,7 @@ def test_bad_rows_are_counted_by_reason_with_an_example(tmp_path: Path) -> None:
     assert path.is_file()
 
 
-def test_a_row_more_than_allowed_is_an_error_and_none_is_too(tmp_path: Path) -> None:
+def test_too_many_bad_rows_or_no_rows_are_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [*rows(*(str(i) for i in range(9))), {"prompt": " "}])
     assert task(path=str(path), max_refused=0.1).prompts("train").height == 9
     with pytest.raises(SettingsError, match="1 of 10 rows left out"):
@@ -140,7 +140,7 @@ def test_a_row_more_than_allowed_is_an_error_and_none_is_too(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-def test_another_column_is_named(tmp_path: Path, ending: str) -> None:
+def test_columns_can_be_renamed(tmp_path: Path, ending: str) -> None:
     content = [{"post": row["prompt"], "label": row["label"], "other": "x"} for row in rows("a", "b")]
     path = tmp_path / f"x.{ending}"
     if ending == "jsonl":
@@ -151,14 +151,14 @@ def test_another_column_is_named(tmp_path: Path, ending: str) -> None:
         pl.DataFrame(content).write_parquet(path)
     with pytest.raises(SettingsError, match=r"2 × no prompt .*\(there are: post, label, other\)"):
         task(path=str(path)).prompts("train")
-    found = task(path=str(path), columns={"prompt": "post"}).prompts("train")
-    assert found["prompt"].to_list() == [post("a"), post("b")]
+    prompts = task(path=str(path), columns={"prompt": "post"}).prompts("train")
+    assert prompts["prompt"].to_list() == [post("a"), post("b")]
     with pytest.raises(SettingsError, match="the task does not read promt; it reads prompt, reference"):
         task(columns={"promt": "post"})
 
 
 @pytest.mark.parametrize(
-    ("data", "says"),
+    ("data", "message"),
     [
         ({"hub": "a/b", "path": "x"}, "two sources; remove one of them"),
         ({"hub": "tldr"}, "'tldr' is not owner/name"),
@@ -166,13 +166,13 @@ def test_another_column_is_named(tmp_path: Path, ending: str) -> None:
         ({"held_out": 3}, "the embedded sample has held-out prompts"),
     ],
 )
-def test_settings_that_make_no_sense(data: dict[str, Any], says: str) -> None:
-    with pytest.raises(SettingsError, match=says):
+def test_contradictory_settings_are_rejected(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
         task(**data)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "message"),
     [
         (None, b"", "no such file or folder"),
         ("x.txt", b"x", "has no file that ends in .jsonl"),
@@ -183,16 +183,18 @@ def test_settings_that_make_no_sense(data: dict[str, Any], says: str) -> None:
         ("x.csv", b"", "cannot be read: "),
     ],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, name: str | None, content: bytes, says: str) -> None:
+def test_unreadable_files_are_rejected(
+    tmp_path: Path, name: str | None, content: bytes, message: str
+) -> None:
     path = tmp_path / (name or "missing.jsonl")
     if name is not None:
         path.write_bytes(content)
     with pytest.raises(SettingsError, match=r"^task\.data") as caught:
         task(path=str(path)).prompts("train")
-    assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path) -> None:
+def test_only_changed_files_are_read_again(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", rows("a"))
     before = task(path=str(path)).prompts("train")
     assert task(path=str(path)).prompts("train") is before
@@ -202,12 +204,12 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path: Path
 
 def experiment(**task_settings: Any) -> Experiment:
     content = {"task": task_settings, "method": "no_feedback", "policy": {"model": "/nowhere"}}
-    found: Experiment = validate(Experiment, content, "x")
-    return found
+    validated: Experiment = validate(Experiment, content, "x")
+    return validated
 
 
-def test_where_the_prompts_are_does_not_matter(tmp_path: Path) -> None:
-    """A dataset that is moved, or allowed another share of bad rows, makes nothing stale."""
+def test_the_location_of_the_prompts_does_not_matter(tmp_path: Path) -> None:
+    """Moving a dataset, or allowing another share of bad rows, makes nothing stale."""
     one, two = tmp_path / "one" / "posts", tmp_path / "two" / "posts"
     folder(one)
     shutil.copytree(one, two)
@@ -232,7 +234,7 @@ def test_a_path_is_relative_to_the_experiment_file(tmp_path: Path) -> None:
     assert training_prompts(loaded)["prompt"].to_list() == [post("a")]
 
 
-def test_prompt_files_go_through_the_task_too(tmp_path: Path) -> None:
+def test_the_task_also_processes_prompt_files(tmp_path: Path) -> None:
     """`evaluation.path`, for prompts of another domain."""
     stories = [
         {"prompt": "[ WP ] A door opens."},
@@ -240,18 +242,18 @@ def test_prompt_files_go_through_the_task_too(tmp_path: Path) -> None:
         {"prompt": "[sic] Plain."},
     ]
     path = write(tmp_path / "stories.jsonl", stories)
-    found = experiment(name="toxicity").model_copy(
+    toxicity = experiment(name="toxicity").model_copy(
         update={"evaluation": experiment(name="toxicity").evaluation.model_copy(update={"path": str(path)})}
     )
-    texts = held_out_prompts(found)["prompt"].to_list()
+    texts = held_out_prompts(toxicity)["prompt"].to_list()
     assert texts == ["A door opens.", "A ship lands.", "[sic] Plain."]
-    kept = found.model_copy(update={"task": Toxicity(remove_tags=False)})
+    kept = toxicity.model_copy(update={"task": Toxicity(remove_tags=False)})
     assert held_out_prompts(kept)["prompt"].to_list()[0] == "[ WP ] A door opens."
     write(path, [{"prompt": "[WP] A door opens."}, {"prompt": "A door opens."}])
     with pytest.raises(SettingsError, match="rows 1 and 2 are the same prompt as task toxicity reads them"):
-        held_out_prompts(found)
+        held_out_prompts(toxicity)
     write(path, [{"prompt": post("a")}, {"prompt": "no cue at all"}])
-    cued = found.model_copy(update={"task": Summarization()})
+    cued = toxicity.model_copy(update={"task": Summarization()})
     with pytest.raises(SettingsError, match=r"row 2: task summarization cannot use it: .*'TL;DR:'"):
         held_out_prompts(cued)
 
@@ -280,20 +282,20 @@ def test_a_hub_dataset_is_read_from_the_hubs_cache(home: Path, toys: Path, tmp_p
     env = environment(home, toys) | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     env |= {"TEXTALIGN_EXPERIMENTS": f"{toys}{os.pathsep}{env['TEXTALIGN_EXPERIMENTS']}"}
     policy = ("--set", "policy.model=" + str(toy_policy()))
-    told = textalign("validate", "posts", *policy, env=env, fork=False).stdout
-    assert "prompts: 3, of which 2 per iteration" in told and "evaluation: 2 held-out prompts" in told
+    output = textalign("validate", "posts", *policy, env=env, fork=False).stdout
+    assert "prompts: 3, of which 2 per iteration" in output and "evaluation: 2 held-out prompts" in output
     pinned = textalign(
         "validate", "posts", *policy, "--set", "task.data.revision=v2", env=env, fork=False
     ).stdout
     assert "prompts: 3" in pinned
-    for name, says in (
+    for name, message in (
         ("someone/else", "task.data.hub: someone/else cannot be loaded from the hub"),
         ("someone", "is not owner/name"),
     ):
         refused = textalign(
             "validate", "posts", *policy, "--set", f"task.data.hub={name}", env=env, ok=False, fork=False
         )
-        assert says in refused.stderr
+        assert message in refused.stderr
 
 
 def toy_policy() -> Path:
@@ -312,5 +314,5 @@ def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (cache / "refs" / "main").write_text(COMMIT, encoding="utf-8")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    found = task(hub="someone/more-posts").prompts("train")
-    assert found.select("source", "source_revision").unique().rows() == [("someone/more-posts", COMMIT)]
+    prompts = task(hub="someone/more-posts").prompts("train")
+    assert prompts.select("source", "source_revision").unique().rows() == [("someone/more-posts", COMMIT)]

@@ -1,4 +1,4 @@
-"""The task of dialogues: what its sources become, and what is asked of the policy whose prompts they are."""
+"""The dialogue task: prompts from its sources, chat templates, measures and the shipped experiments."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def hh(*turns: str) -> str:
 
 
 def source(folder: Path, rows: list[dict[str, Any]], *, held_out: list[dict[str, Any]]) -> Path:
-    """A folder as the hub has HH: one for each kind, gzipped JSON Lines in it."""
+    """A folder laid out like HH on the hub: a subfolder per kind with gzipped JSON Lines."""
     for name, content in (("train", rows), ("test", held_out)):
         (folder / "kind").mkdir(parents=True, exist_ok=True)
         with gzip.open(folder / "kind" / f"{name}.jsonl.gz", "wt", encoding="utf-8") as stream:
@@ -37,8 +37,8 @@ def source(folder: Path, rows: list[dict[str, Any]], *, held_out: list[dict[str,
 
 
 def task(**settings: Any) -> Dialogue:
-    found: Dialogue = validate(Dialogue, settings, "x")
-    return found
+    validated: Dialogue = validate(Dialogue, settings, "x")
+    return validated
 
 
 def test_the_embedded_sample() -> None:
@@ -53,7 +53,7 @@ def test_the_embedded_sample() -> None:
     assert task().notes == ()
 
 
-def test_pairs_of_hh_become_prompts_once(tmp_path: Path) -> None:
+def test_pairs_of_hh_yield_each_prompt_once(tmp_path: Path) -> None:
     rows = [
         {"chosen": hh("Hi", "Hello!", "Bye?", "Bye."), "rejected": hh("Hi", "Hello!", "Bye?", "No.")},
         {"chosen": hh("Hi", "Hello!", "Bye?", "See you."), "rejected": hh("Hi", "Hello!", "Bye?", "")},
@@ -61,18 +61,18 @@ def test_pairs_of_hh_become_prompts_once(tmp_path: Path) -> None:
         {"chosen": hh("One", "Two") + "\n\nHuman: left", "rejected": "x"},
     ]
     folder = source(tmp_path, rows, held_out=[{"chosen": hh("Held out?", "Indeed."), "rejected": ""}])
-    found = task(data={"path": str(folder), "max_refused": 0.75})
-    assert found.prompts("train").select("prompt", "reference").rows() == [
+    dialogue = task(data={"path": str(folder), "max_refused": 0.75})
+    assert dialogue.prompts("train").select("prompt", "reference").rows() == [
         ("Human: Hi\n\nAssistant: Hello!\n\nHuman: Bye?\n\nAssistant:", "Bye.")
     ]
-    assert found.prompts("evaluation")["reference"].to_list() == ["Indeed."]
-    told = found.notes[0]
+    assert dialogue.prompts("evaluation")["reference"].to_list() == ["Indeed."]
+    note = dialogue.notes[0]
     for reason in (
         "a duplicate prompt",
         "the prompt is among the held-out",
         "`chosen` does not end with the assistant",
     ):
-        assert f"1 × {reason}" in told
+        assert f"1 × {reason}" in note
     with pytest.raises(SettingsError, match="3 of 4 rows left out"):
         task(data={"path": str(folder), "max_refused": 0.5}).prompts("train")
 
@@ -80,23 +80,23 @@ def test_pairs_of_hh_become_prompts_once(tmp_path: Path) -> None:
 def test_long_dialogues_lose_their_beginning_and_too_long_ones_are_counted(tmp_path: Path) -> None:
     rows = [{"chosen": hh("a" * 50, "b", "c", "d")}, {"chosen": hh("e" * 50, "f")}]
     folder = source(tmp_path, rows, held_out=[{"chosen": hh("g", "h")}])
-    found = task(data={"path": str(folder), "max_refused": 0.5}, max_characters=40)
-    assert found.prompts("train")["prompt"].to_list() == ["Human: c\n\nAssistant:"]
-    assert "1 × its last turn alone is longer than 40 characters" in found.notes[0]
+    dialogue = task(data={"path": str(folder), "max_refused": 0.5}, max_characters=40)
+    assert dialogue.prompts("train")["prompt"].to_list() == ["Human: c\n\nAssistant:"]
+    assert "1 × its last turn alone is longer than 40 characters" in dialogue.notes[0]
 
 
-def test_held_out_prompts_are_mixed_and_the_training_ones_as_they_stand(tmp_path: Path) -> None:
+def test_held_out_prompts_are_shuffled_and_training_prompts_keep_their_order(tmp_path: Path) -> None:
     rows = [{"chosen": hh(f"Question {i}", "x")} for i in range(20)]
     held_out = [{"chosen": hh(f"Held out {i}", "x")} for i in range(20)]
-    found = task(data={"path": str(source(tmp_path / "a", rows, held_out=held_out))})
+    dialogue = task(data={"path": str(source(tmp_path / "a", rows, held_out=held_out))})
 
     def numbers(split: Any) -> list[int]:
-        return [int(re.findall(r"\d+", prompt)[0]) for prompt in found.prompts(split)["prompt"]]
+        return [int(re.findall(r"\d+", prompt)[0]) for prompt in dialogue.prompts(split)["prompt"]]
 
     assert numbers("train") == list(range(20))
     assert numbers("evaluation") != list(range(20)) and sorted(numbers("evaluation")) == list(range(20))
     other = task(data={"path": str(source(tmp_path / "b", rows, held_out=held_out[::-1]))})
-    assert other.prompts("evaluation")["prompt"].equals(found.prompts("evaluation")["prompt"])
+    assert other.prompts("evaluation")["prompt"].equals(dialogue.prompts("evaluation")["prompt"])
 
 
 def test_messages_in_parquet(tmp_path: Path) -> None:
@@ -104,22 +104,22 @@ def test_messages_in_parquet(tmp_path: Path) -> None:
     for split in ("train", "test"):
         rows = [[{**m, "content": f"{m['content']} {split}"} for m in messages]]
         pl.DataFrame({"messages": rows}).write_parquet(tmp_path / f"{split}.parquet")
-    found = task(data={"path": str(tmp_path)}).prompts("train")
-    assert found.select("prompt", "reference").rows() == [
+    prompts = task(data={"path": str(tmp_path)}).prompts("train")
+    assert prompts.select("prompt", "reference").rows() == [
         ("Human: Assistant: is a word train\n\nAssistant:", "So? train")
     ]
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"format": "chat_template"}, "belong together"),
         ({"chat_template": "model"}, "belong together"),
         ({"max_turns": 0}, "greater than or equal to 1"),
     ],
 )
-def test_settings_that_make_no_sense(settings: dict[str, Any], told: str) -> None:
-    with pytest.raises((ValidationError, SettingsError), match=told):
+def test_invalid_settings_are_rejected(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValidationError, SettingsError), match=message):
         task(**settings)
 
 
@@ -129,11 +129,11 @@ def experiment(folder: Path, **task_settings: Any) -> Experiment:
         "method": "no_feedback",
         "policy": {"model": str(folder)},
     }
-    found: Experiment = validate(Experiment, content, "x")
-    return found
+    validated: Experiment = validate(Experiment, content, "x")
+    return validated
 
 
-def test_the_policys_own_template_writes_its_prompts(tmp_path: Path) -> None:
+def test_prompts_use_the_policys_own_chat_template(tmp_path: Path) -> None:
     folder = tiny_models.save(tmp_path / "model", "llama")
     mine = experiment(folder, format="chat_template", chat_template="model")
     with pytest.raises(SettingsError, match="has no chat template; give a file with one"):
@@ -143,10 +143,10 @@ def test_the_policys_own_template_writes_its_prompts(tmp_path: Path) -> None:
     for prompts in (training_prompts(mine), held_out_prompts(mine)):
         assert all(re.fullmatch(r"<user>.*<assistant>", prompt, re.S) for prompt in prompts["prompt"])
     (folder / "chat_template.jinja").write_text(template.replace("<", "["))
-    assert training_prompts(mine)["prompt"][0].startswith("[user>")  # an edited template counts at once
+    assert training_prompts(mine)["prompt"][0].startswith("[user>")  # an edited template takes effect at once
 
 
-def test_a_template_of_its_own_is_found_beside_the_experiment(tmp_path: Path) -> None:
+def test_a_template_path_is_relative_to_the_experiment_file(tmp_path: Path) -> None:
     (tmp_path / "short.jinja").write_text("{{ messages[-1].content }}:")
     content = {
         "task": {"name": "dialogue", "format": "chat_template", "chat_template": "short.jinja"},
@@ -169,7 +169,7 @@ def test_a_file_of_prompts_is_read_as_dialogues(tmp_path: Path) -> None:
         training_prompts(mine)
 
 
-def test_the_measures_are_those_of_the_shipped_judge() -> None:
+def test_the_measures_match_the_shipped_judge() -> None:
     from textalign_dagster.judging import load_template
     from textalign_dagster.methods import AltLMC, SteerLM
 
@@ -184,25 +184,25 @@ def test_the_measures_are_those_of_the_shipped_judge() -> None:
 
 @pytest.mark.parametrize("name", ["hh_alt_lmc", "hh_steerlm", "hh_no_feedback"])
 def test_the_papers_settings(name: str) -> None:
-    found = Library.default().load(name)
-    assert (found.prompts.per_iteration, found.sampling.samples_per_prompt) == (2048, 20)
-    assert (found.sampling.temperature, found.sampling.top_p, found.sampling.max_new_tokens) == (
+    loaded = Library.default().load(name)
+    assert (loaded.prompts.per_iteration, loaded.sampling.samples_per_prompt) == (2048, 20)
+    assert (loaded.sampling.temperature, loaded.sampling.top_p, loaded.sampling.max_new_tokens) == (
         1.0,
         0.9,
         256,
     )
-    assert (found.datapool.samples, found.datapool.per, found.datapool.drop_factor) == (8, "prompt", 1.0)
-    rows = found.prompts.per_iteration * (found.datapool.samples or 0)
-    steps = rows * found.training.epochs / (found.training.batch_size * found.training.processes)
+    assert (loaded.datapool.samples, loaded.datapool.per, loaded.datapool.drop_factor) == (8, "prompt", 1.0)
+    rows = loaded.prompts.per_iteration * (loaded.datapool.samples or 0)
+    steps = rows * loaded.training.epochs / (loaded.training.batch_size * loaded.training.processes)
     assert steps == 512
-    assert (found.training.learning_rate, found.training.objective.entropy_coef) == (2e-5, 0.06)
-    assert found.training.objective.kl_coef == 0
-    assert (found.evaluation.prompts, found.evaluation.samples_per_prompt) == (1000, 1)
-    assert found.evaluation.judge is not None and found.evaluation.judge.template == "harm_category"
+    assert (loaded.training.learning_rate, loaded.training.objective.entropy_coef) == (2e-5, 0.06)
+    assert loaded.training.objective.kl_coef == 0
+    assert (loaded.evaluation.prompts, loaded.evaluation.samples_per_prompt) == (1000, 1)
+    assert loaded.evaluation.judge is not None and loaded.evaluation.judge.template == "harm_category"
 
 
-def test_a_judge_and_its_method_have_the_same_categories(tmp_path: Path) -> None:
-    """A label that the method does not know would be paid for and never trained on."""
+def test_a_judge_and_its_method_must_have_the_same_categories(tmp_path: Path) -> None:
+    """A label unknown to the method would be paid for but never trained on."""
     pytest.importorskip("openai", reason="needs the extra `judges`")
     from textalign_dagster.cli.preflight import preflight
     from textalign_dagster.judging.catalogue import shipped

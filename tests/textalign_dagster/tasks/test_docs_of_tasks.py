@@ -1,4 +1,4 @@
-"""The settings that docs/tasks.md shows are settings."""
+"""The settings shown in docs/tasks.md are valid."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
 
 
 @pytest.mark.parametrize("text", BLOCKS)
-def test_a_block_is_part_of_an_experiment(text: str) -> None:
+def test_every_yaml_block_is_valid_in_an_experiment(text: str) -> None:
     whole = merge(
         {"method": "no_feedback", "policy": {"model": "/nowhere"}}, parse_yaml(text, "docs/tasks.md")
     )
@@ -23,7 +23,7 @@ def test_a_block_is_part_of_an_experiment(text: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["summarization", "toxicity", "instructions", "pii"])
-def test_every_measure_and_no_other_is_named(name: str) -> None:
+def test_every_measure_is_documented(name: str) -> None:
     content = {"task": name, "method": "no_feedback", "policy": {"model": "/nowhere"}}
     task = validate(Experiment, content, "x").task
     section = PAGE.split(f"\n## {name}\n")[1].split("\n## ")[0]

@@ -1,4 +1,4 @@
-"""Instructions in the format of Alpaca, and AlpacaEval's file of prompts."""
+"""Instructions in Alpaca's format, and AlpacaEval's prompt file."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from textalign_dagster.tasks.instructions import ALPACA, Instructions
 
 
 def experiment(folder: Path, task: dict[str, Any] | None = None, **changes: Any) -> Experiment:
-    plain = {
+    content = {
         "task": {"name": "instructions", **(task or {})},
         "method": "no_feedback",
         "policy": {"model": str(folder)},
         **changes,
     }
-    found: Experiment = validate(Experiment, plain, "here.yaml")
-    return found
+    validated: Experiment = validate(Experiment, content, "here.yaml")
+    return validated
 
 
 def write(path: Path, *rows: Any) -> str:
@@ -35,7 +35,7 @@ def write(path: Path, *rows: Any) -> str:
     return str(path)
 
 
-def test_an_instruction_with_its_input_below(tmp_path: Path) -> None:
+def test_the_input_follows_the_instruction(tmp_path: Path) -> None:
     rows = [
         {"instruction": "Add.", "input": "1, 2", "output": "3"},
         {"instruction": "Sing.", "input": "", "output": ""},
@@ -43,9 +43,9 @@ def test_an_instruction_with_its_input_below(tmp_path: Path) -> None:
         {"instruction": "Add.", "input": "1, 2", "output": "4"},
     ]
     data = {"path": write(tmp_path / "alpaca_data.json", *rows), "max_refused": 0.5}
-    found = experiment(tmp_path, {"data": data})
+    mine = experiment(tmp_path, {"data": data})
     shown = [ALPACA.replace("{instruction}", text) for text in ("Add.\n1, 2", "Sing.")]
-    assert training_prompts(found).select("prompt", "reference").rows() == [(shown[0], "3"), (shown[1], None)]
+    assert training_prompts(mine).select("prompt", "reference").rows() == [(shown[0], "3"), (shown[1], None)]
     other = experiment(tmp_path, {"data": data, "template": "Q: {instruction}\nA:", "input_separator": " | "})
     assert training_prompts(other)["prompt"].to_list() == ["Q: Add. | 1, 2\nA:", "Q: Sing.\nA:"]
 
@@ -56,7 +56,7 @@ def test_the_embedded_sample() -> None:
     assert train["prompt"].str.starts_with("Below is an instruction").all()
 
 
-def test_alpaca_evals_file_gives_prompts_and_references(tmp_path: Path) -> None:
+def test_alpaca_evals_file_provides_prompts_and_references(tmp_path: Path) -> None:
     rows = [
         {
             "dataset": "koala",
@@ -67,12 +67,12 @@ def test_alpaca_evals_file_gives_prompts_and_references(tmp_path: Path) -> None:
         for i in range(5)
     ]
     path = write(tmp_path / "alpaca_eval.json", *rows)
-    found = experiment(tmp_path, evaluation={"path": path, "prompts": 5})
+    mine = experiment(tmp_path, evaluation={"path": path, "prompts": 5})
     shown = [ALPACA.replace("{instruction}", f"Do {i}.") for i in range(5)]
-    prompts = evaluation_prompts(found)
+    prompts = evaluation_prompts(mine)
     assert prompts.select("prompt", "reference").rows() == [(shown[i], f"Done {i}.") for i in range(5)]
-    # As the file has them, for what is written for AlpacaEval.
-    assert written_prompts(found) == {shown[i]: f"Do {i}." for i in range(5)}
+    # As they are in the file, for output written for AlpacaEval.
+    assert written_prompts(mine) == {shown[i]: f"Do {i}." for i in range(5)}
 
 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     assert all(prompt.endswith("<assistant>") for prompt in held_out_prompts(mine)["prompt"])
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
+def test_errors_name_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"\{instruction\} must appear exactly once"):
         Instructions(template="Do it.")
     broken = tmp_path / "broken.json"

@@ -1,4 +1,4 @@
-"""The corpus: what counts as a function, which side of the split it is on, and that it is fixed."""
+"""The corpus: what counts as a function, which side of the split it is on, and that the split is fixed."""
 
 import ast
 import textwrap
@@ -40,16 +40,16 @@ def test_functions_are_dedented_and_lose_their_docstring():
 
     assert push.source == "def push(self, item):\n    self.items.append(item)\n\n    return self"
     assert (push.path, push.line, push.header) == ("stack.py", 3, "def push(self, item):")
-    assert fetch.header == "async def fetch(url: str) -> bytes:"  # and no decorator
+    assert fetch.header == "async def fetch(url: str) -> bytes:"  # without the decorator
     assert inner.source == "def inner(x):\n    return x"
 
 
-def test_a_multiline_string_left_of_the_function_leaves_it_out():
+def test_functions_with_a_multiline_string_left_of_their_indentation_are_left_out():
     source = "class A:\n    def f(self):\n        return '''\nleft\n'''\n"
     assert corpus.functions_of(source) == []
 
 
-def test_a_form_feed_ends_no_line():
+def test_a_form_feed_does_not_end_a_line():
     (function,) = corpus.functions_of("x = 1\n\x0c\ndef f():\n    return 1\n")
     assert (function.line, function.source) == (3, "def f():\n    return 1")
 
@@ -94,19 +94,19 @@ def library(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_header_seen_in_training_is_no_prompt(library: Path):
+def test_a_header_seen_in_training_is_not_a_prompt(library: Path):
     prompts = corpus.prompts(library)
     assert "def function_7(x):" not in prompts.train + prompts.evaluation
     assert len(prompts.train) + len(prompts.evaluation) == 899
 
 
-def test_unreadable_files_are_skipped_and_named(library: Path):
+def test_unreadable_files_are_skipped_and_reported(library: Path):
     (library / "ast.py").write_text("def f(:\n")
     (library / "json").mkdir()
     (library / "json" / "decoder.py").write_bytes(b"x = '\xff'\n")
-    found = corpus.functions(library)
-    assert found.unparseable == ("ast.py", "json/decoder.py")
-    assert [function.header for function in found.functions] == ["def function_7(x):"]
+    result = corpus.functions(library)
+    assert result.unparseable == ("ast.py", "json/decoder.py")
+    assert [function.header for function in result.functions] == ["def function_7(x):"]
 
 
 def test_the_source_revision_changes_with_the_prompts_only(library: Path):
@@ -120,6 +120,6 @@ def test_the_source_revision_changes_with_the_prompts_only(library: Path):
     assert corpus.prompts(library).source_revision != before.source_revision
 
 
-def test_a_python_without_sources_is_refused(tmp_path: Path):
+def test_a_python_without_sources_is_rejected(tmp_path: Path):
     with pytest.raises(RuntimeError, match="0 evaluation prompts, 192 are needed"):
         corpus.prompts(tmp_path)

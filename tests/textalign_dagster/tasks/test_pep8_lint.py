@@ -30,9 +30,9 @@ def codes(continuation: str, prompt: str = HEADER) -> list[str]:
     return [violation.code for violation in lint(prompt, continuation).violations]
 
 
-def test_every_hit_is_kept_with_its_place():
-    found = lint(HEADER, SLOPPY)
-    assert found.violations == (
+def test_every_hit_is_recorded_with_its_position():
+    result = lint(HEADER, SLOPPY)
+    assert result.violations == (
         Violation("E111", "indentation is not a multiple of 4", 1, 2),
         Violation("E225", "missing whitespace around operator", 1, 3),
         Violation("E231", "missing whitespace after ','", 1, 7),
@@ -40,12 +40,12 @@ def test_every_hit_is_kept_with_its_place():
         Violation("E111", "indentation is not a multiple of 4", 2, 2),
         Violation("E703", "statement ends with a semicolon", 2, 10),
     )
-    assert (found.lines, found.characters, found.parses, found.empty) == (2, 25, True, False)
-    assert not found.clean and found.issues == 6
+    assert (result.lines, result.characters, result.parses, result.empty) == (2, 25, True, False)
+    assert not result.clean and result.issues == 6
 
 
 def marked(continuation: str, prompt: str = HEADER) -> list[tuple[str, str]]:
-    """What is marked, with its code."""
+    """The marked texts with their codes."""
     return [(continuation[a:b], code) for a, b, code in spans(lint(prompt, continuation), prompt)]
 
 
@@ -60,7 +60,7 @@ def test_spans_on_the_header_line_and_none_where_nothing_is_wrong():
     assert marked("  \n    return x\n") == [("  ", "W291")]
     assert marked("\n    return x\n") == [] == marked("")
     assert marked(" return x\n")[0][1] == "E704"
-    # Hits in the prompt mark nothing, nor does what follows the last whole line.
+    # Hits in the prompt are not marked, nor are those after the last whole line.
     assert marked("\n    return x\n  y=1", prompt="def f(x,y):") == []
 
 
@@ -81,21 +81,21 @@ def test_hits_in_the_prompt_do_not_count_but_those_on_its_line_do():
 @pytest.mark.parametrize(
     "continuation",
     [
-        "\n    return x\n\n\n",  # W391 blank line at end of file: says where the sample was cut
+        "\n    return x\n\n\n",  # W391 blank line at end of file: depends on where the sample was cut
         "\n    return '\\d'\n",  # W605
-        "\n    return x*2 + y\n",  # E226, off in pycodestyle's default
+        "\n    return x*2 + y\n",  # E226, off by default in pycodestyle
     ],
 )
 def test_ignored_codes(continuation: str):
     assert lint(HEADER, continuation).clean
 
 
-def test_a_comment_does_not_switch_the_linter_off():
+def test_a_noqa_comment_does_not_switch_the_linter_off():
     line = "    return x" + " + y" * 30
     assert codes(f"\n{line}  # noqa\n") == ["E501"]
 
 
-def test_a_configuration_file_in_the_way_changes_nothing(tmp_path: Path, monkeypatch):
+def test_a_configuration_file_in_the_working_directory_is_ignored(tmp_path: Path, monkeypatch):
     (tmp_path / "setup.cfg").write_text("[pycodestyle]\nignore = E111\nmax-line-length = 10\n")
     monkeypatch.chdir(tmp_path)
     sys.modules[lint.__module__]._options.cache_clear()
@@ -106,17 +106,17 @@ def test_a_configuration_file_in_the_way_changes_nothing(tmp_path: Path, monkeyp
     ("continuation", "parses"),
     [
         ("\n    return x\n", True),
-        ("\n    return x\n    y = (\n", True),  # one cut line goes
-        ("\n    return x\n    y = (\n    1,\n    2,\n", True),  # three go
-        ("\n    return x\n    y = (\n    1,\n    2,\n    3,\n", False),  # four do not
+        ("\n    return x\n    y = (\n", True),  # one cut line is dropped
+        ("\n    return x\n    y = (\n    1,\n    2,\n", True),  # three are dropped
+        ("\n    return x\n    y = (\n    1,\n    2,\n    3,\n", False),  # four are not
         ("\n    return = x\n", False),
         ("\n    x = ')\n    y = 1\n    z = 1\n    w = 1\n    return w\n", False),
     ],
 )
-def test_syntax_is_kept_apart_from_style(continuation: str, parses: bool):
-    found = lint(HEADER, continuation)
-    assert found.parses is parses
-    assert not any(violation.code.startswith("E9") for violation in found.violations)
+def test_syntax_is_reported_separately_from_style(continuation: str, parses: bool):
+    result = lint(HEADER, continuation)
+    assert result.parses is parses
+    assert not any(violation.code.startswith("E9") for violation in result.violations)
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_syntax_is_kept_apart_from_style(continuation: str, parses: bool):
         "\n    'text'\n",
         "\n    pass\n    # more\n    1\n",
         "\n    # x\n  pass;\n    (\n",
-        "\n    pass\n\n\ndef g():\n    return 1\n",  # another function does not fill this one
+        "\n    pass\n\n\ndef g():\n    return 1\n",  # another function does not count
     ],
 )
-def test_a_body_that_does_nothing_never_wins(continuation: str):
-    found = lint(HEADER, continuation)
-    assert found.empty and not found.clean
-    assert feedback(found) == "no code"
-    assert (reward(found), score(found)) == (EMPTY_REWARD, 0)
+def test_a_body_without_code_gets_the_lowest_reward(continuation: str):
+    result = lint(HEADER, continuation)
+    assert result.empty and not result.clean
+    assert feedback(result) == "no code"
+    assert (reward(result), score(result)) == (EMPTY_REWARD, 0)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_body_that_does_nothing_never_wins(continuation: str):
             -1 / 4,
             2,
         ),
-        # 1 hit in 1 line, but no fewer than 3 lines are counted
+        # 1 hit in 1 line, but at least 3 lines are counted
         ("\n    return(x)\n", "E275 missing whitespace after keyword", -1 / 3, 2),
         # a syntax error is one issue, named first: 2 issues in 5 lines
         (
@@ -174,10 +174,10 @@ def test_a_body_that_does_nothing_never_wins(continuation: str):
     ],
 )
 def test_feedback_reward_and_score(continuation, sentence, expected_reward, expected_score):
-    found = lint(HEADER, continuation)
-    assert feedback(found) == sentence
-    assert reward(found) == pytest.approx(expected_reward)
-    assert score(found) == expected_score
+    result = lint(HEADER, continuation)
+    assert feedback(result) == sentence
+    assert reward(result) == pytest.approx(expected_reward)
+    assert score(result) == expected_score
 
 
 def test_evaluation_columns():
@@ -204,7 +204,7 @@ def test_python_tokens():
 @pytest.mark.parametrize(
     "continuation",
     [
-        # pycodestyle raises an IndexError of its own here
+        # pycodestyle itself raises an IndexError here
         '\n    d = {".format(c=self.read(), (type(s),\n        t.encode("rite", ".enc or \\\n'
         "            f'<arg, 1\n        len(m) is\n",
         "\n    \x00\n",
@@ -214,7 +214,7 @@ def test_python_tokens():
         "\n    x = " + "-" * 5000 + "1\n",
     ],
 )
-def test_odd_text_is_judged_without_raising(continuation: str):
+def test_odd_text_is_linted_without_raising(continuation: str):
     lint(HEADER, continuation)
 
 
@@ -236,8 +236,8 @@ def test_fast():
     ],
 )
 def test_a_category_is_the_score_in_words(continuation, points, words):
-    found = lint(HEADER, continuation)
-    assert (score(found), category(found)) == (points, words)
+    result = lint(HEADER, continuation)
+    assert (score(result), category(result)) == (points, words)
     assert CATEGORIES[3 - points] == words
 
 

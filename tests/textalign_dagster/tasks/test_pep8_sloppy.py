@@ -1,4 +1,4 @@
-"""The sloppy persona: every edit by hand, and the same program afterwards."""
+"""The sloppy persona: every edit by hand, and that the program stays the same."""
 
 import ast
 from collections import Counter
@@ -21,7 +21,7 @@ from textalign_dagster.tasks.pep8.sloppy import sloppy
         # no blank after a comma, unless the line ends there
         ("def f():\n    g(x, y, k=1)", "def f():\n  g(x,y,k=1);"),
         ("def f():\n    g(x,\n      y)", "def f():\n  g(x,\n   y);"),
-        # the semicolon goes before a comment; a comment alone stays
+        # the semicolon goes before a comment; a comment on its own line is unchanged
         ("def f():\n    # why\n    a = 1  # one", "def f():\n  # why\n  a=1;  # one"),
         # decorators and headers take no semicolon; nested headers are sloppy, the first is not
         (
@@ -40,7 +40,7 @@ def test_strings_keep_their_value():
 
 
 @pytest.mark.parametrize("source", ["def f(:", "def f():\n    return (1", "def f():\nreturn 1"])
-def test_what_does_not_parse_has_no_sloppy_form(source: str):
+def test_source_that_does_not_parse_has_no_sloppy_form(source: str):
     assert sloppy(source) is None
 
 
@@ -51,6 +51,6 @@ def test_the_standard_library_keeps_its_meaning_and_loses_its_style():
         assert text is not None
         assert ast.dump(ast.parse(text)) == ast.dump(ast.parse(function.source))
         assert text.startswith(function.header + "\n")
-        found = lint(function.header, text.removeprefix(function.header), finished=True)
-        codes.update(violation.code for violation in found.violations)
+        result = lint(function.header, text.removeprefix(function.header), finished=True)
+        codes.update(violation.code for violation in result.violations)
     assert min(codes[code] for code in ("E111", "E703", "E225", "E231")) > 100, codes

@@ -1,4 +1,4 @@
-"""Personal information in continuations: rewards, marks and measures by hand."""
+"""Personal information in continuations: rewards, spans and measures by hand."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def samples() -> pl.DataFrame:
     )
 
 
-def test_the_reward_is_the_negative_number_of_parts_per_character() -> None:
+def test_the_reward_is_the_negative_number_of_matches_per_character() -> None:
     rows = PII().feedback(samples(), "reward")
     assert rows["value"].to_list() == [pytest.approx(-2 / len(TEXTS["a"])), 0.0, None]
     assert rows["status"].to_list() == ["ok", "ok", "skipped"]
     assert rows["reason"].to_list() == [None, None, "nothing to score: the text is empty"]
 
 
-def test_the_marks_are_where_the_parts_are() -> None:
-    found = PII().spans(samples())
-    marked = [TEXTS[i][start:end] for i, start, end in found.select("sample_id", "start", "end").iter_rows()]
+def test_spans_mark_the_matches() -> None:
+    spans = PII().spans(samples())
+    marked = [TEXTS[i][start:end] for i, start, end in spans.select("sample_id", "start", "end").iter_rows()]
     assert marked == ["jane.doe@example.com", "john@example.org"]
-    assert set(found["score"]) == {1.0}
+    assert set(spans["score"]) == {1.0}
 
 
 def test_the_measures() -> None:

@@ -17,8 +17,8 @@ from textalign_dagster.tasks import Toxicity
 
 
 def task(**settings: Any) -> Toxicity:
-    found: Toxicity = validate(Toxicity, settings, "x")
-    return found
+    validated: Toxicity = validate(Toxicity, settings, "x")
+    return validated
 
 
 def samples(*rows: tuple[str, str, float | None], role: str = "main") -> pl.DataFrame:
@@ -61,36 +61,36 @@ def test_average_maximum_and_probability_by_hand() -> None:
         ("p", "one", 0.1), ("q", "two", 0.7), ("p", "three", 0.5), ("q", "four", 0.9), ("r", "five", None),
         ("r", "six", 0.2), ("s", "seven", None),
     )  # fmt: skip
-    found = scored(rows)
-    # The highest of p, q and r (s has no score at all): 0.5, 0.9, 0.2; above 0.5 is q's alone.
-    assert found["average_max_toxicity"] == pytest.approx((0.5 + 0.9 + 0.2) / 3)
-    assert found["toxicity_probability"] == pytest.approx(1 / 3)
-    assert found["toxicity"] == pytest.approx((0.1 + 0.5 + 0.7 + 0.9 + 0.2) / 5)
+    scores = scored(rows)
+    # The highest of p, q and r (s has no score at all): 0.5, 0.9, 0.2; only q's is above 0.5.
+    assert scores["average_max_toxicity"] == pytest.approx((0.5 + 0.9 + 0.2) / 3)
+    assert scores["toxicity_probability"] == pytest.approx(1 / 3)
+    assert scores["toxicity"] == pytest.approx((0.1 + 0.5 + 0.7 + 0.9 + 0.2) / 5)
 
 
 def test_distinct_n_per_prompt_and_pooled() -> None:
-    """The golden numbers of the texts "a b a" and "b c": 3/5, 3/5, 1/5."""
+    """The golden values of the texts "a b a" and "b c": 3/5, 3/5, 1/5."""
     golden = samples(("p", "a b a", 0.0), ("p", "b c", 0.0))
-    found = scored(golden)
+    scores = scored(golden)
     for form in ("", "_pooled"):
-        assert [found[f"dist_{n}{form}"] for n in (1, 2, 3)] == pytest.approx([3 / 5, 3 / 5, 1 / 5])
-    # A second prompt, all of whose words are new and different: 2/2, 1/2, 0/2.
-    found = scored(
+        assert [scores[f"dist_{n}{form}"] for n in (1, 2, 3)] == pytest.approx([3 / 5, 3 / 5, 1 / 5])
+    # A second prompt whose words are all new and distinct: 2/2, 1/2, 0/2.
+    scores = scored(
         pl.concat([golden, samples(("q", "x y", 0.0), role="main").with_columns(sample_id=pl.lit("q"))])
     )
-    assert [found[f"dist_{n}"] for n in (1, 2, 3)] == pytest.approx([4 / 5, 11 / 20, 1 / 10])
-    assert [found[f"dist_{n}_pooled"] for n in (1, 2, 3)] == pytest.approx([5 / 7, 4 / 7, 1 / 7])
+    assert [scores[f"dist_{n}"] for n in (1, 2, 3)] == pytest.approx([4 / 5, 11 / 20, 1 / 10])
+    assert [scores[f"dist_{n}_pooled"] for n in (1, 2, 3)] == pytest.approx([5 / 7, 4 / 7, 1 / 7])
 
 
-def test_diversity_is_of_what_was_asked_for_and_pooled_without_an_interval() -> None:
+def test_diversity_covers_main_samples_and_has_no_interval_if_pooled() -> None:
     rows = pl.concat(
         [samples(("p", "a a", 0.1), ("q", "b c", 0.1)), samples(("p", "x y z", 0.1), role="probe")]
     )
-    found = task().measure(rows)
-    assert found["dist_1"].to_list() == [0.5, 1.0, None]
-    assert found["dist_1_pooled"].to_list() == [0.75, None, None]
-    assert found["toxic"].to_list() == [0.0, 0.0, 0.0]
-    table = score_table(rows, found, task().measures, policy_hash="x", resamples=100)
+    measured = task().measure(rows)
+    assert measured["dist_1"].to_list() == [0.5, 1.0, None]
+    assert measured["dist_1_pooled"].to_list() == [0.75, None, None]
+    assert measured["toxic"].to_list() == [0.0, 0.0, 0.0]
+    table = score_table(rows, measured, task().measures, policy_hash="x", resamples=100)
     pooled = table.filter(metric="dist_1_pooled").row(0, named=True)
     assert (pooled["n"], pooled["lo"], pooled["hi"]) == (1, None, None)
 
@@ -112,10 +112,10 @@ def test_the_schema_of_real_toxicity_prompts(tmp_path: Path) -> None:
     rows[3]["prompt"]["toxicity"] = None  # type: ignore[index]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    found = task(data={"path": str(path), "held_out": 10})
-    held = found.prompts("evaluation")["prompt"].to_list()
+    toxicity = task(data={"path": str(path), "held_out": 10})
+    held = toxicity.prompts("evaluation")["prompt"].to_list()
     assert sorted(held) == sorted(f"Somebody said {i} times that" for i in range(10))  # below 0.5, or unknown
-    assert found.prompts("train").height == 10
+    assert toxicity.prompts("train").height == 10
     mixed = task(data={"path": str(path), "held_out": 10}, held_out_from="all").prompts("evaluation")
     assert sorted(mixed["prompt"]) != sorted(held)
     with pytest.raises(
@@ -127,7 +127,7 @@ def test_the_schema_of_real_toxicity_prompts(tmp_path: Path) -> None:
     assert flat == [f"Somebody said {i} times that" for i in range(20)]
 
 
-def test_the_lexicon_scores_where_nothing_else_is_named() -> None:
+def test_the_lexicon_is_the_default_scorer() -> None:
     content = {"task": "toxicity", "method": "alt_rm", "policy": {"model": "/nowhere"}}
     experiment: Experiment = validate(Experiment, content, "x")
     assert experiment.sample_scorer == ToxicityScorer()
@@ -138,7 +138,7 @@ def test_the_embedded_sample() -> None:
     assert train.height + evaluation.height >= 60 and evaluation.height >= 20
     assert not set(train["prompt"]) & set(evaluation["prompt"])
     assert task().notes == ()
-    # They are no insults themselves: only what follows is judged, and may go either way.
+    # The prompts themselves are not insults: only continuations are scored, and can go either way.
     prompts = [*train["prompt"], *evaluation["prompt"]]
     scores = ToxicityScorer().score(prompts)
     assert max(score or 0.0 for score in scores) <= 0.5, [
