@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import time
 import uuid
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import forked
 from tests.integration.conftest import Place, Ran, new_place
 from tests.toy import PROJECT
 from textalign_dagster.cli.running import dagster_instance
@@ -77,15 +76,10 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, dict[str, l
     for moment in MOMENTS:
         mark = f"TEXTALIGN_TEST={uuid.uuid4().hex}"
         name, _, value = mark.partition("=")
-        done = subprocess.run(
-            [sys.executable, KILLER, moment, "run", "toy", "--iterations", "1", "--no-control"],
-            env={**place.env, name: value},
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        arguments = [moment, "run", "toy", "--iterations", "1", "--no-control"]
+        # The variable reaches the trainer and the workers, which are started as for users.
+        env = {**place.env, name: value}
+        done = forked.run([KILLER], arguments, env=env, cwd=PROJECT, text="", timeout=120)
         if moment.startswith("Ctrl-C"):
             assert done.returncode == 130, f"{moment}: {done.stdout}{done.stderr}"
             assert done.stderr == "stopped; finished stages are kept, the same command resumes from there\n"

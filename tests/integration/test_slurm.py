@@ -30,6 +30,7 @@ from resources.launchers.launcher import (
     accelerate_env,
 )
 from resources.launchers.slurm import SlurmLauncher
+from tests import forked
 from tests.integration.conftest import Place
 from tests.integration.slurm_cluster import Cluster, cluster, impossible
 from tests.toy import PROJECT, textalign
@@ -79,26 +80,6 @@ with open_dagster_pipes() as context:
 print("the trainer's last line", flush=True)
 """
 
-# A worker of Dagster that can be ended from outside: HOW FOLDER HISTORY.
-DRIVER = """
-import os, signal, sys
-from pathlib import Path
-import dagster as dg
-from resources.launchers.slurm_job import SlurmJob
-from tests.integration.test_slurm import train
-from textalign_dagster.progress import shown_by
-
-how, folder, history = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-if how == "dies after sbatch":
-    SlurmJob.record = lambda self, job_id: os.kill(os.getpid(), signal.SIGKILL)
-instance = dg.DagsterInstance.local_temp(str(folder / history))
-if how == "with somebody waiting":
-    with shown_by(lambda event: None):
-        train(folder, instance=instance)
-else:
-    train(folder, instance=instance)
-"""
-
 
 @pytest.fixture(scope="module")
 def slurms() -> Iterator[Cluster]:
@@ -117,7 +98,7 @@ def slurms() -> Iterator[Cluster]:
         yield found
 
 
-WORKERS: list[subprocess.Popen[bytes]] = []
+WORKERS: list[forked.Popen] = []
 
 
 @pytest.fixture(autouse=True)
@@ -125,8 +106,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """What a failed test leaves behind would fail the next one, too."""
     yield
     while WORKERS:
-        WORKERS[0].kill()
-        WORKERS.pop(0).wait()
+        WORKERS.pop(0).stop()
     if "slurms" in request.fixturenames:
         found = request.getfixturevalue("slurms")
         if jobs := found.jobs():
@@ -198,16 +178,12 @@ def until(condition: Callable[[], Any], what: str) -> None:
         time.sleep(0.05)
 
 
-def worker(folder: Path, how: str = "", history: str = "instance") -> subprocess.Popen[bytes]:
-    """A process of Dagster's with a training, once that has begun on both nodes."""
+def worker(folder: Path, how: str = "", history: str = "instance") -> forked.Popen:
+    """A Dagster process with a training run (`slurm_run.py`)."""
     (folder / history).mkdir(exist_ok=True)
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, how, str(folder), history],
-        cwd=PROJECT,
-        env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        stdout=subprocess.DEVNULL,
-        stderr=(folder / "worker.err").open("ab"),
-    )
+    command = ["python", "-m", "tests.integration.slurm_run", how, str(folder), history]
+    with (folder / "worker.err").open("a") as err, Path(os.devnull).open("w") as out:
+        process = forked.Popen(command, env=os.environ, stdout=out, stderr=err)
     WORKERS.append(process)
     return process
 
@@ -277,7 +253,7 @@ def test_a_cancelled_run_ends_its_job(tmp_path: Path, slurms: Cluster) -> None:
     # As the UI does it: the state first, then the signal.
     with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
         instance.report_run_canceling(instance.get_runs()[0])
-        process.send_signal(signal.SIGINT)
+        os.kill(process.pid, signal.SIGINT)
         process.wait(PATIENCE)
     assert slurms.jobs() == []
 
@@ -285,7 +261,7 @@ def test_a_cancelled_run_ends_its_job(tmp_path: Path, slurms: Cluster) -> None:
 def test_ctrl_c_ends_the_job(tmp_path: Path, slurms: Cluster) -> None:
     process = worker(tmp_path, "with somebody waiting")
     training(tmp_path)
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     process.wait(PATIENCE)
     assert slurms.jobs() == []
 
@@ -303,7 +279,7 @@ def test_whoever_comes_next_goes_on_with_the_job(tmp_path: Path, slurms: Cluster
         ),
         "it",
     )
-    restarted.terminate()  # as a redeployment does it
+    os.kill(restarted.pid, signal.SIGTERM)  # as a redeployment does it
     restarted.wait(PATIENCE)
     assert slurms.jobs() == [job]
     assert "leaving the Slurm job running" in (tmp_path / "worker.err").read_text()

@@ -88,9 +88,9 @@ def start(command: list[str], settings: Acceleration, folder: Path, grace: float
 def until(condition: Callable[[], Any], process: Supervised, folder: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        said = (folder / "log").read_text()[-3000:]
-        assert process.process.poll() is None and time.monotonic() < deadline, said
-        time.sleep(0.002)
+        if process.process.poll() is not None or time.monotonic() > deadline:
+            pytest.fail((folder / "log").read_text()[-3000:])
+        time.sleep(0.005)
 
 
 def killed_once_kept(command: list[str], settings: Acceleration, job: dict[str, Any]) -> int:
