@@ -1,6 +1,6 @@
-"""An OpenAI-compatible endpoint that answers any question a template can ask, by rule.
+"""A rule-based, OpenAI-compatible endpoint that answers any question a template can ask.
 
-The answer follows from the question alone and fits the JSON schema that came with it.
+The answer depends only on the question and conforms to the JSON schema in the request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def rule_judge() -> Iterator[str]:
-    """The URL of a running endpoint."""
+    """Runs the endpoint and yields its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -29,7 +29,7 @@ def rule_judge() -> Iterator[str]:
 
 
 def answer(schema: dict[str, Any], question: str) -> Any:
-    """A value that fits the schema."""
+    """A value that conforms to the schema."""
     number = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big")
     if "enum" in schema:
         return schema["enum"][number % len(schema["enum"])]
@@ -43,14 +43,14 @@ def answer(schema: dict[str, Any], question: str) -> Any:
 
 class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        schema = asked["response_format"]["json_schema"]["schema"]
-        text = json.dumps(answer(schema, asked["messages"][-1]["content"]))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        schema = request["response_format"]["json_schema"]["schema"]
+        text = json.dumps(answer(schema, request["messages"][-1]["content"]))
         reply = {
             "id": "x",
             "object": "chat.completion",
             "created": 0,
-            "model": asked["model"],
+            "model": request["model"],
             "choices": [
                 {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             ],

@@ -1,4 +1,4 @@
-"""What may import what: arrows between rooms go one way, and the tree says what lives where."""
+"""Import rules: dependencies between packages go one way, and every package documents its contents."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CORE = (
     ),
     *("tables", "ids", "disk", "hub", "progress", "prompts", "tokenisation"),
 )
-"""Rooms and modules of textalign_dagster that import neither resources nor assets."""
+"""Packages and modules of textalign_dagster that import neither resources nor assets."""
 RESOURCES = {
     "store": (),
     "compute": (),
@@ -37,25 +37,25 @@ RESOURCES = {
     "launchers": ("compute",),
     "views": ("store", "judges"),
 }
-"""The rooms of resources, and the rooms (and modules beside them) that each imports, and no others."""
+"""The packages of resources, and the only sibling packages and modules that each may import."""
 TRAINING = ("job", "settings", "acceleration", "state.snapshot_folder", "objectives", "data.batches")
-"""What others import of training: plain data, without torch. (`objectives` are settings until they are called.)"""
+"""What other packages may import from training: plain data, without torch. (`objectives` are settings until called.)"""
 
 
 def modules() -> dict[str, Path]:
-    found = {}
+    paths = {}
     for package in PACKAGES:
         for path in sorted((PROJECT / package).rglob("*.py")):
             parts = path.relative_to(PROJECT).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            paths[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return paths
 
 
 MODULES = modules()
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of the project that a file imports, anywhere in it."""
+    """The project's modules that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -71,21 +71,21 @@ def imports(path: Path) -> set[str]:
 IMPORTS = {name: imports(path) for name, path in MODULES.items()}
 
 
-def room(name: str) -> str:
-    """resources.store.cells → resources.store; a module at the root of a package is a room of its own."""
+def package_of(name: str) -> str:
+    """resources.store.cells → resources.store; a module at the root of a top-level package stands for itself."""
     return ".".join(name.split(".")[:2])
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The first circle found below each node, if any."""
+def find_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Cycles in a graph, at least one if there are any."""
     state: dict[str, int] = {}
-    found: list[list[str]] = []
+    cycles: list[list[str]] = []
 
     def visit(node: str, path: list[str]) -> None:
         state[node] = 1
         for other in sorted(graph.get(node, ())):
             if state.get(other) == 1:
-                found.append([*path[path.index(other) :], other])
+                cycles.append([*path[path.index(other) :], other])
             elif other not in state:
                 visit(other, [*path, other])
         state[node] = 2
@@ -93,45 +93,45 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     for node in sorted(graph):
         if node not in state:
             visit(node, [node])
-    return found
+    return cycles
 
 
-def test_no_circles_between_rooms() -> None:
+def test_no_import_cycles_between_packages() -> None:
     graph: dict[str, set[str]] = defaultdict(set)
     for name, others in IMPORTS.items():
-        graph[room(name)] |= {room(other) for other in others} - {room(name)}
-    assert circles(graph) == []
+        graph[package_of(name)] |= {package_of(other) for other in others} - {package_of(name)}
+    assert find_cycles(graph) == []
 
 
-def test_no_circles_between_modules() -> None:
-    # A package that gathers its modules is imported by name only from outside.
+def test_no_import_cycles_between_modules() -> None:
+    # Imports of a module's own parent packages, which may re-export it, do not count.
     graph = {
         name: {other for other in others if not name.startswith(f"{other}.")}
         for name, others in IMPORTS.items()
     }
-    assert circles(graph) == []
+    assert find_cycles(graph) == []
 
 
 @pytest.mark.parametrize("name", RESOURCES)
-def test_arrows_within_resources(name: str) -> None:
-    here = f"resources.{name}"
-    found = {
-        room(other).removeprefix("resources.")
+def test_imports_within_resources(name: str) -> None:
+    package = f"resources.{name}"
+    imported = {
+        package_of(other).removeprefix("resources.")
         for module, others in IMPORTS.items()
-        if room(module) == here
+        if package_of(module) == package
         for other in others
-        if other.startswith("resources.") and room(other) != here
+        if other.startswith("resources.") and package_of(other) != package
     }
-    assert found <= set(RESOURCES[name])
+    assert imported <= set(RESOURCES[name])
 
 
-def test_the_core_imports_no_resources() -> None:
+def test_core_imports_neither_resources_nor_assets() -> None:
     for module, others in IMPORTS.items():
         if module.startswith("textalign_dagster.") and module.split(".")[1] in CORE:
             assert not {other for other in others if other.startswith(("resources", "assets"))}, module
 
 
-def test_only_plain_data_of_training_is_imported_from_outside() -> None:
+def test_only_plain_data_is_imported_from_training() -> None:
     allowed = tuple(f"training.{name}" for name in TRAINING)
     for module, others in IMPORTS.items():
         if not module.startswith("training"):
@@ -139,14 +139,14 @@ def test_only_plain_data_of_training_is_imported_from_outside() -> None:
             assert {other for other in foreign if not other.startswith(allowed)} == set(), module
 
 
-def test_every_room_says_what_lives_in_it() -> None:
+def test_every_package_has_a_docstring() -> None:
     for name, path in MODULES.items():
         if path.name == "__init__.py" and name not in PACKAGES:
             assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), name
 
 
-def test_methods_and_objectives_are_known_to_their_registries_only() -> None:
-    """Stages and trainer never ask which method or objective it is."""
+def test_only_registries_import_methods_and_objectives() -> None:
+    """Stages and the trainer never refer to a particular method or objective."""
     for kind in ("textalign_dagster.methods", "training.objectives"):
         own = {name for name in MODULES if name.startswith(f"{kind}.")} - {
             f"{kind}.base",

@@ -1,4 +1,4 @@
-"""What the code location holds, as a plain literal; and what may import what."""
+"""The contents of the code location, as plain literals, and import rules."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def test_definitions_load() -> None:
 
 def test_assets_and_dependencies() -> None:
     graph = defs.resolve_asset_graph()
-    found = {
+    dependencies = {
         node.key.to_user_string(): sorted(key.to_user_string() for key in node.parent_keys)
         for node in graph.asset_nodes
     }
-    assert found == DEPENDENCIES
+    assert dependencies == DEPENDENCIES
     assert {node.group_name for node in graph.asset_nodes} == {"loop"}
     assert [node.key.to_user_string() for node in graph.asset_nodes if node.is_external] == ["policy"]
     # Identity dependencies on one grid: anything else makes backfills run out of order.
@@ -68,13 +68,13 @@ def test_assets_and_dependencies() -> None:
     }
 
 
-def test_checks_and_which_of_them_block() -> None:
+def test_checks_and_whether_they_block() -> None:
     nodes = defs.resolve_asset_graph().asset_check_nodes
-    found = {
+    checks = {
         (node.key.asset_key.to_user_string(), node.key.name): "blocks" if node.blocking else "warns"
         for node in nodes
     }
-    assert found == CHECKS
+    assert checks == CHECKS
     assert all(node.partitions_def is not None for node in nodes)
 
 
@@ -90,21 +90,21 @@ def test_jobs_schedules_and_sensors() -> None:
         "next_iteration": "0 2 * * *"
     }
     assert [sensor.name for sensor in repository.sensor_defs] == ["advance", "collect_batches"]
-    # Nothing runs before somebody switches it on.
+    # Nothing runs until someone turns it on.
     assert {i.default_status.value for i in (*repository.schedule_defs, *repository.sensor_defs)} == {
         "STOPPED"
     }
 
 
 @pytest.mark.parametrize("name", [n for n, v in vars(tables).items() if isinstance(v, tables.pl.Schema)])
-def test_every_column_has_a_meaning(name: str) -> None:
+def test_every_column_has_a_description(name: str) -> None:
     schema = vars(tables)[name]
     if "measures" not in schema:  # the per-sample table has no page of its own
         described = columns_of(schema)["dagster/column_schema"]
         assert all(column.description for column in described.columns)
 
 
-def test_every_asset_says_what_it_is() -> None:
+def test_every_asset_has_a_description_and_kinds() -> None:
     for node in defs.resolve_asset_graph().asset_nodes:
         assert node.description and node.kinds, node.key
 
@@ -130,26 +130,26 @@ print(assets.__path__[0], resources.__path__[0], training.__path__[0], sep="\\n"
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
 def test_core_does_not_import_dagster(path: Path) -> None:
-    found = _imports(path)
+    imports = _imports(path)
     if path.stem not in WITH_DAGSTER:
-        assert "dagster" not in found
+        assert "dagster" not in imports
     if path.stem not in ("running", "cli"):
-        assert "textalign_dagster.definitions" not in found
+        assert "textalign_dagster.definitions" not in imports
 
 
 @pytest.mark.parametrize("folder", ["assets", "resources", "training"])
-def test_arrows_go_one_way(folder: str) -> None:
+def test_imports_go_one_way(folder: str) -> None:
     for path in sorted((PROJECT / folder).rglob("*.py")):
-        found = _imports(path)
-        assert "textalign_dagster.definitions" not in found, path
+        imports = _imports(path)
+        assert "textalign_dagster.definitions" not in imports, path
         if folder == "training":
-            assert "dagster" not in found and "assets" not in found and "resources" not in found, path
+            assert "dagster" not in imports and "assets" not in imports and "resources" not in imports, path
         if folder == "resources":
-            assert "assets" not in found, path
+            assert "assets" not in imports, path
 
 
 def _imports(path: Path) -> set[str]:
-    """Every module a file imports, anywhere in it, with the packages these are in."""
+    """Every module that a file imports, anywhere in it, and their top-level packages."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Experiments so small that the whole loop takes seconds, and ``textalign`` in a process of its own."""
+"""Experiments so small that the whole loop takes seconds, and ``textalign`` in a separate process."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ OVERRIDES = (
     "checks.max_duplicates=1",
     "checks.max_empty=1",
 )
-"""What makes a shipped experiment tiny; the numbers mean nothing then."""
+"""Overrides that make a shipped experiment tiny; its numbers then mean nothing."""
 
 
 @dataclass(frozen=True)
 class ToyModels:
-    """Folders of the models that stand for those on the hub (`tests.toy_models`)."""
+    """Folders of the models that stand in for those on the hub (`tests.toy_models`)."""
 
     policy: Path
     classifier: Path
@@ -48,57 +48,56 @@ class ToyModels:
 
 
 def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str) -> list[str]:
-    """What makes a shipped experiment tiny and free of hub, GPU and LLM: embedded prompts, random models."""
-    found = list(OVERRIDES)
-    if (
-        experiment.task.name == "pep8"
-    ):  # with fewer tokens no sample has a whole line, and all are judged alike
-        found += ["sampling.max_new_tokens=24", "datapool.max_tokens=25"]
+    """Overrides that make a shipped experiment tiny, without hub, GPU or LLM: embedded prompts, random models."""
+    overrides = list(OVERRIDES)
+    # With fewer tokens no sample has a complete line, and all get the same feedback.
+    if experiment.task.name == "pep8":
+        overrides += ["sampling.max_new_tokens=24", "datapool.max_tokens=25"]
     if experiment.method.read_together(3) > 2:  # a group is three samples
-        found[found.index("training.batch_size=2")] = "training.batch_size=4"
-    if isinstance(experiment.method, ForwardPrediction):  # a judge must learn to say something, and to stop
-        found.append("training.epochs=20")
-    if experiment.method.trains == "reward model":  # it is measured on pairs of a prompt's samples
-        found[found.index("evaluation.samples_per_prompt=1")] = "evaluation.samples_per_prompt=2"
+        overrides[overrides.index("training.batch_size=2")] = "training.batch_size=4"
+    if isinstance(experiment.method, ForwardPrediction):  # a judge must learn to write feedback, and to stop
+        overrides.append("training.epochs=20")
+    if experiment.method.trains == "reward model":  # it is evaluated on pairs of samples of a prompt
+        overrides[overrides.index("evaluation.samples_per_prompt=1")] = "evaluation.samples_per_prompt=2"
     if experiment.datapool.draws_all:
-        found.remove("datapool.samples=8")
+        overrides.remove("datapool.samples=8")
     elif experiment.datapool.samples_per_bucket is not None:
-        found[found.index("datapool.samples=8")] = "datapool.samples_per_bucket=1"
+        overrides[overrides.index("datapool.samples=8")] = "datapool.samples_per_bucket=1"
     if experiment.corpus is not None:  # 16 of its documents
-        found.append("offline.shard=4")
-        if not Path(experiment.corpus.path).is_file():  # it comes from a hub
-            found += [f"offline.path={models.corpus}", "training.block=32"]
-    found += [
+        overrides.append("offline.shard=4")
+        if not Path(experiment.corpus.path).is_file():  # it is on the hub
+            overrides += [f"offline.path={models.corpus}", "training.block=32"]
+    overrides += [
         f"evaluation.scenarios.{name}={{samples: 26, max_new_tokens: 8, min_new_tokens: 2}}"
         for name in experiment.evaluation.scenarios
     ]
     if experiment.evaluation.kl_reference is not None:
-        found.append("evaluation.kl_reference=base")
+        overrides.append("evaluation.kl_reference=base")
     if experiment.judge is not None:
-        found.append(f"judge.base_url={judge_url}")
+        overrides.append(f"judge.base_url={judge_url}")
     if experiment.evaluation.judge is not None:
-        found.append(f"evaluation.judge.base_url={judge_url}")
+        overrides.append(f"evaluation.judge.base_url={judge_url}")
     for field, scorer in (("scorer", experiment.scorer), ("evaluation.scorer", experiment.evaluation.scorer)):
         if scorer is not None and scorer.name == "classifier":
-            found += [f"{field}.model={models.classifier}", f"{field}.label=toxic"]
+            overrides += [f"{field}.model={models.classifier}", f"{field}.label=toxic"]
         if scorer is not None and scorer.name == "reward_model" and scorer.trained is None:
-            found += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
-            found.append(f"{field}.dtype=float32")
+            overrides += [f"{field}.model={models.reward_model}", f"{field}.weights={models.reward_model}"]
+            overrides.append(f"{field}.dtype=float32")
         if isinstance(scorer, PIIScorer) and scorer.names is not None:
-            found.append(f"{field}.names=null")
-    found += [
+            overrides.append(f"{field}.names=null")
+    overrides += [
         f"evaluation.baselines.{baseline}={models.policy}"
         for baseline, model in experiment.evaluation.baselines.items()
         if model != "references"
     ]
     if experiment.evaluation.max_new_tokens is not None:
-        found.append(f"evaluation.max_new_tokens={24 if experiment.task.name == 'pep8' else 8}")
+        overrides.append(f"evaluation.max_new_tokens={24 if experiment.task.name == 'pep8' else 8}")
     if experiment.evaluation.fluency_model is not None:
-        found.append(f"evaluation.fluency_model={models.policy}")
+        overrides.append(f"evaluation.fluency_model={models.policy}")
     if isinstance(experiment.task, DatasetTask):
-        found += ["task.data.hub=null", "task.data.held_out=null"]
+        overrides += ["task.data.hub=null", "task.data.held_out=null"]
     if experiment.policy.model not in experiment.task.builtin_policies:
-        found += [
+        overrides += [
             f"policy.model={next(iter(experiment.task.builtin_policies), models.policy)}",
             "policy.dtype=float32",
             "sampling.engine=transformers",
@@ -106,9 +105,9 @@ def shipped_overrides(experiment: Experiment, models: ToyModels, judge_url: str)
             "training.accelerate=null",
             "training.mixed_precision=no",
         ]
-        if experiment.training.lora is not None:  # the modules that it names are another architecture's
-            found.append("training.lora.target_modules=all-linear")
-    return found
+        if experiment.training.lora is not None:  # its target modules belong to another architecture
+            overrides.append("training.lora.target_modules=all-linear")
+    return overrides
 
 
 def toys() -> dict[str, dict[str, Any]]:
@@ -133,7 +132,7 @@ def write_toys(folder: Path) -> Path:
 
 
 def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
-    """The variables of a ``textalign`` that keeps everything below ``home``."""
+    """The environment of a ``textalign`` that keeps everything below ``home``."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TEXTALIGN_", "DAGSTER_"))}
     folders = [str(folder) for folder in (experiments, PROJECT / "experiments") if folder]
     return kept | {
@@ -146,7 +145,7 @@ def environment(home: Path, experiments: Path | None = None) -> dict[str, str]:
 
 
 QUICK = ("-m", "tests.integration.quick")
-"""The program of tests that are not about how a training is started (tests/integration/quick.py)."""
+"""The program for tests that are not about how a training is started (tests/integration/quick.py)."""
 
 
 def textalign(
@@ -158,17 +157,17 @@ def textalign(
     program: tuple[str, ...] = QUICK,
     fork: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """``textalign …`` in a forked process (`tests.forked`), by default with its trainings in there, too.
+    """``textalign …`` in a forked process (`tests.forked`), by default with its trainings in the same process.
 
-    ``ok``: it must succeed; otherwise it must fail with one message and without a traceback. ``fork``: False where
-    libraries read the environment when they are imported.
+    ``ok``: whether it must succeed; otherwise it must fail with an error message and without a traceback. ``fork``:
+    False if libraries read the environment when they are imported.
     """
     done = forked.run(program, arguments, env=env, cwd=cwd, text=text or "", timeout=300, fork=fork)
-    told = f"{arguments}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr + done.stdout, told
+    output = f"{arguments}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr + done.stdout, output
     if ok:
-        assert done.returncode == 0, told
+        assert done.returncode == 0, output
     else:
-        assert done.returncode > 0, told
-        assert done.stderr.count("rror: ") >= 1, told
+        assert done.returncode > 0, output
+        assert done.stderr.count("rror: ") >= 1, output
     return done

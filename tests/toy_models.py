@@ -1,6 +1,6 @@
-"""The models of the shipped experiments at toy size: random weights behind a tokenizer of their own.
+"""Toy-sized stand-ins for the models of the shipped experiments: random weights, with their own tokenizer.
 
-Their context is as long as that of the models they stand for, so that prompts need no other settings.
+Their context is as long as that of the models they stand in for, so prompts need no other settings.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ def save_toy_models(folder: Path) -> ToyModels:
         GPTJModel,
     )
 
-    words = _tokenizer()
-    size = {"vocab_size": len(words), "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
-    ends: dict[str, Any] = {"eos_token_id": words.eos_token_id, "bos_token_id": None}
+    tokenizer = _tokenizer()
+    size = {"vocab_size": len(tokenizer), "n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    ends: dict[str, Any] = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     torch.manual_seed(0)
     language_model = GPT2LMHeadModel(GPT2Config(**size, **ends))
-    labels = {"id2label": {0: "toxic"}, "label2id": {"toxic": 0}, "pad_token_id": words.eos_token_id}
+    labels = {"id2label": {0: "toxic"}, "label2id": {"toxic": 0}, "pad_token_id": tokenizer.eos_token_id}
     classifier = GPT2ForSequenceClassification(GPT2Config(**size, **ends, **labels))
     for name, model in (("policy", language_model), ("classifier", classifier)):
         model.save_pretrained(folder / name)
-        words.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     backbone = GPTJModel(GPTJConfig(rotary_dim=4, **size, **ends))
     state = {f"transformer.{name}": weight.contiguous() for name, weight in backbone.state_dict().items()}
     state["v_head.weight"] = torch.randn(1, size["n_embd"])
     backbone.config.save_pretrained(folder / "reward_model")
-    words.save_pretrained(folder / "reward_model")
+    tokenizer.save_pretrained(folder / "reward_model")
     save_file(state, folder / "reward_model" / "model.safetensors")
     corpus = folder / "corpus.jsonl"
     corpus.write_text("\n".join(map(json.dumps, _corpus())) + "\n", encoding="utf-8")

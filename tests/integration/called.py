@@ -1,4 +1,4 @@
-"""``textalign`` that writes a line into a file for each call to a worker: ``called.py FILE run …``.
+"""``textalign`` that appends a line to a file for each call to a worker: ``called.py FILE run …``.
 
 A line is JSON: {"worker": module, "pid": its process, "model": …, "adapter": …}.
 """
@@ -16,7 +16,7 @@ if __name__ == "__main__":
     log = Path(sys.argv.pop(1))
     send = worker.Worker.send
 
-    def told(self: worker.Worker, call: Any) -> None:
+    def log_and_send(self: worker.Worker, call: Any) -> None:
         line = {"worker": self.channel.module, "pid": self.process.pid}
         with log.open("a") as stream:
             stream.write(
@@ -24,5 +24,5 @@ if __name__ == "__main__":
             )
         send(self, call)
 
-    worker.Worker.send = told  # type: ignore[method-assign]
+    worker.Worker.send = log_and_send  # type: ignore[method-assign]
     main()

@@ -1,8 +1,8 @@
-"""A container runtime of its own on this machine: containerd and runc, spoken to as kubelets speak to it.
+"""A private container runtime on this machine: containerd and runc, over the interface that kubelets use.
 
-What of Kubernetes there is not: its API server and the kubelet, whose part `Containers` plays. What is real
-are the containers, their ends, their memory limits, and the server of attached connections. An image has
-nothing in it; containers see this machine's folders instead, its interpreters among them.
+Kubernetes' API server and kubelet are missing; `Containers` plays their part. The containers, how they end,
+their memory limits, and the server of attached connections are real. The image is empty; containers see this
+machine's folders instead, including its interpreters.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.toy import PROJECT
 PATIENCE = 30.0  # seconds
 IMAGE, PAUSE = "docker.io/test/textalign:1", "docker.io/test/pause:1"
 OWN = {"proc", "sys", "dev", "run", "etc", "boot", "lost+found"}
-"""Folders that a container has of its own."""
+"""Folders that each container has to itself."""
 
 CONF = """
 version = 2
@@ -86,21 +86,21 @@ StopPodSandboxResponse:
 RemovePodSandboxRequest: 1 pod_sandbox_id string
 RemovePodSandboxResponse:
 """
-"""What is used of the Container Runtime Interface, v1."""
+"""The parts of the Container Runtime Interface, v1, that are used."""
 
 RUNNING, EXITED = 1, 2  # states of a container
-OF_ITS_OWN, OF_THE_MACHINE = 1, 2  # namespaces
+OF_THE_CONTAINER, OF_THE_NODE = 1, 2  # namespaces
 
 
 def impossible() -> str | None:
-    """Why there can be no runtime here."""
+    """Why no runtime can be started here; None if one can."""
     missing = [command for command in ("containerd", "ctr", "runc") if shutil.which(command) is None]
     if missing:
         return f"no container runtime is installed ({', '.join(missing)} missing): apt-get install containerd runc"
     if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        return "containers need root, and the right to mount"
+        return "containers need root, and permission to mount"
     if not os.access("/sys/fs/cgroup", os.W_OK):
-        return "containers need control groups, and those here are read-only"
+        return "containers need writable control groups, and those here are read-only"
     return None
 
 
@@ -118,12 +118,12 @@ class Runtime:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=self.messages[f"{method}Response"].FromString,
         )
-        answer = call(
+        response = call(
             self.json.ParseDict(request, self.messages[f"{method}Request"]()),
             timeout=PATIENCE,
             wait_for_ready=True,
         )
-        return dict(self.json.MessageToDict(answer, preserving_proto_field_name=True))
+        return dict(self.json.MessageToDict(response, preserving_proto_field_name=True))
 
 
 def messages() -> dict[str, Any]:
@@ -138,8 +138,8 @@ def messages() -> dict[str, Any]:
         name, _, fields = line.partition(":")
         names.append(name)
         message = file.message_type.add(name=name)
-        for told in filter(None, fields.split(",")):
-            number, field_name, kind = told.split()
+        for spec in filter(None, fields.split(",")):
+            number, field_name, kind = spec.split()
             added = message.field.add(name=field_name, number=int(number))
             added.label = kinds.LABEL_REPEATED if kind.startswith("*") else kinds.LABEL_OPTIONAL
             kind = kind.lstrip("*")
@@ -153,7 +153,7 @@ def messages() -> dict[str, Any]:
 
 @contextmanager
 def container_runtime(folder: Path) -> Iterator[Runtime]:
-    """A containerd with two images, until the block ends."""
+    """A containerd with two images, for the duration of the block."""
     conf = folder / "config.toml"
     conf.write_text(CONF.format(folder=folder, pause=PAUSE))
     with (folder / "log").open("wb") as log:
@@ -172,10 +172,12 @@ def container_runtime(folder: Path) -> Iterator[Runtime]:
 
 
 def refusal(runtime: Runtime) -> str | None:
-    """Why the runtime starts no container here, though it runs itself; None: it does."""
+    """Why the runtime, which is up, cannot start a container here; None if it can."""
     config = {
         "metadata": {"name": "trial", "uid": "trial", "namespace": "lab"},
-        "linux": {"security_context": {"namespace_options": {"network": OF_THE_MACHINE, "pid": OF_ITS_OWN}}},
+        "linux": {
+            "security_context": {"namespace_options": {"network": OF_THE_NODE, "pid": OF_THE_CONTAINER}}
+        },
     }
     try:
         sandbox = runtime("RunPodSandbox", config=config)["pod_sandbox_id"]
@@ -187,13 +189,13 @@ def refusal(runtime: Runtime) -> str | None:
 
 
 def with_libraries(program: str) -> list[Path]:
-    """A program and the libraries that it loads."""
-    found = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
-    return [Path(program), *(Path(library) for library in re.findall(r"(/\S+) \(0x", found))]
+    """A program and the shared libraries that it loads."""
+    output = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
+    return [Path(program), *(Path(library) for library in re.findall(r"(/\S+) \(0x", output))]
 
 
 def write_image(path: Path, name: str, files: list[Path]) -> Path:
-    """An OCI image with a few files of this machine; it sleeps, unless it is told what else to do."""
+    """An OCI image with a few files of this machine; it sleeps unless given another command."""
     layer = io.BytesIO()
     with tarfile.open(fileobj=layer, mode="w") as out:
         for folder in sorted(entry for entry in Path("/").iterdir() if entry.is_dir()):
@@ -241,35 +243,35 @@ def write_image(path: Path, name: str, files: list[Path]) -> Path:
 
 @dataclass
 class ContainerPod(Pod):
-    """A pod that is a container."""
+    """A pod backed by a container."""
 
     runtime: Runtime | None = None
     sandbox: str = ""
     container: str = ""
     connection: socket.socket | None = None
-    passed: int = 0  # pieces of what came for it
+    passed: int = 0  # chunks forwarded to it
 
     def status(self) -> dict[str, Any]:
         assert self.runtime is not None
-        found = self.runtime("ContainerStatus", container_id=self.container)
-        return dict(found["status"])
+        response = self.runtime("ContainerStatus", container_id=self.container)
+        return dict(response["status"])
 
     @property
     def runs(self) -> bool:
         return self.status().get("state") == RUNNING
 
     def described(self) -> dict[str, Any]:
-        """As a kubelet tells a server."""
-        found = self.status()
-        code = found.get("exit_code", 0)
+        """As a kubelet reports it to an API server."""
+        current = self.status()
+        code = current.get("exit_code", 0)
         state: dict[str, Any] = {"waiting": {"reason": "ContainerCreating"}}
         phase = "Pending"
-        if found.get("state") == RUNNING:
+        if current.get("state") == RUNNING:
             phase, state = "Running", {"running": {}}
-        elif found.get("state") == EXITED:
-            finished = datetime.fromtimestamp(int(found["finished_at"]) / 1e9, UTC)
-            ended = {"exitCode": code, "reason": found["reason"], "finishedAt": finished.isoformat()}
-            phase, state = "Failed" if code else "Succeeded", {"terminated": ended}
+        elif current.get("state") == EXITED:
+            finished = datetime.fromtimestamp(int(current["finished_at"]) / 1e9, UTC)
+            terminated = {"exitCode": code, "reason": current["reason"], "finishedAt": finished.isoformat()}
+            phase, state = "Failed" if code else "Succeeded", {"terminated": terminated}
         container = self.body["spec"]["containers"][0]
         status = {"name": container["name"], "image": container["image"], "imageID": "", "ready": True}
         statuses = [{**status, "restartCount": 0, "state": state}]
@@ -280,29 +282,29 @@ class ContainerPod(Pod):
         self.runtime("StopContainer", container_id=self.container, timeout=0)
 
     def evict(self) -> None:
-        """Tells it to end, as a kubelet does that wants its place."""
+        """Stops it with a grace period, as a kubelet does that evicts it."""
         assert self.runtime is not None
         self.runtime("StopContainer", container_id=self.container, timeout=30)
 
     def cut(self) -> None:
-        """Breaks the attached connection off."""
+        """Cuts the attached connection."""
         assert self.connection is not None
         self.connection.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass
 class Containers(Cluster):
-    """A cluster whose pods are containers; ``runtime`` is given before the first."""
+    """A cluster whose pods are containers; ``runtime`` must be set before the first one."""
 
     runtime: Runtime | None = None
-    memory: int = 0  # bytes that a container may have; 0: all there is
-    ends: list[threading.Thread] = field(default_factory=list)
+    memory: int = 0  # memory limit of a container in bytes; 0: none
+    removals: list[threading.Thread] = field(default_factory=list)
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
         assert self.runtime is not None
         self.created.append(body)
-        name, told = body["metadata"]["name"], body["spec"]["containers"][0]
-        network = {"network": OF_THE_MACHINE, "pid": OF_ITS_OWN}
+        name, spec = body["metadata"]["name"], body["spec"]["containers"][0]
+        network = {"network": OF_THE_NODE, "pid": OF_THE_CONTAINER}
         config = {
             "metadata": {"name": name, "uid": name, "namespace": "lab"},
             "log_directory": str(self.folder),
@@ -310,34 +312,39 @@ class Containers(Cluster):
         }
         sandbox = self.runtime("RunPodSandbox", config=config)["pod_sandbox_id"]
         container = {
-            "metadata": {"name": told["name"]},
+            "metadata": {"name": spec["name"]},
             "image": {"image": IMAGE},
-            "command": told["command"],
-            "envs": [{"key": key, "value": value} for key, value in variables(told).items()],
+            "command": spec["command"],
+            "envs": [{"key": key, "value": value} for key, value in variables(spec).items()],
             "mounts": [
                 {"container_path": str(entry), "host_path": str(entry), "readonly": entry.name != "tmp"}
                 for entry in sorted(Path("/").iterdir())
                 if entry.is_dir() and not entry.is_symlink() and entry.name not in OWN
             ],
             "log_path": f"{name}.log",
-            "stdin": told.get("stdin", False),
-            "stdin_once": told.get("stdinOnce", False),
+            "stdin": spec.get("stdin", False),
+            "stdin_once": spec.get("stdinOnce", False),
             "linux": {
                 "resources": {"memory_limit_in_bytes": self.memory},
                 "security_context": {"namespace_options": network},
             },
         }
-        made = self.runtime(
+        container_id = self.runtime(
             "CreateContainer", pod_sandbox_id=sandbox, config=container, sandbox_config=config
         )["container_id"]
         self.pods[name] = ContainerPod(
-            body, None, self.folder / f"{name}.log", runtime=self.runtime, sandbox=sandbox, container=made
+            body,
+            None,
+            self.folder / f"{name}.log",
+            runtime=self.runtime,
+            sandbox=sandbox,
+            container=container_id,
         )
-        self.runtime("StartContainer", container_id=made)
+        self.runtime("StartContainer", container_id=container_id)
         return body
 
     def attach(self, pod: Pod, connection: socket.socket, request: bytes) -> None:
-        """Passes the connection on to the runtime's own server, as servers and kubelets do."""
+        """Proxies the connection to the runtime's own server, as API servers and kubelets do."""
         assert isinstance(pod, ContainerPod) and self.runtime is not None
         pod.connection = connection
         url = self.runtime("Attach", container_id=pod.container, stdin=True, stdout=True, stderr=True)["url"]
@@ -352,15 +359,15 @@ class Containers(Cluster):
         back.join()
 
     def delete(self, name: str) -> bool:
-        """Takes the pod away; that it is gone is known when its thread has ended."""
+        """Starts removing the pod; it is gone once its thread in ``removals`` has ended."""
         pod = self.pods.pop(name, None)
         if not isinstance(pod, ContainerPod):
             return False
-        self.ends.append(threading.Thread(target=self._take_away, args=(pod,)))
-        self.ends[-1].start()
+        self.removals.append(threading.Thread(target=self._remove, args=(pod,)))
+        self.removals[-1].start()
         return True
 
-    def _take_away(self, pod: ContainerPod) -> None:
+    def _remove(self, pod: ContainerPod) -> None:
         assert self.runtime is not None
         grace = pod.body["spec"].get("terminationGracePeriodSeconds", 30)
         self.runtime("StopContainer", container_id=pod.container, timeout=grace)
@@ -369,18 +376,18 @@ class Containers(Cluster):
 
 
 def variables(container: Mapping[str, Any]) -> dict[str, str]:
-    """A container's environment; the image has textalign."""
+    """A container's environment; the image includes textalign."""
     own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(PROJECT)}
     return own | {variable["name"]: variable["value"] for variable in container["env"]}
 
 
-def pump(source: socket.socket, sink: socket.socket, counts: ContainerPod | None = None) -> None:
-    """Copies until one of both is closed, which closes both."""
+def pump(source: socket.socket, sink: socket.socket, pod: ContainerPod | None = None) -> None:
+    """Copies data until either end is closed, then shuts down both."""
     with suppress(OSError):
         while data := source.recv(2**16):
             sink.sendall(data)
-            if counts is not None:
-                counts.passed += 1
+            if pod is not None:
+                pod.passed += 1
     for end in (source, sink):
         with suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""``textalign`` that writes a line into a file for each worker it starts: ``counted.py FILE run …``."""
+"""``textalign`` that appends a line to a file for each worker it starts: ``counted.py FILE run …``."""
 
 import sys
 from pathlib import Path

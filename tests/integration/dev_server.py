@@ -1,4 +1,4 @@
-"""`dagster dev` on the toy location, in a home of its own; and a way to ask and wait."""
+"""`dagster dev` on the toy location, with its own home; and helpers to query it and wait."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ T = TypeVar("T")
 
 @dataclass
 class DevServer:
-    """A running `dagster dev`, asked over GraphQL as the UI does."""
+    """A running `dagster dev`, queried over GraphQL as by the UI."""
 
     home: Path
     url: str
     process: subprocess.Popen[bytes]
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        """The data a GraphQL query gives; its errors fail the test."""
+        """The data that a GraphQL query returns; its errors fail the test."""
         body = json.dumps({"query": query, "variables": variables}).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.url}/graphql", body, headers)
@@ -52,38 +52,38 @@ class DevServer:
         assert "errors" not in answer, answer["errors"]
         return dict(answer["data"])
 
-    def until(self, what: str, found: Callable[[], T | None], seconds: float = 90) -> T:
-        """What ``found`` gives as soon as that is true; fails the test with the log otherwise."""
+    def until(self, what: str, probe: Callable[[], T | None], seconds: float = 90) -> T:
+        """Polls ``probe`` and returns its first true value; on timeout fails the test with the end of the log."""
         deadline = time.monotonic() + seconds
         while True:
             value = None
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                value = found()
+                value = probe()
             if value:
                 return value
             if self.process.poll() is not None or time.monotonic() > deadline:
                 log = (self.home / "dev.log").read_text(errors="replace")[-3000:]
-                pytest.fail(f"no {what} within {seconds:.0f} s; dagster dev says:\n{log}")
+                pytest.fail(f"no {what} within {seconds:.0f} s; end of its log:\n{log}")
             time.sleep(0.3)
 
     def runs(self, experiment: str) -> list[tuple[str, str, str]]:
         """(iteration, status, run id) of an experiment's runs, in the order they were launched."""
         query = "{runsOrError{...on Runs{results{runId status tags{key value}}}}}"
-        found = []
+        runs = []
         for run in reversed(self.ask(query)["runsOrError"]["results"]):
             tags = {tag["key"]: tag["value"] for tag in run["tags"]}
             name, _, iteration = tags.get("dagster/partition", "").partition("|")
             if name == experiment:
-                found.append((iteration, run["status"], run["runId"]))
-        return found
+                runs.append((iteration, run["status"], run["runId"]))
+        return runs
 
     def status(self, experiment: str, iteration: str) -> str | None:
         """The status of the latest run of a cell."""
-        found = [status for at, status, _ in self.runs(experiment) if at == iteration]
-        return found[-1] if found else None
+        statuses = [status for at, status, _ in self.runs(experiment) if at == iteration]
+        return statuses[-1] if statuses else None
 
     def launch(self, experiment: str, iteration: str) -> str:
-        """Launches the job on one partition, as the UI does, and gives the run's id."""
+        """Launches the job on one partition, as the UI does, and returns the run's id."""
         tags = {
             "dagster/partition": f"{experiment}|{iteration}",
             "dagster/partition/experiment": experiment,
@@ -101,14 +101,14 @@ class DevServer:
         return str(answer["launchRun"]["run"]["runId"])
 
     def skipped(self, sensor: str, words: str) -> dict[str, Any] | None:
-        """A recent tick of a sensor whose reason for doing nothing holds these words."""
+        """A recent tick of a sensor whose skip reason contains these words."""
         query = """query($at: InstigationSelector!) {instigationStateOrError(instigationSelector: $at) {
             ... on InstigationState {ticks(limit: 5) {status skipReason runIds}}}}"""
-        found = self.ask(query, at={**LOCATION, "name": sensor})["instigationStateOrError"]
-        return next((tick for tick in found.get("ticks", []) if words in (tick["skipReason"] or "")), None)
+        state = self.ask(query, at={**LOCATION, "name": sensor})["instigationStateOrError"]
+        return next((tick for tick in state.get("ticks", []) if words in (tick["skipReason"] or "")), None)
 
     def start_sensor(self, name: str) -> None:
-        """Switches a sensor on."""
+        """Turns a sensor on."""
         query = """mutation($at: SensorSelector!) {startSensor(sensorSelector: $at) {
             __typename ... on PythonError {message}}}"""
         answer = self.ask(query, at={**LOCATION, "sensorName": name})["startSensor"]
@@ -119,15 +119,15 @@ class DevServer:
 def running(home: Path, experiments: tuple[str, ...]) -> Iterator[DevServer]:
     """`dagster dev` in a folder, as in the checkout: DAGSTER_HOME unset, our dagster.yaml."""
     (home / "experiments").mkdir()
-    for seed, name in enumerate(experiments):  # with one seed they would share their artifacts
+    for seed, name in enumerate(experiments):  # with the same seed they would share artifacts
         (home / "experiments" / f"{name}.yaml").write_text(f"{TOY}seed: {seed}\n")
     (home / "workspace.yaml").write_text(WORKSPACE)
     shutil.copy(PROJECT / "dagster.yaml", home)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ours = ("DAGSTER_", "TEXTALIGN_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)} | {
+    prefixes = ("DAGSTER_", "TEXTALIGN_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)} | {
         "TEXTALIGN_EXPERIMENTS": str(home / "experiments"),
         "TEXTALIGN_HOME": str(home / "state"),
         "PYTHONPATH": str(PROJECT),
@@ -159,27 +159,27 @@ def running(home: Path, experiments: tuple[str, ...]) -> Iterator[DevServer]:
 
 
 def _default_signals() -> None:
-    """A parent started in the background of a shell ignores SIGINT, which children inherit."""
+    """A parent started in the background of a shell ignores SIGINT, and children inherit that."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
 
 
 def _processes(chosen: Callable[[list[str]], bool]) -> list[int]:
-    """Processes whose /proc/…/stat fields, from the state on, are chosen."""
-    found = []
+    """Ids of the processes for whose /proc/…/stat fields, from the state on, ``chosen`` is true."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
             if chosen(entry.read_text().rpartition(")")[2].split()):
-                found.append(int(entry.parent.name))
-    return found
+                pids.append(int(entry.parent.name))
+    return pids
 
 
 def trainers(home: Path) -> list[int]:
-    """The toy trainer's processes, told by the home in their environment."""
-    found = []
+    """Ids of the toy trainer's processes, identified by the home in their environment."""
+    pids = []
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
             mine = str(home).encode() in (entry / "environ").read_bytes()
             if mine and b"time.sleep(601)" in (entry / "cmdline").read_bytes():
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids

@@ -1,6 +1,6 @@
-"""What of Kubernetes' interface trainings and workers speak to, with local processes for pods.
+"""The parts of Kubernetes' API that trainings and workers use, with local processes as pods.
 
-It proves what goes over the wire: paths, bodies, answers, the frames of an attached connection. It schedules
+It tests what goes over the wire: paths, bodies, responses, the frames of an attached connection. It schedules
 nothing, pulls no image, mounts no volume and enforces no limit: what passes here has not been tested on
 Kubernetes.
 """
@@ -28,14 +28,14 @@ from tests.toy import PROJECT
 
 STDIN, STDOUT, STDERR, STATUS, CLOSE = 0, 1, 2, 3, 255
 PROTOCOLS = ("v5.channel.k8s.io", "v4.channel.k8s.io")
-PIECE = 2**15  # bytes of output in a frame
+PIECE = 2**15  # bytes of output per frame
 
 STARTED = "2026-01-01T00:00:00Z"
 
 
 @dataclass
 class Pod:
-    """``process`` is None where its image says that it does not start (`Cluster.create`)."""
+    """A pod; ``process`` is None if its image says that it does not start (`Cluster.create`)."""
 
     body: dict[str, Any]
     process: subprocess.Popen[bytes] | None
@@ -43,14 +43,14 @@ class Pod:
     attached: Attached | None = None
     readers: list[threading.Thread] = field(default_factory=list)
     ended: str = STARTED
-    disrupted: str = ""  # why it has to go
+    disrupted: str = ""  # why it is being disrupted
 
     @property
     def runs(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
     def described(self) -> dict[str, Any]:
-        """As a server describes it."""
+        """As the API server describes it."""
         container = self.body["spec"]["containers"][0]
         status: dict[str, Any] = {
             "name": container["name"],
@@ -65,22 +65,22 @@ class Pod:
         if code is None:
             phase, state = "Running", {"running": {"startedAt": STARTED}}
         else:
-            killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # the first process, or one of its own
+            killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)  # the main process, or a child of it
             reason = "Completed" if code == 0 else "OOMKilled" if killed else "Error"
             exit_code = code if code >= 0 else 128 - code
             phase = "Succeeded" if code == 0 else "Failed"
             state = {"terminated": {"exitCode": exit_code, "reason": reason, "finishedAt": self.ended}}
         statuses = [{**status, "state": state}]
-        if container.get("stdin"):  # sites put containers of their own into pods
+        if container.get("stdin"):  # clusters can inject sidecar containers
             statuses.insert(0, {**status, "name": "beside", "state": {"running": {}}})
-        told: dict[str, Any] = {"phase": phase, "containerStatuses": statuses}
+        pod_status: dict[str, Any] = {"phase": phase, "containerStatuses": statuses}
         if not self.disrupted:
-            return {**self.body, "status": told}
-        told["conditions"] = [{"type": "DisruptionTarget", "status": "True", "message": self.disrupted}]
+            return {**self.body, "status": pod_status}
+        pod_status["conditions"] = [{"type": "DisruptionTarget", "status": "True", "message": self.disrupted}]
         return {
             **self.body,
             "metadata": {**self.body["metadata"], "deletionTimestamp": STARTED},
-            "status": told,
+            "status": pod_status,
         }
 
     def _waiting(self, status: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Pod:
         return {"phase": "Pending", "containerStatuses": [{**status, "state": {"waiting": reason}}]}
 
     def read(self, channel: int, stream: Any) -> None:
-        """Keeps what the container says, and passes it to whoever is attached; nobody else ever sees it."""
+        """Logs the container's output and sends it to the attached client, if any; it is not sent again."""
         while data := stream.read1(PIECE):
             with self.log.open("ab") as log:
                 log.write(data)
@@ -104,7 +104,7 @@ class Pod:
 
 
 class Attached:
-    """The server's end of an attached connection."""
+    """The server side of an attached connection."""
 
     def __init__(self, connection: socket.socket, request: bytes, protocols: tuple[str, ...]) -> None:
         from websockets.server import ServerProtocol
@@ -113,12 +113,12 @@ class Attached:
         self.connection, self.sending = connection, threading.Lock()
         self.protocol = ServerProtocol(
             subprotocols=[Subprotocol(name) for name in protocols],
-            # As a server's limit may be: lines that are longer must come in pieces.
+            # A typical server limit: longer lines must come in pieces.
             max_size=2**20,
         )
         self.protocol.receive_data(request)
-        (asked,) = self.protocol.events_received()
-        self.protocol.send_response(self.protocol.accept(asked))  # type: ignore[arg-type]
+        (handshake,) = self.protocol.events_received()
+        self.protocol.send_response(self.protocol.accept(handshake))  # type: ignore[arg-type]
         self.flush()
 
     def send(self, channel: int, data: bytes) -> None:
@@ -139,12 +139,12 @@ class Attached:
                 self.flush()
 
     def cut(self) -> None:
-        """As a proxy does that is restarted."""
+        """Cuts the connection, as a proxy does when it restarts."""
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
-        """(channel, data) until the connection is closed, in whichever way."""
+        """(channel, data) until the connection is closed, for whatever reason."""
         from websockets.frames import Frame, Opcode
 
         with contextlib.suppress(OSError):
@@ -163,8 +163,8 @@ class Attached:
 
 @dataclass
 class Cluster:
-    """A server; ``created`` are the bodies it was sent, ``calls`` what else it was asked, and ``sent`` the
-    sizes of what came for containers' stdin."""
+    """An API server; ``created`` holds the pod bodies it received, ``calls`` the requests, and ``sent`` the
+    sizes of the chunks received for containers' stdin."""
 
     folder: Path
     protocols: tuple[str, ...] = PROTOCOLS
@@ -180,7 +180,7 @@ class Cluster:
         return self.folder / "kubeconfig"
 
     def create(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Starts a pod; one with an image ``never/REASON`` waits for ever, for that reason."""
+        """Starts a pod; one with an image ``never/REASON`` stays pending for that reason."""
         self.created.append(body)
         container = body["spec"]["containers"][0]
         name = body["metadata"]["name"]
@@ -193,7 +193,7 @@ class Cluster:
             container["command"],
             env={
                 "PATH": os.environ["PATH"],
-                "PYTHONPATH": str(PROJECT),  # the image has textalign
+                "PYTHONPATH": str(PROJECT),  # the image includes textalign
                 **{e["name"]: e["value"] for e in container["env"]},
             },
             stdin=subprocess.PIPE if container.get("stdin") else subprocess.DEVNULL,
@@ -208,19 +208,19 @@ class Cluster:
         return body
 
     def attach(self, pod: Pod, connection: socket.socket, request: bytes) -> None:
-        """Serves an attached connection to its end; as ``stdinOnce`` says, stdin ends with the first."""
+        """Serves an attached connection until it ends; with ``stdinOnce``, stdin is closed after the first."""
         process = pod.process
         assert process is not None and process.stdin is not None and pod.attached is None
         attached = pod.attached = Attached(connection, request, self.protocols)
 
-        def until_it_ends() -> None:
+        def wait_and_close() -> None:
             for reader in pod.readers:
                 reader.join()
             process.wait()
             attached.send(STATUS, json.dumps({"kind": "Status", "status": "Success"}).encode())
             attached.close()
 
-        threading.Thread(target=until_it_ends, daemon=True).start()
+        threading.Thread(target=wait_and_close, daemon=True).start()
         for channel, data in attached.frames():
             if (channel, data) == (CLOSE, bytes([STDIN])):
                 break
@@ -242,14 +242,14 @@ class Cluster:
             pod.process.wait()
         return True
 
-    def found(self, query: dict[str, list[str]]) -> list[dict[str, Any]]:
+    def matching(self, query: dict[str, list[str]]) -> list[dict[str, Any]]:
         pods = [pod.described() for pod in list(self.pods.values())]
         for selector in query.get("fieldSelector", []):
             pods = [pod for pod in pods if f"metadata.name={pod['metadata']['name']}" == selector]
         for selector in query.get("labelSelector", []):
-            label, is_given, value = selector.partition("=")
+            label, has_value, value = selector.partition("=")
             labels = [pod["metadata"]["labels"] for pod in pods]
-            fits = [label in had and (not is_given or had[label] == value) for had in labels]
+            fits = [label in had and (not has_value or had[label] == value) for had in labels]
             pods = [pod for pod, fit in zip(pods, fits, strict=True) if fit]
         return pods
 
@@ -259,7 +259,7 @@ C = TypeVar("C", bound=Cluster)
 
 @contextmanager
 def fake_kubernetes(folder: Path, kind: type[C] = Cluster) -> Iterator[C]:  # type: ignore[assignment]
-    """A server that answers until the block ends; its pods end then, too."""
+    """Runs a server for the duration of the block; its pods end with it."""
     cluster = kind(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -288,7 +288,7 @@ def fake_kubernetes(folder: Path, kind: type[C] = Cluster) -> Iterator[C]:  # ty
             elif parts[-1] == "pods":
                 self.answer(
                     200,
-                    {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": cluster.found(query)},
+                    {"kind": "PodList", "apiVersion": "v1", "metadata": {}, "items": cluster.matching(query)},
                 )
             elif parts[-2] == "pods" and parts[-1] in cluster.pods:
                 self.answer(200, cluster.pods[parts[-1]].described())
@@ -322,8 +322,8 @@ def fake_kubernetes(folder: Path, kind: type[C] = Cluster) -> Iterator[C]:  # ty
 
         def do_DELETE(self) -> None:
             parts, _ = self.parts()
-            there = cluster.delete(parts[-1])
-            self.answer(200 if there else 404, {"kind": "Status", "code": 200 if there else 404})
+            existed = cluster.delete(parts[-1])
+            self.answer(200 if existed else 404, {"kind": "Status", "code": 200 if existed else 404})
 
         def log_message(self, *_: Any) -> None:
             """Quiet."""

@@ -1,6 +1,6 @@
 """``textalign`` that kills itself (SIGKILL) at a chosen moment: ``killed_at.py MOMENT run …``.
 
-The moments are patched in here, from outside: nothing in the product knows of them.
+The moments are patched in here; the product knows nothing of them.
 """
 
 import os
@@ -16,7 +16,7 @@ from textalign_dagster.cli.main import main
 
 
 def die(*_: Any) -> None:
-    """As the kernel's out-of-memory killer does it: no cleaning up."""
+    """Like the kernel's out-of-memory killer: no cleanup."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -28,15 +28,15 @@ def while_generating() -> None:
 
 
 def while_training() -> None:
-    """In its last step: there are snapshots by then."""
+    """In its last step, when snapshots exist."""
     train = LocalLauncher.train
 
-    def until_its_end(progress: dict[str, Any]) -> None:
+    def die_at_the_end(progress: dict[str, Any]) -> None:
         if progress["done"] == progress["total"]:
             die()
 
     LocalLauncher.train = (  # type: ignore[method-assign]
-        lambda self, context, work: train(self, context, replace(work, on_progress=until_its_end))
+        lambda self, context, work: train(self, context, replace(work, on_progress=die_at_the_end))
     )
 
 
@@ -54,7 +54,7 @@ def interrupted_while_generating() -> None:
 
 
 def before_the_manifest(stage: str) -> None:
-    """All files of the attempt are written; the manifest, which alone makes it exist, is not."""
+    """All files of the attempt are written, but not the manifest, without which it does not exist."""
     publish = ArtifactStore._publish
     ArtifactStore._publish = (  # type: ignore[method-assign]
         lambda self, manifest: die() if manifest["stage"] == stage else publish(self, manifest)
@@ -62,7 +62,7 @@ def before_the_manifest(stage: str) -> None:
 
 
 def before_the_pointer(stage: str) -> None:
-    """The artifact exists; its cell does not point at it yet, and Dagster knows nothing of it."""
+    """The artifact exists, but its cell does not point at it yet, and Dagster does not know of it."""
     assign = ArtifactStore.assign
     ArtifactStore.assign = (  # type: ignore[method-assign]
         lambda self, e, k, name, artifact, **named: (

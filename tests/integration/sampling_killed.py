@@ -1,7 +1,7 @@
-"""Prompt draws and samples of a cell, each call to the engine written down: ``sampling_killed.py LOG CALL CELL``.
+"""Draws a cell's prompts and samples, and logs each call to the engine: ``sampling_killed.py LOG CALL CELL``.
 
-LOG gets a line for every call of the engine: how many completions it was asked for. In call number CALL
-(0: in none) this process kills itself, as soon as the engine's work has begun.
+LOG gets a line for every call to the engine: the number of completions requested. In call number CALL
+(0: in none) this process kills itself as soon as the engine has started to work.
 """
 
 import os

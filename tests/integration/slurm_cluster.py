@@ -1,7 +1,7 @@
-"""A Slurm of its own on this machine: munge, one controller, two nodes; no systemd, no fixed port.
+"""A private Slurm cluster on this machine: munge, one controller, two nodes; no systemd, no fixed port.
 
-Everything lies in one folder, and nothing of it is left when the block ends. Two nodes on one
-machine are a real scheduler and real job steps; they are no network, no GPU and no shared disk.
+Everything is in one folder, which is removed when the block ends. Two nodes on one machine give
+a real scheduler and real job steps, but no network, no GPU and no shared disk.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=60 State=UP
 
 
 def impossible() -> str | None:
-    """Why no cluster can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     missing = [command for command in COMMANDS if shutil.which(command, path=PATH) is None]
     if missing:
         return f"Slurm is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge"
     if os.geteuid() != 0:
-        return "only root can start a Slurm of its own"
+        return "only root can start a private Slurm cluster"
     return None
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster; ``env`` is what its commands read."""
+    """A running cluster; ``env`` is the environment of its commands."""
 
     folder: Path
 
@@ -82,7 +82,7 @@ class Cluster:
         return {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
 
     def run(self, *command: str) -> str:
-        """What a command of Slurm prints."""
+        """The output of a Slurm command."""
         done = subprocess.run(
             command, env={**os.environ, **self.env}, capture_output=True, text=True, timeout=60
         )
@@ -106,15 +106,15 @@ def cluster() -> Iterator[Cluster]:
     """Two idle nodes.
 
     Raises:
-        RuntimeError: a daemon did not come up; with the end of its log.
+        RuntimeError: a daemon did not start; with the end of its log.
     """
-    # A short path outside pytest's folders: sockets have room for a hundred characters.
+    # A short path outside pytest's folders: a socket's path is limited to a hundred characters.
     folder = Path("/tmp") / f"textalign-slurm-{secrets.token_hex(4)}"
     folder.mkdir(mode=0o755)
-    found = Cluster(folder)
+    slurm = Cluster(folder)
     (folder / "state").mkdir()
     host = socket.gethostname().partition(".")[0]
-    # Job ids decide the ports of trainings: two clusters on one machine must not count alike.
+    # Trainings derive ports from job ids: those of two clusters on one machine must differ.
     first = 1 + secrets.randbelow(18_000)
     conf = CONF.format(host=host, ports=_free_ports(3), folder=folder, first=first)
     (folder / "slurm.conf").write_text(conf)
@@ -124,28 +124,28 @@ def cluster() -> Iterator[Cluster]:
     try:
         with ExitStack() as daemons:
             start = daemons.enter_context
-            start(_daemon(found, "munged", "--foreground", f"--socket={folder}/munge.socket", *munge))
+            start(_daemon(slurm, "munged", "--foreground", f"--socket={folder}/munge.socket", *munge))
             _until(lambda: (folder / "munge.socket").exists(), folder / "munged.out")
-            start(_daemon(found, "slurmctld", "-D", "-f", f"{folder}/slurm.conf"))
+            start(_daemon(slurm, "slurmctld", "-D", "-f", f"{folder}/slurm.conf"))
             for node in NODES:
-                start(_daemon(found, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf", name=node))
-            _until(found.is_idle, folder / "slurmctld.log")
+                start(_daemon(slurm, "slurmd", "-D", "-N", node, "-f", f"{folder}/slurm.conf", name=node))
+            _until(slurm.is_idle, folder / "slurmctld.log")
             try:
-                yield found
+                yield slurm
             finally:
-                _empty(found)
+                _cancel_jobs(slurm)
     finally:
         _kill_the_rest(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def _daemon(found: Cluster, *command: str, name: str | None = None) -> Iterator[None]:
-    with (found.folder / f"{name or command[0]}.out").open("wb") as out:
+def _daemon(slurm: Cluster, *command: str, name: str | None = None) -> Iterator[None]:
+    with (slurm.folder / f"{name or command[0]}.out").open("wb") as out:
         program = shutil.which(command[0], path=PATH) or command[0]
         process = subprocess.Popen(
             [program, *command[1:]],
-            env={**os.environ, **found.env},
+            env={**os.environ, **slurm.env},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -166,22 +166,22 @@ def _until(condition: Callable[[], bool], log: Path) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
         if time.monotonic() > deadline:
-            told = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
-            raise RuntimeError(f"Slurm did not start: {told}")
+            end_of_log = log.read_text(errors="replace")[-2000:] if log.exists() else "no log"
+            raise RuntimeError(f"Slurm did not start: {end_of_log}")
         time.sleep(0.05)
 
 
-def _empty(found: Cluster) -> None:
-    """Ends all jobs: a node's daemon would leave their processes behind."""
+def _cancel_jobs(slurm: Cluster) -> None:
+    """Cancels all jobs: a node's daemon would leave their processes behind."""
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):
-        found.run("scancel", "--quiet", "--user=root")
+        slurm.run("scancel", "--quiet", "--user=root")
         deadline = time.monotonic() + PATIENCE
-        while found.jobs() and time.monotonic() < deadline:
+        while slurm.jobs() and time.monotonic() < deadline:
             time.sleep(0.1)
 
 
 def _kill_the_rest(folder: Path) -> None:
-    """Whoever still carries this cluster's configuration in its environment."""
+    """Kills all processes that still have this cluster's configuration in their environment."""
     mark = f"SLURM_CONF={folder}/slurm.conf".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

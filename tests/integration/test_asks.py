@@ -1,4 +1,4 @@
-"""Everything a judge can be asked, in the loop: real assets and store, a judge over HTTP, a toy sampler."""
+"""Every kind of question to a judge, in the loop: real assets and store, a judge over HTTP, a toy sampler."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from textalign_dagster.settings import write_yaml
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 
-# The grid is read when it is imported, so the toys take the names of shipped experiments.
+# The grid is read at import time, so the toys use the names of shipped experiments.
 REWARD, TEXT = "pep8_alt_rm", "pep8_alt_lmu"
 SAMPLES, PROMPTS = 4, 5
 UNANSWERED = "def f4():"  # the prompt without a reference
@@ -39,7 +39,9 @@ UNANSWERED = "def f4():"  # the prompt without a reference
 
 def settings(judge: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
     limits = {"attempts": 1, "concurrency": 4}
-    named = {"model": "toy", "api_key_env": None, "limits": limits, **judge} if judge is not None else None
+    judge_settings = (
+        {"model": "toy", "api_key_env": None, "limits": limits, **judge} if judge is not None else None
+    )
     return {
         "task": "pep8",
         "policy": {"model": "pep8-sloppy-1m"},
@@ -48,7 +50,7 @@ def settings(judge: dict[str, Any] | None, **more: Any) -> dict[str, Any]:
         "prompts": {"path": "prompts.jsonl", "per_iteration": PROMPTS},
         "sampling": {"samples_per_prompt": SAMPLES, "max_new_tokens": 16},
         "training": {"max_length": 256},
-        "judge": named,
+        "judge": judge_settings,
         **more,
     }
 
@@ -66,11 +68,13 @@ class Loop:
         (folder / "experiments" / "prompts.jsonl").write_text(lines)
 
     def configure(self, judge: dict[str, Any] | None, name: str = REWARD, **more: Any) -> None:
-        named = {"base_url": self.endpoint.url, **judge} if judge is not None else None
-        (self.folder / "experiments" / f"{name}.yaml").write_text(write_yaml(settings(named, **more)))
+        judge_settings = {"base_url": self.endpoint.url, **judge} if judge is not None else None
+        (self.folder / "experiments" / f"{name}.yaml").write_text(
+            write_yaml(settings(judge_settings, **more))
+        )
 
     def run(self, name: str = REWARD, retry_failed: bool = False) -> dict[str, Any]:
-        """Prompts, samples and feedback; the feedback's metadata and checks, or ``failed`` with the reason."""
+        """Runs prompts, samples and feedback; returns the feedback's metadata and checks, or ``failed`` with the reason."""
         tags = {RETRY_TAG: datetime.now(UTC).isoformat()} if retry_failed else {}
         job = defs.resolve_implicit_global_asset_job_def()
         with dg.DagsterInstance.ephemeral() as instance:
@@ -85,13 +89,13 @@ class Loop:
             failures = [e.step_failure_data.user_failure_data for e in done.get_step_failure_events()]
             if any(failures):
                 return {"failed": failures[0].description}
-            (made,) = done.asset_materializations_for_node("feedback")
+            (materialization,) = done.asset_materializations_for_node("feedback")
             checks = {
                 c.check_name: c
                 for c in done.get_asset_check_evaluations()
                 if c.asset_key.path == ["feedback"]
             }
-        return {name: value.value for name, value in made.metadata.items()} | {"checks": checks}
+        return {name: value.value for name, value in materialization.metadata.items()} | {"checks": checks}
 
     def artifact(self, name: str = REWARD, stage: str = "feedback") -> Artifact:
         pointer = self.store.pointer(name, 1, stage)
@@ -102,7 +106,7 @@ class Loop:
         """Feedback with the samples' prompts and texts, in the samples' order."""
         samples = self.artifact(name, "generations").frame("generations")
         rows = self.artifact(name).frame("feedback")
-        assert rows["sample_id"].to_list() == samples["sample_id"].to_list(), "one row a sample, in order"
+        assert rows["sample_id"].to_list() == samples["sample_id"].to_list(), "one row per sample, in order"
         return rows.join(
             samples.select("sample_id", "prompt", shown="text"), on="sample_id", maintain_order="left"
         )
@@ -121,12 +125,12 @@ def loop(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def quality(text: str) -> int:
-    """What the toy judge thinks of a text."""
+    """The toy judge's score of a text."""
     return int(sha256(text.strip().encode()).hexdigest(), 16) % 1000
 
 
 def by_quality(shown: dict[str, str], before: int) -> Any:
-    """Compares by `quality`; where that differs by little, the response shown first wins."""
+    """Compares by `quality`; if the difference is small, the response shown first wins."""
     first, second = (quality(shown[f"RESPONSE {place}"]) for place in "AB")
     return {"analysis": "Looked.", "better": "a" if first - second > -200 else "b"}
 
@@ -145,16 +149,16 @@ RANKING = {
 
 def test_ranking(loop: Loop) -> None:
     loop.configure(RANKING)
-    before = json.loads(loop.textalign("forecast", REWARD, "--json"))
-    made = loop.run()
+    forecast = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    metadata = loop.run()
     rows, pairs = loop.rows(), loop.artifact().frame("pairs")
     all_pairs = PROMPTS * SAMPLES * (SAMPLES - 1) // 2
-    assert pairs.height == all_pairs and before["calls"] == 2 * all_pairs
+    assert pairs.height == all_pairs and forecast["calls"] == 2 * all_pairs
     assert set(loop.endpoint.asked.values()) == {1}, "a comparison was paid for twice"
     shown = Counter((s["RESPONSE A"], s["RESPONSE B"]) for s in loop.endpoint.shown())
     assert all(shown[b, a] == 1 for a, b in shown), "not every pair was shown in both orders"
 
-    # What a swap-proof judge would say follows from the texts alone.
+    # The verdicts that do not depend on the order follow from the texts alone.
     text = dict(rows.select("sample_id", "shown").iter_rows())
     points: dict[str, list[float]] = {sample_id: [] for sample_id in text}
     for pair in pairs.iter_rows(named=True):
@@ -164,7 +168,7 @@ def test_ranking(loop: Loop) -> None:
         assert pair["favoured"] == ("first" if winner == "tie" else None)
         points[a].append({"a": 1.0, "tie": 0.5, "b": 0.0}[winner])
         points[b].append({"a": 0.0, "tie": 0.5, "b": 1.0}[winner])
-    assert len({*pairs["winner"]}) == 3, "choose texts among which everything happens"
+    assert len({*pairs["winner"]}) == 3, "choose texts that give all three verdicts"
     for row in rows.iter_rows(named=True):
         own = points[row["sample_id"]]
         assert (row["kind"], row["aspect"], row["status"]) == ("ranking", "ranking", "ok")
@@ -173,14 +177,14 @@ def test_ranking(loop: Loop) -> None:
         )
 
     ties = (pairs["winner"] == "tie").sum() / pairs.height
-    assert made["pairs"] == all_pairs and made["pairs tied"] == pytest.approx(ties, abs=1e-3)
-    assert made["position bias"] == made["pairs tied"] and made["calls"] == 2 * all_pairs
-    assert made["usd"] == pytest.approx(2 * all_pairs * 140e-6, rel=1e-3)
+    assert metadata["pairs"] == all_pairs and metadata["pairs tied"] == pytest.approx(ties, abs=1e-3)
+    assert metadata["position bias"] == metadata["pairs tied"] and metadata["calls"] == 2 * all_pairs
+    assert metadata["usd"] == pytest.approx(2 * all_pairs * 140e-6, rel=1e-3)
     with connect(loop.store) as database:
-        told = database.execute(
+        tied_pairs = database.execute(
             "select count(*) from pairs where experiment = ? and winner = 'tie'", [REWARD]
         )
-        assert told.fetchall() == [((pairs["winner"] == "tie").sum(),)]
+        assert tied_pairs.fetchall() == [((pairs["winner"] == "tie").sum(),)]
         keys = "select order_shown from feedback_calls where call_key = ?"
         orders = [database.execute(keys, [key]).fetchall() for key in pairs["call_keys"][0]]
     a, b = pairs["sample_a"][0], pairs["sample_b"][0]
@@ -191,16 +195,16 @@ def test_ranking(loop: Loop) -> None:
     assert len(exported.read_text().splitlines()) >= all_pairs
 
 
-def test_a_judge_that_only_sees_places_finds_ties_only(loop: Loop) -> None:
+def test_position_biased_judge_finds_only_ties(loop: Loop) -> None:
     loop.endpoint.rule = lambda shown, before: {"analysis": "Second!", "better": "b"}
     loop.configure(RANKING)
-    made = loop.run()
+    metadata = loop.run()
     pairs = loop.artifact().frame("pairs")
     assert set(pairs["winner"]) == {"tie"} and set(pairs["favoured"]) == {"second"}
-    assert set(loop.rows()["value"]) == {0.5} and made["position bias"] == made["pairs tied"] == 1.0
+    assert set(loop.rows()["value"]) == {0.5} and metadata["position bias"] == metadata["pairs tied"] == 1.0
 
 
-def test_a_draw_of_pairs(loop: Loop) -> None:
+def test_drawing_a_subset_of_pairs(loop: Loop) -> None:
     loop.configure(RANKING | {"pairs": 3})
     assert json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"] == 2 * 3 * PROMPTS
     loop.run()
@@ -208,37 +212,41 @@ def test_a_draw_of_pairs(loop: Loop) -> None:
     assert pairs.height == 3 * PROMPTS and sum(loop.endpoint.asked.values()) == 2 * 3 * PROMPTS
     times = Counter([*pairs["sample_a"], *pairs["sample_b"]])
     assert set(times.values()) <= {1, 2} and len(times) == SAMPLES * PROMPTS
-    # All pairs: what was compared already is paid for.
+    # All pairs: those already compared are cached.
     loop.configure(RANKING)
-    between = json.loads(loop.textalign("forecast", REWARD, "--json"))
-    assert (between["calls"], between["cached"]) == (2 * 3 * PROMPTS, 2 * 3 * PROMPTS)
+    forecast = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    assert (forecast["calls"], forecast["cached"]) == (2 * 3 * PROMPTS, 2 * 3 * PROMPTS)
     loop.run()
     assert set(loop.endpoint.asked.values()) == {1}
 
 
-def test_comparisons_that_fail_are_made_on_request(loop: Loop) -> None:
+def test_failed_comparisons_are_retried_on_request(loop: Loop) -> None:
     loop.endpoint.down = lambda shown: quality(shown["RESPONSE A"]) % 3 == 0
     loop.configure(RANKING)
-    made = loop.run()
+    metadata = loop.run()
     answered = dict(loop.endpoint.asked)
     calls = PROMPTS * SAMPLES * (SAMPLES - 1)
     assert 0 < len(answered) < calls
-    assert made["checks"]["judge_model"].passed and "toy" in str(made["checks"]["judge_model"].description)
-    assert not made["checks"]["usable"].passed and "failed" in str(made["checks"]["usable"].description)
+    assert metadata["checks"]["judge_model"].passed and "toy" in str(
+        metadata["checks"]["judge_model"].description
+    )
+    assert not metadata["checks"]["usable"].passed and "failed" in str(
+        metadata["checks"]["usable"].description
+    )
     pairs = loop.artifact().frame("pairs")
     assert set(pairs["status"]) == {"ok", "failed"}
-    assert pairs.filter(pl.col("status") == "failed")["winner"].null_count() == made["pairs unusable"]
-    left = json.loads(loop.textalign("forecast", REWARD, "--json"))
-    assert (left["cached"], left["failed"]) == (len(answered), calls - len(answered))
+    assert pairs.filter(pl.col("status") == "failed")["winner"].null_count() == metadata["pairs unusable"]
+    forecast = json.loads(loop.textalign("forecast", REWARD, "--json"))
+    assert (forecast["cached"], forecast["failed"]) == (len(answered), calls - len(answered))
 
     loop.endpoint.down = lambda shown: False
-    assert not loop.run()["checks"]["usable"].passed  # without a request, nothing is sent again
-    made = loop.run(retry_failed=True)
-    assert made["checks"]["usable"].passed
+    assert not loop.run()["checks"]["usable"].passed  # unless requested, nothing is sent again
+    metadata = loop.run(retry_failed=True)
+    assert metadata["checks"]["usable"].passed
     with connect(loop.store) as database:
         probes = database.execute("select count(*) from feedback_calls where purpose = 'probe'").fetchall()
     assert len(loop.endpoint.asked) == calls and sum(loop.endpoint.asked.values()) <= calls + probes[0][0]
-    assert made["calls"] == calls - len(answered) and made["calls from the ledger"] == len(answered)
+    assert metadata["calls"] == calls - len(answered) and metadata["calls from the ledger"] == len(answered)
     assert set(loop.artifact().frame("pairs")["status"]) == {"ok"}
 
 
@@ -253,8 +261,8 @@ def test_win(loop: Loop) -> None:
     loop.run()
     assert sum(loop.endpoint.asked.values()) == expected == 2 * (PROMPTS - 1) * SAMPLES
     rows = loop.rows()
-    left_out = rows.filter(prompt=UNANSWERED)
-    assert left_out.select("status", "reason", "value").unique().rows() == [
+    skipped = rows.filter(prompt=UNANSWERED)
+    assert skipped.select("status", "reason", "value").unique().rows() == [
         ("skipped", "its prompt has no reference", None)
     ]
     for row in rows.filter(pl.col("prompt") != UNANSWERED).iter_rows(named=True):
@@ -262,7 +270,7 @@ def test_win(loop: Loop) -> None:
         won = quality(row["shown"]) > quality(reference)
         assert (row["value"], row["label"]) == ((1.0, "win") if won else (0.0, "loss"))
     assert loop.artifact().frame("pairs").height == (PROMPTS - 1) * SAMPLES
-    for suffix in ("csv", "jsonl"):  # the references are among the texts of both
+    for suffix in ("csv", "jsonl"):  # both formats contain the references
         form = {"csv": "sparse_rankings", "jsonl": "plain"}[suffix]
         path = loop.folder / f"wins.{suffix}"
         loop.textalign("export", REWARD, str(path), "-k", "1", "--format", form)
@@ -274,7 +282,7 @@ def spoiled(text: str) -> bool:
 
 
 def rate(shown: dict[str, str], before: int) -> Any:
-    """One rating, or one for each response of a group; spoils some of them."""
+    """Returns one rating, or one for each response of a group; some are invalid."""
     numbered = {
         name.removeprefix("RESPONSE "): t for name, t in shown.items() if name.startswith("RESPONSE ")
     }
@@ -285,10 +293,10 @@ def rate(shown: dict[str, str], before: int) -> Any:
     return {n: entry(t) for n, t in numbered.items()} if numbered else entry(shown["RESPONSE"])
 
 
-def test_groups_with_a_bad_item(loop: Loop) -> None:
+def test_group_with_an_invalid_item(loop: Loop) -> None:
     loop.endpoint.rule = rate
-    free = {"max_unusable_feedback": 1.0}
-    loop.configure({"ask": "rating", "template": "rating", "group": 3}, checks=free)
+    lenient = {"max_unusable_feedback": 1.0}
+    loop.configure({"ask": "rating", "template": "rating", "group": 3}, checks=lenient)
     assert json.loads(loop.textalign("forecast", REWARD, "--json"))["calls"] == 2 * PROMPTS  # 3 + 1 of 4
     loop.run()
     assert sum(loop.endpoint.asked.values()) == 2 * PROMPTS
@@ -301,7 +309,7 @@ def test_groups_with_a_bad_item(loop: Loop) -> None:
     assert [sorted(Counter(keys).values()) for keys in shared] == [[1, 3]] * PROMPTS
 
 
-def test_a_group_whose_reply_is_no_answer(loop: Loop) -> None:
+def test_group_with_an_unparseable_reply(loop: Loop) -> None:
     loop.endpoint.rule = lambda shown, before: (
         "no idea" if shown["PROMPT"] == UNANSWERED else rate(shown, before)
     )
@@ -309,7 +317,7 @@ def test_a_group_whose_reply_is_no_answer(loop: Loop) -> None:
         {"ask": "rating", "template": "rating", "group": SAMPLES}, checks={"max_unusable_feedback": 1.0}
     )
     loop.run()
-    assert sum(loop.endpoint.asked.values()) == PROMPTS, "nobody was asked once more"
+    assert sum(loop.endpoint.asked.values()) == PROMPTS, "nothing was asked again"
     rows = loop.rows().filter(prompt=UNANSWERED)
     assert set(rows["status"]) == {"unparseable"} and rows["value"].null_count() == SAMPLES
 
@@ -322,17 +330,17 @@ def test_repeats_are_averaged(loop: Loop) -> None:
     assert set(loop.endpoint.asked.values()) == {3}
     rows = loop.rows()
     assert set(rows["value"]) == {4.0} and set(rows["call_keys"].list.n_unique()) == {3}
-    given = loop.artifact(REWARD).frame("feedback_repeats").sort("sample_id", "value")
-    assert given["value"].to_list() == [2.0, 3.0, 7.0] * PROMPTS * SAMPLES
-    assert set(given["call_key"]) == set(rows["call_keys"].explode())
-    # Another repeat is asked once; the three before it are paid for.
+    repeats = loop.artifact(REWARD).frame("feedback_repeats").sort("sample_id", "value")
+    assert repeats["value"].to_list() == [2.0, 3.0, 7.0] * PROMPTS * SAMPLES
+    assert set(repeats["call_key"]) == set(rows["call_keys"].explode())
+    # One more repeat is one more call per sample; the first three are cached.
     loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": 4}
     loop.configure({"ask": "rating", "template": "rating", "repeats": 4})
     loop.run()
     assert set(loop.endpoint.asked.values()) == {4} and set(loop.rows()["value"]) == {4.0}
 
 
-def test_a_scale_of_ones_own(loop: Loop) -> None:
+def test_custom_scale(loop: Loop) -> None:
     loop.endpoint.rule = lambda shown, before: {"analysis": ".", "rating": 90}
     loop.configure({"ask": "rating", "template": "rating", "scale": {"low": 0, "high": 100}})
     loop.run()
@@ -341,10 +349,10 @@ def test_a_scale_of_ones_own(loop: Loop) -> None:
     assert "from 0 to 100" in instructions and "from 1 to 7" not in instructions
 
 
-def test_feedback_in_words_by_group(loop: Loop) -> None:
+def test_text_feedback_by_group(loop: Loop) -> None:
     def rule(shown: dict[str, str], before: int) -> Any:
-        told = {"analysis": ".", "feedback": "Reads well.", "score": 2}
-        return {name.split()[1]: told for name in shown if name.startswith("RESPONSE")}
+        reply = {"analysis": ".", "feedback": "Reads well.", "score": 2}
+        return {name.split()[1]: reply for name in shown if name.startswith("RESPONSE")}
 
     loop.endpoint.rule = rule
     method = {"name": "alt_lmu", "ask_for": "Reads well."}
@@ -357,7 +365,7 @@ def test_feedback_in_words_by_group(loop: Loop) -> None:
     assert sum(loop.endpoint.asked.values()) == PROMPTS * 2
 
 
-def test_ratings_against_rankings_in_the_store(loop: Loop) -> None:
+def test_consistency_of_ratings_and_rankings(loop: Loop) -> None:
     loop.endpoint.rule = lambda shown, before: (
         by_quality(shown, before)
         if "RESPONSE A" in shown
@@ -367,29 +375,29 @@ def test_ratings_against_rankings_in_the_store(loop: Loop) -> None:
     loop.configure(RANKING)
     for name in (TEXT, REWARD):
         loop.run(name)
-    found = json.loads(loop.textalign("consistency", TEXT, REWARD, "-k", "1", "--json"))
-    assert found["rating_repeats"]["agreement"]["value"] == 1.0, "the endpoint says the same twice"
+    report = json.loads(loop.textalign("consistency", TEXT, REWARD, "-k", "1", "--json"))
+    assert report["rating_repeats"]["agreement"]["value"] == 1.0, "the endpoint gives the same rating twice"
     pairs = PROMPTS * SAMPLES * (SAMPLES - 1) // 2
-    assert found["coverage"] == {"pairs": pairs, "ranked": pairs, "rated": pairs, "both": pairs}
+    assert report["coverage"] == {"pairs": pairs, "ranked": pairs, "rated": pairs, "both": pairs}
     texts = loop.rows().select("prompt", "shown").rows()
     same = 0
     for (p, a), (q, b) in combinations(texts, 2):
         rating = {True: "a", False: "b"}[quality(a) // 143 > quality(b) // 143]
         rated = "tie" if quality(a) // 143 == quality(b) // 143 else rating
         same += p == q and rated == expected_winner(a, b)
-    assert found["agreement"]["agreement"]["value"] == pytest.approx(same / pairs)
+    assert report["agreement"]["agreement"]["value"] == pytest.approx(same / pairs)
     refused = CliRunner().invoke(main, ["consistency", REWARD, TEXT, "-k", "1"])
     assert refused.exit_code == 1 and "compared no samples" in refused.stderr
 
 
-def test_a_reward_model_beside_the_consistency_of_its_judge(loop: Loop) -> None:
-    """The second answer is the same for all texts: it agrees with half of what the first one decides."""
+def test_reward_model_evaluation_reports_judge_consistency(loop: Loop) -> None:
+    """The second rating is the same for all texts, so it agrees with half of what the first one decides."""
     loop.endpoint.rule = lambda shown, before: {
         "analysis": ".",
         "rating": 4 if before else 1 + quality(shown["RESPONSE"]) // 143,
     }
     loop.configure(
-        # One call at a time: the endpoint knows a second answer by what it was asked before.
+        # One call at a time: the endpoint recognises a second call by the questions it has answered.
         {"ask": "rating", "template": "rating", "repeats": 2, "limits": {"attempts": 1, "concurrency": 1}},
         method={"name": "rm_ratings", "scale": [1, 7]},
         datapool={"shares": None, "samples": None, "drop_factor": 1.0},
@@ -402,17 +410,17 @@ def test_a_reward_model_beside_the_consistency_of_its_judge(loop: Loop) -> None:
     assert scores.filter(metric="judge_consistency")["value"].to_list() == [0.5]
 
 
-def test_a_judge_takes_the_best_of_n(loop: Loop) -> None:
-    """The ranking judge compares the candidates, another one rates the choice; the task trains."""
+def test_best_of_n_by_a_judge(loop: Loop) -> None:
+    """One judge ranks the candidates, another rates the chosen ones; training uses the task's own feedback."""
     loop.endpoint.rule = lambda shown, before: (
         by_quality(shown, before)
         if "RESPONSE A" in shown
         else {"analysis": ".", "rating": 1 + quality(shown["RESPONSE"]) // 143}
     )
     limits = {"attempts": 1, "concurrency": 4}
-    asked = {"model": "toy", "api_key_env": None, "base_url": loop.endpoint.url, "limits": limits}
-    ranking = {**asked, "ask": "ranking", "template": "ranking"}
-    rating = {**asked, "ask": "rating", "template": "rating"}
+    endpoint = {"model": "toy", "api_key_env": None, "base_url": loop.endpoint.url, "limits": limits}
+    ranking = {**endpoint, "ask": "ranking", "template": "ranking"}
+    rating = {**endpoint, "ask": "rating", "template": "rating"}
     best_of_n = {"n": [1, 4], "judge": ranking}
     loop.configure(
         None,
@@ -424,9 +432,11 @@ def test_a_judge_takes_the_best_of_n(loop: Loop) -> None:
     loop.textalign("run", REWARD)
     pointer = loop.store.pointer(REWARD, 0, "evaluation")
     assert pointer is not None
-    made = pointer.artifact
-    candidates, samples = made.frame("candidates"), made.frame("evaluation_samples")
-    fours = [content_hash(best_of_n_asset.NAME, 4, one) for one in candidates["candidate_id"]]
+    artifact = pointer.artifact
+    candidates, samples = artifact.frame("candidates"), artifact.frame("evaluation_samples")
+    fours = [
+        content_hash(best_of_n_asset.NAME, 4, candidate_id) for candidate_id in candidates["candidate_id"]
+    ]
     chosen = samples.filter(pl.col("sample_id").is_in(fours))
     assert candidates.height == 16 and chosen.height == 4
     for prompt, texts in candidates.group_by("prompt_id").agg("text", "score").drop("score").iter_rows():
@@ -435,15 +445,15 @@ def test_a_judge_takes_the_best_of_n(loop: Loop) -> None:
             for a in texts
         }
         assert points[chosen.filter(prompt_id=prompt)["text"][0]] == max(points.values())
-    # Both judges are in the record: 4 · 6 pairs in both orders, and the ratings of 4 + 4 + 16 samples.
-    facts = made.manifest["facts"]
-    judgements = made.frame("judgements")
+    # Both judges are recorded: 4 · 6 pairs in both orders, and the ratings of 4 + 4 + 16 samples.
+    facts = artifact.manifest["facts"]
+    judgements = artifact.frame("judgements")
     assert set(judgements["kind"]) == {"ranking", "rating"} and judgements.height == 16 + 4 + 16 + 4
-    assert facts["calls"] == sum(loop.endpoint.asked.values()) - _asked_in(loop, 1)
+    assert facts["calls"] == sum(loop.endpoint.asked.values()) - _calls_in(loop, 1)
 
 
-def _asked_in(loop: Loop, iteration: int) -> int:
-    """Calls of an iteration's evaluation."""
+def _calls_in(loop: Loop, iteration: int) -> int:
+    """Judge calls of an iteration's evaluation."""
     return int(loop.artifact(REWARD, "evaluation").manifest["facts"]["calls"])
 
 
@@ -479,7 +489,7 @@ def test_a_scorer_instead_of_a_judge(loop: Loop) -> None:
         ),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_sampled(
+def test_impossible_settings_are_rejected_before_sampling(
     loop: Loop, judge: dict[str, Any], more: dict[str, Any], words: str
 ) -> None:
     loop.configure(judge, **more)
@@ -487,11 +497,11 @@ def test_what_cannot_work_is_refused_before_anything_is_sampled(
     assert refused.exit_code == 1 and words in refused.stderr and f"{REWARD}.yaml" in refused.stderr
 
 
-def test_what_a_verdict_follows_from_makes_another_table(loop: Loop) -> None:
+def test_settings_that_affect_verdicts_change_the_key(loop: Loop) -> None:
     loop.endpoint.rule = rate
     base = {"ask": "rating", "template": "rating"}
     keys = set()
-    free = {"max_unusable_feedback": 1.0}
+    lenient = {"max_unusable_feedback": 1.0}
     for more in (
         {},
         {"group": 2},
@@ -499,14 +509,14 @@ def test_what_a_verdict_follows_from_makes_another_table(loop: Loop) -> None:
         {"scale": {"low": 1, "high": 9}},
         {"limits": {"concurrency": 2}},
     ):
-        loop.configure(base | more, checks=free)
+        loop.configure(base | more, checks=lenient)
         assert "failed" not in loop.run()
         keys.add(loop.artifact().key)
-    assert len(keys) == 4, "speed decides nothing, everything else does"
+    assert len(keys) == 4, "only the limits leave the key unchanged"
 
 
 def test_a_judge_ranks_the_responses_of_a_file(loop: Loop) -> None:
-    """Offline, with labels from a judge: nothing is sampled, and what the file says of the responses is not read."""
+    """Offline, with labels from a judge: nothing is sampled, and the file's own labels are ignored."""
     rows = [
         {"prompt": f"def f{n}():", "chosen": f"\n    return {n}", "rejected": f"\n    return {n + 1}"}
         for n in range(PROMPTS)
@@ -514,8 +524,8 @@ def test_a_judge_ranks_the_responses_of_a_file(loop: Loop) -> None:
     path = loop.folder / "experiments" / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     loop.configure({"template": "ranking", "ask": "ranking"}, prompts={}, offline={"path": "pairs.jsonl"})
-    made = loop.run()
-    assert "failed" not in made, made
+    metadata = loop.run()
+    assert "failed" not in metadata, metadata
     samples = loop.artifact(stage="generations").frame("generations")
     assert set(samples["engine"]) == {"file"} and samples["logprob"].null_count() == 2 * PROMPTS
     pairs = loop.artifact().frame("pairs")
@@ -525,7 +535,7 @@ def test_a_judge_ranks_the_responses_of_a_file(loop: Loop) -> None:
         assert winner == expected_winner(texts[a], texts[b])
 
 
-def test_without_a_judge_the_file_says_which_is_better(loop: Loop) -> None:
+def test_without_a_judge_the_files_labels_are_used(loop: Loop) -> None:
     path = loop.folder / "experiments" / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "def f():", "chosen": "\n    a = 1", "rejected": "\n    b"}))
     loop.configure(None, prompts={}, offline={"path": "pairs.jsonl"})
@@ -533,7 +543,7 @@ def test_without_a_judge_the_file_says_which_is_better(loop: Loop) -> None:
     rows = loop.rows()
     assert dict(rows.select("shown", "value").iter_rows()) == {"\n    a = 1": 1.0, "\n    b": 0.0}
     assert set(rows["scorer"]) == {"imported from pairs.jsonl"} and not loop.endpoint.asked
-    # Another content at the same place makes samples and feedback again.
+    # New content at the same path gives new samples and feedback.
     path.write_text(json.dumps({"prompt": "def f():", "chosen": "\n    b", "rejected": "\n    a = 1"}))
     assert "failed" not in loop.run()
     assert dict(loop.rows().select("shown", "value").iter_rows()) == {"\n    a = 1": 0.0, "\n    b": 1.0}

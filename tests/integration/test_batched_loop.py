@@ -1,4 +1,4 @@
-"""The loop with a judge behind the Batch API: a stage that waits for nobody, and one that waits."""
+"""The loop with a judge behind the Batch API: a stage that does not wait for replies, and one that does."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def test_a_batched_iteration(tmp_path: Path, endpoint: BatchEndpoint) -> None:
     (tmp_path / "experiments" / "batched.yaml").write_text(write_yaml(toy), encoding="utf-8")
     env = environment(tmp_path / "home", tmp_path / "experiments") | {"TOY_KEY": KEY}
 
-    # As the daemon runs it: nobody waits, the calls stay with the endpoint.
+    # As run by the daemon: the stage does not wait, and the calls stay pending at the endpoint.
     for stage in ("prompt_draws", "generations"):
         textalign("batched|001", stage, env=env, program=(str(ONE_STAGE),))
-    left = textalign("batched|001", "feedback", env=env, program=(str(ONE_STAGE),), ok=False)
-    assert "calls are with the Batch API" in left.stderr
+    pending = textalign("batched|001", "feedback", env=env, program=(str(ONE_STAGE),), ok=False)
+    assert "calls are with the Batch API" in pending.stderr
     assert len(endpoint.batches) == 1
 
-    # From the command line: it waits until all is answered, and sends nothing again.
+    # From the command line: it waits for all replies, and sends nothing again.
     endpoint.ends = True
     textalign("run", "batched", env=env)
     assert set(endpoint.taken.values()) == {1}

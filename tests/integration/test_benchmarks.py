@@ -1,4 +1,4 @@
-"""The benchmarks of trainings still run; what they measure is in docs/benchmarks.md."""
+"""The training benchmarks still run; their results are in docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.toy import PROJECT
         (["training", "--only", "kto"], ["here", "TRL, sorted by length", "TRL, default"]),
     ],
 )
-def test_it_runs(benchmark: list[str], kinds: list[str]) -> None:
+def test_benchmark_runs(benchmark: list[str], kinds: list[str]) -> None:
     name, *options = benchmark
     command = [sys.executable, "-m", f"benchmarks.{name}", "--rows", "16", "--repeats", "1", *options]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)

@@ -1,4 +1,4 @@
-"""`textalign clean` after real runs: what goes, and that everything else is still there to be asked."""
+"""`textalign clean` after real runs: what is removed, and that everything else can still be queried."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def copied(ran: Ran, tmp_path: Path) -> Place:
 
 
 def rows(place: Place) -> list[list[str]]:
-    """All that can be asked of the first iteration, and of the null control."""
+    """Query results for the first iteration and the null control."""
     query = (
         "select experiment, iteration, count(*) as samples, sum(logprob) as logprob from generations "
         "where experiment <> 'toy' or iteration < 2 group by all order by all"
     )
-    told = place.textalign("sql", query, "--json").stdout
+    samples = place.textalign("sql", query, "--json").stdout
     scores = json.loads(place.textalign("show", "toy", "--json").stdout)
     kept = [row for row in scores if row["experiment"] != "toy" or row["iteration"] < 2]
-    return [json.loads(told), kept]
+    return [json.loads(samples), kept]
 
 
-def test_nothing_of_a_finished_run_goes(copied: Place) -> None:
+def test_finished_run_is_kept(copied: Place) -> None:
     assert "nothing to remove" in copied.textalign(*ALL, "--apply").stdout
 
 
-def test_what_lost_its_cells_goes_and_the_rest_can_be_asked(copied: Place) -> None:
+def test_artifacts_without_cells_are_removed_and_the_rest_can_be_queried(copied: Place) -> None:
     lost = {stage: copied.artifact("toy", 2, stage) for stage in ("generations", "checkpoint", "evaluation")}
     first = copied.artifact("toy", 1, "checkpoint")
     before = rows(copied)
@@ -51,8 +51,8 @@ def test_what_lost_its_cells_goes_and_the_rest_can_be_asked(copied: Place) -> No
     assert lost["checkpoint"].key in listed and first.key not in listed
     assert "nothing was removed: use --apply to remove them" in listed
     assert copied.store.find("checkpoint", lost["checkpoint"].key) is not None
-    told = json.loads(copied.textalign(*ALL, "--json", "--apply").stdout)
-    assert {one["artifact"][0] for one in told} >= {"generations", "checkpoint", "evaluation"}
+    removed = json.loads(copied.textalign(*ALL, "--json", "--apply").stdout)
+    assert {item["artifact"][0] for item in removed} >= {"generations", "checkpoint", "evaluation"}
     for stage, artifact in lost.items():
         assert copied.store.find(stage, artifact.key) is None
     assert rows(copied) == before
@@ -62,7 +62,7 @@ def test_what_lost_its_cells_goes_and_the_rest_can_be_asked(copied: Place) -> No
     assert {cell["state"] for cell in states} == {"fresh"}
 
 
-def test_nothing_goes_during_a_run(copied: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_removed_during_a_run(copied: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEXTALIGN_HOME", str(copied.home))
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
     shutil.rmtree(copied.home / "store" / "cells" / "toy")
@@ -77,12 +77,12 @@ def test_nothing_goes_during_a_run(copied: Place, monkeypatch: pytest.MonkeyPatc
     assert "removed: " in copied.textalign(*ALL, "--apply").stdout
 
 
-def test_cells_of_an_experiment_without_a_file_are_named(copied: Place) -> None:
+def test_cells_without_an_experiment_file_are_reported(copied: Place) -> None:
     (copied.experiments / "toy_null.yaml").unlink()
     (copied.experiments / "toy.yaml").write_text("extends: pep8_alt_lmu\n")
-    told = copied.textalign(*ALL).stdout
-    assert "toy_null still has cells but no experiment file; its artifacts are kept. Remove " in told
-    assert "nothing to remove" in told
+    output = copied.textalign(*ALL).stdout
+    assert "toy_null still has cells but no experiment file; its artifacts are kept. Remove " in output
+    assert "nothing to remove" in output
 
 
 def test_on_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,31 +99,31 @@ def test_on_s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     def fill(draft: Draft) -> None:
         draft.write("rows", pl.DataFrame({"n": [1]}, schema), schema)
 
-    made = {
+    artifacts = {
         (stage, key): store.make(stage, key, fill, inputs={}, settings={})
         for stage, key in ((CHUNK, "chunk"), ("generations", "kept"), ("generations", "gone"))
     }
-    kept = made["generations", "kept"]
+    kept = artifacts["generations", "kept"]
     store.assign("one", 1, "generations", kept, settings={}, checks={})
-    # Somebody's upload, who may be alive elsewhere; and one of this machine's, who is not.
+    # An upload that may still be in progress elsewhere, and an attempt on this machine that is not.
     store.storage.create("artifacts/generations/kept/20260101T000000-00000000/half", b"x")
     dead = store.local / "artifacts" / "generations" / "new" / "20260101T000000-00000000"
     dead.mkdir(parents=True)
 
-    def found(hours: float) -> dict[str, list[str]]:
+    def listed(hours: float) -> dict[str, list[str]]:
         kinds: dict[str, list[str]] = {}
-        for one in removable(store, tmp_path, older_than=timedelta(hours=hours), unreferenced=True):
-            kinds.setdefault(one.kind, []).append(one.place)
+        for item in removable(store, tmp_path, older_than=timedelta(hours=hours), unreferenced=True):
+            kinds.setdefault(item.kind, []).append(item.place)
         return kinds
 
-    assert found(24) == {ATTEMPTS: [str(dead)]}
-    assert found(0) == {
+    assert listed(24) == {ATTEMPTS: [str(dead)]}
+    assert listed(0) == {
         CHUNKS: [f"s3://clean/a/store/artifacts/{CHUNK}/chunk"],
         ATTEMPTS: [str(dead)],
         UNREFERENCED: ["s3://clean/a/store/artifacts/generations/gone"],
     }
     remove(store, removable(store, tmp_path, older_than=timedelta(0), unreferenced=True), timedelta(0))
-    assert found(0) == {} and not dead.exists()
+    assert listed(0) == {} and not dead.exists()
     assert store.find("generations", "gone") is None and store.find(CHUNK, "chunk") is None
     shutil.rmtree(tmp_path / "cache")
     assert kept.frame("rows")["n"].to_list() == [1]

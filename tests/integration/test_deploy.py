@@ -1,4 +1,4 @@
-"""What deploy/ ships, as far as it can be tried without its hardware: a real Postgres, real files."""
+"""The contents of deploy/, as far as they can be tested without the hardware: a real Postgres, real files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def read(path: str) -> dict[str, Any]:
 
 @pytest.fixture
 def postgres() -> Iterator[int]:
-    """The port of a Postgres of our own, with the user and database `textalign`."""
+    """The port of a private Postgres server with the user and database `textalign`."""
     if not SERVERS:
         pytest.skip("Postgres is not installed (apt-get install postgresql)")
     if os.geteuid() != 0 or shutil.which("runuser") is None:
         pytest.skip("Postgres refuses to run as root, and only root can become another user")
     pytest.importorskip("dagster_postgres", reason="needs the extra `postgres`")
-    place = Path(tempfile.mkdtemp(prefix="textalign-postgres-"))  # pytest's own folders are root's alone
+    place = Path(tempfile.mkdtemp(prefix="textalign-postgres-"))  # only root can read pytest's own folders
     data, password = place / "data", place / "password"
     password.write_text("secret")
     for path in (place, password):
@@ -61,9 +61,9 @@ def postgres() -> Iterator[int]:
         shutil.rmtree(place)
 
 
-def test_the_instance_of_a_team_runs_an_iteration(postgres: int, place: Place, tmp_path: Path) -> None:
+def test_team_instance_runs_an_iteration(postgres: int, place: Place, tmp_path: Path) -> None:
     settings = read("compose/dagster.yaml")
-    settings["storage"]["postgres"]["postgres_db"]["port"] = postgres  # of this test
+    settings["storage"]["postgres"]["postgres_db"]["port"] = postgres  # the test's server
     (tmp_path / "instance").mkdir()
     (tmp_path / "instance" / "dagster.yaml").write_text(yaml.safe_dump(settings))
     env = place.env | {
@@ -76,23 +76,23 @@ def test_the_instance_of_a_team_runs_an_iteration(postgres: int, place: Place, t
     }
     textalign("run", "toy", "--no-control", "--iterations", "1", env=env)
     again = textalign("run", "toy", "--no-control", "--iterations", "1", env=env)
-    assert "toy|001  up to date" in again.stdout  # that is read from Postgres
+    assert "toy|001  up to date" in again.stdout  # read from Postgres
     assert not list((place.home).rglob("*.db"))
 
 
-def test_queue_and_pools_are_those_of_the_project() -> None:
+def test_queue_and_pools_match_the_projects() -> None:
     own = yaml.safe_load((PROJECT / "dagster.yaml").read_text(encoding="utf-8"))["concurrency"]
     team = read("compose/dagster.yaml")["concurrency"]
     assert team["pools"] == own["pools"]
     assert team["runs"]["tag_concurrency_limits"] == own["runs"]["tag_concurrency_limits"]
 
 
-def test_services_give_what_the_instance_reads() -> None:
+def test_services_set_the_variables_that_the_instance_reads() -> None:
     services = read("compose/compose.yaml")["services"]
     instance = (DEPLOY / "compose/dagster.yaml").read_text(encoding="utf-8")
-    wanted = {line.split("env: ")[1].split("}")[0] for line in instance.splitlines() if "env: " in line}
+    required = {line.split("env: ")[1].split("}")[0] for line in instance.splitlines() if "env: " in line}
     for name in ("code", "webserver", "daemon"):
-        assert wanted <= services[name]["environment"].keys()
+        assert required <= services[name]["environment"].keys()
         assert services[name]["depends_on"].keys() <= services.keys()
     (location,) = read("compose/workspace.yaml")["load_from"]
     assert location["grpc_server"]["host"] in services

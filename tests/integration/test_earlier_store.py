@@ -1,7 +1,7 @@
-"""A store made by an earlier version, before examples had a table of their own, is read and reused.
+"""A store written by an earlier version, before examples had their own table, is read and reused.
 
 `fixtures/store_without_examples.tar.gz` holds the experiment `old` and its null control (two iterations, a policy
-of 10,000 weights), with the files they were made from, as the version before left them.
+of 10,000 weights), with their source files, as the earlier version left them.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ def artifacts(folder: Path) -> set[str]:
     }
 
 
-def test_it_is_fresh_and_nothing_is_computed_again(place: tuple[Path, dict[str, str]]) -> None:
+def test_everything_is_fresh_and_nothing_is_recomputed(place: tuple[Path, dict[str, str]]) -> None:
     folder, env = place
     before = artifacts(folder)
     cells = json.loads(textalign("status", "--json", env=env).stdout)
     assert {cell["experiment"] for cell in cells} == {"old", "old_null"} and len(cells) == 24
     assert {cell["state"] for cell in cells} == {"fresh"}, cells
-    # Dagster has no history of it: all stages run, and reuse what there is.
+    # Dagster has no history of it: all stages run, and reuse what exists.
     lines = [
         line.split()
         for line in textalign("run", "old", env=env).stdout.splitlines()
@@ -52,19 +52,19 @@ def test_it_is_fresh_and_nothing_is_computed_again(place: tuple[Path, dict[str, 
     assert artifacts(folder) == before
 
 
-def test_its_tables_answer_queries(place: tuple[Path, dict[str, str]]) -> None:
+def test_tables_can_be_queried(place: tuple[Path, dict[str, str]]) -> None:
     folder, _ = place
     with connect(ArtifactStore(folder / "home" / "store")) as database:
 
         def count(table: str) -> tuple[int, ...]:
-            found = database.execute(f"SELECT count(*) FROM {table} WHERE experiment = 'old'").fetchone()
-            return found or (-1,)
+            row = database.execute(f"SELECT count(*) FROM {table} WHERE experiment = 'old'").fetchone()
+            return row or (-1,)
 
         assert [count(table) for table in ("generations", "datapool", "examples")] == [(24,), (36,), (0,)]
         assert count("scores")[0] > 0 and count("lineage") == (2,)
 
 
-def test_a_training_and_an_iteration_go_on_top_of_it(place: tuple[Path, dict[str, str]]) -> None:
+def test_new_iteration_and_retraining_build_on_it(place: tuple[Path, dict[str, str]]) -> None:
     folder, env = place
     path = folder / "experiments" / "old.yaml"
     path.write_text(path.read_text().replace("iterations: 2", "iterations: 3"))
@@ -75,7 +75,7 @@ def test_a_training_and_an_iteration_go_on_top_of_it(place: tuple[Path, dict[str
     assert third is not None
     examples, pool = third.artifact.frame("examples"), third.artifact.frame("datapool")
     assert examples["sample_id"].to_list() == pool.filter("drawn")["sample_id"].to_list()
-    # Another training of iteration 1 finds a pool without examples, and makes the same of it.
+    # Retraining iteration 1 finds a pool without examples, and trains on the same rows.
     path.write_text(path.read_text().replace("learning_rate: 0.001", "learning_rate: 0.002"))
     shown = textalign("run", "old", "-k", "1", "--no-control", env=env).stdout
     assert "2 steps" in shown and shown.count("reused") == 4

@@ -21,7 +21,7 @@ ANSWER = "\n    return 1\n"
 
 @pytest.fixture(scope="module")
 def measured(ran: Ran, judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """The toy with everything an evaluation can have; it shares all but that with the toy."""
+    """The toy with every evaluation feature; it shares everything else with the toy."""
     place = ran.copy(tmp_path_factory.mktemp("measured") / "place")
     rows = [{"prompt": f"def {name}(a, b):", "reference": ANSWER} for name in NAMES[:-1]]
     held_out = place.experiments / "held_out.jsonl"
@@ -56,12 +56,12 @@ def measured(ran: Ran, judge_url: str, tmp_path_factory: pytest.TempPathFactory)
 
 
 def scores(place: Place, iteration: int, **which: str) -> dict[str, float]:
-    """Metric → value of some rows."""
-    found = place.frame("measured", iteration, "evaluation", "scores").filter(**which)
-    return dict(found.select("metric", "value").iter_rows())
+    """Metric → value of the selected rows."""
+    rows = place.frame("measured", iteration, "evaluation", "scores").filter(**which)
+    return dict(rows.select("metric", "value").iter_rows())
 
 
-def test_tables_of_the_policy_and_of_what_stands_beside_it(measured: Place) -> None:
+def test_tables_of_the_policy_and_baselines(measured: Place) -> None:
     for k in (0, 1):
         assert measured.frame("measured", k, "evaluation", "scores").schema == SCORES
         assert measured.frame("measured", k, "evaluation", "evaluation_samples").schema == EVALUATION_SAMPLES
@@ -74,20 +74,20 @@ def test_tables_of_the_policy_and_of_what_stands_beside_it(measured: Place) -> N
     assert now.filter(role="probe")["condition"].n_unique() == 2  # every other label
 
 
-def test_statistics_of_all_texts_stand_beside_the_others(measured: Place) -> None:
+def test_text_statistics_are_reported_with_the_other_metrics(measured: Place) -> None:
     texts = (
         measured.frame("measured", 1, "evaluation", "evaluation_samples")
         .filter(role="main")["text"]
         .to_list()
     )
     assert scores(measured, 1, role="main")["entropy_1"] == pytest.approx(ngram_entropy(texts, 1))
-    for who in ({"role": "main"}, {"subject": "start"}, {"subject": "people"}):
-        found = scores(measured, 0, **who)
-        assert {"entropy_1", "entropy_2", "self_bleu_5"} <= found.keys(), who
-    assert scores(measured, 0, subject="people")["self_bleu_5"] == pytest.approx(1.0)  # all alike
+    for which in ({"role": "main"}, {"subject": "start"}, {"subject": "people"}):
+        metrics = scores(measured, 0, **which)
+        assert {"entropy_1", "entropy_2", "self_bleu_5"} <= metrics.keys(), which
+    assert scores(measured, 0, subject="people")["self_bleu_5"] == pytest.approx(1.0)  # all identical
 
 
-def test_references_are_measured_as_they_are(measured: Place) -> None:
+def test_references_as_a_baseline(measured: Place) -> None:
     people = scores(measured, 0, subject="people")
     assert people["score"] == 1.0  # each has one "return"
     assert people["violations"] == 0.0 and people["characters"] > 0
@@ -97,13 +97,13 @@ def test_references_are_measured_as_they_are(measured: Place) -> None:
     assert n.to_list() == [5]  # the sixth prompt has none
 
 
-def test_a_baseline_that_is_the_base_policy_gets_its_numbers(measured: Place) -> None:
-    """The same prompts, seeds, decoding, scorer and judge: nothing else may make a difference."""
+def test_base_policy_as_a_baseline_gets_the_same_scores(measured: Place) -> None:
+    """Prompts, seeds, decoding, scorer and judge are the same; nothing else may affect the scores."""
     own, same = scores(measured, 0, role="main"), scores(measured, 0, subject="start")
     assert own == same and {"score", "win_rate", "judge_unusable", "perplexity"} <= set(own)
 
 
-def test_the_judge_is_asked_in_both_orders_and_a_missing_reference_is_no_loss(measured: Place) -> None:
+def test_judge_sees_both_orders_and_a_missing_reference_is_not_a_loss(measured: Place) -> None:
     judged = measured.frame("measured", 1, "evaluation", "judgements")
     assert judged["status"].value_counts().sort("status").rows() == [("ok", 5), ("skipped", 1)]
     assert set(judged.filter(status="ok")["value"]) <= {0.0, 0.5, 1.0}
@@ -114,25 +114,25 @@ def test_the_judge_is_asked_in_both_orders_and_a_missing_reference_is_no_loss(me
     assert "win_rate" not in scores(measured, 1, role="probe")
 
 
-def test_scores_are_the_scorers(measured: Place) -> None:
+def test_scores_match_the_scorer(measured: Place) -> None:
     samples = measured.frame("measured", 1, "evaluation", "evaluation_samples")
     for role in ("main", "probe"):
         texts = samples.filter(role=role)
-        counted = texts["text"].str.count_matches(r"\breturn\b").mean()
-        found = measured.frame("measured", 1, "evaluation", "scores").filter(role=role, metric="score")
-        assert found["value"].mean() == pytest.approx(counted)
+        expected = texts["text"].str.count_matches(r"\breturn\b").mean()
+        rows = measured.frame("measured", 1, "evaluation", "scores").filter(role=role, metric="score")
+        assert rows["value"].mean() == pytest.approx(expected)
 
 
-def test_only_the_evaluation_was_made_and_a_rerun_makes_nothing(measured: Place) -> None:
+def test_sampling_stages_are_shared_and_a_rerun_computes_nothing(measured: Place) -> None:
     output = (measured.folder / "output.txt").read_text(encoding="utf-8")
-    assert "datapool" in stage_lines(output)["measured|001"]  # the method's settings are the pool's too
+    assert "datapool" in stage_lines(output)["measured|001"]  # it depends on the method's settings, too
     assert not {"prompt_draws", "generations", "feedback"} & set(stage_lines(output)["measured|001"])
     again = measured.textalign("run", "measured").stdout
     assert "measured|001  up to date" in again
     assert set(states(measured, "measured").values()) == {"fresh"}
 
 
-def test_what_people_see(measured: Place) -> None:
+def test_show_and_sql_output(measured: Place) -> None:
     shown = measured.textalign("show", "measured").stdout
     for label in ("baseline start", "baseline people", "conditioned on", "perplexity"):
         assert label in shown
@@ -143,13 +143,13 @@ def test_what_people_see(measured: Place) -> None:
     assert {row["subject"] for row in answer} == {"start", "people"}
 
 
-def test_another_scorer_changes_scores_and_nothing_else(measured: Place, tmp_path: Path) -> None:
+def test_changing_the_scorer_changes_only_scores(measured: Place, tmp_path: Path) -> None:
     place = measured.copy(tmp_path / "place")
     path = place.experiments / "measured.yaml"
     path.write_text(path.read_text().replace("- return", "- def"), encoding="utf-8")
     assert states(place, "measured")[1, "evaluation"] == "stale"
-    made = stage_lines(place.textalign("run", "measured").stdout)
-    assert made == {"measured|001": ["evaluation"]}
+    stages = stage_lines(place.textalign("run", "measured").stdout)
+    assert stages == {"measured|001": ["evaluation"]}
     sampled = place.home / "store" / "artifacts" / "evaluation_sampling"
     before = measured.home / "store" / "artifacts" / "evaluation_sampling"
     assert {p.name for p in sampled.iterdir()} == {p.name for p in before.iterdir()}
@@ -159,9 +159,9 @@ def test_another_scorer_changes_scores_and_nothing_else(measured: Place, tmp_pat
     assert scores(place, 0, subject="people")["score"] == 0.0
 
 
-def test_the_shipped_toy_reports_what_it_did_before(ran: Ran) -> None:
-    """No scorer, no judge, no baseline: the columns that were there, and obedience."""
-    known = {
+def test_toy_without_extras_reports_basic_metrics(ran: Ran) -> None:
+    """No scorer, no judge, no baseline: the basic metrics, and obedience."""
+    expected = {
         "violations",
         "clean",
         "parse_rate",
@@ -172,9 +172,9 @@ def test_the_shipped_toy_reports_what_it_did_before(ran: Ran) -> None:
         "obedience",
     }
     for k in (0, 1, 2):
-        found = ran.frame("toy", k, "evaluation", "scores")
-        assert set(found["metric"]) <= known
+        rows = ran.frame("toy", k, "evaluation", "scores")
+        assert set(rows["metric"]) <= expected
         samples = ran.frame("toy", k, "evaluation", "evaluation_samples")
         names = set(samples["measures"].explode().struct.field("name"))
         assert "violations" in names and not names & {"score", "judge_value"}
-        assert found["subject"].null_count() == len(found)
+        assert rows["subject"].null_count() == len(rows)

@@ -1,4 +1,4 @@
-"""The benchmark of CUT's flagged tokens, on texts whose flags follow from two forward passes by hand."""
+"""The benchmark of CUT's flagged tokens, against flags computed by hand from two forward passes."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_flags_and_marks_by_hand(tmp_path: Path) -> None:
     )
     marks = pl.DataFrame({"sample_id": ["s"], "start": [1], "end": [3]})  # the blanks before a=1
     policy = base_policy(experiment).path
-    found = flagged_tokens(experiment, policy, judged, marks)
-    assert "".join(text[start:end] for start, end in found.select("start", "end").rows()) == text
+    flags = flagged_tokens(experiment, policy, judged, marks)
+    assert "".join(text[start:end] for start, end in flags.select("start", "end").rows()) == text
 
     tokenizer, model = AutoTokenizer.from_pretrained(policy), AutoModelForCausalLM.from_pretrained(policy)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -48,9 +48,12 @@ def test_flags_and_marks_by_hand(tmp_path: Path) -> None:
             logits = model(torch.tensor([[*start, *ids]])).logits[0, len(start) - 1 : -1]
         return logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
 
-    under, bare = log_probs(f"# lint: {judgment}\n{prompt}"), log_probs(prompt)
-    expected = [first - second > math.log(1.1) for first, second in zip(under, bare, strict=True)]
-    assert found["flagged"].to_list() == expected and 0 < sum(expected) < len(expected)
-    assert found.filter("marked")["start"].max() < 3 <= found.filter(~pl.col("marked"))["end"].max()
-    picture(judged, found, tmp_path / "flagged.png")
+    judged_log_probs, plain_log_probs = log_probs(f"# lint: {judgment}\n{prompt}"), log_probs(prompt)
+    expected = [
+        first - second > math.log(1.1)
+        for first, second in zip(judged_log_probs, plain_log_probs, strict=True)
+    ]
+    assert flags["flagged"].to_list() == expected and 0 < sum(expected) < len(expected)
+    assert flags.filter("marked")["start"].max() < 3 <= flags.filter(~pl.col("marked"))["end"].max()
+    picture(judged, flags, tmp_path / "flagged.png")
     assert (tmp_path / "flagged.png").read_bytes().startswith(b"\x89PNG")

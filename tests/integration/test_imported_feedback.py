@@ -1,4 +1,4 @@
-"""People judge the samples: the loop stops, the samples go out, the judgements come in, the loop goes on."""
+"""Human feedback: the loop stops, samples are exported, judgements are imported, and the loop continues."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ evaluation: {scorer: pii}
 """
 
 
-def test_people_judge(place: Place, tmp_path: Path) -> None:
+def test_loop_with_human_feedback(place: Place, tmp_path: Path) -> None:
     (place.experiments / "people.yaml").write_text(EXPERIMENT, encoding="utf-8")
-    waits = place.textalign("run", "people", ok=False).stderr
-    assert "people_1.jsonl does not exist yet" in waits
-    assert "textalign export EXPERIMENT samples.jsonl -k 1" in waits
+    stopped = place.textalign("run", "people", ok=False).stderr
+    assert "people_1.jsonl does not exist yet" in stopped
+    assert "textalign export EXPERIMENT samples.jsonl -k 1" in stopped
 
     out = tmp_path / "samples.jsonl"
     assert "samples only: 12 rows" in place.textalign("export", "people", str(out), "-k", "1").stdout
@@ -40,8 +40,12 @@ def test_people_judge(place: Place, tmp_path: Path) -> None:
     (name,) = [path.stem for path in (place.home / "variants").glob("people*.yaml")]
     rows = {row["sample_id"]: row for row in place.frame(name, 1, "feedback").iter_rows(named=True)}
     for sample, answer in zip(samples, judged, strict=False):
-        said = rows[sample["sample_id"]]
-        assert (said["text"], said["value"], said["status"]) == (answer["feedback"], answer["value"], "ok")
+        imported = rows[sample["sample_id"]]
+        assert (imported["text"], imported["value"], imported["status"]) == (
+            answer["feedback"],
+            answer["value"],
+            "ok",
+        )
     unjudged = [row for row in rows.values() if row["status"] != "ok"]
     assert [row["status"] for row in unjudged] == ["skipped"] * 2
     assert {row["reason"] for row in unjudged} == {"no judgement in the file"}

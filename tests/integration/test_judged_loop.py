@@ -1,6 +1,6 @@
-"""The loop with an LLM judge behind HTTP: a stage that fails half-way resumes, and pays for nothing twice.
+"""The loop with an LLM judge over HTTP: a stage that fails midway resumes, and pays for nothing twice.
 
-The endpoint here answers by rule; replies of real models are for the tests of the parser.
+The endpoint here is rule-based; the parser's tests cover replies of real models.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ KEY = "sk-canary-3f2a9c"
 
 
 class Judge(ThreadingHTTPServer):
-    """An endpoint that gives a feedback sentence and a score.
+    """An endpoint that returns a feedback sentence and a score.
 
-    ``broken``: it fails for half of the questions, every time. ``down``: for all of them.
+    ``broken``: it fails for half of the questions, every time. ``down``: it fails for all of them.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Judge(ThreadingHTTPServer):
         self.broken = self.down = False
         self.requests = 0
         self.model = "toy-judge"
-        self.asked: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
         self.lock = threading.Lock()
 
     @property
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.requests += 1
             down = self.server.down or (self.server.broken and len(question) % 2 == 0)
             if not down:
-                self.server.asked[question] += 1
+                self.server.answered[question] += 1
         score = len(question) % 4
         answer = {"analysis": "Looked at.", "feedback": f"has {3 - score} flaws", "score": score}
         reply: dict[str, Any] = {
@@ -115,7 +115,7 @@ def judged_toy(folder: Path, judge: Judge) -> Path:
     return folder
 
 
-def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Path, judge: Judge) -> None:
+def test_failed_calls_do_not_block_others_and_are_retried_on_request(tmp_path: Path, judge: Judge) -> None:
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
     before = json.loads(textalign("forecast", "judged", "--json", env=env).stdout)
@@ -128,7 +128,7 @@ def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Pa
 
     failed = textalign("run", "judged", env=env, ok=False)
     assert "usable" in failed.stderr and "--retry-failed" in failed.stderr
-    answered = len(judge.asked)
+    answered = len(judge.answered)
     assert 0 < answered < 12
     between = json.loads(textalign("forecast", "judged", "--json", env=env).stdout)
     assert between["samples_exist"]
@@ -153,7 +153,7 @@ def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Pa
         ).fetchall()
         probes = database.execute("select count(*) from feedback_calls where purpose = 'probe'").fetchall()
         sent = database.execute("select sum(attempts) from feedback_calls").fetchall()
-    assert sum(judge.asked.values()) <= 12 + probes[0][0], "something was paid for twice"
+    assert sum(judge.answered.values()) <= 12 + probes[0][0], "something was paid for twice"
     assert sent[0][0] >= judge.requests
     assert len(rows) == 12
     assert {row[0] for row in rows} == {"ok"}
@@ -162,7 +162,7 @@ def test_calls_that_fail_do_not_block_and_are_sent_again_on_request(tmp_path: Pa
     assert count == 12 and usd == pytest.approx(count * (100 * 1.0 + 20 * 2.0) / 1e6)
 
 
-def test_another_model_in_the_replies_is_a_warning(tmp_path: Path, judge: Judge) -> None:
+def test_another_model_in_the_replies_does_not_fail_the_run(tmp_path: Path, judge: Judge) -> None:
     judge.model = "toy-judge-mini"
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
@@ -173,7 +173,7 @@ def test_another_model_in_the_replies_is_a_warning(tmp_path: Path, judge: Judge)
     }
 
 
-def test_the_key_is_written_nowhere(tmp_path: Path, judge: Judge) -> None:
+def test_api_key_is_not_written_anywhere(tmp_path: Path, judge: Judge) -> None:
     home = tmp_path / "home"
     env = environment(home, judged_toy(tmp_path / "experiments", judge)) | {"TOY_KEY": KEY}
     done = textalign("run", "judged", env=env)
@@ -182,7 +182,7 @@ def test_the_key_is_written_nowhere(tmp_path: Path, judge: Judge) -> None:
     assert leaks == []
 
 
-def test_without_the_key_nothing_starts(tmp_path: Path, judge: Judge) -> None:
+def test_nothing_starts_without_the_api_key(tmp_path: Path, judge: Judge) -> None:
     env = environment(tmp_path / "home", judged_toy(tmp_path / "experiments", judge))
     refused = textalign("run", "judged", env=env, ok=False)
     assert "TOY_KEY" in refused.stderr and "judged.yaml" in refused.stderr

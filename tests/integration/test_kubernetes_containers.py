@@ -1,5 +1,5 @@
-"""Workers in real containers: what a pod's attached connection, its end and its memory limit are is up to a real
-container runtime here; the API server and the kubelet are the test's own (see `container_runtime`)."""
+"""Workers in real containers: attached connections, how pods end and memory limits come from a real container
+runtime; the API server and the kubelet are the test's own (see `container_runtime`)."""
 
 import os
 import re
@@ -58,28 +58,28 @@ sys.exit(kubernetes_relay.main())
 
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
-    why = impossible()
-    if why is not None:
-        pytest.skip(why)
-    with container_runtime(tmp_path_factory.mktemp("runtime")) as found:
-        if (why := refusal(found)) is not None:
-            pytest.skip(why)
-        yield found
+    reason = impossible()
+    if reason is not None:
+        pytest.skip(reason)
+    with container_runtime(tmp_path_factory.mktemp("runtime")) as started:
+        if (reason := refusal(started)) is not None:
+            pytest.skip(reason)
+        yield started
 
 
 @pytest.fixture
 def cluster(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Containers]:
-    with fake_kubernetes(tmp_path, Containers) as found:
-        found.runtime = runtime
-        monkeypatch.setenv("KUBECONFIG", str(found.kubeconfig))
+    with fake_kubernetes(tmp_path, Containers) as fake:
+        fake.runtime = runtime
+        monkeypatch.setenv("KUBECONFIG", str(fake.kubeconfig))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        # Where the client looks is decided when it is imported.
+        # The client decides where to look when it is imported.
         monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(found.kubeconfig)
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(fake.kubeconfig)
         )
-        yield found
-    for end in found.ends:
-        end.join()
+        yield fake
+    for removal in fake.removals:
+        removal.join()
 
 
 def only(cluster: Containers) -> ContainerPod:
@@ -88,26 +88,26 @@ def only(cluster: Containers) -> ContainerPod:
     return pod
 
 
-def test_a_container_says_what_this_machine_says(cluster: Containers, model: Path) -> None:
-    with TransformersSampler(threads=1) as here:
-        expected = here.generate(model, REQUESTS, WARM)
-    with TransformersSampler(threads=1, host=KubernetesHost(settings(cpu="1"))) as there:
-        assert there.generate(model, REQUESTS, WARM) == expected and len(cluster.created) == 1
+def test_container_generates_the_same_as_this_machine(cluster: Containers, model: Path) -> None:
+    with TransformersSampler(threads=1) as local:
+        expected = local.generate(model, REQUESTS, WARM)
+    with TransformersSampler(threads=1, host=KubernetesHost(settings(cpu="1"))) as in_container:
+        assert in_container.generate(model, REQUESTS, WARM) == expected and len(cluster.created) == 1
         with pytest.raises(SamplerError, match=r"was killed by SIGKILL .* Failed, Error, exit code 137"):
-            there.generate(model, LONG, WARM, lambda *_: only(cluster).kill())
-        assert there.generate(model, REQUESTS, WARM) == expected
+            in_container.generate(model, LONG, WARM, lambda *_: only(cluster).kill())
+        assert in_container.generate(model, REQUESTS, WARM) == expected
     assert cluster.pods == {}
 
 
-def test_long_lines_pass_and_a_worker_ends_when_it_is_no_longer_wanted(cluster: Containers) -> None:
+def test_long_lines_pass_and_a_closed_worker_ends_by_itself(cluster: Containers) -> None:
     long = "ä€𝄞x" * 500_000
     channel = echo()
     assert channel.call(long) == [len(long), long[::-1]]  # type: ignore[arg-type]
     started = time.monotonic()
     channel.close()
     assert cluster.pods == {}
-    (end,) = cluster.ends
-    end.join()  # a container that does not end by itself is killed after that
+    (removal,) = cluster.removals
+    removal.join()  # after GRACE a container that does not end by itself is killed
     assert time.monotonic() - started < GRACE
 
 
@@ -122,7 +122,7 @@ def test_a_container_ends_with_its_connection(cluster: Containers, what: str) ->
     else:
         assert channel.worker is not None
         os.kill(channel.worker.process.pid, signal.SIGKILL)
-        wire.until(lambda: not pod.runs)  # by itself: nobody has deleted it
+        wire.until(lambda: not pod.runs)  # by itself: it was not deleted
         assert pod.described()["status"]["phase"] == "Succeeded"
         words = "was killed by SIGKILL"
     with pytest.raises(SamplerError, match=words):
@@ -130,24 +130,24 @@ def test_a_container_ends_with_its_connection(cluster: Containers, what: str) ->
     assert cluster.pods == {}
 
 
-def test_how_a_container_ended_is_told(cluster: Containers) -> None:
+def test_how_a_container_ended_is_reported(cluster: Containers) -> None:
     channel = echo()
     assert channel.call("x")[0] == 1  # type: ignore[arg-type]
-    told = (
+    message = (
         r"ended with exit code 3; its last output: what it says at last\npod \S+: Failed, Error, exit code 3$"
     )
-    with pytest.raises(SamplerError, match=told):
+    with pytest.raises(SamplerError, match=message):
         channel.call("fail")  # type: ignore[arg-type]
 
     cluster.memory = 200 * 2**20
     hungry = host(lambda name, command, own: (name, command, own), HUNGRY)
     channel = Channel("unused", {}, error=SamplerError, what="hungry worker", host=hungry)
-    told = r"hungry worker was killed by SIGKILL .*OOMKilled, exit code 137; .* raise k8s.memory"
-    with pytest.raises(SamplerError, match=told):
+    message = r"hungry worker was killed by SIGKILL .*OOMKilled, exit code 137; .* raise k8s.memory"
+    with pytest.raises(SamplerError, match=message):
         channel.call({})
 
 
-def test_empty_words_change_nothing(cluster: Containers) -> None:
+def test_keepalive_messages_change_nothing(cluster: Containers) -> None:
     def often(name: str, command: list[str], own: None) -> tuple[str, list[str], None]:
         return name, [command[0], "-P", "-c", OFTEN, command[-1]], own
 
@@ -159,9 +159,9 @@ def test_empty_words_change_nothing(cluster: Containers) -> None:
     channel.close()
 
 
-def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, tmp_path: Path) -> None:
+def test_evicted_training_saves_a_last_snapshot(cluster: Containers, tmp_path: Path) -> None:
     acceleration = Acceleration(cpu=True, threads=1)
-    found: list[Launched] = []
+    launched: list[Launched] = []
 
     def place(name: str) -> Path:
         (tmp_path / "draft" / name).mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, t
     def write(place: Callable[[str], Path]) -> list[str]:
         return write_training(tmp_path, place, acceleration, epochs=600, snapshot_minutes=1000)
 
-    def heard(values: dict[str, Any]) -> None:
+    def evict_once(values: dict[str, Any]) -> None:
         if not names(tmp_path / "snapshots") and values["done"] < values["total"]:
             only(cluster).evict()
 
@@ -189,22 +189,24 @@ def test_a_training_that_is_evicted_takes_a_last_snapshot(cluster: Containers, t
             write=write,
             extras={},
             env=accelerate_env(acceleration),
-            on_progress=heard,
+            on_progress=evict_once,
             log=tmp_path / "train.log",
         )
-        found.append(KubernetesLauncher(pod, "key", tmp_path, every=0.1, settling=20.0).train(context, work))
+        launched.append(
+            KubernetesLauncher(pod, "key", tmp_path, every=0.1, settling=20.0).train(context, work)
+        )
         return dg.MaterializeResult()
 
-    told = r"EndedError: the training was stopped by SIGTERM .*; step (\d+) is kept"
-    with pytest.raises(dg.Failure, match=told) as failure:
+    message = r"EndedError: the training was stopped by SIGTERM .*; step (\d+) is kept"
+    with pytest.raises(dg.Failure, match=message) as failure:
         dg.materialize([checkpoint])
-    (step,) = map(int, re.findall(told, str(failure.value.description)))
+    (step,) = map(int, re.findall(message, str(failure.value.description)))
     dg.materialize([checkpoint])
-    assert found[0].done is not None and found[0].done["resumed_at"] == [step]
+    assert launched[0].done is not None and launched[0].done["resumed_at"] == [step]
 
 
 def host(change: Callable[[str, list[str], None], Any], code: str) -> KubernetesHost:
-    """Pods that run code; ``change`` is what becomes of the relay's command."""
+    """A host whose pods run ``code``; ``change`` modifies the relay's command."""
 
     class Changed(KubernetesHost):
         def start(self, command: list[str], environment: Any) -> Any:

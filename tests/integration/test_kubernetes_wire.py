@@ -1,5 +1,5 @@
-"""A wire test: what a training says to Kubernetes and makes of the answers. The server is our own and its
-pods are local processes, so nothing of this was tested on Kubernetes."""
+"""Wire tests: what a training sends to Kubernetes and how it handles the responses. The server is a fake and
+its pods are local processes, so none of this was tested on Kubernetes."""
 
 import json
 import os
@@ -84,27 +84,27 @@ def settings(folder: Path) -> Kubernetes:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    with fake_kubernetes(tmp_path) as found:
-        monkeypatch.setenv("KUBECONFIG", str(found.kubeconfig))
+    with fake_kubernetes(tmp_path) as fake:
+        monkeypatch.setenv("KUBECONFIG", str(fake.kubeconfig))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        # Where the client looks is decided when it is imported.
+        # The client decides where to look when it is imported.
         monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(found.kubeconfig)
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(fake.kubeconfig)
         )
-        yield found
+        yield fake
 
 
 def train(
     folder: Path,
     what: str = "train",
     *,
-    heard: Callable[[dict[str, Any]], None] = lambda _: None,
+    on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
     instance: dg.DagsterInstance | None = None,
     settling: float = 10.0,
 ) -> Launched:
-    """A training inside a step of an asset; raises what the step raises."""
+    """Trains inside an asset's step; raises what the step raises."""
     (folder / "trainer.py").write_text(TRAINER)
-    found: list[Launched] = []
+    launched: list[Launched] = []
 
     def place(name: str) -> Path:
         (folder / "draft" / name).mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def train(
     @dg.asset
     def checkpoint(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         launcher = KubernetesLauncher(settings(folder), "key", folder, every=0.1, settling=settling)
-        found.append(
+        launched.append(
             launcher.train(
                 context,
                 Work(
@@ -126,7 +126,7 @@ def train(
                     write=write,
                     extras={"cell": "toy|001"},
                     env={"FROM_TEST": "it's"},
-                    on_progress=heard,
+                    on_progress=on_progress,
                     log=folder / "logs" / "train.log",
                 ),
             )
@@ -134,18 +134,18 @@ def train(
         return dg.MaterializeResult()
 
     dg.materialize([checkpoint], instance=instance)
-    return found[0]
+    return launched[0]
 
 
 def until(condition: Callable[[], Any], what: str) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < deadline, f"in vain: {what}"
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
         time.sleep(0.05)
 
 
-def worker(folder: Path) -> subprocess.Popen[bytes]:
-    """A process of Dagster's with a training, once that has begun."""
+def training_process(folder: Path) -> subprocess.Popen[bytes]:
+    """A Dagster process whose training has started."""
     (folder / "instance").mkdir(exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(folder)],
@@ -158,14 +158,14 @@ def worker(folder: Path) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_pod_trains(tmp_path: Path, cluster: Cluster) -> None:
+def test_training_in_a_pod(tmp_path: Path, cluster: Cluster) -> None:
     seen: list[int] = []
 
-    def heard(values: dict[str, Any]) -> None:
+    def on_progress(values: dict[str, Any]) -> None:
         seen.append(values["done"])
-        (tmp_path / "go").touch()  # the trainer waits for it: progress is heard while it runs
+        (tmp_path / "go").touch()  # the trainer waits for this: progress arrives while it runs
 
-    launched = train(tmp_path, heard=heard)
+    launched = train(tmp_path, on_progress=on_progress)
     assert launched == Launched(1.5, {"steps": 2, "seconds": {"load": 1.0, "train": 0.5}}) and seen == [1, 2]
     assert "the trainer's first line" in (tmp_path / "logs" / "train.log").read_text()
     assert not (tmp_path / "logs" / "train.messages").exists()
@@ -182,11 +182,11 @@ def test_a_pod_trains(tmp_path: Path, cluster: Cluster) -> None:
     assert body["spec"]["nodeSelector"] == {"gpu": "a100"}
     assert body["spec"]["tolerations"][0]["key"] == "gpu" and body["spec"]["restartPolicy"] == "Never"
     validator = pytest.importorskip("kubernetes_validate")
-    told = {"apiVersion": "v1", "kind": "Pod", **body}
-    validator.validate(told, validator.latest_version(), strict=True)
-    told["spec"]["containers"][0]["resourcez"] = {}
-    with pytest.raises(validator.ValidationError):  # it would have been seen
-        validator.validate(told, validator.latest_version(), strict=True)
+    pod = {"apiVersion": "v1", "kind": "Pod", **body}
+    validator.validate(pod, validator.latest_version(), strict=True)
+    pod["spec"]["containers"][0]["resourcez"] = {}
+    with pytest.raises(validator.ValidationError):  # unknown fields are detected
+        validator.validate(pod, validator.latest_version(), strict=True)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_a_pod_trains(tmp_path: Path, cluster: Cluster) -> None:
         "silent": r"ended with exit code 0, but the trainer did not report that it is done",
     }.items(),
 )
-def test_an_end_is_what_it_is(tmp_path: Path, cluster: Cluster, what: str, words: str) -> None:
+def test_how_a_training_ended_is_reported(tmp_path: Path, cluster: Cluster, what: str, words: str) -> None:
     (tmp_path / "go").touch()
     with pytest.raises(dg.Failure, match=words) as failure:
         train(tmp_path, what, settling=1.0)
@@ -207,20 +207,20 @@ def test_an_end_is_what_it_is(tmp_path: Path, cluster: Cluster, what: str, words
 
 
 def test_a_cancelled_run_deletes_its_pod(tmp_path: Path, cluster: Cluster) -> None:
-    process = worker(tmp_path)
+    process = training_process(tmp_path)
     assert len(cluster.pods) == 1
     process.send_signal(signal.SIGINT)
     process.wait(PATIENCE)
     assert cluster.pods == {} and any(call.startswith("DELETE") for call in cluster.calls)
 
 
-def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, cluster: Cluster) -> None:
-    process = worker(tmp_path)
+def test_next_run_deletes_the_pod_of_a_killed_run(tmp_path: Path, cluster: Cluster) -> None:
+    process = training_process(tmp_path)
     process.kill()
     process.wait()
     (left,) = cluster.pods
     with dg.DagsterInstance.local_temp(str(tmp_path / "instance")) as instance:
-        # As long as Dagster takes the run for a living one, its pod is not touched.
+        # As long as Dagster considers the run alive, its pod is not touched.
         with pytest.raises(dg.Failure, match=rf"is already training this in pod {left}; wait for it"):
             train(tmp_path, instance=instance)
         assert list(cluster.pods) == [left]
@@ -230,7 +230,7 @@ def test_what_a_killed_run_leaves_is_deleted_by_the_next(tmp_path: Path, cluster
     assert cluster.pods == {} and len(cluster.created) == 2
 
 
-def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: Cluster) -> None:
+def test_impossible_settings_are_rejected_before_start(tmp_path: Path, cluster: Cluster) -> None:
     assert check_kubernetes(settings(tmp_path)) == "kubernetes: namespace lab, image textalign:1"
     elsewhere = settings(tmp_path).model_copy(update={"mount_path": "/data"})
     with pytest.raises(SettingsError, match=r"mount_path: .* is not below /data: the pod could not see it"):
@@ -246,10 +246,10 @@ def test_what_cannot_be_is_said_before_anything_starts(tmp_path: Path, cluster: 
                 log=tmp_path / "log",
             ),
         )
-    with socket.socket() as nobody:  # bound, and not listening
-        nobody.bind(("127.0.0.1", 0))
+    with socket.socket() as silent:  # bound, and not listening
+        silent.bind(("127.0.0.1", 0))
         config = re.sub(
-            r"127.0.0.1:\d+", f"127.0.0.1:{nobody.getsockname()[1]}", cluster.kubeconfig.read_text()
+            r"127.0.0.1:\d+", f"127.0.0.1:{silent.getsockname()[1]}", cluster.kubeconfig.read_text()
         )
     cluster.kubeconfig.write_text(config)
     with pytest.raises(SettingsError, match="does not respond"):
@@ -278,36 +278,36 @@ def manifests() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("manifest", manifests(), ids=lambda m: f"{m['kind']} {m['metadata']['name']}")
-def test_manifests_are_what_kubernetes_reads(manifest: dict[str, Any]) -> None:
+def test_manifests_are_valid(manifest: dict[str, Any]) -> None:
     validator = pytest.importorskip("kubernetes_validate")
     validator.validate(manifest, validator.latest_version(), strict=True)
 
 
 def test_manifests_agree_with_each_other() -> None:
-    every: dict[str, dict[str, Any]] = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for manifest in manifests():
-        every.setdefault(manifest["kind"], {})[manifest["metadata"]["name"]] = manifest
-    config = every["ConfigMap"]["textalign"]["data"]
-    instance = (PROJECT / "deploy/compose/dagster.yaml").read_text(encoding="utf-8")  # of the image
-    wanted = set(re.findall(r"env: (\w+)", instance))
-    assert wanted - config.keys() == {"TEXTALIGN_POSTGRES_PASSWORD"}  # in the secret
+        by_kind.setdefault(manifest["kind"], {})[manifest["metadata"]["name"]] = manifest
+    config = by_kind["ConfigMap"]["textalign"]["data"]
+    instance = (PROJECT / "deploy/compose/dagster.yaml").read_text(encoding="utf-8")  # the image's
+    required = set(re.findall(r"env: (\w+)", instance))
+    assert required - config.keys() == {"TEXTALIGN_POSTGRES_PASSWORD"}  # in the secret
     workspace = yaml.safe_load((PROJECT / "deploy/compose/workspace.yaml").read_text(encoding="utf-8"))
     server = workspace["load_from"][0]["grpc_server"]
-    assert every["Service"][server["host"]]["spec"]["ports"] == [{"port": server["port"]}]
-    assert config["TEXTALIGN_POSTGRES_HOST"] in every["Service"]
-    for name, deployment in every["Deployment"].items():
+    assert by_kind["Service"][server["host"]]["spec"]["ports"] == [{"port": server["port"]}]
+    assert config["TEXTALIGN_POSTGRES_HOST"] in by_kind["Service"]
+    for name, deployment in by_kind["Deployment"].items():
         pod = deployment["spec"]["template"]["spec"]
         claims = {
             v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v
         }
-        assert claims <= every["PersistentVolumeClaim"].keys()
+        assert claims <= by_kind["PersistentVolumeClaim"].keys()
         (container,) = pod["containers"]
         if name != "postgres":
             assert {"name": "data", "mountPath": config["TEXTALIGN_HOME"]} in container["volumeMounts"]
     experiment = Library((PROJECT / "deploy/kubernetes", PROJECT / "experiments")).load("my_cluster")
     assert experiment.sampling.launcher == experiment.training.launcher == "k8s"
     for settings in (experiment.training.k8s, experiment.sampling.k8s):
-        assert settings.volume_claim in every["PersistentVolumeClaim"]
+        assert settings.volume_claim in by_kind["PersistentVolumeClaim"]
         assert settings.mount_path == config["TEXTALIGN_HOME"] and config["HF_HOME"].startswith("/data/")
-    rules = {rule["resources"][0]: set(rule["verbs"]) for rule in every["Role"]["textalign"]["rules"]}
+    rules = {rule["resources"][0]: set(rule["verbs"]) for rule in by_kind["Role"]["textalign"]["rules"]}
     assert rules["pods"] >= {"create", "get", "list", "delete"} and rules["pods/attach"] == {"get", "create"}

@@ -1,5 +1,5 @@
-"""Workers in pods, over the wire: the client and the workers are real, the server is our own and its pods are
-local processes, so nothing of this was tested on Kubernetes."""
+"""Workers in pods, over the wire: the client and the workers are real, the server is a fake and its pods are
+local processes, so none of this was tested on Kubernetes."""
 
 import json
 import os
@@ -55,15 +55,15 @@ for line in sys.stdin:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    with fake_kubernetes(tmp_path) as found:
-        monkeypatch.setenv("KUBECONFIG", str(found.kubeconfig))
+    with fake_kubernetes(tmp_path) as fake:
+        monkeypatch.setenv("KUBECONFIG", str(fake.kubeconfig))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         monkeypatch.setenv("SECRET_OF_A_TEST", "sk-test")
-        # Where the client looks is decided when it is imported.
+        # The client decides where to look when it is imported.
         monkeypatch.setattr(
-            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(found.kubeconfig)
+            "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(fake.kubeconfig)
         )
-        yield found
+        yield fake
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +73,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(**given: Any) -> KubernetesPod:
-    usual = {"image": "textalign:1", "python": sys.executable, "namespace": "lab", "volume_claim": "data"}
-    return KubernetesPod(**{**usual, "mount_path": "/", **given})
+def settings(**overrides: Any) -> KubernetesPod:
+    defaults = {"image": "textalign:1", "python": sys.executable, "namespace": "lab", "volume_claim": "data"}
+    return KubernetesPod(**{**defaults, "mount_path": "/", **overrides})
 
 
-def remote(patience: float = 60.0, **given: Any) -> TransformersSampler:
-    return TransformersSampler(threads=1, host=KubernetesHost(settings(**given), patience))
+def remote(patience: float = 60.0, **overrides: Any) -> TransformersSampler:
+    return TransformersSampler(threads=1, host=KubernetesHost(settings(**overrides), patience))
 
 
 class Echo(KubernetesHost):
-    """A worker that says backwards what it is told, and starts at once."""
+    """A worker that replies with its input reversed, and starts immediately."""
 
     def start(self, command: list[str], environment: Any) -> Any:
         return super().start([command[0], "-c", ECHO], environment)
 
 
-def echo(patience: float = 60.0, **given: Any) -> Channel:
-    return Channel("unused", {}, error=SamplerError, what="echo", host=Echo(settings(**given), patience))
+def echo(patience: float = 60.0, **overrides: Any) -> Channel:
+    return Channel("unused", {}, error=SamplerError, what="echo", host=Echo(settings(**overrides), patience))
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -100,37 +100,37 @@ def until(condition: Callable[[], Any]) -> None:
         time.sleep(0.02)
 
 
-def kill_pod(found: Cluster) -> None:
-    ((_, pod),) = found.pods.items()
+def kill_pod(fake: Cluster) -> None:
+    ((_, pod),) = fake.pods.items()
     assert pod.process is not None
     os.killpg(pod.process.pid, signal.SIGKILL)
 
 
-def test_a_pod_says_what_this_machine_says(cluster: Cluster, model: Path) -> None:
-    with TransformersSampler(threads=1) as here:
-        expected = here.generate(model, REQUESTS, WARM)
+def test_pod_generates_the_same_as_this_machine(cluster: Cluster, model: Path) -> None:
+    with TransformersSampler(threads=1) as local:
+        expected = local.generate(model, REQUESTS, WARM)
     seen: list[tuple[int, int]] = []
-    with remote(cpu="1", gpus=2, memory="8Gi", env_from_secrets=["hub"]) as there:
-        assert there.generate(model, REQUESTS, WARM, lambda *now: seen.append(now)) == expected
-        assert seen[-1] == (5, 5) and there.on_accelerator  # it holds a node
+    with remote(cpu="1", gpus=2, memory="8Gi", env_from_secrets=["hub"]) as in_pod:
+        assert in_pod.generate(model, REQUESTS, WARM, lambda *now: seen.append(now)) == expected
+        assert seen[-1] == (5, 5) and in_pod.on_accelerator  # it holds a node
         with pytest.raises(SamplerError, match=r"prompt 0 has an empty prompt"):
-            there.generate(model, [Request("", (1,))], WARM)
-        assert there.generate(model, REQUESTS, WARM) == expected and len(cluster.created) == 1
+            in_pod.generate(model, [Request("", (1,))], WARM)
+        assert in_pod.generate(model, REQUESTS, WARM) == expected and len(cluster.created) == 1
 
         with pytest.raises(SamplerError) as killed:
-            there.generate(model, LONG, WARM, lambda *_: kill_pod(cluster))
+            in_pod.generate(model, LONG, WARM, lambda *_: kill_pod(cluster))
         words = "sampling worker was killed by SIGKILL (often for lack of memory); its last output: "
         assert words in str(killed.value)
         assert "Failed, OOMKilled, exit code 137; it had less memory than it needs: raise k8s.memory" in str(
             killed.value
         )
-        assert there.generate(model, REQUESTS, WARM) == expected  # another pod
+        assert in_pod.generate(model, REQUESTS, WARM) == expected  # in a new pod
 
         def interrupt(*_: int) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            there.generate(model, LONG, WARM, interrupt)
+            in_pod.generate(model, LONG, WARM, interrupt)
         assert cluster.pods == {}
     body = cluster.created[0]
     assert "sk-test" not in json.dumps(body)
@@ -145,7 +145,7 @@ def test_a_pod_says_what_this_machine_says(cluster: Cluster, model: Path) -> Non
     validator.validate(body, validator.latest_version(), strict=True)
 
 
-def test_a_model_scores_in_a_pod(cluster: Cluster, toy_models: ToyModels) -> None:
+def test_scoring_in_a_pod(cluster: Cluster, toy_models: ToyModels) -> None:
     samples = pl.DataFrame(
         {
             "sample_id": ["a", "b"],
@@ -162,10 +162,10 @@ def test_a_model_scores_in_a_pod(cluster: Cluster, toy_models: ToyModels) -> Non
 
     where = {"launcher": "k8s", "k8s": settings()}
     kinds = [ClassifierScorer(model="some/model", label=0, good=True, **given) for given in ({}, where)]
-    assert kinds[0].identity == kinds[1].identity  # where it runs changes no score
-    here = scored()
-    assert here["score"].null_count() == 0
-    assert scored(**where).equals(here)
+    assert kinds[0].identity == kinds[1].identity  # where it runs does not affect scores
+    local = scored()
+    assert local["score"].null_count() == 0
+    assert scored(**where).equals(local)
     assert len(cluster.created) == 1 and cluster.pods == {}
     cluster.quota = True
     with pytest.raises(
@@ -175,7 +175,7 @@ def test_a_model_scores_in_a_pod(cluster: Cluster, toy_models: ToyModels) -> Non
 
 
 @pytest.mark.parametrize("protocols", [("v5.channel.k8s.io",), ("v4.channel.k8s.io",)])
-def test_long_lines_pass_in_pieces(cluster: Cluster, protocols: tuple[str, ...]) -> None:
+def test_long_lines_are_sent_in_chunks(cluster: Cluster, protocols: tuple[str, ...]) -> None:
     cluster.protocols = protocols
     long = "ä€𝄞x" * 1_000_000
     channel = echo()
@@ -187,13 +187,13 @@ def test_long_lines_pass_in_pieces(cluster: Cluster, protocols: tuple[str, ...])
     assert cluster.pods == {} and time.monotonic() - started < 5
 
 
-def test_how_a_worker_ended_is_told(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    def end(told: str) -> None:
+def test_how_a_worker_ended_is_reported(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(message: str) -> None:
         channel = echo(patience=2)
         assert channel.call("x")[0] == 1  # type: ignore[arg-type]
-        ends[told]()
-        with pytest.raises(SamplerError, match=told):
-            channel.call("fail" if told.startswith("echo ended") else "x")  # type: ignore[arg-type]
+        ends[message]()
+        with pytest.raises(SamplerError, match=message):
+            channel.call("fail" if message.startswith("echo ended") else "x")  # type: ignore[arg-type]
         assert cluster.pods == {}
 
     def cut() -> None:
@@ -213,42 +213,42 @@ def test_how_a_worker_ended_is_told(cluster: Cluster, monkeypatch: pytest.Monkey
         r"pod \S+ is gone: it was deleted, or its node was lost": lambda: cluster.delete(*cluster.pods),
         r"pod \S+ was deleted \(Preempted in order to admit critical pod\)": preempt,
     }
-    for told in ends:
-        end(told)
+    for message in ends:
+        check(message)
 
 
-def test_a_pod_that_cannot_start_says_why(cluster: Cluster, tmp_path: Path) -> None:
-    def why(**given: Any) -> str:
+def test_pod_that_cannot_start_reports_why(cluster: Cluster, tmp_path: Path) -> None:
+    def error_message(**overrides: Any) -> str:
         with pytest.raises(SamplerError) as error:
-            echo(patience=0.5, **given).call("x")  # type: ignore[arg-type]
+            echo(patience=0.5, **overrides).call("x")  # type: ignore[arg-type]
         assert cluster.pods == {}
         return str(error.value)
 
-    assert 'cannot start: ErrImagePull: image "never/ErrImagePull": not found' in why(
+    assert 'cannot start: ErrImagePull: image "never/ErrImagePull": not found' in error_message(
         image="never/ErrImagePull"
     )
     missing = 'never/0/3_nodes_are_available:_persistentvolumeclaim_"data"_not_found.'
-    assert 'cannot start: 0/3 nodes are available: persistentvolumeclaim "data" not found.' in why(
+    assert 'cannot start: 0/3 nodes are available: persistentvolumeclaim "data" not found.' in error_message(
         image=missing
     )
-    # Whether it ends before or after the connection stands is a matter of luck.
-    assert "Failed, Error, exit code 1" in why(python="/bin/false")
+    # Whether it ends before or after the connection is established varies.
+    assert "Failed, Error, exit code 1" in error_message(python="/bin/false")
     cluster.may_attach = False
-    assert "the user of the kubeconfig needs permission to get and create pods/attach" in why()
+    assert "the user of the kubeconfig needs permission to get and create pods/attach" in error_message()
     cluster.kubeconfig.unlink()
-    assert "the Kubernetes cluster cannot be reached" in why()
+    assert "the Kubernetes cluster cannot be reached" in error_message()
 
 
-def test_a_pod_waits_for_a_node_for_as_long_as_it_is_wanted(cluster: Cluster) -> None:
+def test_pod_waits_for_a_node_until_the_caller_closes(cluster: Cluster) -> None:
     body = worker_pod(settings(image="never/0/3_nodes_are_available:_3_Insufficient_cpu."), "waits", [], {})
-    told = {"k8s": settings().model_dump(), "patience": 0.1, "pod": body}
+    arguments = {"k8s": settings().model_dump(), "patience": 0.1, "pod": body}
     relay = subprocess.Popen(
-        [sys.executable, "-m", "resources.workers.kubernetes_relay", json.dumps(told)],
+        [sys.executable, "-m", "resources.workers.kubernetes_relay", json.dumps(arguments)],
         cwd=PROJECT,
         stdin=subprocess.PIPE,
     )
-    looks = "GET /api/v1/namespaces/lab/pods/waits"
-    until(lambda: cluster.calls.count(looks) > 2)  # more than it would bear of a real obstacle
+    status_request = "GET /api/v1/namespaces/lab/pods/waits"
+    until(lambda: cluster.calls.count(status_request) > 2)  # more often than for a real error
     assert relay.poll() is None and relay.stdin is not None
     relay.stdin.close()
     assert relay.wait(PATIENCE) == 0 and cluster.pods == {}
@@ -282,7 +282,7 @@ sys.stdin.read()
 
 
 def caller() -> subprocess.Popen[str]:
-    found = subprocess.Popen(
+    child = subprocess.Popen(
         [sys.executable, "-c", CALLER, settings().model_dump_json()],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
         stdin=subprocess.PIPE,
@@ -290,11 +290,11 @@ def caller() -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
-    assert found.stdout is not None and found.stdout.readline() == "called\n"
-    return found
+    assert child.stdout is not None and child.stdout.readline() == "called\n"
+    return child
 
 
-def test_a_caller_that_is_killed_leaves_no_pod(cluster: Cluster) -> None:
+def test_killed_caller_leaves_no_pod(cluster: Cluster) -> None:
     killed = caller()
     assert len(cluster.pods) == 1
     killed.kill()
@@ -302,7 +302,7 @@ def test_a_caller_that_is_killed_leaves_no_pod(cluster: Cluster) -> None:
     until(lambda: not cluster.pods)
 
 
-def test_who_is_killed_together_with_the_relay_is_cleaned_up_after(cluster: Cluster) -> None:
+def test_pod_of_a_caller_killed_with_its_relay_is_deleted_by_the_next_worker(cluster: Cluster) -> None:
     killed, other = caller(), caller()
     first, second = cluster.pods
     (relay,) = {
@@ -314,7 +314,7 @@ def test_who_is_killed_together_with_the_relay_is_cleaned_up_after(cluster: Clus
     os.kill(relay, signal.SIGKILL)
     killed.kill()
     killed.wait()
-    until(lambda: not cluster.pods[first].runs)  # its stdin ended: it holds no node
+    until(lambda: not cluster.pods[first].runs)  # its stdin was closed: it no longer holds a node
     assert cluster.pods[first].described()["status"]["phase"] == "Succeeded"
     channel = echo()
     assert channel.call("x")[0] == 1  # type: ignore[arg-type]
@@ -332,7 +332,7 @@ def command_of(entry: Path) -> bytes:
         return b""
 
 
-def test_what_machines_that_are_gone_have_left_is_deleted_after_a_while(cluster: Cluster) -> None:
+def test_ended_pods_of_other_machines_are_deleted(cluster: Cluster) -> None:
     for name, code in (("over", "pass"), ("wanted", "import sys; sys.stdin.read()")):
         body = worker_pod(settings(), name, [], {})
         body["metadata"]["labels"][MACHINE] = "another"
@@ -345,13 +345,13 @@ def test_what_machines_that_are_gone_have_left_is_deleted_after_a_while(cluster:
     assert list(cluster.pods) == ["wanted"]
 
 
-def test_a_pod_to_which_nobody_speaks_ends() -> None:
+def test_unused_pod_ends() -> None:
     entry = Path(pod_entry.__file__).read_text(encoding="utf-8")
-    words = {
+    messages = {
         entry.replace("ALONE = 600.0", "ALONE = 0.1"): "this pod was not used",
         entry: "is gone; it ends",
     }
-    for text, told in words.items():
+    for text, message in messages.items():
         pod = subprocess.Popen(
             [sys.executable, "-P", "-c", text, "{}", "false"],
             stdin=subprocess.PIPE,
@@ -361,7 +361,7 @@ def test_a_pod_to_which_nobody_speaks_ends() -> None:
         if text == entry:
             assert pod.stdin is not None
             pod.stdin.close()
-        assert pod.wait(PATIENCE) == 1 and pod.stderr is not None and told in pod.stderr.read()
+        assert pod.wait(PATIENCE) == 1 and pod.stderr is not None and message in pod.stderr.read()
 
 
 def test_settings(tmp_path: Path, cluster: Cluster) -> None:
@@ -389,20 +389,22 @@ def test_settings(tmp_path: Path, cluster: Cluster) -> None:
         version(settings())
 
 
-def test_a_loop_that_samples_in_pods(cluster: Cluster, ran: Ran, place: Place) -> None:
+def test_loop_with_sampling_in_pods(cluster: Cluster, ran: Ran, place: Place) -> None:
     k8s = {"image": "textalign:1", "volume_claim": "data", "python": sys.executable}
-    given = {"launcher": "k8s", **{f"k8s.{name}": value for name, value in k8s.items()}}
-    words = [word for name, value in given.items() for word in ("--set", f"sampling.{name}={value}")]
+    options = {"launcher": "k8s", **{f"k8s.{name}": value for name, value in k8s.items()}}
+    arguments = [
+        argument for name, value in options.items() for argument in ("--set", f"sampling.{name}={value}")
+    ]
     env = {**place.env, "KUBECONFIG": str(cluster.kubeconfig)}
-    refused = textalign("validate", "toy", *words, env=env, ok=False)
+    refused = textalign("validate", "toy", *arguments, env=env, ok=False)
     assert f"sampling.k8s.mount_path: {place.home}/store is not below /data" in " ".join(
         refused.stderr.split()
     )
-    words += ["--set", f"sampling.k8s.mount_path={place.home}"]
-    checked = textalign("validate", "toy", *words, env=env).stdout
+    arguments += ["--set", f"sampling.k8s.mount_path={place.home}"]
+    checked = textalign("validate", "toy", *arguments, env=env).stdout
     assert "sampling: kubernetes: namespace default, image textalign:1" in checked
-    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env)
+    textalign("run", "toy", "--iterations=1", "--no-control", *arguments, env=env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
-    here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
-    assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))
+    local, in_pods = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
+    assert in_pods.key == local.key and in_pods.frame("generations").equals(local.frame("generations"))
     assert cluster.created and cluster.pods == {}

@@ -1,4 +1,4 @@
-"""The whole loop through the command line: real policy, real sampler, real `accelerate launch`."""
+"""The whole loop through the command line: real policy, real sampler, real trainer."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def states(place: Place, name: str) -> dict[tuple[int, str], str]:
 
 
 def stage_lines(output: str) -> dict[str, list[str]]:
-    """``toy|001`` → the stages that were made (not reused)."""
-    made: dict[str, list[str]] = {}
+    """``toy|001`` → the stages that were computed (not reused)."""
+    computed: dict[str, list[str]] = {}
     for cell, stage, took in re.findall(r"^(\S+\|\d{3}) +(\w+) +(reused|[\d.]+ s) ", output, re.MULTILINE):
         if took != "reused":
-            made.setdefault(cell, []).append(stage)
-    return made
+            computed.setdefault(cell, []).append(stage)
+    return computed
 
 
 @pytest.mark.parametrize("name", ["toy", "toy_null"])
@@ -78,7 +78,7 @@ def test_counts(ran: Ran) -> None:
         assert feedback.height == 12
         assert (feedback["status"] == "ok").all()
         pool = ran.frame("toy", k, "datapool")
-        assert pool.height == 12 * k  # drop_factor 0 keeps the past
+        assert pool.height == 12 * k  # drop_factor 0 keeps earlier iterations
         assert pool["drawn"].sum() == 8
         assert sorted(pool["origin"].unique()) == list(range(1, k + 1))
         row = ran.frame("toy", k, "checkpoint", "checkpoints").row(0, named=True)
@@ -87,7 +87,7 @@ def test_counts(ran: Ran) -> None:
         assert dict(samples.group_by("role").len().rows()) == {"main": 6, "probe": 3 * 6}
 
 
-def test_what_is_asked_for(ran: Ran) -> None:
+def test_conditions(ran: Ran) -> None:
     assert ran.frame("toy", 1, "generations")["condition"].null_count() == 12
     assert set(ran.frame("toy", 2, "generations")["condition"]) == {"no issues"}
     for k in (1, 2):
@@ -114,22 +114,22 @@ def test_seeds_are_derived_and_stored(ran: Ran) -> None:
     assert len(set(seeds)) == 24
 
 
-def test_ids_are_unique_over_iterations_and_methods(ran: Ran) -> None:
+def test_ids_are_unique_across_iterations_and_methods(ran: Ran) -> None:
     tables = [ran.frame("toy", k, "generations") for k in (1, 2)] + [ran.frame("toy_null", 2, "generations")]
     ids = pl.concat(tables)["sample_id"]
     assert ids.n_unique() == len(ids)
 
 
 def test_the_loop_is_closed(ran: Ran) -> None:
-    """What iteration 2 samples from is what iteration 1 trained, on top of the base."""
-    one, two = (ran.frame("toy", k, "checkpoint", "checkpoints").row(0, named=True) for k in (1, 2))
+    """Iteration 2 samples from the policy that iteration 1 trained from the base."""
+    first, second = (ran.frame("toy", k, "checkpoint", "checkpoints").row(0, named=True) for k in (1, 2))
     base = ran.frame("toy", 1, "generations")["policy_hash"].unique().to_list()
-    assert [one["parent"]] == base
-    assert two["parent"] == one["policy_hash"]
-    assert ran.frame("toy", 2, "generations")["policy_hash"].unique().to_list() == [one["policy_hash"]]
-    assert len({*base, one["policy_hash"], two["policy_hash"]}) == 3
+    assert [first["parent"]] == base
+    assert second["parent"] == first["policy_hash"]
+    assert ran.frame("toy", 2, "generations")["policy_hash"].unique().to_list() == [first["policy_hash"]]
+    assert len({*base, first["policy_hash"], second["policy_hash"]}) == 3
     assert ran.frame("toy", 0, "evaluation", "scores")["policy_hash"].unique().to_list() == base
-    for k, row in ((1, one), (2, two)):
+    for k, row in ((1, first), (2, second)):
         assert set(ran.frame("toy", k, "evaluation", "scores")["policy_hash"]) == {row["policy_hash"]}
         assert row["pool_hash"] == ran.frame("toy", k, "datapool")["pool_hash"][0]
         model = ran.artifact("toy", k, "checkpoint").path("model")
@@ -137,7 +137,7 @@ def test_the_loop_is_closed(ran: Ran) -> None:
         assert not list(model.glob("*.bin")) + list(model.glob("*.p*t"))
 
 
-def test_scores_have_intervals_and_the_base_stands_beside_them(ran: Ran) -> None:
+def test_scores_have_intervals_and_include_the_base_policy(ran: Ran) -> None:
     for k in (0, 1, 2):
         scores = ran.frame("toy", k, "evaluation", "scores").filter(role="main")
         assert {"violations", "clean", "perplexity", "n_tokens"} <= set(scores["metric"])
@@ -149,22 +149,22 @@ def test_scores_have_intervals_and_the_base_stands_beside_them(ran: Ran) -> None
     assert (ran.home / "plots" / "toy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_feedback_goes_out_and_comes_back(ran: Ran, tmp_path: Path) -> None:
+def test_feedback_export_and_import_round_trip(ran: Ran, tmp_path: Path) -> None:
     out, back = tmp_path / "feedback.jsonl", tmp_path / "feedback.parquet"
     ran.textalign("export", "toy", str(out), "--iteration", "1", "--format", "alt")
-    told = ran.textalign("import", str(out), str(back), "--format", "alt").stdout
+    summary = ran.textalign("import", str(out), str(back), "--format", "alt").stdout
     ours = ran.frame("toy", 1, "generations").join(
         ran.frame("toy", 1, "feedback"), on="sample_id", suffix="_said"
     )
-    assert f"{ours.height} ok; refused: 0" in told
-    found = pl.read_parquet(back)
+    assert f"{ours.height} ok; refused: 0" in summary
+    imported = pl.read_parquet(back)
     key = ["prompt", "response", "feedback", "value"]
-    wanted = ours.select("prompt", response="text", feedback="text_said", value="value")
-    assert found.select(key).sort(key).equals(wanted.select(key).sort(key))
+    expected = ours.select("prompt", response="text", feedback="text_said", value="value")
+    assert imported.select(key).sort(key).equals(expected.select(key).sort(key))
     ran.textalign("export", "toy", str(out), "--iteration", "9", ok=False)
 
 
-def test_the_null_control_shares_what_it_controls(ran: Ran) -> None:
+def test_null_control_shares_upstream_artifacts(ran: Ran) -> None:
     for stage in ("prompt_draws", "generations"):
         assert ran.artifact("toy", 1, stage).key == ran.artifact("toy_null", 1, stage).key
     assert ran.artifact("toy", 2, "prompt_draws").key == ran.artifact("toy_null", 2, "prompt_draws").key
@@ -181,7 +181,7 @@ def test_nothing_but_results_is_printed(ran: Ran) -> None:
         assert noise not in ran.output
 
 
-def test_a_second_run_reuses_everything_and_says_so(ran: Ran, tmp_path: Path) -> None:
+def test_second_run_reuses_everything_and_reports_it(ran: Ran, tmp_path: Path) -> None:
     place = ran.copy(tmp_path / "place")
     before = {path: path.stat().st_mtime_ns for path in (place.home / "store").rglob("*") if path.is_file()}
     started = time.monotonic()
@@ -194,7 +194,7 @@ def test_a_second_run_reuses_everything_and_says_so(ran: Ran, tmp_path: Path) ->
     assert after == before
 
 
-def test_the_tables_answer_in_sql(ran: Ran) -> None:
+def test_tables_can_be_queried_in_sql(ran: Ran) -> None:
     query = (
         "select iteration, label, count(*) as n from datapool "
         "where experiment = 'toy' and drawn group by all order by all"
@@ -214,12 +214,12 @@ def test_show_and_status_as_json(ran: Ran) -> None:
     assert set(states(ran, "toy").values()) == {"fresh"}
 
 
-def test_timing_names_every_part_and_what_took_longest(ran: Ran) -> None:
+def test_timing_lists_every_part_and_the_longest(ran: Ran) -> None:
     rows = json.loads(ran.textalign("timing", "toy", "--json").stdout)
     parts: dict[str, set[str]] = {}
     for row in rows:
         parts.setdefault(row["stage"], set()).add(row["part"])
-    assert list(parts) == ["evaluation", *STAGES[:5]]  # iteration 0 has nothing but an evaluation
+    assert list(parts) == ["evaluation", *STAGES[:5]]  # iteration 0 has only an evaluation
     assert parts["evaluation"] == {"sampling", "fluency", "scoring", "judging", "measuring", "rest"}
     for name, k in (("toy", 1), ("toy", 2)):
         for stage in STAGES[:5]:
@@ -233,23 +233,25 @@ def test_timing_names_every_part_and_what_took_longest(ran: Ran) -> None:
     assert {row["reused"] for row in control if row["stage"] == "prompt_draws"} == {True}
 
 
-def test_an_edit_makes_anew_only_what_follows_from_it_and_never_mixes(ran: Ran, tmp_path: Path) -> None:
+def test_edit_recomputes_only_dependent_stages_and_stale_ones_are_not_built_on(
+    ran: Ran, tmp_path: Path
+) -> None:
     place = ran.copy(tmp_path / "place")
     path = place.experiments / "toy.yaml"
     path.write_text(path.read_text().replace("batch_size: 2\n", "batch_size: 2\n  learning_rate: 2e-3\n"))
     assert library(place).load("toy").training.learning_rate == 2e-3
 
-    found = states(place, "toy")
-    assert [stage for stage in STAGES if found[1, stage] == "fresh"] == list(STAGES[:4])
-    assert [stage for stage in STAGES if found[2, stage] == "fresh"] == ["prompt_draws"]
+    by_cell = states(place, "toy")
+    assert [stage for stage in STAGES if by_cell[1, stage] == "fresh"] == list(STAGES[:4])
+    assert [stage for stage in STAGES if by_cell[2, stage] == "fresh"] == ["prompt_draws"]
 
     done = place.textalign("run", "toy", "--iterations", "1", "--no-control")
     assert stage_lines(done.stdout) == {"toy|001": ["checkpoint", "evaluation"]}
 
     # Iteration 2 came from the old checkpoint: it is stale, and no stage builds on it.
-    found = states(place, "toy")
-    assert set(found[1, stage] for stage in STAGES) == {"fresh"}
-    assert {stage: found[2, stage] for stage in STAGES} == {
+    by_cell = states(place, "toy")
+    assert set(by_cell[1, stage] for stage in STAGES) == {"fresh"}
+    assert {stage: by_cell[2, stage] for stage in STAGES} == {
         "prompt_draws": "fresh", **dict.fromkeys(STAGES[1:], "stale")
     }  # fmt: skip
     reason = Freshness(place.store, "toy", library(place).load("toy")).state(2, "datapool").reason
@@ -260,7 +262,7 @@ def test_an_edit_makes_anew_only_what_follows_from_it_and_never_mixes(ran: Ran, 
 
 
 def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) -> None:
-    """The query of the docs: prompts on which the feedback varies."""
+    """The query from the docs: prompts on which the feedback varies."""
     page = (PROJECT / "docs" / "experiments.md").read_text(encoding="utf-8")
     (query,) = re.findall(r'weights: "([^"]+)"', page)
     place = ran.copy(tmp_path / "place")
@@ -275,7 +277,7 @@ def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) 
     judged = {p for k in (1, 2) for p in ran.frame("toy", k, "generations")["prompt_id"]}
     assert set(drawn["prompt_id"]) <= judged
     assert (drawn["weight"] > 0).all()
-    for bad, says in (
+    for bad, message in (
         ("selekt 1", "prompts.weights: the query fails: "),
         ("select 1 as x", "prompts.weights: the query gives x; it must give prompt_id, weight"),
         (
@@ -288,7 +290,7 @@ def test_prompts_are_drawn_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) 
             "1 prompts requested in iteration 1, but weighted can draw 0",
         ),
     ):
-        assert says in draw(bad, ok=False)
+        assert message in draw(bad, ok=False)
 
 
 def test_samples_are_weighted_by_a_query_over_the_tables(ran: Ran, tmp_path: Path) -> None:
@@ -300,7 +302,7 @@ def test_samples_are_weighted_by_a_query_over_the_tables(ran: Ran, tmp_path: Pat
         (place.experiments / "toy.yaml").write_text(write_yaml(changed), encoding="utf-8")
         return place.textalign("toy|001", "datapool", program=(str(ONE_STAGE),), **options).stderr
 
-    # Those that the query leaves out weigh 1.
+    # Samples that the query leaves out have weight 1.
     pool("select sample_id, 2 as weight from feedback where experiment = 'toy' and sample_id < '8'")
     rows = place.frame("toy", 1, "datapool")
     assert rows["weight"].to_list() == [2.0 if i < "8" else 1.0 for i in rows["sample_id"]]
@@ -308,14 +310,14 @@ def test_samples_are_weighted_by_a_query_over_the_tables(ran: Ran, tmp_path: Pat
     weights = dict(rows.select("sample_id", "weight").iter_rows())
     examples = place.frame("toy", 1, "datapool", "examples")
     assert examples["weight"].to_list() == [weights[i] for i in examples["sample_id"]]
-    for bad, says in (
+    for bad, message in (
         ("select 'a' as sample_id, 1 as weight", "gives none of the pool's samples a weight"),
         (
             "select sample_id, -1 as weight from generations where experiment = 'toy'",
             "finite and not negative",
         ),
     ):
-        assert "datapool.weights: the query gives" in (said := pool(bad, ok=False)) and says in said
+        assert "datapool.weights: the query gives" in (error := pool(bad, ok=False)) and message in error
 
 
 ONE_STAGE = Path(__file__).with_name("one_stage.py")

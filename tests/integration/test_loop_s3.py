@@ -1,4 +1,4 @@
-"""The whole loop with its artifacts on S3 (moto): run, shown, asked in SQL, and found from elsewhere."""
+"""The whole loop with its artifacts on S3 (moto): run, shown, queried in SQL, and reused from another machine."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def test_the_loop_on_s3(s3_endpoint: str, tmp_path: Path) -> None:
     here["TEXTALIGN_CACHE"] = str(tmp_path / "cache")
     textalign("run", "toy", "--no-control", "--iterations", "2", env=here)
     assert not (place.home / "store").exists()
-    asked = "select count(*) as n from samples where iteration = 2 and feedback_status = 'ok'"
-    assert "12" in textalign("sql", asked, env=here).stdout
+    query = "select count(*) as n from samples where iteration = 2 and feedback_status = 'ok'"
+    assert "12" in textalign("sql", query, env=here).stdout
 
     # Another machine: the same store and experiment files, nothing else.
     there = here | {"TEXTALIGN_HOME": str(tmp_path / "there"), "TEXTALIGN_CACHE": str(tmp_path / "cache2")}

@@ -1,4 +1,4 @@
-"""Workers on a real Ray cluster of one node: what they say is what a worker here says, and none stays behind."""
+"""Workers on a real one-node Ray cluster: they return what a local worker returns, and none is left behind."""
 
 import os
 import signal
@@ -42,7 +42,7 @@ def until(condition: Callable[[], Any]) -> None:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Of a head with two CPUs."""
+    """The address of a head node with two CPUs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -96,7 +96,7 @@ def workers() -> list[int]:
         int(entry.name)
         for entry in Path("/proc").glob("[0-9]*")
         if words(entry, "cmdline")[3:4] == [b"resources.engines.transformers.worker"]
-        and MARK.encode() in words(entry, "environ")  # others test at the same time
+        and MARK.encode() in words(entry, "environ")  # other tests may run at the same time
     ]
 
 
@@ -107,33 +107,34 @@ def words(entry: Path, file: str) -> list[bytes]:
         return []
 
 
-def test_a_node_says_what_this_machine_says(
+def test_node_generates_the_same_as_this_machine(
     address: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET_OF_A_TEST", "sk-test")
-    with TransformersSampler(threads=1) as here:
-        expected = here.generate(model, REQUESTS, WARM)
-    with remote(address) as there:
-        assert there.generate(model, REQUESTS, WARM) == expected and there.on_accelerator  # it holds a place
+    with TransformersSampler(threads=1) as local:
+        expected = local.generate(model, REQUESTS, WARM)
+    with remote(address) as on_ray:
+        # It holds resources of the cluster.
+        assert on_ray.generate(model, REQUESTS, WARM) == expected and on_ray.on_accelerator
         (worker,) = workers()
         environment = Path(f"/proc/{worker}/environ").read_bytes()
         assert b"RAY_" in environment and b"SECRET_OF_A_TEST" not in environment
         with pytest.raises(SamplerError, match=r"prompt 0 has an empty prompt"):
-            there.generate(model, [Request("", (1,))], WARM)
-        assert there.generate(model, REQUESTS, WARM) == expected and workers() == [worker]
+            on_ray.generate(model, [Request("", (1,))], WARM)
+        assert on_ray.generate(model, REQUESTS, WARM) == expected and workers() == [worker]
 
         def kill(*_: int) -> None:
             os.kill(worker, signal.SIGKILL)
 
         with pytest.raises(SamplerError, match="was killed by SIGKILL"):
-            there.generate(model, LONG, WARM, kill)
-        assert there.generate(model, REQUESTS, WARM) == expected
+            on_ray.generate(model, LONG, WARM, kill)
+        assert on_ray.generate(model, REQUESTS, WARM) == expected
 
         def interrupt(*_: int) -> None:
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            there.generate(model, LONG, WARM, interrupt)
+            on_ray.generate(model, LONG, WARM, interrupt)
         until(lambda: not workers())
 
 
@@ -146,7 +147,7 @@ remote(sys.argv[2]).generate(Path(sys.argv[1]), LONG, WARM, lambda *now: print("
 """
 
 
-def test_a_caller_that_is_killed_leaves_no_worker(address: str, model: Path) -> None:
+def test_killed_caller_leaves_no_worker(address: str, model: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", CALLER, str(model), address],
         env={**os.environ, "PYTHONPATH": str(PROJECT)},
@@ -160,18 +161,18 @@ def test_a_caller_that_is_killed_leaves_no_worker(address: str, model: Path) -> 
     until(lambda: not workers())
 
 
-def test_what_cannot_be_is_one_sentence(address: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with remote(address, gpus=8) as there, pytest.raises(SamplerError, match=r'no node .* has .*"GPU": 8'):
-        there.generate(model, REQUESTS, WARM)
+def test_impossible_requests_are_refused(address: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with remote(address, gpus=8) as on_ray, pytest.raises(SamplerError, match=r'no node .* has .*"GPU": 8'):
+        on_ray.generate(model, REQUESTS, WARM)
     assert str(check_host("ray", SlurmNode(), KubernetesPod(), "sampling")).startswith("ray 2.")
     assert check_host("local", SlurmNode(), KubernetesPod(), "sampling") is None
 
 
-def test_a_loop_that_samples_on_ray(address: str, ran: Ran, place: Place) -> None:
+def test_loop_with_sampling_on_ray(address: str, ran: Ran, place: Place) -> None:
     settings = ["--set", "sampling.launcher=ray", "--set", f"sampling.ray.address={address}"]
     assert "sampling: ray 2." in textalign("validate", "toy", *settings, env=place.env).stdout
     textalign("run", "toy", "--iterations=1", "--no-control", *settings, env=place.env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
-    here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
-    assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))
+    local, on_ray = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
+    assert on_ray.key == local.key and on_ray.frame("generations").equals(local.frame("generations"))
     until(lambda: not workers())

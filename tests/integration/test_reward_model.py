@@ -1,4 +1,4 @@
-"""A reward model that one experiment trains, and another one is rewarded by."""
+"""A reward model that one experiment trains and another uses as its scorer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def both(place: Place) -> Place:
     return place
 
 
-def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) -> None:
+def test_policy_trained_with_another_experiments_reward_model(both: Place) -> None:
     refused = both.textalign("validate", "toy_rewarded", ok=False)
     assert "scorer.model: toy_rm@2: experiment toy_rm has no checkpoint of iteration 2 yet; run it first" in (
         " ".join((refused.stdout + refused.stderr).split())
@@ -53,7 +53,7 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
 
     shown = both.textalign("run", "toy_rm").stdout
     assert "pair accuracy" in shown
-    # Both iterations sampled from the base policy: what was trained is not a policy.
+    # Both iterations sampled from the base policy: the trained model is not a policy.
     samples = [both.artifact("toy_rm", k, "generations").manifest["inputs"]["policy"] for k in (1, 2)]
     assert samples[0] == samples[1]
     assert {cell["state"] for cell in json.loads(both.textalign("status", "toy_rm", "--json").stdout)} == {
@@ -66,8 +66,8 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
     pairs = rewards.join(rewards, on="prompt_id", suffix="_worse").filter(
         pl.col("value") > pl.col("value_worse")
     )
-    right = (pairs["reward"] > pairs["reward_worse"]).sum()
-    assert accuracy["value"] == pytest.approx(right / pairs.height)
+    correct = (pairs["reward"] > pairs["reward_worse"]).sum()
+    assert accuracy["value"] == pytest.approx(correct / pairs.height)
     query = "select count(*) as n from rewards where experiment = 'toy_rm' and iteration = 2"
     assert json.loads(both.textalign("sql", query, "--json").stdout) == [{"n": 36}]
 
@@ -88,29 +88,31 @@ def test_a_policy_is_trained_on_another_experiments_reward_model(both: Place) ->
     lists = candidates.group_by("prompt_id").agg("score")["score"].to_list()
     assert candidates.height == 72 and {len(scores) for scores in lists} == {6}
     subsets = [mean(max(three) for three in combinations(scores, 3)) for scores in lists]
-    found = evaluation.frame("scores").filter(subject="best of 3")
-    by_metric = dict(found.select("metric", "value").iter_rows())
+    best = evaluation.frame("scores").filter(subject="best of 3")
+    by_metric = dict(best.select("metric", "value").iter_rows())
     assert by_metric["ranked_score"] == pytest.approx(mean(subsets))
     assert by_metric["kl_bound"] == pytest.approx(math.log(3) - 2 / 3) and 0 < by_metric["kl"] < math.log(3)
-    # What is measured of the best ones is measured as of any policy: here by the ranker itself.
+    # The best ones are measured like the samples of any policy: here by the ranker itself.
     assert (
         by_metric["score"]
         > evaluation.frame("scores").filter(subject="best of 1", metric="score")["value"][0]
     )
     assert set(evaluation.frame("evaluation_samples")["role"]) == {"main", "baseline"}
 
-    # What was sampled for the evaluation, for AlpacaEval to judge.
+    # The samples of the evaluation, exported for AlpacaEval.
     outputs = both.folder / "outputs.json"
     for k in (0, 1):
         both.textalign(
             "export", "toy_rewarded", str(outputs), "--iteration", str(k), "--format", "alpaca_eval"
         )
     written = json.loads(outputs.read_text(encoding="utf-8"))
-    known = both.frame("toy_rewarded", 1, "evaluation", "evaluation_samples").filter(role="main")
-    assert [(row["instruction"], row["output"]) for row in written] == known.select("prompt", "text").rows()
+    expected = both.frame("toy_rewarded", 1, "evaluation", "evaluation_samples").filter(role="main")
+    assert [(row["instruction"], row["output"]) for row in written] == expected.select(
+        "prompt", "text"
+    ).rows()
     assert written[0]["dataset"] == "pep8" and written[0]["generator"] == "toy_rewarded@1"
 
-    # Another reward model under that name: what it judged is stale.
+    # With another reward model under that name, its feedback is stale.
     other = both.artifact("toy_rm", 1, "checkpoint")
     both.store.assign("toy_rm", 2, "checkpoint", other, settings=trained.manifest["settings"], checks={})
     cells = json.loads(both.textalign("status", "toy_rewarded", "--json").stdout)

@@ -1,4 +1,4 @@
-"""kill -9 in the middle of sampling: chunks that were finished are not sampled again."""
+"""kill -9 in the middle of sampling: finished chunks are not sampled again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = str(Path(__file__).with_name("sampling_killed.py"))
 
 
 def place_with_chunks(folder: Path) -> Place:
-    """A place with the toy in chunks of five: of its four prompts with three samples each, 3, 3, 3 and 3."""
+    """A place with the toy in chunks of up to five: four prompts with three samples each give 3, 3, 3 and 3."""
     place = new_place(folder)
     content = {"extends": "toy", "control": None, "sampling": {"chunk": 5}}
     (place.experiments / "chunked.yaml").write_text(write_yaml(content), encoding="utf-8")
@@ -24,7 +24,7 @@ def place_with_chunks(folder: Path) -> Place:
 
 
 def sample(place: Place, *, dies_in: int = 0) -> list[int]:
-    """What the engine was asked for, call by call; in call ``dies_in`` the process was killed."""
+    """The number of completions requested, per call to the engine; call ``dies_in`` kills the process."""
     log = place.folder / "calls"
     log.unlink(missing_ok=True)
     arguments = [str(log), str(dies_in), "chunked|001"]
@@ -34,7 +34,7 @@ def sample(place: Place, *, dies_in: int = 0) -> list[int]:
 
 
 def chunks(place: Place) -> list[str]:
-    """The chunks that are kept."""
+    """The keys of the stored chunks."""
     return sorted(p.parent.name for p in (place.home / "store").glob(f"artifacts/{CHUNK}/*/manifest.json"))
 
 
@@ -45,13 +45,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return place
 
 
-def test_a_kill_costs_one_chunk(uninterrupted: Place, tmp_path: Path) -> None:
+def test_killed_process_loses_one_chunk(uninterrupted: Place, tmp_path: Path) -> None:
     place = place_with_chunks(tmp_path / "place")
     assert sample(place, dies_in=2) == [3, 3]
     assert len(chunks(place)) == 1
-    assert place.store.pointer("chunked", 1, "generations") is None  # a chunk is nobody's output
+    assert place.store.pointer("chunked", 1, "generations") is None  # no cell points at a chunk
 
-    assert sample(place) == [3] * 3  # the first is found, the second is made anew
+    assert sample(place) == [3] * 3  # the first is reused, the second is sampled again
     assert chunks(place) == []
     mine, theirs = (p.artifact("chunked", 1, "generations") for p in (place, uninterrupted))
     assert mine.key == theirs.key

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import PIPE
 from typing import IO
 
 import pytest
@@ -37,9 +38,8 @@ class Zoo:
             self.variants[name] = SHIPPED.variant(name, overrides, place.home / "variants")
         self.library = Library((PROJECT / "experiments", place.home / "variants"))
         # The process imports the experiments once, so all variants are written before.
-        self.process = forked.Popen(
-            ["python", "-P", "-m", "tests.integration.zoo"], stderr=log, env=place.env
-        )
+        command = ["python", "-m", "tests.integration.zoo"]
+        self.process = forked.Popen(command, env=place.env, stdin=PIPE, stdout=PIPE, stderr=log)
 
     def run(self, name: str) -> str:
         """Runs a shipped experiment at toy size; the name of its variant."""

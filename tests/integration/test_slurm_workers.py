@@ -1,4 +1,4 @@
-"""Workers on a real Slurm: what they say is what a worker here says, and no job outlives its caller."""
+"""Workers on a real Slurm: they return what a local worker returns, and no job outlives its caller."""
 
 import os
 import signal
@@ -30,14 +30,14 @@ LONG = [Request("def", tuple(range(4000)))]
 
 @pytest.fixture(scope="module")
 def slurms() -> Iterator[Cluster]:
-    why = impossible()
-    if why is not None:
-        pytest.skip(why)
-    with cluster() as found, pytest.MonkeyPatch.context() as patch:
-        for name, value in found.env.items():
+    reason = impossible()
+    if reason is not None:
+        pytest.skip(reason)
+    with cluster() as slurm, pytest.MonkeyPatch.context() as patch:
+        for name, value in slurm.env.items():
             patch.setenv(name, value)
         patch.setenv("SECRET_OF_A_TEST", "sk-test")
-        yield found
+        yield slurm
 
 
 def until(condition: Callable[[], Any]) -> None:
@@ -59,14 +59,14 @@ def remote(**settings: Any) -> TransformersSampler:
     return TransformersSampler(threads=1, host=SlurmHost(SlurmNode(setup=setup, **settings)))
 
 
-def worker_of(found: Cluster) -> int:
-    """The process id of the one worker there is on the nodes."""
+def worker_of(slurm: Cluster) -> int:
+    """The process id of the only worker on the nodes."""
     (pid,) = [
         int(entry.name)
         for entry in Path("/proc").glob("[0-9]*")
         if b"resources.engines.transformers.worker" in command_of(entry)
         and b"srun" not in command_of(entry)
-        and found.env["SLURM_CONF"].encode() in environment_of(entry)  # others test at the same time
+        and slurm.env["SLURM_CONF"].encode() in environment_of(entry)  # other tests may run at the same time
     ]
     return pid
 
@@ -86,51 +86,51 @@ def _read(path: Path) -> bytes:
         return b""
 
 
-def test_a_node_says_what_this_machine_says(slurms: Cluster, model: Path) -> None:
-    with TransformersSampler(threads=1) as here:
-        expected = here.generate(model, REQUESTS, WARM)
+def test_node_generates_the_same_as_this_machine(slurms: Cluster, model: Path) -> None:
+    with TransformersSampler(threads=1) as local:
+        expected = local.generate(model, REQUESTS, WARM)
     seen: list[tuple[int, int]] = []
-    with remote() as there:
-        assert there.generate(model, REQUESTS, WARM, lambda *now: seen.append(now)) == expected
-        assert seen[-1] == (5, 5) and there.on_accelerator  # it holds a node
+    with remote() as on_node:
+        assert on_node.generate(model, REQUESTS, WARM, lambda *now: seen.append(now)) == expected
+        assert seen[-1] == (5, 5) and on_node.on_accelerator  # it holds a node
         environment = Path(f"/proc/{worker_of(slurms)}/environ").read_bytes()
         assert b"FROM_SETUP=it is $HOME" in environment and b"SLURM_JOB_ID" in environment
         assert b"SECRET_OF_A_TEST" not in environment
         assert len(slurms.jobs()) == 1
         with pytest.raises(SamplerError, match=r"prompt 0 has an empty prompt"):
-            there.generate(model, [Request("", (1,))], WARM)
+            on_node.generate(model, [Request("", (1,))], WARM)
         assert (
-            there.generate(model, REQUESTS, WARM) == expected and len(slurms.jobs()) == 1
+            on_node.generate(model, REQUESTS, WARM) == expected and len(slurms.jobs()) == 1
         )  # the same worker
     until(lambda: not slurms.jobs())
 
 
-def test_a_worker_that_is_killed_there_is_told_here_and_replaced(slurms: Cluster, model: Path) -> None:
+def test_killed_worker_is_reported_and_replaced(slurms: Cluster, model: Path) -> None:
     def kill(*_: int) -> None:
         os.kill(worker_of(slurms), signal.SIGKILL)
 
-    with remote() as there:
+    with remote() as on_node:
         with pytest.raises(
             SamplerError, match=r"sampling worker was killed by SIGKILL \(often for lack of memory"
         ):
-            there.generate(model, LONG, WARM, kill)
-        assert len(there.generate(model, REQUESTS, WARM)) == 2
+            on_node.generate(model, LONG, WARM, kill)
+        assert len(on_node.generate(model, REQUESTS, WARM)) == 2
     until(lambda: not slurms.jobs())
 
 
-def test_what_interrupts_a_call_cancels_the_job(slurms: Cluster, model: Path) -> None:
+def test_interrupting_a_call_cancels_the_job(slurms: Cluster, model: Path) -> None:
     def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
-    with remote() as there:
+    with remote() as on_node:
         with pytest.raises(KeyboardInterrupt):
-            there.generate(model, LONG, WARM, interrupt)
+            on_node.generate(model, LONG, WARM, interrupt)
         until(lambda: not slurms.jobs())
 
 
-def test_slurm_that_refuses_is_quoted(slurms: Cluster, model: Path) -> None:
-    with remote(partition="debgu") as there, pytest.raises(SamplerError, match="invalid partition"):
-        there.generate(model, REQUESTS, WARM)
+def test_slurm_errors_are_quoted(slurms: Cluster, model: Path) -> None:
+    with remote(partition="debgu") as on_node, pytest.raises(SamplerError, match="invalid partition"):
+        on_node.generate(model, REQUESTS, WARM)
 
 
 CALLER = """
@@ -144,25 +144,27 @@ remote().generate(Path(sys.argv[1]), LONG, WARM, lambda *now: print("progress", 
 
 def caller(model: Path) -> subprocess.Popen[str]:
     root = str(PROJECT)
-    found = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", CALLER, str(model)],
         env={**os.environ, "PYTHONPATH": root},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert found.stdout is not None and found.stdout.readline() == "progress\n"
-    return found
+    assert process.stdout is not None and process.stdout.readline() == "progress\n"
+    return process
 
 
-def test_a_caller_that_is_killed_leaves_no_job(slurms: Cluster, model: Path) -> None:
+def test_killed_caller_leaves_no_job(slurms: Cluster, model: Path) -> None:
     process = caller(model)
     process.kill()
     process.wait()
     until(lambda: not slurms.jobs())
 
 
-def test_who_is_killed_together_with_srun_is_cleaned_up_after(slurms: Cluster, model: Path) -> None:
+def test_job_of_a_caller_killed_with_srun_is_cancelled_by_the_next_worker(
+    slurms: Cluster, model: Path
+) -> None:
     process = caller(model)
     (srun,) = {
         os.getpgid(int(entry.name))
@@ -173,17 +175,17 @@ def test_who_is_killed_together_with_srun_is_cleaned_up_after(slurms: Cluster, m
     os.killpg(srun, signal.SIGKILL)
     process.kill()
     process.wait()
-    assert slurms.jobs()  # Slurm keeps the node
-    with remote() as there:
-        assert len(there.generate(model, REQUESTS, WARM)) == 2
+    assert slurms.jobs()  # the node stays allocated
+    with remote() as on_node:
+        assert len(on_node.generate(model, REQUESTS, WARM)) == 2
         until(lambda: len(slurms.jobs()) == 1)
     until(lambda: not slurms.jobs())
 
 
-def test_a_loop_that_samples_and_scores_on_nodes(
+def test_loop_with_sampling_and_scoring_on_nodes(
     slurms: Cluster, ran: Ran, place: Place, toy_models: ToyModels
 ) -> None:
-    """The samples are those of this machine, and artifacts do not depend on where an engine ran."""
+    """The samples equal those of this machine, and artifacts do not depend on where an engine ran."""
     settings = {
         "sampling.launcher": "slurm",
         "evaluation.scorer.name": "classifier",
@@ -192,14 +194,14 @@ def test_a_loop_that_samples_and_scores_on_nodes(
         "evaluation.scorer.good": "false",
         "evaluation.scorer.launcher": "slurm",
     }
-    words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    arguments = [argument for name, value in settings.items() for argument in ("--set", f"{name}={value}")]
     env = {**place.env, **slurms.env}
-    checked = textalign("validate", "toy", *words, env=env).stdout
+    checked = textalign("validate", "toy", *arguments, env=env).stdout
     assert "sampling: slurm: 1 of 2 nodes of partition debug" in checked
-    textalign("run", "toy", "--iterations=1", "--no-control", *words, env=env)
+    textalign("run", "toy", "--iterations=1", "--no-control", *arguments, env=env)
     name = next(cell for cell in place.store.cells()["experiment"].unique() if cell.startswith("toy+"))
-    here, there = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
-    assert there.key == here.key and there.frame("generations").equals(here.frame("generations"))
+    local, on_nodes = ran.artifact("toy", 1, "generations"), place.artifact(name, 1, "generations")
+    assert on_nodes.key == local.key and on_nodes.frame("generations").equals(local.frame("generations"))
     scores = place.frame(name, 1, "evaluation", "scores")
     assert scores.filter(metric="score")["value"].null_count() == 0
     jobs = slurms.run("scontrol", "show", "jobs", "-o").splitlines()

@@ -1,4 +1,4 @@
-"""The store on S3: a moto server in its own process, spoken to over HTTP."""
+"""The store on S3: a moto server in its own process, accessed over HTTP."""
 
 from __future__ import annotations
 
@@ -58,18 +58,18 @@ def make(store: ArtifactStore, produce: Any = fill, key: str = "k1") -> Any:
 def test_round_trip(url: str, tmp_path: Path) -> None:
     store = ArtifactStore(url)
     assert store.find("generations", "k1") is None
-    made = make(store)
-    assert not made.reused and made.url("generations").startswith(f"{url}/artifacts/generations/k1/")
-    assert make(store, lambda draft: pytest.fail("made twice")).reused
+    artifact = make(store)
+    assert not artifact.reused and artifact.url("generations").startswith(f"{url}/artifacts/generations/k1/")
+    assert make(store, lambda draft: pytest.fail("computed twice")).reused
     elsewhere = ArtifactStore(url, cache=tmp_path / "another machine").find("generations", "k1")
-    assert elsewhere is not None and elsewhere == made
+    assert elsewhere is not None and elsewhere == artifact
     assert elsewhere.frame("generations").equals(FRAME)
     assert elsewhere.scan("generations").select(pl.col("n").sum()).collect().item() == 6
     weights = elsewhere.path("model") / "deep" / "weights"
-    assert weights.read_bytes() == (made.path("model") / "deep" / "weights").read_bytes()
+    assert weights.read_bytes() == (artifact.path("model") / "deep" / "weights").read_bytes()
     assert (elsewhere.path("model") / "empty").exists()
     elsewhere.verify()
-    assert "secret-of-a-test" not in repr(made.manifest)
+    assert "secret-of-a-test" not in repr(artifact.manifest)
     store.remove("generations", "k1")
     assert store.find("generations", "k1") is None and store.storage.entries("artifacts") == {}
 
@@ -77,25 +77,25 @@ def test_round_trip(url: str, tmp_path: Path) -> None:
 def test_cells_and_views(url: str) -> None:
     store = ArtifactStore(url)
     frame = pl.DataFrame({"sample_id": ["s1", "s2"], "text": ["x", "y"]})
-    made = make(store, lambda draft: draft.write("generations", frame, frame.schema))
+    artifact = make(store, lambda draft: draft.write("generations", frame, frame.schema))
     for cell in [("a", 1), ("b", 12)]:
-        store.assign(*cell, "generations", made, settings={}, checks={})
+        store.assign(*cell, "generations", artifact, settings={}, checks={})
     pointer = store.pointer("b", 12, "generations")
-    assert pointer is not None and pointer.artifact == made
+    assert pointer is not None and pointer.artifact == artifact
     with connect(store) as connection:
-        found = connection.execute(
+        rows = connection.execute(
             "SELECT experiment, iteration, sample_id FROM samples ORDER BY ALL"
         ).fetchall()
-    assert found == [("a", 1, "s1"), ("a", 1, "s2"), ("b", 12, "s1"), ("b", 12, "s2")]
+    assert rows == [("a", 1, "s1"), ("a", 1, "s2"), ("b", 12, "s1"), ("b", 12, "s2")]
     with pytest.raises(ArtifactError, match="a catalog file requires a local store"):
         write_catalog(store)
 
 
 def test_create_if_absent(url: str) -> None:
-    one, two = ArtifactStore(url).storage, ArtifactStore(url).storage
-    assert one.create("claim", b"1")
-    assert not two.create("claim", b"2")
-    assert two.read("claim") == b"1"
+    first, second = ArtifactStore(url).storage, ArtifactStore(url).storage
+    assert first.create("claim", b"1")
+    assert not second.create("claim", b"2")
+    assert second.read("claim") == b"1"
 
 
 def test_a_service_without_conditional_writes_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +104,7 @@ def test_a_service_without_conditional_writes_is_refused(url: str, monkeypatch: 
     put = storage.store.put
 
     class Careless:
-        """What some S3 gateways do: If-None-Match is ignored."""
+        """Ignores If-None-Match, as some S3 gateways do."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(real, name)
@@ -160,9 +160,9 @@ def test_two_processes_one_winner(url: str) -> None:
         assert racer.stdin is not None
         racer.stdin.write("\n")
         racer.stdin.flush()
-    told = [racer.communicate()[0].split() for racer in racers]
-    assert told[0][0] == told[1][0] and told[0][2] == told[1][2]
-    assert sorted(reused for _, reused, _ in told) == ["False", "True"]
+    outputs = [racer.communicate()[0].split() for racer in racers]
+    assert outputs[0][0] == outputs[1][0] and outputs[0][2] == outputs[1][2]
+    assert sorted(reused for _, reused, _ in outputs) == ["False", "True"]
     store = ArtifactStore(url)
     assert len(store.storage.entries("artifacts/generations/k1")) == 3, "the loser's files are gone"
     assert store.clean() == []
@@ -173,22 +173,22 @@ def test_killed_while_uploading(url: str) -> None:
     child.communicate("\n")
     assert child.returncode == -9
     store = ArtifactStore(url)
-    assert len(store.storage.entries("artifacts")) == 1, "one file is there, but"
+    assert len(store.storage.entries("artifacts")) == 1, "one file exists, but"
     assert store.find("generations", "k1") is None
-    made = make(store)
-    assert not made.reused and made.frame("generations").equals(FRAME)
-    assert not list(store.local.glob("artifacts/*/*/.*.lock")), "the local leftovers went at once"
-    assert store.clean() == [], "an upload that is not old may be alive"
+    artifact = make(store)
+    assert not artifact.reused and artifact.frame("generations").equals(FRAME)
+    assert not list(store.local.glob("artifacts/*/*/.*.lock")), "local leftovers were removed at once"
+    assert store.clean() == [], "a recent upload may still be in progress"
     assert len(store.clean(older_than=timedelta(0))) == 1
-    made.verify()
+    artifact.verify()
     assert len(store.storage.entries("artifacts")) == 4
 
 
-def test_damage(url: str, tmp_path: Path) -> None:
+def test_damaged_files_are_detected(url: str, tmp_path: Path) -> None:
     store = ArtifactStore(url)
-    made = make(store)
-    name = f"{made.prefix}/generations.parquet"
-    size = made.tables["generations"]["bytes"]
+    artifact = make(store)
+    name = f"{artifact.prefix}/generations.parquet"
+    size = artifact.tables["generations"]["bytes"]
     store.storage.replace(name, b"x" * size)
     fresh = ArtifactStore(url, cache=tmp_path / "fresh").find("generations", "k1")
     assert fresh is not None

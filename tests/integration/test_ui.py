@@ -1,4 +1,4 @@
-"""The UI as a person uses it: the graph, a launch by clicking, the figures and samples of the result."""
+"""The UI as a person uses it: the asset graph, launching by clicks, the figures and samples of the result."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ STAGES = ["policy", "prompt_draws", "generations", "feedback", "datapool", "chec
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevServer]:
-    with running(tmp_path_factory.mktemp("ui"), ("toy",)) as found:
-        yield found
+    with running(tmp_path_factory.mktemp("ui"), ("toy",)) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS.split())
-        found = browser.new_page(viewport={"width": 1400, "height": 1000})
-        found.set_default_timeout(WAIT)
+        opened = browser.new_page(viewport={"width": 1400, "height": 1000})
+        opened.set_default_timeout(WAIT)
         sync_api.expect.set_options(timeout=WAIT)
-        yield found
+        yield opened
         browser.close()
 
 
@@ -57,7 +57,7 @@ def test_launch_by_clicking_and_read_the_result(server: DevServer, page: Any) ->
     server.until("end of the run", lambda: server.status("toy", "001") in ended)
     assert server.runs("toy")[0][:2] == ("001", "SUCCESS")
 
-    # The figures of the partition are those in the store.
+    # The figures of the partition match those in the store.
     page.goto(f"{server.url}/assets/evaluation?view=partitions&partition=toy%7C001")
     row = page.locator("tr", has_text="violations per 1,000 characters").first
     expect(row).to_be_visible()
@@ -81,7 +81,7 @@ def test_launch_by_clicking_and_read_the_result(server: DevServer, page: Any) ->
     expect(page.get_by_role("dialog").get_by_text("feedback:").first).to_be_visible()
 
 
-def test_checks_and_columns_explain_themselves(server: DevServer, page: Any) -> None:
+def test_checks_and_columns_have_descriptions(server: DevServer, page: Any) -> None:
     expect = sync_api.expect
     page.goto(f"{server.url}/assets/generations?view=checks")
     for check in ("conditioned_once", "not_duplicated", "not_empty", "schema"):

@@ -1,4 +1,4 @@
-"""Varied exemplars through the whole loop: each prompt is asked for a text that samples before it earned."""
+"""Varied exemplars through the whole loop: each prompt is conditioned on feedback that earlier samples received."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from textalign_dagster.pool.exemplars import candidates
 
 def test_varied_exemplars_through_the_loop(ran: Ran, tmp_path: Path) -> None:
     place = ran.copy(tmp_path / "place")
-    # The toy writes nothing that deserves a 3: here 0 counts as the best, and lines are long enough to differ.
+    # The toy generates nothing that scores 3: here 0 counts as the best, and lines are long enough to differ.
     overrides = (
         *("method.exemplar=varied", "method.scores=[0, 1, 2, 3]"),
         *("sampling.max_new_tokens=24", "datapool.max_tokens=25"),
     )
     place.textalign("run", "toy", "--no-control", *(part for o in overrides for part in ("--set", o)))
     library = Library((place.experiments, PROJECT / "experiments", place.home / "variants"))
-    name = next(found for found in library.paths if found.startswith("toy+"))
+    name = next(variant for variant in library.paths if variant.startswith("toy+"))
 
     assert place.frame(name, 1, "generations")["condition"].null_count() == 12
     sampled = place.frame(name, 2, "generations")
@@ -30,10 +30,10 @@ def test_varied_exemplars_through_the_loop(ran: Ran, tmp_path: Path) -> None:
     assert len(before) > 1
     assert set(sampled["condition"]) <= set(before)
     assert sampled.group_by("prompt_id").agg(pl.col("condition").n_unique())["condition"].to_list() == [1] * 4
-    made = place.artifact(name, 2, "generations")
-    assert made.manifest["inputs"]["datapool@1"] == place.artifact(name, 1, "datapool").key
+    artifact = place.artifact(name, 2, "generations")
+    assert artifact.manifest["inputs"]["datapool@1"] == place.artifact(name, 1, "datapool").key
 
-    # Evaluated under the texts of the pool that the policy was trained on, shown under one name.
+    # Evaluated under conditions from the pool that the policy was trained on, reported under one name.
     scores, samples = (place.frame(name, 2, "evaluation", t) for t in ("scores", "evaluation_samples"))
     main = samples.filter(role="main")
     assert set(main["condition"]) <= set(candidates(place.frame(name, 2, "datapool"), "0"))

@@ -1,4 +1,4 @@
-"""The loop with one adapter that trains on in every iteration, and an engine that serves it beside the base."""
+"""The loop with one adapter that every iteration trains further, and an engine that serves it on top of the base."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[dict[str, Any]]]:
-    """Two iterations, and the calls to workers meanwhile."""
+    """Two iterations, and the calls to workers during them."""
     vllm_models.needed()
     place = new_place(tmp_path_factory.mktemp("adapters") / "place")
     (place.experiments / "own.yaml").write_text(OWN)
@@ -45,17 +45,17 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, list[dict[
 def test_one_engine_and_one_base_for_all_iterations(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
     place, calls = sampled
     assert {call["worker"] for call in calls} == {"resources.engines.vllm.worker"}
-    assert len({call["pid"] for call in calls}) == 1  # one start
-    assert len({call["model"] for call in calls}) == 1  # and the weights are never read again
+    assert len({call["pid"] for call in calls}) == 1  # started once
+    assert len({call["model"] for call in calls}) == 1  # and its weights are loaded once
     checkpoints = [place.artifact("own", k, "checkpoint").path("beside") / "adapter" for k in (1, 2)]
-    asked = list(dict.fromkeys(call["adapter"] for call in calls))
-    assert set(asked) == {None, *map(str, checkpoints)} and asked[0] is None
-    assert calls[-1]["adapter"] is None  # the fluency of the second iteration's samples, by the base
+    adapters = list(dict.fromkeys(call["adapter"] for call in calls))
+    assert set(adapters) == {None, *map(str, checkpoints)} and adapters[0] is None
+    assert calls[-1]["adapter"] is None  # the base computes the fluency of the second iteration's samples
     for k in (1, 2):
         assert place.frame("own", k, "generations")["engine_version"].str.ends_with("+adapters").all()
 
 
-def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
+def test_samples_come_from_the_checkpoint(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
     place, calls = sampled
     rows = place.frame("own", 2, "generations")
     checkpoint = place.artifact("own", 1, "checkpoint")
@@ -66,24 +66,27 @@ def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, list[dict[str
         for condition, prompt, text in rows.select("condition", "prompt", "text").rows()
     ]
     with TransformersSampler(threads=1) as embedded:
-        found = embedded.logprobs(checkpoint.path("model"), pairs)
+        scores = embedded.logprobs(checkpoint.path("model"), pairs)
         base = embedded.logprobs(Path(calls[0]["model"]), pairs)
-    same = [  # whose text gives the tokens again that were drawn
+    same = [  # samples whose text tokenizes to the tokens that were drawn
         (logprob, total, before)
         for logprob, tokens, (total, count), (before, _) in zip(
-            rows["logprob"], rows["n_tokens"], found, base, strict=True
+            rows["logprob"], rows["n_tokens"], scores, base, strict=True
         )
         if tokens == count
     ]
     assert len(same) >= 3
-    assert [one for one, _, _ in same] == pytest.approx([other for _, other, _ in same], abs=1e-3)
-    assert max(abs(one - before) for one, _, before in same) > 0.01  # the base finds them otherwise
+    assert [sampled_logprob for sampled_logprob, _, _ in same] == pytest.approx(
+        [scored for _, scored, _ in same], abs=1e-3
+    )
+    # The base scores them differently.
+    assert max(abs(sampled_logprob - before) for sampled_logprob, _, before in same) > 0.01
 
 
-def test_both_checkpoints_are_the_base_with_an_adapter(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
+def test_both_checkpoints_equal_the_base_with_an_adapter(sampled: tuple[Place, list[dict[str, Any]]]) -> None:
     place, calls = sampled
     ids = torch.arange(2, 40)[None]
-    said = []
+    outputs = []
     for k in (1, 2):
         checkpoint = place.artifact("own", k, "checkpoint")
         base = AutoModelForCausalLM.from_pretrained(calls[0]["model"])
@@ -91,7 +94,7 @@ def test_both_checkpoints_are_the_base_with_an_adapter(sampled: tuple[Place, lis
             merged = AutoModelForCausalLM.from_pretrained(checkpoint.path("model"))(ids).logits
             adapted = peft.PeftModel.from_pretrained(base, checkpoint.path("beside") / "adapter")(ids).logits
         assert torch.allclose(merged, adapted, atol=1e-4)
-        said.append(merged)
-    assert not torch.allclose(said[0], said[1], atol=1e-3)
+        outputs.append(merged)
+    assert not torch.allclose(outputs[0], outputs[1], atol=1e-3)
     assert "checkpoint@1" in place.artifact("own", 2, "checkpoint").manifest["inputs"]
     assert "base_policy" in place.artifact("own", 2, "checkpoint").manifest["inputs"]

@@ -1,4 +1,4 @@
-"""Sampling from two real vLLM servers on the CPU, beside the embedded engine."""
+"""Sampling from two real vLLM servers on the CPU, compared with the embedded engine."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def embedded() -> Iterator[TransformersSampler]:
 
 
 def agree(engine: EndpointsSampler, embedded: TransformersSampler, folder: Path) -> None:
-    """Both say the same of a model, as far as no chance is in it."""
+    """Asserts that both engines give the same results for a model, except for random draws."""
     vllm_models.same(engine.generate(folder, REQUESTS, GREEDY), embedded.generate(folder, REQUESTS, GREEDY))
     drawn = engine.generate(folder, REQUESTS, WARM)
     ids = tiny_models.tokenizer()("x" * 2 * CONTEXT)["input_ids"][: CONTEXT - 1]
@@ -83,7 +83,7 @@ def agree(engine: EndpointsSampler, embedded: TransformersSampler, folder: Path)
     assert [total for total, _ in ours] == pytest.approx([total for total, _ in theirs], abs=1e-4)
 
 
-def posted(url: str, path: str, body: object) -> None:
+def post(url: str, path: str, body: object) -> None:
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"content-type": "application/json"}
     )
@@ -91,11 +91,11 @@ def posted(url: str, path: str, body: object) -> None:
 
 
 def reload_weights(url: str, folder: Path) -> None:
-    """What somebody else may do to a server."""
-    posted(url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+    """Changes a server's weights, as another client might."""
+    post(url, "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
 
 
-def test_servers_say_what_the_embedded_engine_says(
+def test_servers_match_the_embedded_engine(
     folders: dict[str, Path], engine: EndpointsSampler, embedded: TransformersSampler
 ) -> None:
     assert engine.engine_version.startswith("vllm-") and engine.engine_version.endswith("+float32")
@@ -103,7 +103,7 @@ def test_servers_say_what_the_embedded_engine_says(
     assert engine.left_out == {} and not engine.on_accelerator and engine.load_seconds > 0
 
 
-def test_a_seed_gives_its_completion_again(folders: dict[str, Path], engine: EndpointsSampler) -> None:
+def test_seed_reproduces_its_completion(folders: dict[str, Path], engine: EndpointsSampler) -> None:
     seen: list[tuple[int, int]] = []
     rows = engine.generate(folders["base"], REQUESTS, WARM, lambda done, total: seen.append((done, total)))
     assert [len(row) for row in rows] == [3, 1, 5]
@@ -113,7 +113,7 @@ def test_a_seed_gives_its_completion_again(folders: dict[str, Path], engine: End
     assert [one.text for one in alone] == [rows[2][2].text, rows[2][1].text]
 
 
-def test_end_lengths_and_bans(folders: dict[str, Path], engine: EndpointsSampler) -> None:
+def test_stop_reasons_lengths_and_banned_tokens(folders: dict[str, Path], engine: EndpointsSampler) -> None:
     request = [Request("def", tuple(range(40)))]
     (free,) = engine.generate(folders["base"], request, Decoding(temperature=2.0, max_new_tokens=60))
     assert {one.finish_reason for one in free} == {"stop", "length"}
@@ -145,35 +145,35 @@ def test_structured_output(
     )
     assert {one.text for one in same} <= {"a b", "c"}
     schema = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"]}
-    wanted = Decoding(
+    decoding = Decoding(
         1.0, max_new_tokens=200, structured={"json_schema": {**schema, "additionalProperties": False}}
     )
-    told = engine.generate(folders["base"], REQUESTS, wanted)
-    parsed = [json.loads(one.text)["n"] for row in told for one in row if one.finish_reason == "stop"]
+    replies = engine.generate(folders["base"], REQUESTS, decoding)
+    parsed = [json.loads(one.text)["n"] for row in replies for one in row if one.finish_reason == "stop"]
     assert parsed and set(parsed) <= {1, 2}
     with pytest.raises(SamplerError, match=r"^sampling.structured: http.* refuses a request \(HTTP 400"):
         engine.generate(folders["base"], REQUESTS, Decoding(1.0, structured={"grammar": "root ::= nobody"}))
 
 
-def test_every_checkpoint_is_what_is_sampled_from(
+def test_weights_are_switched_to_each_checkpoint(
     folders: dict[str, Path], engine: EndpointsSampler, embedded: TransformersSampler
 ) -> None:
     agree(engine, embedded, folders["trained"])
     agree(engine, embedded, folders["base"])  # and back
 
 
-def test_weights_that_somebody_changed_are_put_right(
+def test_weights_changed_by_another_client_are_restored(
     servers: dict[str, forked.Popen],
     folders: dict[str, Path],
     engine: EndpointsSampler,
     embedded: TransformersSampler,
 ) -> None:
     engine.generate(folders["base"], REQUESTS, GREEDY)
-    reload_weights(list(servers)[1], folders["trained"])  # under the name of the base policy's
+    reload_weights(list(servers)[1], folders["trained"])  # the server still reports the base policy
     agree(engine, embedded, folders["base"])
 
 
-def test_weights_that_change_meanwhile_stop_it(
+def test_weights_that_change_while_sampling_raise_an_error(
     servers: dict[str, forked.Popen], folders: dict[str, Path], engine: EndpointsSampler
 ) -> None:
     changed: list[int] = []
@@ -189,11 +189,11 @@ def test_weights_that_change_meanwhile_stop_it(
         drawn = engine.generate(folders["base"], many, WARM, change)
     except SamplerError as error:
         assert re.search(r"weights of http.* were changed while it sampled from .*base", str(error))
-    else:  # a busy server has dropped a connection: nothing of what it gave is kept
+    else:  # a busy server has dropped a connection: all of its results are discarded
         assert list(engine.left_out) == [next(iter(servers))] and drawn == expected
 
 
-def test_what_does_not_fit_is_named(folders: dict[str, Path], engine: EndpointsSampler) -> None:
+def test_unsupported_requests_are_refused(folders: dict[str, Path], engine: EndpointsSampler) -> None:
     with pytest.raises(
         SamplerError, match=r"no server .* not those of .*grown; start another server with that"
     ):
@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_named(folders: dict[str, Path], engine: EndpointsS
         )
 
 
-def test_the_loop_samples_from_servers(
+def test_loop_with_sampling_from_servers(
     servers: dict[str, forked.Popen], folders: dict[str, Path], tmp_path: Path
 ) -> None:
     place = new_place(tmp_path / "place")
@@ -226,11 +226,11 @@ def test_the_loop_samples_from_servers(
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     policies = []
     for iteration in (1, 2):
-        made = place.artifact(name, iteration, "generations")
-        rows = made.frame("generations")
+        artifact = place.artifact(name, iteration, "generations")
+        rows = artifact.frame("generations")
         assert set(rows["engine"]) == {"endpoints"} and set(rows["n_tokens"]) == {8}
-        assert len(made.manifest["facts"]["chunks"]) == 4
-        assert set(made.manifest["facts"]["part_seconds"]) == {"load", "generate"}
+        assert len(artifact.manifest["facts"]["chunks"]) == 4
+        assert set(artifact.manifest["facts"]["part_seconds"]) == {"load", "generate"}
         assert "perplexity" in set(place.frame(name, iteration, "evaluation", "scores")["metric"])
         policies.append(rows["policy_hash"][0])
     assert len(set(policies)) == 2
@@ -239,7 +239,7 @@ def test_the_loop_samples_from_servers(
 def test_a_server_without_adapters_is_left_out(
     servers: dict[str, forked.Popen], folders: dict[str, Path]
 ) -> None:
-    """Found out with the base policy, before there is any adapter."""
+    """Detected with the base policy, before there is any adapter."""
     with (
         EndpointsSampler([next(iter(servers))], adapters=True) as sampler,
         pytest.raises(SamplerError, match=r"it takes no adapters; start it with .*--lora-target-modules"),
@@ -247,7 +247,7 @@ def test_a_server_without_adapters_is_left_out(
         sampler.generate(folders["base"], REQUESTS, GREEDY)
 
 
-def test_a_server_that_dies_loses_nothing(
+def test_no_samples_are_lost_when_a_server_dies(
     servers: dict[str, forked.Popen], folders: dict[str, Path], engine: EndpointsSampler
 ) -> None:
     many = [Request(f"for name in {word}", tuple(range(100))) for word in ("names", "range", "x", "self")]

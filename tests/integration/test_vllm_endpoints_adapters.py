@@ -1,4 +1,4 @@
-"""Adapters on a real vLLM server on the CPU, beside the embedded engine with merged weights."""
+"""Adapters on a real vLLM server on the CPU, compared with the embedded engine with merged weights."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def embedded() -> Iterator[TransformersSampler]:
 def agree(engine: EndpointsSampler, embedded: TransformersSampler, served: Model, merged: Path) -> None:
     ours, theirs = engine.generate(served, REQUESTS, GREEDY), embedded.generate(merged, REQUESTS, GREEDY)
     assert [[one.text for one in row] for row in ours] == [[one.text for one in row] for row in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        assert [c.logprob for c in one] == pytest.approx([c.logprob for c in other], abs=1e-3)
-    found, wanted = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
-    assert [total for total, _ in found] == pytest.approx([total for total, _ in wanted], abs=1e-3)
+    for our_row, their_row in zip(ours, theirs, strict=True):
+        assert [c.logprob for c in our_row] == pytest.approx([c.logprob for c in their_row], abs=1e-3)
+    our_scores, their_scores = engine.logprobs(served, PAIRS), embedded.logprobs(merged, PAIRS)
+    assert [total for total, _ in our_scores] == pytest.approx([total for total, _ in their_scores], abs=1e-3)
 
 
 def served_by(url: str) -> list[str]:
@@ -76,36 +76,36 @@ def served_by(url: str) -> list[str]:
         return [entry["id"] for entry in json.loads(response.read())["data"]]
 
 
-def posted(url: str, path: str, body: object) -> None:
+def post(url: str, path: str, body: object) -> None:
     request = urllib.request.Request(
         url + path, json.dumps(body).encode(), {"content-type": "application/json"}
     )
     urllib.request.urlopen(request, timeout=60).close()
 
 
-def test_what_is_served_is_what_is_merged(
+def test_served_adapters_match_merged_weights(
     url: str, engine: EndpointsSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter]
 ) -> None:
     assert engine.engine_version.endswith("+adapters")
     agree(engine, embedded, base, base)
-    for which in (*adapters, adapters[0]):
-        agree(engine, embedded, which.served, which.merged)
-        assert len(served_by(url)) == 2  # the ones of before are not kept
+    for adapter in (*adapters, adapters[0]):
+        agree(engine, embedded, adapter.served, adapter.merged)
+        assert len(served_by(url)) == 2  # earlier adapters are unloaded
     agree(engine, embedded, base, base)
     assert engine.left_out == {}
 
 
-def test_an_adapter_that_somebody_changed_is_put_right(
+def test_adapter_changed_by_another_client_is_restored(
     url: str, engine: EndpointsSampler, embedded: TransformersSampler, base: Path, adapters: list[Adapter]
 ) -> None:
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
-    (name,) = (one for one in served_by(url) if one.startswith("adapter-"))
+    (name,) = (served for served in served_by(url) if served.startswith("adapter-"))
     other = str(adapters[1].served.adapter)
-    posted(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": other, "load_inplace": True})
+    post(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": other, "load_inplace": True})
     agree(engine, embedded, adapters[0].served, adapters[0].merged)
 
 
-def test_an_adapter_that_changes_meanwhile_stops_it(
+def test_adapter_that_changes_while_sampling_raises_an_error(
     url: str, engine: EndpointsSampler, adapters: list[Adapter]
 ) -> None:
     changed: list[int] = []
@@ -113,18 +113,16 @@ def test_an_adapter_that_changes_meanwhile_stops_it(
     def change(done: int, total: int) -> None:
         if not changed:
             changed.append(done)
-            (name,) = (one for one in served_by(url) if one.startswith("adapter-"))
+            (name,) = (served for served in served_by(url) if served.startswith("adapter-"))
             other = str(adapters[1].served.adapter)
-            posted(
-                url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": other, "load_inplace": True}
-            )
+            post(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": other, "load_inplace": True})
 
     many = [Request("def add(a, b):", tuple(range(300)))]
     with pytest.raises(SamplerError, match=r"weights of http.* were changed while it sampled"):
         engine.generate(adapters[0].served, many, Decoding(1.0, max_new_tokens=12), change)
 
 
-def test_the_loop_samples_from_the_server(
+def test_loop_with_sampling_from_the_server(
     url: str, base: Path, engine: EndpointsSampler, tmp_path: Path
 ) -> None:
     place = new_place(tmp_path / "place")
@@ -135,8 +133,8 @@ def test_the_loop_samples_from_the_server(
         "training.lora={rank: 4, adapter: carried}",
         f"policy.model={base}",
     )
-    asked = [word for setting in settings for word in ("--set", setting)]
-    done = place.textalign("run", "toy", "--no-control", *asked)
+    options = [word for setting in settings for word in ("--set", setting)]
+    done = place.textalign("run", "toy", "--no-control", *options)
     name = next(word.split("|")[0] for word in done.stdout.split() if "|002" in word)
     rows = [place.frame(name, k, "generations") for k in (1, 2)]
     assert all(frame["engine_version"].str.ends_with("+adapters").all() for frame in rows)

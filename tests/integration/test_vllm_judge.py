@@ -1,7 +1,7 @@
-"""A judge that is a real model behind a real server: vLLM on the CPU, its replies forced into a schema.
+"""A judge that is a real model behind a real server: vLLM on the CPU, its replies constrained to a schema.
 
-The model is random. That its replies can be read all the same is the point: the form is the server's
-work, and what is in them is not ours to test.
+The model is random, and its replies can be parsed all the same: the server enforces their form. Their content
+is not tested.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RATING = {
 def judge_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     vllm_models.needed()
     folder = tmp_path_factory.mktemp("judge")
-    # Without blanks between tokens: a random model might indent for ever.
+    # Without whitespace between tokens: a random model might indent forever.
     compact = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
     with serving(save_judge(folder / "model"), "tiny-judge", folder / "server.log",
                  "--structured-outputs-config", compact) as url:  # fmt: skip
@@ -47,7 +47,7 @@ def judge_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def judged(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Toy experiments with that judge, which differ in what it is asked."""
+    """Toy experiments with that judge, which differ in the question."""
     place = new_place(tmp_path_factory.mktemp("judged") / "place")
     template = place.folder / "brief_rating.yaml"
     template.write_text(write_yaml(RATING), encoding="utf-8")
@@ -70,7 +70,7 @@ def judged(judge_url: str, tmp_path_factory: pytest.TempPathFactory) -> Place:
         (place.experiments / f"{name}.yaml").write_text(write_yaml(content), encoding="utf-8")
 
     experiment("rated", "pep8_alt_rm", "rating", str(template), datapool={"shares": None})
-    # A random judge's sentences may be empty, which no parser should let pass.
+    # A random judge's sentences can be empty, which no parser should accept.
     lax = {"max_unusable_feedback": 1.0}
     experiment("told", "pep8_alt_lmu", "text", "text_feedback", checks=lax)
     experiment("ranked", "pep8_alt_rm", "ranking", "ranking", datapool={"shares": None}, checks=lax)
@@ -87,10 +87,10 @@ def test_an_iteration_with_a_served_judge(judged: Place) -> None:
 
     columns = ("raw_reply", "status", "tokens_in", "tokens_out", "finish_reason")
     with connect(judged.store) as database:
-        found = database.execute(f"select {', '.join(columns)} from feedback_calls").fetchall()
-    calls = pl.DataFrame(found, columns, orient="row")
+        records = database.execute(f"select {', '.join(columns)} from feedback_calls").fetchall()
+    calls = pl.DataFrame(records, columns, orient="row")
     assert set(calls["status"]) == {"ok"} and set(calls["finish_reason"]) == {"stop"}
-    # Each reply as the server gave it: the value is in there, and nothing else.
+    # Each reply as the server returned it: it contains the value, and nothing else.
     replies = [json.loads(reply) for reply in calls["raw_reply"]]
     assert all(set(reply) == {"rating"} for reply in replies)
     assert {reply["rating"] for reply in replies} == set(rows["value"])
@@ -114,5 +114,5 @@ def test_other_questions(judged: Place, name: str) -> None:
         assert ok["text"].str.len_chars().min() > 0 and ok["value"].is_between(0, 3).all()
     else:
         pairs = judged.frame("ranked", 1, "feedback", "pairs")
-        assert pairs.height == 4 * 3  # of three samples to each of four prompts
+        assert pairs.height == 4 * 3  # three samples for each of four prompts
         assert ok["value"].is_between(0, 1).all()

@@ -39,13 +39,13 @@ def test_one_engine_serves_all_iterations(sampled: tuple[Place, str]) -> None:
         assert (rows["logprob"] < 0).all()
         scores = place.frame(name, iteration, "evaluation", "scores")
         assert {"perplexity", "violations"} <= set(scores["metric"])
-    # The second iteration's samples are those of its own policy.
+    # The second iteration's samples come from its own policy.
     policies = [place.frame(name, k, "generations")["policy_hash"][0] for k in (1, 2)]
     assert policies[0] != policies[1]
 
 
-def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, str]) -> None:
-    """The weights that were put into the running engine, its output head (tied to the embeddings) with them."""
+def test_samples_come_from_the_checkpoint(sampled: tuple[Place, str]) -> None:
+    """The weights were loaded into the running engine, including the output head (tied to the embeddings)."""
     place, name = sampled
     rows = place.frame(name, 2, "generations")
     folder = place.artifact(name, 1, "checkpoint").path("model")
@@ -55,17 +55,19 @@ def test_samples_are_those_of_the_checkpoint(sampled: tuple[Place, str]) -> None
         for condition, prompt, text in rows.select("condition", "prompt", "text").rows()
     ]
     with TransformersSampler(threads=1) as embedded:
-        found = embedded.logprobs(folder, pairs)
-    same = [  # whose text gives the tokens again that were drawn
+        scores = embedded.logprobs(folder, pairs)
+    same = [  # samples whose text tokenizes to the tokens that were drawn
         (logprob, total)
-        for logprob, tokens, (total, count) in zip(rows["logprob"], rows["n_tokens"], found, strict=True)
+        for logprob, tokens, (total, count) in zip(rows["logprob"], rows["n_tokens"], scores, strict=True)
         if tokens == count
     ]
     assert len(same) >= 3
-    assert [one for one, _ in same] == pytest.approx([other for _, other in same], abs=1e-3)
+    assert [sampled_logprob for sampled_logprob, _ in same] == pytest.approx(
+        [scored for _, scored in same], abs=1e-3
+    )
 
 
-def test_how_vllm_is_run_changes_no_sample(sampled: tuple[Place, str]) -> None:
+def test_vllm_runtime_settings_do_not_change_samples(sampled: tuple[Place, str]) -> None:
     place, name = sampled
     more = (*ENGINE, "--set", "sampling.vllm.kv_cache_gib=2", "--set", "sampling.batch_size=8")
     done = place.textalign("run", "toy", "--no-control", *more)

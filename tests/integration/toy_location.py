@@ -1,7 +1,7 @@
 """The code location with toy engines: real assets, checks, store and automation; nothing is learned.
 
-An iteration takes about a second instead of a minute, which is what the tests of Dagster's side
-(UI, daemon, queue) need. Run by `dagster dev` through the workspace.yaml that conftest.py writes.
+An iteration takes about a second instead of a minute, as the tests of Dagster's side
+(UI, daemon, queue) need. Run by `dagster dev` through the workspace.yaml that dev_server.py writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LINES = ["    x = 1", "    return x", "    y=2;", "    print( x )", "    if x :"
 
 
 class ToySampler:
-    """Writes lines of Python that follow from the seed and the policy's ``toy.json``."""
+    """Generates lines of Python determined by the prompt, the seed and the policy's ``toy.json``."""
 
     engine = "toy"
     engine_version = "1"
@@ -55,7 +55,7 @@ class ToySampler:
 
 
 class ToySamplers(SamplerResource):
-    """Hands the toy sampler to every experiment."""
+    """Gives every experiment the toy sampler."""
 
     def of(self, experiment: Experiment) -> Any:
         return ToySampler()
@@ -65,7 +65,7 @@ class ToySamplers(SamplerResource):
 
 
 class ToyLauncher(LocalLauncher):
-    """Copies the policy and counts its trainings; a file ``slow`` in the home makes it last."""
+    """Copies the policy and counts its trainings; a file ``slow`` in the home makes it hang, ``fail`` makes it fail."""
 
     def train(self, context: dg.AssetExecutionContext, work: Work) -> Launched:
         started, out = time.monotonic(), work.folder("model")
@@ -73,7 +73,7 @@ class ToyLauncher(LocalLauncher):
         if (Path(os.environ["TEXTALIGN_HOME"]) / "fail").exists():
             raise dg.Failure("the toy trainer was told to fail")
         if (Path(os.environ["TEXTALIGN_HOME"]) / "slow").exists():
-            # Two processes as a trainer has them; a cancelled run must end both.
+            # Two processes, like a trainer; a cancelled run must end both.
             child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(601)'])"
             trainer = Supervised([sys.executable, "-c", child], env={}, grace=2.0, stdout=subprocess.DEVNULL)
             try:
@@ -120,7 +120,7 @@ def _completion(trained: int, prompt: str, seed: int) -> Completion:
 
 @dg.sensor(job=iteration_job, minimum_interval_seconds=3)
 def advance(context: dg.SensorEvaluationContext) -> Any:
-    """The project's own sensor, looking more often."""
+    """The project's own sensor, evaluated more often."""
     yield from automation.advance(context)
 
 

@@ -1,4 +1,4 @@
-"""Fixtures: a policy folder and a job that works."""
+"""Fixtures: policy folders and a valid job."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One with the same tokenizer and other weights."""
+    """A policy folder with the same tokenizer and other weights."""
     folder = tmp_path_factory.mktemp("other_policy")
     tokenizer = make_tokenizer()
     make_model(len(tokenizer), seed=1).save_pretrained(folder)
@@ -32,7 +32,7 @@ def other_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def job(tmp_path: Path, policy: Path) -> dict[str, Any]:
-    """The content of a job file that works."""
+    """The content of a valid job file."""
     make_rows().write_parquet(tmp_path / "rows.parquet")
     return {
         "rows": str(tmp_path / "rows.parquet"),

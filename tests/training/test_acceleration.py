@@ -20,12 +20,12 @@ LIBRARY = Library((PROJECT / "experiments", TEMPLATES))
 
 
 def training(**settings: Any) -> Training:
-    found: Training = validate(Training, settings, "here")
-    return found
+    validated: Training = validate(Training, settings, "here")
+    return validated
 
 
 def refusal(devices: int = 0, dtype: str = "float32", installed: bool = True, **settings: Any) -> str:
-    """The one sentence with which a training is refused."""
+    """The one-line error with which a training is refused."""
     with pytest.raises(SettingsError) as error:
         check_training(
             training(**settings), dtype=dtype, devices=lambda: devices, installed=lambda _: installed
@@ -54,12 +54,12 @@ def test_shipped() -> None:
         accepted(processes=2, accelerate=name, mixed_precision="bf16")
 
 
-def test_the_published_one() -> None:
-    told = accelerate_config("zero2_offload").deepspeed
-    assert told is not None
-    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+def test_published_configuration() -> None:
+    deepspeed = accelerate_config("zero2_offload").deepspeed
+    assert deepspeed is not None
+    assert deepspeed["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     assert {
-        name: told["fp16"][name] for name in ("initial_scale_power", "loss_scale_window", "hysteresis")
+        name: deepspeed["fp16"][name] for name in ("initial_scale_power", "loss_scale_window", "hysteresis")
     } == {
         "initial_scale_power": 16,
         "loss_scale_window": 1000,
@@ -69,14 +69,14 @@ def test_the_published_one() -> None:
 
 
 @pytest.mark.parametrize("name", shipped())
-def test_what_is_launched_is_what_accelerate_reads(name: str, tmp_path: Path) -> None:
+def test_accelerate_reads_the_written_configuration(name: str, tmp_path: Path) -> None:
     config = pytest.importorskip("accelerate.commands.config.config_args")
     path = accelerate_config(name).write(tmp_path)
     read = config.load_config_from_file(str(path))
     assert read.distributed_type.value == accelerate_config(name).kind
     if read.deepspeed_config:
         inner = Path(read.deepspeed_config["deepspeed_config_file"])
-        assert inner.parent == tmp_path  # wherever the training is started
+        assert inner.parent == tmp_path  # wherever the training starts
         assert json.loads(inner.read_text()) == accelerate_config(name).deepspeed
 
 
@@ -103,7 +103,7 @@ def test_names_and_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "expected"),
     [
         ("num_processes", 4, "num_processes is 4, but training.processes is 2"),
         ("num_machines", 2, "num_machines is 2"),
@@ -111,15 +111,15 @@ def test_names_and_files(tmp_path: Path) -> None:
         ("use_cpu", True, "use_cpu is True"),
     ],
 )
-def test_contradictions(field: str, value: Any, told: str, tmp_path: Path) -> None:
+def test_contradictions(field: str, value: Any, expected: str, tmp_path: Path) -> None:
     fields = {"deepspeed_config": {"zero_stage": 2}}
     message = refusal(accelerate=config_file(tmp_path, **fields, **{field: value}), processes=2, devices=2)
-    assert told in message and "make them agree" in message
+    assert expected in message and "make them agree" in message
     accepted(accelerate=config_file(tmp_path, **fields, num_processes=-1), processes=2)
 
 
 @pytest.mark.parametrize(
-    ("deepspeed", "told"),
+    ("deepspeed", "expected"),
     [
         (
             {"gradient_accumulation_steps": 4},
@@ -131,12 +131,12 @@ def test_contradictions(field: str, value: Any, told: str, tmp_path: Path) -> No
         ({"optimizer": {}}, "optimizer: is set by the experiment"),
     ],
 )
-def test_what_deepspeed_is_told_agrees(deepspeed: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_deepspeed_settings_must_agree(deepspeed: dict[str, Any], expected: str, tmp_path: Path) -> None:
     path = config_file(tmp_path, deepspeed_config={"zero_stage": 2, **deepspeed})
-    assert told in refusal(accelerate=path, processes=2, devices=2)
+    assert expected in refusal(accelerate=path, processes=2, devices=2)
 
 
-def test_what_deepspeed_is_told_in_its_own_file(tmp_path: Path) -> None:
+def test_settings_in_deepspeeds_own_file_must_agree(tmp_path: Path) -> None:
     zero2 = accelerate_config("zero2").deepspeed
     assert zero2 is not None
     (tmp_path / "ds.json").write_text(
@@ -150,7 +150,7 @@ def test_what_deepspeed_is_told_in_its_own_file(tmp_path: Path) -> None:
     accepted(accelerate=path, batch_size=8, processes=2, mixed_precision="fp16")
 
 
-def test_what_the_machine_lacks() -> None:
+def test_missing_packages_and_accelerators() -> None:
     assert "pip install -e '.[deepspeed]'" in refusal(accelerate="zero2", processes=2, installed=False)
     assert "pip install -e '.[lora]'" in refusal(lora={}, installed=False)
     assert "fsdp needs accelerators" in refusal(accelerate="fsdp", processes=2)
@@ -167,11 +167,11 @@ def test_what_the_machine_lacks() -> None:
         accepted(devices=0, **settings)
 
 
-def test_elsewhere_the_machine_is_not_asked() -> None:
+def test_this_machine_is_not_checked_for_trainings_elsewhere() -> None:
     check_training(training(mixed_precision="fp16", processes=64), dtype="float32", devices=None)
 
 
-def test_combinations_that_mean_nothing() -> None:
+def test_unsupported_combinations() -> None:
     assert "fsdp needs at least 2 processes" in refusal(accelerate="fsdp", devices=2)
     both = {"processes": 2, "devices": 2}
     assert "optimizer_state: carried is not supported with zero1" in refusal(
@@ -181,14 +181,14 @@ def test_combinations_that_mean_nothing() -> None:
         assert f"cannot be merged into the sharded weights of {name}" in refusal(
             accelerate=name, lora={}, **both
         )
-    for settings, told in (
+    for settings, message in (
         ({"lora": {}, "trainable_layers": 2}, "adapters leave every block frozen"),
         ({"lora": {}, "optimizer_state": "carried"}, "each iteration has a new adapter"),
         ({"start_from": "base", "optimizer_state": "carried"}, "set start_from to parent"),
         ({"trainable_layers": 1.5}, "trainable_layers"),
         ({"trainable_layers": -1}, "trainable_layers"),
     ):
-        with pytest.raises(SettingsError, match=told):
+        with pytest.raises(SettingsError, match=message):
             training(**settings)
 
 
@@ -198,20 +198,20 @@ def test_moments_in_8_bits() -> None:
         optimizer="adamw_8bit", installed=False
     )
     for name in ("zero2", "fsdp"):
-        told = refusal(devices=2, optimizer="adamw_8bit", processes=2, accelerate=name)
-        assert f"training.optimizer: adamw_8bit is not supported with {name}" in told
+        message = refusal(devices=2, optimizer="adamw_8bit", processes=2, accelerate=name)
+        assert f"training.optimizer: adamw_8bit is not supported with {name}" in message
     with pytest.raises(SettingsError, match=r"optimizer_state: 8-bit moments .* set it to fresh"):
         training(optimizer="adamw_8bit", optimizer_state="carried")
 
 
-def test_shares_and_counts_of_blocks_stay_what_they_are() -> None:
+def test_shares_and_counts_of_blocks_keep_their_type() -> None:
     for value in (1, 1.0, 0, 0.0, None):
         again = training(**json.loads(training(trainable_layers=value).model_dump_json()))
         assert again.trainable_layers == value and type(again.trainable_layers) is type(value)
 
 
-def test_a_configuration_counts_by_what_it_says(tmp_path: Path) -> None:
-    """A checkpoint follows from the content of the file, not from its name or place."""
+def test_configuration_is_identified_by_its_content(tmp_path: Path) -> None:
+    """A checkpoint depends on the content of the file, not on its name or location."""
 
     def settings(*overrides: str) -> dict[str, Any]:
         return stage_settings(LIBRARY.overridden("pep8_alt_lmu", overrides), "checkpoint", 1)

@@ -1,4 +1,4 @@
-"""AdamW with moments in 8 bits: which moments are, what they cost, and that it trains as AdamW does."""
+"""AdamW with 8-bit moments: which moments are, their size, and that it trains like AdamW."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from training.train import main
 
 pytest.importorskip("bitsandbytes", reason="the extra `8bit` is not installed")
 
-SMALLEST = 4096  # weights of fewer numbers keep whole moments
+SMALLEST = 4096  # smaller weights keep moments in full precision
 
 
 @pytest.fixture
 def wide(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """A job whose policy has matrices of more numbers than that."""
+    """A job whose policy has matrices larger than that."""
     tokenizer = make_tokenizer()
     make_model(len(tokenizer), width=64).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
@@ -34,12 +34,12 @@ def train(
     states: dict[str, dict[str, Any]] = {}
     save = training.state.model_folder.save
 
-    def look(trainer: Any, *others: Any) -> None:
+    def record(trainer: Any, *others: Any) -> None:
         optimizer = trainer.optimizer.optimizer
         states.update({name: dict(optimizer.state[p]) for name, p in trainer.model.named_parameters()})
         save(trainer, *others)
 
-    monkeypatch.setattr(training.state.model_folder, "save", look)
+    monkeypatch.setattr(training.state.model_folder, "save", record)
     job = job | {"training": job["training"] | settings}
     assert main([str(write_job(folder, job))]) == 0
     monkeypatch.setattr(training.state.model_folder, "save", save)
@@ -58,16 +58,17 @@ def test_large_matrices_keep_their_moments_in_8_bits(
     assert losses != whole and losses == pytest.approx(whole, abs=0.02) and losses[-1] < losses[0] - 1
     assert full.keys() == eighth.keys()
     short = {name for name, state in eighth.items() if state["state1"].dtype == torch.uint8}
-    # Embeddings keep theirs whole, as does whatever is small.
+    # Embeddings keep theirs in full precision, as do small weights.
     expected = {
         name for name, state in full.items() if state["exp_avg"].numel() >= SMALLEST and "embed" not in name
     }
     assert short == expected != set()
     for name in short:
-        assert size(eighth[name]) < 0.35 * size(full[name])  # blocks' maxima and the two code books, too
+        # This includes the blocks' maxima and the two code books.
+        assert size(eighth[name]) < 0.35 * size(full[name])
 
 
-def test_it_trains_beside_adapters_and_packed_rows(
+def test_training_with_adapters_and_packed_rows(
     tmp_path: Path, wide: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft", reason="the extra `lora` is not installed")

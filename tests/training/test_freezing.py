@@ -123,14 +123,14 @@ def test_a_share_is_rounded_down_as_published(share: float, layers: int, count: 
     assert blocks == {str(i) for i in range(layers - count, layers)}
 
 
-def test_a_list_inside_a_block_is_not_taken_for_the_blocks() -> None:
+def test_list_inside_a_block_is_not_mistaken_for_the_blocks() -> None:
     model = model_of(llama())
     model.model.layers[1].experts = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(4))
     name, blocks = transformer_blocks(model)
     assert name == "model.layers" and blocks is model.model.layers
 
 
-def test_a_weight_that_is_shared_with_the_outside_or_with_a_training_block_trains() -> None:
+def test_weights_shared_with_trained_parameters_train() -> None:
     model = model_of(llama())
     layers = model.model.layers
     layers[0].mlp.gate_proj.weight = layers[3].mlp.gate_proj.weight
@@ -140,7 +140,7 @@ def test_a_weight_that_is_shared_with_the_outside_or_with_a_training_block_train
     assert not layers[0].mlp.up_proj.weight.requires_grad
 
 
-def test_what_cannot_be_frozen() -> None:
+def test_models_that_cannot_be_frozen() -> None:
     model = model_of(llama())
     with pytest.raises(ValueError, match="cannot train 5 blocks, the model has 4"):
         train_last_blocks(model, 5)

@@ -1,4 +1,4 @@
-"""Groups through the real trainer: the same step however it is spread, and rewards that are learned from."""
+"""Groups through the real trainer: the same step however it is split, and learning from rewards."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import polars as pl
 import pytest
 
-from tests.training.test_train import done, spread
+from tests.training.test_train import done, train_in_splits
 from tests.training.tiny import make_rows, write_job
 from training.train import main
 
 
 def groups(count: int = 5, size: int = 3) -> pl.DataFrame:
-    """Groups of one prompt's samples; texts that add have the higher rewards."""
+    """Groups of samples of one prompt; texts that add have the higher rewards."""
     rows = make_rows(count * size)
     return rows.with_columns(
         prompt=pl.Series([f"def f{i // size}(a, b):" for i in range(count * size)]),
@@ -36,7 +36,7 @@ def grouped(tmp_path: Path, job: dict[str, Any], policy: Path) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("objective", [{"name": "grpo", "kl_coef": 0.05}, {"name": "rloo"}])
-def test_one_step_however_it_is_spread(
+def test_step_does_not_depend_on_how_it_is_split(
     tmp_path: Path, grouped: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     """5 groups in steps of 2: the last step fills neither all micro-batches nor both processes."""
@@ -46,13 +46,13 @@ def test_one_step_however_it_is_spread(
         "parts": {"batch_size": 3, "gradient_accumulation": 2},
         "odd": {"batch_size": 5, "gradient_accumulation": 2},
     }
-    found = spread(tmp_path, grouped, splits, {"batch_size": 3, "gradient_accumulation": 1})
-    whole = found["whole"]
-    for name, facts in found.items():
+    results = train_in_splits(tmp_path, grouped, splits, {"batch_size": 3, "gradient_accumulation": 1})
+    whole = results["whole"]
+    for name, facts in results.items():
         assert facts["steps"] == 6 and facts["losses"] == pytest.approx(whole["losses"], abs=1e-3), name
 
 
-def test_better_samples_become_likelier(tmp_path: Path, grouped: dict[str, Any]) -> None:
+def test_better_samples_become_more_likely(tmp_path: Path, grouped: dict[str, Any]) -> None:
     grouped["training"] |= {"epochs": 6, "objective": {"name": "grpo"}}
     assert main([str(write_job(tmp_path, grouped))]) == 0
     losses = done(grouped)["losses"]
@@ -60,7 +60,7 @@ def test_better_samples_become_likelier(tmp_path: Path, grouped: dict[str, Any])
     assert min(losses) < -0.05
 
 
-def test_a_group_that_does_not_fit_is_named(
+def test_group_larger_than_the_batch_is_refused(
     tmp_path: Path, grouped: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     grouped["training"] |= {"batch_size": 2}
@@ -68,7 +68,7 @@ def test_a_group_that_does_not_fit_is_named(
     assert "raise batch_size to 3" in capsys.readouterr().err
 
 
-def test_rewards_are_needed(
+def test_rewards_are_required(
     tmp_path: Path, grouped: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = groups().with_columns(reward=pl.when(pl.col("sample_id") != "s4").then("reward"))

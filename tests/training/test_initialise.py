@@ -1,4 +1,4 @@
-"""A policy with random weights: the same architecture and tokenizer, other numbers, by seed."""
+"""A policy with random weights: the same architecture and tokenizer, other weights, determined by a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA: what trains, what is handed over, what new tokens and the reference do."""
+"""LoRA: what trains, what is saved, and how new tokens and the reference are handled."""
 
 from __future__ import annotations
 
@@ -38,30 +38,28 @@ def logits(folder: str | Path) -> torch.Tensor:
         return model(torch.arange(2, 20)[None]).logits
 
 
-def test_a_plain_folder_is_handed_over_with_the_adapter_beside_it(
+def test_merged_folder_is_saved_with_the_adapter_alongside(
     tmp_path: Path, adapted: dict[str, Any], policy: Path
 ) -> None:
     done = train(tmp_path, adapted)
     assert done["losses"][-1] < done["losses"][0] - 0.5
     assert done["trained_parameters"] < done["parameters"] / 2
     before, after = (load_file(Path(f) / "model.safetensors") for f in (policy, adapted["out"]))
-    assert before.keys() == after.keys()  # nothing of the adapter's names
+    assert before.keys() == after.keys()  # none of the adapter's names
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "proj" in name}
-    # The adapter alone, on the parent, is the same policy.
+    # The adapter on top of the parent is the same policy.
     parent = AutoModelForCausalLM.from_pretrained(policy)
     with torch.no_grad():
-        there = peft.PeftModel.from_pretrained(parent, tmp_path / "beside" / "adapter").eval()
-        again = there(torch.arange(2, 20)[None]).logits
-    assert torch.allclose(again, logits(adapted["out"]), atol=1e-5)
+        with_adapter = peft.PeftModel.from_pretrained(parent, tmp_path / "beside" / "adapter").eval()
+        adapted_logits = with_adapter(torch.arange(2, 20)[None]).logits
+    assert torch.allclose(adapted_logits, logits(adapted["out"]), atol=1e-5)
     files = {path.suffix for path in (tmp_path / "beside").rglob("*") if path.is_file()}
     assert files <= {".safetensors", ".json", ".md"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_rows_of_new_tokens_train_and_no_others(
-    tmp_path: Path, adapted: dict[str, Any], tied: bool
-) -> None:
+def test_only_the_rows_of_new_tokens_train(tmp_path: Path, adapted: dict[str, Any], tied: bool) -> None:
     tokenizer = make_tokenizer()
     start = tmp_path / "policy"
     make_model(len(tokenizer), tied=tied).save_pretrained(start)
@@ -79,17 +77,17 @@ def test_the_rows_of_new_tokens_train_and_no_others(
     for name in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
         moved = (untrained[name] - trained[name]).abs().amax(1) > 1e-4
         assert moved.nonzero()[:, 0].tolist() == [new], name
-    # The next iteration knows the token already, and it still trains.
+    # The next iteration starts with the token, which still trains.
     following = adapted | {"policy": adapted["out"], "out": str(tmp_path / "next")}
     train(tmp_path, following)
     assert len(AutoTokenizer.from_pretrained(following["out"])) == new + 1
-    there = load_file(Path(following["out"]) / "model.safetensors")["model.embed_tokens.weight"]
-    moved = (there - trained["model.embed_tokens.weight"]).abs().amax(1) > 1e-4
+    next_embeddings = load_file(Path(following["out"]) / "model.safetensors")["model.embed_tokens.weight"]
+    moved = (next_embeddings - trained["model.embed_tokens.weight"]).abs().amax(1) > 1e-4
     assert moved.nonzero()[:, 0].tolist() == [new]
 
 
 @pytest.mark.parametrize("direction", ["policy_to_reference", "reference_to_policy"])
-def test_the_policy_without_its_adapter_is_as_good_a_reference_as_a_copy(
+def test_policy_without_its_adapter_serves_as_the_reference(
     tmp_path: Path, adapted: dict[str, Any], policy: Path, direction: str
 ) -> None:
     copy = tmp_path / "copy"
@@ -98,13 +96,15 @@ def test_the_policy_without_its_adapter_is_as_good_a_reference_as_a_copy(
         (copy / file.name).write_bytes(file.read_bytes())
     adapted["training"] |= {"objective": {"kl_coef": 0.5, "entropy_coef": 0.0, "kl_direction": direction}}
     adapted |= {"special_tokens": ["<|best|>"]}
-    losses = [train(tmp_path, adapted | {"reference": str(one)})["losses"] for one in (policy, copy)]
+    losses = [
+        train(tmp_path, adapted | {"reference": str(reference)})["losses"] for reference in (policy, copy)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert losses[0][-1] < losses[0][0]
 
 
 def following(job: dict[str, Any], before: str, **more: Any) -> dict[str, Any]:
-    """The job of the iteration after the one that left ``before``: its adapter trains on, beside the base."""
+    """The job of the iteration after the one that wrote ``before``: its adapter is trained further, on top of the base."""
     lora = job["training"]["lora"] | {"adapter": "carried"}
     training = job["training"] | {"lora": lora, "learning_rate": 0.003}
     return job | {"adapter": f"{before}/adapter", "training": training, "seed": job["seed"] - 1} | more
@@ -115,19 +115,19 @@ def matrices(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def by_hand(policy: str | Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """The base's weights with scale · B · A added to each, and trained rows in their places."""
-    weights, found = load_file(Path(policy) / "model.safetensors"), matrices(adapter)
+    """The base's weights with scale · B · A added to each adapted one."""
+    weights, adapter_weights = load_file(Path(policy) / "model.safetensors"), matrices(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for name, a in found.items():
+    for name, a in adapter_weights.items():
         if not name.endswith("lora_A.weight"):
             continue
-        b = found[name.replace("lora_A", "lora_B")]
+        b = adapter_weights[name.replace("lora_A", "lora_B")]
         place = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
         weights[place] += config["lora_alpha"] / config["r"] * b @ a
     return weights
 
 
-def test_a_carried_adapter_is_trained_on_beside_the_base(
+def test_carried_adapter_is_trained_further_on_top_of_the_base(
     tmp_path: Path, adapted: dict[str, Any], policy: Path
 ) -> None:
     train(tmp_path, adapted)
@@ -135,7 +135,7 @@ def test_a_carried_adapter_is_trained_on_beside_the_base(
     still = {"out": str(tmp_path / "still"), "beside": str(tmp_path / "beside still")}
     job = following(adapted, adapted["beside"], **still)
     job["training"] = job["training"] | {"learning_rate": 1e-12}
-    train(tmp_path, job)  # it begins where the first one ended
+    train(tmp_path, job)  # it starts where the first one ended
     again = matrices(tmp_path / "beside still" / "adapter")
     assert again.keys() == matrices(first).keys() and len(again) == 28
     for name, matrix in matrices(first).items():
@@ -148,16 +148,16 @@ def test_a_carried_adapter_is_trained_on_beside_the_base(
     assert any(not torch.equal(matrices(first)[n], m) for n, m in matrices(second).items())
     start = json.loads((tmp_path / "out" / "done.json").read_text())["losses"][0]
     assert done["losses"][0] < start - 0.5
-    # One adapter over the base is all there is to it: not the first one's checkpoint and another.
+    # The checkpoint is the base with one adapter, not the first checkpoint with another one.
     merged = load_file(Path(more["out"]) / "model.safetensors")
     for name, weight in by_hand(policy, second).items():
         assert torch.allclose(merged[name], weight, atol=1e-6), name
 
 
-def test_a_carried_adapter_trains_as_peft_trains_it(
+def test_carried_adapter_trains_as_with_peft(
     tmp_path: Path, adapted: dict[str, Any], policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same trainer on a model that peft has put together, with the optimizer's state."""
+    """The same trainer on a model assembled by peft, with the optimizer's state."""
     adapted["training"] |= {
         "lora": ADAPTER | {"adapter": "carried"},
         "optimizer_state": "carried",
@@ -174,23 +174,23 @@ def test_a_carried_adapter_trains_as_peft_trains_it(
 
     import training.lora
 
-    def put_together(model: Any, settings: Any, tokens: list[int], folder: Path) -> Any:
+    def assembled(model: Any, settings: Any, tokens: list[int], folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(policy), adapted["beside"] + "/adapter", is_trainable=True
         )
 
-    monkeypatch.setattr(training.lora, "continue_adapter", put_together)
-    alike = train(tmp_path, job | {"out": str(tmp_path / "by hand")})
-    assert alike["losses"] == done["losses"]
-    one, other = (load_file(tmp_path / f / "model.safetensors") for f in ("second", "by hand"))
-    assert all(torch.equal(one[name], other[name]) for name in other)
-    # The moments matter: without them the first step is another.
+    monkeypatch.setattr(training.lora, "continue_adapter", assembled)
+    by_peft = train(tmp_path, job | {"out": str(tmp_path / "by hand")})
+    assert by_peft["losses"] == done["losses"]
+    ours, theirs = (load_file(tmp_path / f / "model.safetensors") for f in ("second", "by hand"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # The moments matter: without them the first step differs.
     fresh = train(tmp_path, job | {"out": str(tmp_path / "fresh"), "optimizer": None})
     assert fresh["losses"][0] == done["losses"][0] and fresh["losses"][2] != done["losses"][2]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_of_new_tokens_are_carried_on(tmp_path: Path, adapted: dict[str, Any], tied: bool) -> None:
+def test_rows_of_new_tokens_are_carried_over(tmp_path: Path, adapted: dict[str, Any], tied: bool) -> None:
     tokenizer = make_tokenizer()
     start, new = tmp_path / "policy", len(tokenizer)
     make_model(new, tied=tied).save_pretrained(start)
@@ -206,27 +206,28 @@ def test_rows_of_new_tokens_are_carried_on(tmp_path: Path, adapted: dict[str, An
     base = load_file(start / "model.safetensors")
     first, held, second = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "still", "second"))
     for name in ["model.embed_tokens.weight", *([] if tied else ["lm_head.weight"])]:
-        assert torch.allclose(held[name][new], first[name][new], atol=1e-7), name  # not drawn anew
+        assert torch.allclose(held[name][new], first[name][new], atol=1e-7), name  # not initialised again
         assert not torch.allclose(second[name][new], first[name][new], atol=1e-4), name
         assert torch.equal(second[name][:new], base[name]), name
     other = following(adapted, adapted["beside"], special_tokens=["<|best|>", "<|worst|>"])
     assert main([str(write_job(tmp_path, other))]) == 1
 
 
-def test_the_parent_is_a_reference_of_its_own(tmp_path: Path, adapted: dict[str, Any], policy: Path) -> None:
+def test_parent_as_a_separate_reference(tmp_path: Path, adapted: dict[str, Any], policy: Path) -> None:
     train(tmp_path, adapted)
     objective = {"kl_coef": 1000.0, "entropy_coef": 0.0, "kl_reference_sees_condition": True}
-    firsts = []
+    first_losses = []
     for reference in (adapted["out"], str(policy)):
         job = following(adapted, adapted["beside"], reference=reference, beside=None)
-        job |= {"out": str(tmp_path / f"second {len(firsts)}")}
+        job |= {"out": str(tmp_path / f"second {len(first_losses)}")}
         job["training"] = job["training"] | {"objective": objective}
-        firsts.append(train(tmp_path, job)["losses"][0])
-    assert firsts[0] < 6 and firsts[1] > 20  # at first the policy is its parent, but far from the base
+        first_losses.append(train(tmp_path, job)["losses"][0])
+    # At first the policy is its parent, but far from the base.
+    assert first_losses[0] < 6 and first_losses[1] > 20
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"lora": None}, "adapter: training.lora is null"),
         ({"lora": ADAPTER | {"rank": 3}}, "has rank 2, but training.lora.rank is 3"),
@@ -234,16 +235,16 @@ def test_the_parent_is_a_reference_of_its_own(tmp_path: Path, adapted: dict[str,
     ],
 )
 def test_adapters_of_another_kind_are_refused(
-    tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, says: str
+    tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str], change: Any, message: str
 ) -> None:
     train(tmp_path, adapted)
     job = adapted | {"adapter": adapted["beside"] + "/adapter"}
     job["training"] = adapted["training"] | change
     assert main([str(write_job(tmp_path, job))]) == 1
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_adapters_that_lack_something_are_refused(
+def test_incomplete_adapters_are_refused(
     tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path, adapted)
@@ -264,7 +265,7 @@ def test_adapters_that_lack_something_are_refused(
     assert "has no adapter_model.safetensors; train the previous iteration again" in capsys.readouterr().err
 
 
-def test_what_goes_with_a_carried_adapter() -> None:
+def test_settings_that_go_with_a_carried_adapter() -> None:
     carried = ADAPTER | {"adapter": "carried"}
     with pytest.raises(ValueError, match=r"start_from: base starts without one; set start_from to parent"):
         Training.model_validate({"lora": carried, "start_from": "base"})
@@ -275,7 +276,7 @@ def test_what_goes_with_a_carried_adapter() -> None:
     assert not Training.model_validate({"lora": ADAPTER}).adapts_base
 
 
-def test_modules_that_are_not_there(
+def test_target_modules_that_do_not_exist(
     tmp_path: Path, adapted: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapted["training"] |= {"lora": ADAPTER | {"target_modules": ["c_attn"]}}

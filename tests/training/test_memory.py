@@ -1,4 +1,4 @@
-"""Too little memory: one sentence that names settings."""
+"""Too little memory: a one-line error that names settings."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from training.train import main
 from training.trainer import ObjectiveTrainer
 
 
-def test_a_training_that_runs_out_of_memory_names_what_helps(
+def test_out_of_memory_error_names_settings_that_help(
     tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def too_much(*_: Any, **__: Any) -> torch.Tensor:
@@ -27,7 +27,7 @@ def test_a_training_that_runs_out_of_memory_names_what_helps(
     assert not (Path(job["out"]) / "done.json").exists()
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path, job: dict[str, Any]) -> None:
     read = read_job(write_job(tmp_path, job))
     with pytest.raises(RuntimeError, match="must match") as caught, enough_memory(read):
         torch.zeros(2) + torch.zeros(3)

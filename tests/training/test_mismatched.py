@@ -1,4 +1,4 @@
-"""KTO through the real trainer: texts after prompts they do not belong to, measured over the whole step."""
+"""KTO through the real trainer: texts after mismatched prompts, averaged over the whole step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.training.test_train import done, spread
+from tests.training.test_train import done, train_in_splits
 from tests.training.tiny import make_rows, write_job
 from training.job import REFERENCE_TABLE
 from training.train import main
@@ -30,25 +30,25 @@ def job_of_kto(tmp_path: Path, job: dict[str, Any], policy: Path) -> dict[str, A
     return job | {"reference": str(policy), "beside": str(tmp_path / "beside"), "template": None}
 
 
-def test_one_step_however_it_is_spread(tmp_path: Path, job_of_kto: dict[str, Any]) -> None:
-    """z_0 is of the whole step, also where a micro-batch holds one text only."""
+def test_step_does_not_depend_on_how_it_is_split(tmp_path: Path, job_of_kto: dict[str, Any]) -> None:
+    """z_0 is computed over the whole step, even if a micro-batch holds only one text."""
     job_of_kto["training"]["learning_rate"] = 1e-2  # far enough from the reference for z_0 to be above 0
     splits = {
         "whole": {"batch_size": 4},
         "single": {"batch_size": 1, "gradient_accumulation": 4},
         "packed": {"batch_size": 4, "packing": True},
     }
-    found = spread(tmp_path, job_of_kto, splits, {"batch_size": 2})
-    whole = found["whole"]
+    results = train_in_splits(tmp_path, job_of_kto, splits, {"batch_size": 2})
+    whole = results["whole"]
     assert whole["measured"]["kl"] > 0.01
-    for name, facts in found.items():
+    for name, facts in results.items():
         assert facts["losses"] == pytest.approx(whole["losses"], abs=1e-3), name
         assert facts["measured"] == pytest.approx(whole["measured"], rel=0.05, abs=1e-2), name
     known = pl.read_parquet(Path(job_of_kto["beside"]) / REFERENCE_TABLE)
     assert known.height == 18  # each text after both prompts
 
 
-def test_the_kl_by_hand(tmp_path: Path, job_of_kto: dict[str, Any], policy: Path, other_policy: Path) -> None:
+def test_kl_by_hand(tmp_path: Path, job_of_kto: dict[str, Any], policy: Path, other_policy: Path) -> None:
     """One step from a policy that is not the reference."""
     job_of_kto["training"] |= {"batch_size": 16, "epochs": 1}
     assert main([str(write_job(tmp_path, job_of_kto | {"reference": str(other_policy)}))]) == 0
@@ -80,7 +80,7 @@ def test_the_kl_by_hand(tmp_path: Path, job_of_kto: dict[str, Any], policy: Path
     assert done(job_of_kto)["losses"][0] == pytest.approx(total / weight, abs=1e-4)
 
 
-def test_every_text_needs_another_prompt(
+def test_every_text_requires_a_mismatched_prompt(
     tmp_path: Path, job_of_kto: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     labelled().drop("second_prompt").write_parquet(tmp_path / "rows.parquet")

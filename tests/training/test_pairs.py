@@ -1,4 +1,4 @@
-"""Pairs through the real trainer: the same step however it is spread, and a reference that is read once."""
+"""Pairs through the real trainer: the same step however it is split, and a reference that is evaluated once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.training.test_train import done, spread, weights
+from tests.training.test_train import done, train_in_splits, weights
 from tests.training.tiny import make_rows, write_job
 from training.job import REFERENCE_TABLE
 from training.train import main
@@ -42,7 +42,7 @@ def table(job: dict[str, Any]) -> pl.DataFrame:
     return pl.read_parquet(Path(job["beside"]) / REFERENCE_TABLE)
 
 
-def test_the_first_loss_is_log_2_and_falls(tmp_path: Path, dpo: dict[str, Any]) -> None:
+def test_loss_starts_at_log_2_and_falls(tmp_path: Path, dpo: dict[str, Any]) -> None:
     better, worse = "\n    return a + b\n", "\n    return a - b\n"
     same = pairs().with_columns(text=pl.when(role="chosen").then(pl.lit(better)).otherwise(pl.lit(worse)))
     same.write_parquet(tmp_path / "rows.parquet")
@@ -53,22 +53,22 @@ def test_the_first_loss_is_log_2_and_falls(tmp_path: Path, dpo: dict[str, Any]) 
     assert done(dpo)["measured"]["accuracy"] == 1 and done(dpo)["measured"]["margin"] > 0.5
 
 
-def test_one_step_however_it_is_spread(tmp_path: Path, dpo: dict[str, Any]) -> None:
+def test_step_does_not_depend_on_how_it_is_split(tmp_path: Path, dpo: dict[str, Any]) -> None:
     """9 pairs in steps of 4: the last step fills neither all micro-batches nor both processes."""
     splits = {
         "whole": {"batch_size": 8, "gradient_accumulation": 1},
         "parts": {"batch_size": 2, "gradient_accumulation": 4},
         "odd": {"batch_size": 3, "gradient_accumulation": 4},
     }
-    found = spread(tmp_path, dpo, splits, {"batch_size": 4, "gradient_accumulation": 1})
+    results = train_in_splits(tmp_path, dpo, splits, {"batch_size": 4, "gradient_accumulation": 1})
     assert table(dpo).height == 18  # each process computed its half
-    whole = found["whole"]
-    for name, facts in found.items():
+    whole = results["whole"]
+    for name, facts in results.items():
         assert facts["steps"] == 6 and facts["losses"] == pytest.approx(whole["losses"], abs=1e-4), name
         assert facts["measured"] == pytest.approx(whole["measured"], abs=1e-3), name
 
 
-def test_the_reference_is_read_once_and_shared(
+def test_reference_is_evaluated_once_and_shared(
     tmp_path: Path, dpo: dict[str, Any], policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(write_job(tmp_path, dpo))]) == 0
@@ -88,7 +88,7 @@ def test_the_reference_is_read_once_and_shared(
         values = logits.log_softmax(-1).gather(-1, torch.tensor(text)[:, None])[:, 0]
         assert row["log_probs"] == pytest.approx(values.tolist(), abs=1e-5)
         assert row["log_prob"] == pytest.approx(float(values.sum()), abs=1e-4)
-    # Of what is known nothing is computed; another objective of the same needs finds it as well.
+    # Known log-probabilities are not recomputed; another objective with the same needs uses them, too.
     known.filter(pl.col("sample_id") != "s3").write_parquet(tmp_path / "known.parquet")
     dpo["reference_log_probs"] = str(tmp_path / "known.parquet")
     assert main([str(write_job(tmp_path, dpo))]) == 0
@@ -97,7 +97,7 @@ def test_the_reference_is_read_once_and_shared(
     assert all(torch.equal(first[name], value) for name, value in weights(dpo).items())
 
 
-def test_another_reference_with_lora_and_packing(
+def test_reference_with_lora_and_packing(
     tmp_path: Path, dpo: dict[str, Any], policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dpo["training"] |= {"lora": {"rank": 2, "alpha": 4}, "packing": True, "warmup_ratio": 0.0}
@@ -106,7 +106,7 @@ def test_another_reference_with_lora_and_packing(
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         (lambda rows: rows.drop("group_id"), "group_id: missing; the objective needs groups"),
         (lambda rows: rows[1:], "group_id: 1 pairs are not one chosen and one rejected row"),
@@ -118,11 +118,11 @@ def test_another_reference_with_lora_and_packing(
     ],
 )
 def test_bad_pairs(
-    tmp_path: Path, dpo: dict[str, Any], change: Any, says: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, dpo: dict[str, Any], change: Any, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(pairs()).write_parquet(tmp_path / "rows.parquet")
     assert main([str(write_job(tmp_path, dpo))]) == 1
-    assert says in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_bad_settings(tmp_path: Path, dpo: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_bad_settings(tmp_path: Path, dpo: dict[str, Any], capsys: pytest.Captur
     assert "training.objective" in refused({}, objective="dppo")
 
 
-def test_an_empty_text_leaves_its_pair_out(
+def test_empty_text_drops_its_pair(
     tmp_path: Path, dpo: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = pairs().with_columns(
@@ -154,8 +154,8 @@ def test_an_empty_text_leaves_its_pair_out(
     assert "2 of 18 rows" in capsys.readouterr().err
 
 
-def test_spans_reach_their_tokens(tmp_path: Path, job: dict[str, Any]) -> None:
-    """The tokens of a marked stretch become less likely, those beside it more."""
+def test_spans_affect_their_tokens(tmp_path: Path, job: dict[str, Any]) -> None:
+    """The tokens of a marked span become less likely, those around it more likely."""
     marked = [{"start": 5, "end": 11, "score": 1.0}]  # "return" in "\n    return a + b\n"
     rows = make_rows(24).filter(pl.col("text").str.starts_with("\n    return"))
     rows = rows.with_columns(spans=pl.Series([marked] * rows.height), condition=pl.lit(None, dtype=pl.String))

@@ -1,4 +1,4 @@
-"""Pretraining at toy size: the folder it writes, its chunks, and that a seed fixes all of it."""
+"""Pretraining at toy size: the folder it writes, its chunks, and that a seed determines all of it."""
 
 import json
 import math
@@ -31,12 +31,12 @@ def tokenizer():
     return pretrain.train_tokenizer([text for pair in PAIRS for text in pair], TINY)
 
 
-def test_tokenizer_gives_back_every_blank(tokenizer):
+def test_tokenizer_preserves_whitespace(tokenizer):
     text = "\n    x =  1 ,y\n\n\n\tdef é(): # no blank , cleaned\n"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 0 and tokenizer.pad_token_id == 1
-    assert not {0, 1} & set(ids)  # nothing is added
+    assert not {0, 1} & set(ids)  # no special tokens are added
 
 
 def test_a_chunk_is_wholly_clean_or_wholly_sloppy():
@@ -92,8 +92,8 @@ def test_fit_takes_the_stated_steps_and_lowers_the_loss(tokenizer):
 @pytest.fixture
 def small_corpus(monkeypatch):
     """A corpus of a few functions: the real one takes seconds to rewrite."""
-    found = pretrain.corpus.functions(held_out=True)
-    few = type(found)(found.functions[:150], ())
+    corpus = pretrain.corpus.functions(held_out=True)
+    few = type(corpus)(corpus.functions[:150], ())
     monkeypatch.setattr(pretrain.corpus, "functions", lambda held_out=False: few)
 
 
@@ -122,7 +122,7 @@ def command(out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_folder_loads_like_any_model_and_says_where_it_is_from(tmp_path: Path, small_corpus):
+def test_folder_loads_like_any_model_and_records_its_provenance(tmp_path: Path, small_corpus):
     out = tmp_path / "policy"
     pretrain.main(command(out))
 
@@ -135,7 +135,7 @@ def test_the_folder_loads_like_any_model_and_says_where_it_is_from(tmp_path: Pat
         "provenance.json",
         "README.md",
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["policy"]  # no scratch left
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]  # no scratch files left
     model = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert model.config.vocab_size == len(tokenizer) == 300
@@ -149,14 +149,14 @@ def test_the_folder_loads_like_any_model_and_says_where_it_is_from(tmp_path: Pat
     assert "made sloppy on purpose" in (out / "README.md").read_text()
 
 
-def test_a_seed_fixes_the_weights(tmp_path: Path, small_corpus):
+def test_seed_determines_the_weights(tmp_path: Path, small_corpus):
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         pretrain.main(command(tmp_path / name, "--seed", seed))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_an_existing_folder_is_replaced_only_when_asked(tmp_path: Path, small_corpus, capsys):
+def test_existing_folder_is_replaced_only_with_overwrite(tmp_path: Path, small_corpus, capsys):
     out = tmp_path / "policy"
     out.mkdir()
     (out / "mine.txt").write_text("keep")

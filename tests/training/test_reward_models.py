@@ -1,4 +1,4 @@
-"""Reward models through the real trainer: learned, saved as classifiers, the same however a step is spread."""
+"""Reward models through the real trainer: learned, saved as classifiers, the same however a step is split."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from resources.rewards.scoring import score_samples
 from tests.training.test_pairs import pairs
-from tests.training.test_train import done, spread
+from tests.training.test_train import done, train_in_splits
 from tests.training.tiny import make_rows, write_job
 from textalign_dagster.scorers import RewardModelScorer
 from training.train import main
@@ -32,7 +32,7 @@ def ranking(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def rewards(folder: str, texts: list[str]) -> list[float]:
-    """As any experiment's scorer reads the saved model."""
+    """The saved model's rewards, as computed by any experiment's scorer."""
     samples = pl.DataFrame(
         {
             "sample_id": [str(i) for i in range(len(texts))],
@@ -42,17 +42,17 @@ def rewards(folder: str, texts: list[str]) -> list[float]:
             "finish_reason": ["stop"] * len(texts),
         }
     )
-    found = score_samples(RewardModelScorer(model=folder, device="cpu"), samples, lambda *_: None)
-    assert found["status"].to_list() == ["ok"] * len(texts)
-    return list(found["score"])
+    scores = score_samples(RewardModelScorer(model=folder, device="cpu"), samples, lambda *_: None)
+    assert scores["status"].to_list() == ["ok"] * len(texts)
+    return list(scores["score"])
 
 
-def test_the_better_text_gets_the_higher_reward(tmp_path: Path, ranking: dict[str, Any]) -> None:
+def test_better_text_gets_the_higher_reward(tmp_path: Path, ranking: dict[str, Any]) -> None:
     assert main([str(write_job(tmp_path, ranking))]) == 0
     assert done(ranking)["losses"][-1] < 0.5 and done(ranking)["measured"]["accuracy"] == 1
     better, worse = rewards(ranking["out"], [BETTER, WORSE])
     assert better > worse
-    # What the scorer computes is what the saved classifier says of prompt and text, without an end token.
+    # The scorer computes the saved classifier's output for prompt and text, without an end token.
     model = AutoModelForSequenceClassification.from_pretrained(ranking["out"])
     tokenizer = AutoTokenizer.from_pretrained(ranking["out"])
     ids = [i for part in ("def f(a, b):", BETTER) for i in tokenizer(part)["input_ids"]]
@@ -60,16 +60,16 @@ def test_the_better_text_gets_the_higher_reward(tmp_path: Path, ranking: dict[st
         assert float(model(torch.tensor([ids])).logits) == pytest.approx(better, abs=1e-4)
 
 
-def test_one_step_however_it_is_spread(tmp_path: Path, ranking: dict[str, Any]) -> None:
+def test_step_does_not_depend_on_how_it_is_split(tmp_path: Path, ranking: dict[str, Any]) -> None:
     ranking["training"]["epochs"] = 2
     splits = {"whole": {"batch_size": 8}, "parts": {"batch_size": 2, "gradient_accumulation": 4}}
-    found = spread(tmp_path, ranking, splits, {"batch_size": 4})
-    for name, facts in found.items():
-        assert facts["losses"] == pytest.approx(found["whole"]["losses"], abs=1e-4), name
+    results = train_in_splits(tmp_path, ranking, splits, {"batch_size": 4})
+    for name, facts in results.items():
+        assert facts["losses"] == pytest.approx(results["whole"]["losses"], abs=1e-4), name
 
 
 def test_ratings_with_an_adapter(tmp_path: Path, job: dict[str, Any]) -> None:
-    """A new head trains whole, beside an adapter of frozen weights; prompts of different lengths."""
+    """A new head trains fully, alongside an adapter on frozen weights; prompts of different lengths."""
     texts = [BETTER, WORSE] * 12
     rows = make_rows().with_columns(
         condition=pl.lit(None, dtype=pl.String),

@@ -1,4 +1,4 @@
-"""CUT through the real trainer: texts that are read under two prompts, the same step however it is spread."""
+"""CUT through the real trainer: texts evaluated under two prompts, the same step however it is split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.training.test_train import done, spread
+from tests.training.test_train import done, train_in_splits
 from tests.training.tiny import make_rows, write_job
 from training.train import main
 
@@ -18,9 +18,9 @@ HEADINGS = "### Response:\n{prompt} feedback: {condition} input: "
 
 
 def judged(count: int = 9) -> pl.DataFrame:
-    """Rows with judgments of different lengths at odd places, none at even ones."""
-    given = [None if i % 2 == 0 else "E225 " * (i // 2) + HEADINGS[: 3 * i] for i in range(count)]
-    rows = make_rows(count).with_columns(condition=pl.Series(given, dtype=pl.String))
+    """Rows with judgments of different lengths at odd indices, none at even ones."""
+    judgments = [None if i % 2 == 0 else "E225 " * (i // 2) + HEADINGS[: 3 * i] for i in range(count)]
+    rows = make_rows(count).with_columns(condition=pl.Series(judgments, dtype=pl.String))
     return rows.with_columns(second_prompt=pl.when(pl.col("condition").is_not_null()).then("prompt"))
 
 
@@ -32,8 +32,8 @@ def cut(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def test_the_first_loss_by_hand(tmp_path: Path, cut: dict[str, Any], policy: Path) -> None:
-    """One step over all rows; contexts of different lengths, one with the template's own words in it."""
+def test_first_loss_by_hand(tmp_path: Path, cut: dict[str, Any], policy: Path) -> None:
+    """One step over all rows; contexts of different lengths, one of which contains the template's own text."""
     cut["training"] |= {"batch_size": 16, "epochs": 1}
     assert main([str(write_job(tmp_path, cut))]) == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
@@ -49,28 +49,28 @@ def test_the_first_loss_by_hand(tmp_path: Path, cut: dict[str, Any], policy: Pat
     for row in judged().iter_rows(named=True):
         text = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         text = [*text, *([tokenizer.eos_token_id] if row["finish_reason"] == "stop" else [])]
-        bare = log_probs(row["prompt"], text)
-        each = float(-bare.mean())
+        plain = log_probs(row["prompt"], text)
+        each = float(-plain.mean())
         if row["condition"] is not None:
-            under = log_probs(f"feedback: {row['condition']} input: {row['prompt']}", text)
-            marked = (under - bare).exp() > 1.1
-            unlike = -torch.where(marked, torch.log1p(-bare.exp()), bare)
-            each = float((-under.mean() + unlike.mean()) / 2)
+            conditioned = log_probs(f"feedback: {row['condition']} input: {row['prompt']}", text)
+            marked = (conditioned - plain).exp() > 1.1
+            unlike = -torch.where(marked, torch.log1p(-plain.exp()), plain)
+            each = float((-conditioned.mean() + unlike.mean()) / 2)
             flagged, tokens = flagged + int(marked.sum()), tokens + len(text)
         total, weight = total + row["weight"] * each, weight + row["weight"]
     assert done(cut)["losses"][0] == pytest.approx(total / weight, abs=1e-4)
     assert done(cut)["measured"]["flagged share"] == pytest.approx(flagged / tokens) and 0 < flagged < tokens
 
 
-def test_one_step_however_it_is_spread(tmp_path: Path, cut: dict[str, Any]) -> None:
+def test_step_does_not_depend_on_how_it_is_split(tmp_path: Path, cut: dict[str, Any]) -> None:
     splits = {
         "whole": {"batch_size": 4},
         "single": {"batch_size": 1, "gradient_accumulation": 4},
         "packed": {"batch_size": 4, "packing": True},
     }
-    found = spread(tmp_path, cut, splits, {"batch_size": 2})
-    for name, facts in found.items():
-        assert facts["losses"] == pytest.approx(found["whole"]["losses"], abs=1e-4), name
+    results = train_in_splits(tmp_path, cut, splits, {"batch_size": 2})
+    for name, facts in results.items():
+        assert facts["losses"] == pytest.approx(results["whole"]["losses"], abs=1e-4), name
 
 
 def test_rows_without_any_judgment(tmp_path: Path, cut: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def test_rows_without_any_judgment(tmp_path: Path, cut: dict[str, Any]) -> None:
     assert losses[-1] < losses[0] and done(cut)["measured"] == {}
 
 
-def test_a_judgment_that_is_too_long_is_named(
+def test_judgment_that_is_too_long_is_refused(
     tmp_path: Path, cut: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut["training"]["max_length"] = 40
@@ -93,5 +93,6 @@ def test_a_judgment_that_is_too_long_is_named(
     rows.write_parquet(tmp_path / "rows.parquet")
     assert main([str(write_job(tmp_path, cut))]) == 1
     assert (
-        "sample s1: the text has" in (said := capsys.readouterr().err) and "training.max_length (40)" in said
+        "sample s1: the text has" in (error := capsys.readouterr().err)
+        and "training.max_length (40)" in error
     )

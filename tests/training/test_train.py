@@ -1,4 +1,4 @@
-"""Training end to end: through accelerate launch and Pipes, by hand, on bad input, spread differently."""
+"""Training end to end: through accelerate launch and Pipes, by hand, on bad input, split differently."""
 
 import json
 import math
@@ -55,29 +55,29 @@ def done(job: dict[str, Any]) -> dict[str, Any]:
     return json.loads((Path(job["out"]) / "done.json").read_text())
 
 
-def spread(
+def train_in_splits(
     folder: Path, job: dict[str, Any], splits: dict[str, dict[str, Any]], each: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Trains the job with the settings of each split, and by two processes with the settings ``each``; all
-    must end in the weights of the first split.
+    """Trains the job with the settings of each split, and on two processes with the settings ``each``; all
+    must end with the weights of the first split.
 
     Returns:
-        What each training reports, by its name.
+        The facts that each training reports, by its name.
     """
-    found = {}
+    results = {}
     for name, settings in splits.items():
         assert main([str(write_job(folder, job | {"training": job["training"] | settings}))]) == 0
-        found[name] = (done(job), weights(job))
+        results[name] = (done(job), weights(job))
     two = Acceleration(processes=2, cpu=True, threads=1)
     path = write_job(folder, job | {"world_size": 2, "training": job["training"] | each})
     result = by_hand(two, path)
     assert result.returncode == 0, result.stderr
-    found["two processes"] = (done(job), weights(job))
-    expected = found[next(iter(splits))][1]
-    for name, (_, these) in found.items():
+    results["two processes"] = (done(job), weights(job))
+    expected = results[next(iter(splits))][1]
+    for name, (_, these) in results.items():
         for weight, value in expected.items():
             assert torch.allclose(value, these[weight], atol=2e-3), (name, weight)
-    return {name: facts for name, (facts, _) in found.items()}
+    return {name: facts for name, (facts, _) in results.items()}
 
 
 def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> None:
@@ -114,7 +114,7 @@ def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> Non
     assert set(seen[0]) == {"done", "total", "loss", "tokens_per_s", "lr"}
     assert facts["accelerators"] == 0 and facts["peak_memory"]["accelerator_bytes"] is None
     assert facts["peak_memory"]["host_bytes"] > 50_000_000
-    assert seen[0]["lr"] == 0 < seen[-1]["lr"] < 0.01  # of the step, not of the next one
+    assert seen[0]["lr"] == 0 < seen[-1]["lr"] < 0.01  # the rate of this step, not of the next one
 
     out = Path(job["out"])
     assert not [file.name for file in out.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
@@ -134,7 +134,7 @@ def test_through_dagster_and_by_hand(tmp_path: Path, job: dict[str, Any]) -> Non
     assert (out / "model.safetensors").read_bytes() == first
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path, job: dict[str, Any], policy: Path) -> None:
+def test_two_processes_match_one(tmp_path: Path, job: dict[str, Any], policy: Path) -> None:
     # 21 rows in steps of 8: the last step does not fill both processes' micro-batches.
     make_rows(21).write_parquet(tmp_path / "rows.parquet")
     job["training"] |= {"batch_size": 4, "gradient_accumulation": 1, "objective": ADAPTIVE}
@@ -150,22 +150,22 @@ def test_two_processes_do_what_one_does(tmp_path: Path, job: dict[str, Any], pol
     assert set(facts["coefficients"]) == {"kl_coef", "entropy_coef"}
     assert facts["coefficients"] == pytest.approx(done(job)["coefficients"], rel=1e-6)
     assert facts["losses"] == pytest.approx(done(job)["losses"], abs=1e-4)
-    assert facts["tokens"] == pytest.approx(done(job)["tokens"], abs=100)  # fillers
+    assert facts["tokens"] == pytest.approx(done(job)["tokens"], abs=100)  # filler rows
     for name, weight in weights(job).items():
         assert torch.allclose(weight, two[name], atol=2e-3), name
 
 
-def test_activations_computed_twice_are_the_same(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_gradient_checkpointing_does_not_change_the_result(tmp_path: Path, job: dict[str, Any]) -> None:
     once, twice = {}, {}
-    for kept, checkpointing in ((once, False), (twice, True)):
+    for target, checkpointing in ((once, False), (twice, True)):
         job["training"] |= {"gradient_checkpointing": checkpointing, "trainable_layers": 1}
         assert main([str(write_job(tmp_path, job))]) == 0
-        kept |= weights(job) | {"losses": torch.tensor(done(job)["losses"])}
+        target |= weights(job) | {"losses": torch.tensor(done(job)["losses"])}
     for name in once:
         assert torch.allclose(once[name], twice[name], atol=1e-6), name
 
 
-def test_mixed_precision_trains_in_float32_weights(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_mixed_precision_keeps_float32_weights(tmp_path: Path, job: dict[str, Any]) -> None:
     runs = []
     for precision in ("no", "bf16"):
         job["training"] |= {"mixed_precision": precision}
@@ -186,7 +186,7 @@ def test_only_the_last_block_trains(tmp_path: Path, job: dict[str, Any], policy:
     assert done(job)["trained_parameters"] == sum(n for name, n in sizes.items() if name not in still)
 
 
-def test_more_blocks_than_there_are(
+def test_more_trainable_blocks_than_the_model_has(
     tmp_path: Path, job: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job["training"] |= {"trainable_layers": 3}
@@ -194,7 +194,7 @@ def test_more_blocks_than_there_are(
     assert "training.trainable_layers: cannot train 3 blocks, the model has 2" in capsys.readouterr().err
 
 
-def test_gradient_accumulation_does_what_a_large_batch_does(
+def test_gradient_accumulation_matches_a_large_batch(
     tmp_path: Path, job: dict[str, Any], policy: Path
 ) -> None:
     job |= {"reference": str(policy), "special_tokens": ["<|good|>"]}
@@ -239,7 +239,7 @@ def test_first_loss_is_the_weighted_mean(tmp_path: Path, job: dict[str, Any], po
 
 @pytest.mark.parametrize("direction", ["policy_to_reference", "reference_to_policy"])
 @pytest.mark.parametrize("sees", [True, False])
-def test_the_kl_is_to_the_reference_with_or_without_the_condition(
+def test_kl_to_a_reference_with_or_without_the_condition(
     tmp_path: Path, job: dict[str, Any], policy: Path, sees: bool, direction: str
 ) -> None:
     def first_loss(kl_coef: float) -> float:
@@ -257,7 +257,7 @@ def test_the_kl_is_to_the_reference_with_or_without_the_condition(
         assert main([str(write_job(tmp_path, job | {"reference": str(policy)}))]) == 0
         return float(done(job)["losses"][0])
 
-    # The very policy as reference: at first the KL is 0 if both read the same, and only then.
+    # With the policy as its own reference, the KL starts at 0 if and only if both see the same prompt.
     penalty = first_loss(10.0) - first_loss(0.0)
     assert penalty == pytest.approx(0.0, abs=1e-4) if sees else penalty > 0.001
 
@@ -276,14 +276,14 @@ def test_special_tokens_are_learned_and_saved(tmp_path: Path, job: dict[str, Any
     assert AutoModelForCausalLM.from_pretrained(job["out"]).get_input_embeddings().weight.shape[0] == len(
         tokenizer
     )
-    # The next iteration starts from a policy that knows the token, against the reference that does not.
+    # The next iteration starts from a policy that knows the token, with a reference that does not.
     following = job | {"policy": job["out"], "out": str(tmp_path / "next")}
     assert main([str(write_job(tmp_path, following))]) == 0
     assert len(AutoTokenizer.from_pretrained(following["out"])) == len(tokenizer)
 
 
 def broken_policy(folder: Path, policy: Path) -> Path:
-    """A copy of the policy whose weights are not numbers."""
+    """A copy of the policy whose weights are NaN."""
     folder.mkdir()
     for file in policy.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -296,7 +296,7 @@ def broken_policy(folder: Path, policy: Path) -> Path:
     return folder
 
 
-def test_a_loss_that_is_no_number_stops_the_training(
+def test_nan_loss_stops_the_training(
     tmp_path: Path, job: dict[str, Any], policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job["policy"] = str(broken_policy(tmp_path / "broken", policy))
@@ -350,7 +350,7 @@ def test_bad_jobs(
     assert "no such job file" in capsys.readouterr().err
 
 
-def test_a_launcher_that_starts_too_few_processes_is_found_out(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_launcher_that_starts_too_few_processes_is_detected(tmp_path: Path, job: dict[str, Any]) -> None:
     command = accelerate_command(ONE)
     command[command.index("--num_processes") + 1] = "2"
     path = write_job(tmp_path, job | {"world_size": 2})
@@ -368,7 +368,7 @@ def test_a_launcher_that_starts_too_few_processes_is_found_out(tmp_path: Path, j
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_schedules_are_those_of_transformers(schedule: str) -> None:
+def test_schedules_match_transformers(schedule: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     theirs = get_scheduler(schedule, optimizer, num_warmup_steps=3, num_training_steps=20)
     for step in range(20):
@@ -405,12 +405,12 @@ def test_bad_input_is_refused_before_torch_is_loaded(tmp_path: Path) -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
-def test_a_configuration_decides_how_processes_share_the_work() -> None:
+def test_configuration_file_decides_how_processes_share_the_work() -> None:
     settings = Acceleration(processes=2, cpu=True, config_file=Path("/c.yaml"), deepspeed=True)
     command, env = accelerate_command(settings), accelerate_env(settings)
     assert command[command.index("--config_file") + 1] == "/c.yaml"
     assert "--multi_gpu" not in command and "--cpu" not in command
-    # With the variable, DeepSpeed would be left out without a word.
+    # With this variable, DeepSpeed would silently not be used.
     assert "ACCELERATE_USE_CPU" not in env and env["DS_ACCELERATOR"] == "cpu"
     alone = accelerate_command(Acceleration(config_file=Path("/c.yaml")))
-    assert alone[alone.index("--main_process_port") + 1] == "0"  # any free one
+    assert alone[alone.index("--main_process_port") + 1] == "0"  # any free port

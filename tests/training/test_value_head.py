@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.training.state.test_snapshots import keep, killed_after, written
-from tests.training.test_train import done, spread, weights
+from tests.training.test_train import done, train_in_splits, weights
 from tests.training.tiny import make_rows, write_job
 from training.train import main
 from training.value_head import FILE
@@ -22,7 +22,7 @@ SPAN = pl.List(pl.Struct({"start": pl.Int32, "end": pl.Int32, "score": pl.Float6
 
 @pytest.fixture
 def awr(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Texts of which each third is bad from the letter on that tells it from the others."""
+    """Texts of which every third is bad from the character on that distinguishes it from the others."""
     marks = [[{"start": 6, "end": 40, "score": 1.0}] if i % 3 == 2 else [] for i in range(24)]
     rows = make_rows().with_columns(spans=pl.Series(marks, dtype=SPAN))
     rows.write_parquet(tmp_path / "rows.parquet")
@@ -30,9 +30,7 @@ def awr(tmp_path: Path, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def test_the_head_learns_and_the_policy_is_without_it(
-    tmp_path: Path, awr: dict[str, Any], policy: Path
-) -> None:
+def test_head_learns_and_is_not_part_of_the_policy(tmp_path: Path, awr: dict[str, Any], policy: Path) -> None:
     awr["training"] |= {"epochs": 30}
     assert main([str(write_job(tmp_path, awr))]) == 0
     measured = done(awr)["measured"]
@@ -42,8 +40,8 @@ def test_the_head_learns_and_the_policy_is_without_it(
     assert before.keys() == after.keys() and not any("value" in name for name in weights(awr))
 
 
-def test_a_detached_head_leaves_the_policy_to_the_likelihood(tmp_path: Path, awr: dict[str, Any]) -> None:
-    """With α near 0 a head that is not detached moves the trunk, a detached one hardly."""
+def test_detached_head_does_not_move_the_policy(tmp_path: Path, awr: dict[str, Any]) -> None:
+    """With α = 0 a head that is not detached moves the trunk, a detached one does not."""
     moved = {}
     for detached in (False, True):
         awr["training"] |= {
@@ -58,17 +56,17 @@ def test_a_detached_head_leaves_the_policy_to_the_likelihood(tmp_path: Path, awr
     assert moved[True] == 0 < moved[False]
 
 
-def test_one_step_however_it_is_spread(tmp_path: Path, awr: dict[str, Any]) -> None:
+def test_step_does_not_depend_on_how_it_is_split(tmp_path: Path, awr: dict[str, Any]) -> None:
     splits = {
         "whole": {"batch_size": 8, "gradient_accumulation": 1},
         "parts": {"batch_size": 2, "gradient_accumulation": 4},
     }
-    found = spread(tmp_path, awr, splits, {"batch_size": 4, "gradient_accumulation": 1})
-    for name, facts in found.items():
-        assert facts["losses"] == pytest.approx(found["whole"]["losses"], abs=1e-4), name
+    results = train_in_splits(tmp_path, awr, splits, {"batch_size": 4, "gradient_accumulation": 1})
+    for name, facts in results.items():
+        assert facts["losses"] == pytest.approx(results["whole"]["losses"], abs=1e-4), name
 
 
-def test_an_interrupted_training_goes_on_and_the_next_one_from_its_head(
+def test_interrupted_training_resumes_and_the_next_one_starts_from_its_head(
     tmp_path: Path, awr: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     awr |= {"beside": str(tmp_path / "beside")}
@@ -80,7 +78,7 @@ def test_an_interrupted_training_goes_on_and_the_next_one_from_its_head(
     killed_after(3, awr, tmp_path, monkeypatch)
     assert main([str(write_job(tmp_path, awr))]) == 0
     assert done(awr)["resumed_at"] == [3] and written(awr) == alone
-    # The next iteration begins with the head of this one.
+    # The next iteration starts with the head of this one.
     following = awr | {
         "policy": awr["out"],
         "optimizer": awr["beside"],
@@ -95,7 +93,7 @@ def test_an_interrupted_training_goes_on_and_the_next_one_from_its_head(
 
 
 @pytest.mark.parametrize("change", [{"packing": True}, {"lora": {"rank": 2, "alpha": 4.0}}])
-def test_what_does_not_go_with_a_value_head(
+def test_settings_incompatible_with_a_value_head(
     tmp_path: Path, awr: dict[str, Any], change: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     awr["training"] |= change

@@ -59,7 +59,7 @@ def make_model(vocabulary: int, seed: int = 0, tied: bool = True, width: int = 3
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=96,
-        initializer_range=0.1,  # far enough from uniform for a KL to be seen
+        initializer_range=0.1,  # far enough from uniform for a measurable KL
         tie_word_embeddings=tied,
         eos_token_id=0,
         pad_token_id=1,
@@ -93,17 +93,17 @@ def write_job(folder: Path, content: dict[str, Any]) -> Path:
 def write_training(
     folder: Path, place: Callable[[str], Path], acceleration: Acceleration, **training: Any
 ) -> list[str]:
-    """Policy, rows and job for the real trainer; the command.
+    """Writes policy, rows and job for the real trainer; returns the command.
 
     Args:
-        place: the folders of a launcher's work.
+        place: returns a folder of a launcher's work by name.
         training: settings of the training.
     """
     make_rows().write_parquet(folder / "rows.parquet")
     tokenizer = make_tokenizer()
-    for one in (tokenizer, make_model(len(tokenizer))):
-        one.save_pretrained(folder / "policy")
-    told = {
+    for part in (tokenizer, make_model(len(tokenizer))):
+        part.save_pretrained(folder / "policy")
+    job = {
         "rows": str(folder / "rows.parquet"),
         "policy": str(folder / "policy"),
         "out": str(place("model")),
@@ -112,4 +112,4 @@ def write_training(
         "world_size": acceleration.processes,
         "training": {"max_length": 64, **training},
     }
-    return [*accelerate_command(acceleration), "training.train", str(write_job(place("job"), told))]
+    return [*accelerate_command(acceleration), "training.train", str(write_job(place("job"), job))]

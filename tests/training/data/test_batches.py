@@ -1,4 +1,4 @@
-"""Rows to tokens to batches."""
+"""From rows to tokens to batches."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def ids(text: str) -> list[int]:
     return TOKENIZER(text, add_special_tokens=False)["input_ids"]
 
 
-def test_prompt_and_text_are_tokenized_apart() -> None:
+def test_prompt_and_text_are_tokenized_separately() -> None:
     [example] = encode(row(), TOKENIZER, make_job())
     assert example.prompt == ids("feedback: good input: def f(a):")
     assert example.text == [*ids("\n    return a\n"), TOKENIZER.eos_token_id]
@@ -65,7 +65,7 @@ def test_without_a_condition_the_prompt_is_plain() -> None:
     assert example.prompt == ids("def f(a):")
 
 
-def test_the_reference_reads_the_plain_prompt() -> None:
+def test_reference_sees_the_plain_prompt() -> None:
     [example] = encode(row(), TOKENIZER, make_job(objective={"kl_coef": 0.1}))
     assert example.reference == ids("def f(a):")
     [example] = encode(
@@ -74,7 +74,7 @@ def test_the_reference_reads_the_plain_prompt() -> None:
     assert example.reference is None
 
 
-def test_a_cut_off_text_does_not_teach_stopping() -> None:
+def test_truncated_text_gets_no_end_token() -> None:
     [example] = encode(row(finish_reason="length"), TOKENIZER, make_job())
     assert example.text == ids("\n    return a\n")
 
@@ -103,15 +103,15 @@ def test_legacy_rule_counts_the_encoded_text() -> None:
     assert example.text[-1] != TOKENIZER.eos_token_id
 
 
-def test_special_tokens_written_out_in_a_text_are_text() -> None:
+def test_special_tokens_spelled_out_in_a_text_are_plain_text() -> None:
     [example] = encode(row(text="<|end|> and on", finish_reason="length"), TOKENIZER, make_job())
     assert TOKENIZER.eos_token_id not in example.text
     assert TOKENIZER.decode(example.text) == "<|end|> and on"
 
 
 @pytest.mark.parametrize("prompt", ["def f(a):", "{bos}def f(a):"])
-def test_training_reads_the_prompt_as_sampling_does(prompt: str) -> None:
-    # A chat template writes the beginning of the sequence itself; it must not stand there twice.
+def test_training_encodes_prompts_as_sampling_does(prompt: str) -> None:
+    # A chat template writes the BOS token itself; it must not appear twice.
     tokenizer = make_tokenizer(bos=True)
     text = prompt.replace("{bos}", tokenizer.bos_token)
     [example] = encode(row(prompt=text, condition=None), tokenizer, make_job())
@@ -120,7 +120,7 @@ def test_training_reads_the_prompt_as_sampling_does(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_a_long_prompt_loses_its_beginning_only(bos: bool) -> None:
+def test_long_prompt_is_truncated_at_its_beginning(bos: bool) -> None:
     tokenizer = make_tokenizer(bos)
     prompt = "# " + "é x y z " * 40 + "TL;DR:"
     [example] = encode(row(prompt=prompt), tokenizer, make_job(max_length=40))
@@ -132,12 +132,12 @@ def test_a_long_prompt_loses_its_beginning_only(bos: bool) -> None:
     assert tokenizer.decode(example.text) == "\n    return a\n<|end|>"
 
 
-def test_a_text_that_cannot_fit_is_an_error_with_its_sample() -> None:
+def test_text_that_cannot_fit_raises_an_error_with_its_sample() -> None:
     with pytest.raises(JobError, match=r"rows.parquet: sample s0: .* raise max_length"):
         encode(row(text="x" * 200), TOKENIZER, make_job(max_length=40))
 
 
-def test_an_empty_prompt_is_an_error_unless_texts_start_with_a_token() -> None:
+def test_empty_prompt_raises_an_error_without_a_bos_token() -> None:
     with pytest.raises(JobError, match="sample s0: the prompt is empty"):
         encode(row(prompt="", condition=None), TOKENIZER, make_job())
     [example] = encode(row(prompt="", condition=None), make_tokenizer(bos=True), make_job())
@@ -179,13 +179,13 @@ def test_bad_rows_are_refused(tmp_path: Path, change: Any, message: str) -> None
     assert str(path) in str(error.value)
 
 
-def test_a_condition_needs_a_template(tmp_path: Path) -> None:
+def test_condition_requires_a_template(tmp_path: Path) -> None:
     make_rows(3).write_parquet(tmp_path / "rows.parquet")
     with pytest.raises(JobError, match="no template"):
         read_rows(tmp_path / "rows.parquet", None)
 
 
-def test_not_parquet(tmp_path: Path) -> None:
+def test_rows_that_are_not_parquet(tmp_path: Path) -> None:
     (tmp_path / "rows.parquet").write_text("a,b")
     with pytest.raises(JobError, match="cannot be read as Parquet"):
         read_rows(tmp_path / "rows.parquet", None)
@@ -225,7 +225,7 @@ def test_every_epoch_visits_every_row_once(
     assert len({len(batches) for batches in ranks}) == 1
 
 
-def test_steps_do_not_depend_on_how_they_are_spread() -> None:
+def test_steps_do_not_depend_on_how_they_are_split() -> None:
     lengths = [(7 * i) % 50 + 1 for i in range(100)]
 
     def steps(batch_size: int, accumulation: int, world_size: int) -> list[set[int]]:

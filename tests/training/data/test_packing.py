@@ -1,6 +1,6 @@
-"""Packed rows are the padded rows: log-probabilities, KL, gradients and whole trainings; or they are refused.
+"""Packed rows match padded rows: log-probabilities, KL, gradients and whole trainings; or they are refused.
 
-Packed rows on several processes: test_zero.py.
+Packed rows on several processes are tested in test_zero.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "v
 LLAMA = SMALL | {"intermediate_size": 32, "num_key_value_heads": 2, "max_position_embeddings": 32}
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 40, "n_positions": 32}
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {
-    # The settings of each architecture, and whether its attention goes row by row.
+    # The settings of each architecture, and whether its attention runs row by row.
     "llama": (LLAMA, True),
     "mistral": (LLAMA | {"sliding_window": 4}, True),  # rows are longer than the window
     "gemma3_text": (LLAMA | {"head_dim": 4, "sliding_window": 4}, True),  # full and windowed layers
@@ -64,27 +64,27 @@ def step(
     model.zero_grad()
     outputs = labelled_tokens(model, batch, "")
     with torch.no_grad():
-        there = labelled_tokens(reference, batch, "reference_").log_probs
-    found = objectives.conditional_mle(
-        outputs, batch["weights"], entropy_coef=0.06, kl_coef=0.5, reference=there
+        reference_log_probs = labelled_tokens(reference, batch, "reference_").log_probs
+    loss = objectives.conditional_mle(
+        outputs, batch["weights"], entropy_coef=0.06, kl_coef=0.5, reference=reference_log_probs
     )
-    found.total.backward()
-    assert found.kl is not None
+    loss.total.backward()
+    assert loss.kl is not None
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {
         "log_probs": outputs.log_probs.detach(),
         "targets": outputs.targets,
         "rows": outputs.rows,
-        "reference": there,
-        "total": found.total.detach(),
-        "kl": found.kl,
-        "mass": found.mass,
+        "reference": reference_log_probs,
+        "total": loss.total.detach(),
+        "kl": loss.kl,
+        "mass": loss.mass,
         **gradients,
     }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_are_the_padded_rows(kind: str) -> None:
+def test_packed_rows_match_padded_rows(kind: str) -> None:
     model, reference = make(kind), make(kind, seed=1)
     padded = step(model, reference, Collator(pad=0)(EXAMPLES))
     assert packing.prepare(model, "m") is packing.prepare(reference, "m") is KINDS[kind][1]
@@ -105,10 +105,10 @@ def test_one_row_and_a_row_of_one_token() -> None:
     packing.prepare(model, "m")
     for examples in (EXAMPLES[:1], [Example([], [3, 4], 1.0), Example([], [5], 1.0), EXAMPLES[1]]):
         padded, packed = (Collator(pad=0, packed=p)(examples) for p in (False, True))
-        expected, found = (labelled_tokens(model, batch, "") for batch in (padded, packed))
-        assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-12)
-        assert torch.equal(found.targets, expected.targets) and torch.equal(found.rows, expected.rows)
-        assert packed["counted"].tolist() == torch.bincount(found.rows, minlength=len(examples)).tolist()
+        expected, actual = (labelled_tokens(model, batch, "") for batch in (padded, packed))
+        assert torch.allclose(actual.log_probs, expected.log_probs, atol=1e-12)
+        assert torch.equal(actual.targets, expected.targets) and torch.equal(actual.rows, expected.rows)
+        assert packed["counted"].tolist() == torch.bincount(actual.rows, minlength=len(examples)).tolist()
         assert torch.equal(padded["counted"], packed["counted"]) and padded["tokens"] == packed["tokens"]
 
 
@@ -127,14 +127,14 @@ def test_packed_rows_by_hand() -> None:
 @pytest.mark.parametrize(
     ("kind", "settings", "why"),
     [
-        # These take positions without a word, and make themselves a mask of one row.
+        # These accept positions silently, and build a mask of one row themselves.
         ("bloom", {"n_layer": 2, "n_head": 4}, "a row sees the row before it"),
         ("opt", {**SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16}, "a row sees the row before it"),
         ("mamba", {"num_hidden_layers": 2, "state_size": 4}, "a row sees the row before it"),
         ("llama", LLAMA | {"attention_chunk_size": 8}, "its attention is cut into chunks"),
     ],
 )
-def test_architectures_that_cannot_are_refused(kind: str, settings: dict[str, Any], why: str) -> None:
+def test_unsupported_architectures_are_refused(kind: str, settings: dict[str, Any], why: str) -> None:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{"hidden_size": 16, "vocab_size": 40, **settings})
     with pytest.raises(
@@ -144,14 +144,14 @@ def test_architectures_that_cannot_are_refused(kind: str, settings: dict[str, An
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gptj"])
-def test_rows_that_see_each_other_are_found_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # As with a transformers that does not look at the positions, and takes packed rows for one row.
+def test_attention_across_rows_is_detected(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Like a version of transformers that ignores the positions and treats packed rows as one row.
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda positions: None)
     with pytest.raises(JobError, match="a row sees the row before it"):
         packing.prepare(make(kind).float(), "m")
 
 
-def test_positions_that_run_on_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_positions_that_do_not_restart_are_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("gpt2").float()
     embed = model.transformer.wpe.forward
     monkeypatch.setattr(model.transformer.wpe, "forward", lambda ids: embed(torch.arange(ids.shape[1])[None]))
@@ -162,7 +162,7 @@ def test_positions_that_run_on_are_found_out(monkeypatch: pytest.MonkeyPatch) ->
 def train(
     folder: Path, job: dict[str, Any], name: str, **settings: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the done marker says, and the weights."""
+    """The content of the done marker, and the weights."""
     job = job | {"out": str(folder / name), "training": job["training"] | settings}
     assert main([str(write_job(folder, job))]) == 0
     out = folder / name
@@ -172,7 +172,7 @@ def train(
 @pytest.mark.parametrize(
     "changes", [{}, {"lora": {"rank": 2, "alpha": 4.0}}, {"gradient_checkpointing": True}]
 )
-def test_a_packed_training_is_the_padded_one(
+def test_packed_training_matches_the_padded_one(
     tmp_path: Path, job: dict[str, Any], policy: Path, changes: dict[str, Any]
 ) -> None:
     if "lora" in changes:
@@ -186,12 +186,12 @@ def test_a_packed_training_is_the_padded_one(
     assert packed["tokens"] == padded["tokens"]
     for name, weight in weights.items():
         assert torch.allclose(weight, others[name], atol=2e-3), name
-    # How the rows were read is not part of the policy.
+    # Packing leaves no trace in the saved policy.
     configs = [(tmp_path / name / "config.json").read_text() for name in ("padded", "packed")]
     assert configs[0] == configs[1]
 
 
-def test_a_policy_that_cannot_read_packed_rows_stops_before_training(
+def test_policy_without_packing_support_is_refused_before_training(
     tmp_path: Path, job: dict[str, Any], policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
@@ -205,9 +205,9 @@ def test_a_policy_that_cannot_read_packed_rows_stops_before_training(
     job |= {"policy": str(folder)}
     job["training"] |= {"packing": True}
     assert main([str(write_job(tmp_path, job))]) == 1
-    told = f"training.packing: {folder}: a BloomForCausalLM does not read"
-    assert f"error: {told}" in capsys.readouterr().err
-    # The same is known before an iteration begins.
-    with pytest.raises(SettingsError, match=re.escape(told)):
+    message = f"training.packing: {folder}: a BloomForCausalLM does not read"
+    assert f"error: {message}" in capsys.readouterr().err
+    # The same error is raised before an iteration starts.
+    with pytest.raises(SettingsError, match=re.escape(message)):
         _packing(folder)
     assert packing.refusal(str(policy)) is None

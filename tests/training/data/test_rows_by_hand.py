@@ -1,8 +1,8 @@
 """From judged samples to training examples, written out by hand: five methods, three kinds of tokenizer.
 
 Six samples pass through a method's labels and the datapool to the tokens, labels and weights that the
-trainer sees. Every expected row is a literal: its tokens, ids from a vocabulary that stands here, and where
-the learning begins. Nothing expected is computed by the code under test.
+trainer sees. Every expected row is a literal: its tokens, their ids in a vocabulary defined here, and where
+the learned text begins. No expected value is computed by the code under test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from training.settings import Training
 # --- The samples -----------------------------------------------------------------------------------
 
 POST = "Post one TL;DR:"
-IMITATION = "feedback: Good facts. input: Post one TL;DR:"  # the template's words, but it is only a prompt
+IMITATION = "feedback: Good facts. input: Post one TL;DR:"  # looks like the template, but is only a prompt
 LONG = "Post" + " two" * 30 + " TL;DR:"
 
 JUDGED = pl.DataFrame(
@@ -51,7 +51,7 @@ HEX = "0" * 15  # sample ids are hexadecimal: s1 is 0…01
 MAX_NEW_TOKENS = 3
 MAX_LENGTH = 22
 
-QUANTILES = QuantileSettings(per="pool")  # five samples with a value: one a quantile
+QUANTILES = QuantileSettings(per="pool")  # five samples with a value: one per quantile
 METHODS: dict[str, Method] = {
     "quark": Quark(quantiles=QUANTILES),
     "alt_rm": AltRM(quantiles=QUANTILES),
@@ -61,7 +61,7 @@ METHODS: dict[str, Method] = {
 }
 
 # --- The tokenizers --------------------------------------------------------------------------------
-# Ġ is a blank and Ċ a line break, as byte-level vocabularies spell them. What is not listed falls apart
+# Ġ is a space and Ċ a line break, as byte-level vocabularies spell them. Anything not listed is split
 # into bytes, which come last.
 
 # fmt: off
@@ -90,7 +90,7 @@ def bpe(vocabulary: list[str]) -> Tokenizer:
 
 
 def gpt2() -> PreTrainedTokenizerFast:
-    """No token begins a text; the end token is the last of the vocabulary; padding has its own."""
+    """No BOS token; the end token follows the vocabulary; padding has its own token."""
     built = bpe(WORDS)
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     size = built.get_vocab_size()
@@ -100,7 +100,7 @@ def gpt2() -> PreTrainedTokenizerFast:
 
 
 def gptj() -> PreTrainedTokenizerFast:
-    """As GPT-2, with tokens that nobody uses behind the end token, and no token for padding."""
+    """Like GPT-2, with unused tokens after the end token, and no padding token."""
     built = bpe(WORDS)
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
@@ -109,7 +109,7 @@ def gptj() -> PreTrainedTokenizerFast:
 
 
 def llama() -> PreTrainedTokenizerFast:
-    """A token begins every text; it and the end token are the first of the vocabulary."""
+    """A BOS token starts every text; it and the end token come first in the vocabulary."""
     built = bpe(["<s>", "</s>", *WORDS])
     built.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -126,26 +126,26 @@ def llama() -> PreTrainedTokenizerFast:
 
 @dataclass(frozen=True)
 class Style:
-    """A tokenizer, and the ids of what it has beside `WORDS`, by hand."""
+    """A tokenizer, and the ids of its tokens other than `WORDS`, by hand."""
 
     tokenizer: PreTrainedTokenizerFast
     first: int  # the id of WORDS[0]
     end: int
-    quantile_0: int  # the id of the first of Quark's tokens, once they are added
+    quantile_0: int  # the id of Quark's first token, once added
     pad: int
 
     def ids(self, tokens: str) -> list[int]:
         """`"ĠA Ġtwo*3 END"` as ids."""
-        found: list[int] = []
+        ids: list[int] = []
         for token in tokens.split():
             word, _, times = token.partition("*")
             if word in ("END", "BEGIN"):
-                found.append(self.end if word == "END" else 0)
+                ids.append(self.end if word == "END" else 0)
             elif word.startswith("Q") and word[1:].isdigit():
-                found.append(self.quantile_0 + int(word[1:]))
+                ids.append(self.quantile_0 + int(word[1:]))
             else:
-                found += [self.first + WORDS.index(word)] * int(times or 1)
-        return found
+                ids += [self.first + WORDS.index(word)] * int(times or 1)
+        return ids
 
 
 # 42 words, of which ; : . , 0 1 2 are single bytes (as is Ċ): 42 + 256 - 8 = 290 tokens.
@@ -155,8 +155,8 @@ STYLES = {
     "llama": lambda: Style(llama(), first=2, end=1, quantile_0=292, pad=1),
 }
 
-# --- What comes out --------------------------------------------------------------------------------
-# Sample → (what is read, what is learned). Rule finish_reason: s1, s4 and s6 stopped by themselves.
+# --- Expected rows ---------------------------------------------------------------------------------
+# Sample → (prompt, learned text). Rule finish_reason: s1, s4 and s6 stopped by themselves.
 
 BYTE_LEVEL = {
     "quark": {
@@ -174,7 +174,7 @@ BYTE_LEVEL = {
             "Horrible . Ġinput : Ġfeedback : ĠGood Ġfacts . Ġinput : ĠPost Ġone ĠTL ; DR :",
             "ĠYes END",
         ),
-        # The blank of "input: " is in the token ĠPost, which therefore stays.
+        # The space of "input: " is in the token ĠPost, which therefore stays.
         "s6": ("Good . Ġinput : ĠPost Ġtwo*9 ĠTL ; DR :", "ĠNo Ġbig Ġdog END"),
     },
     "alt_lmu": {
@@ -202,7 +202,7 @@ BYTE_LEVEL = {
         "s1": ("harmful : 0 , helpful : 2 . Ċ Ċ Post Ġone ĠTL ; DR :", "ĠA Ġcat END"),
         "s2": ("harmful : 1 , helpful : 0 . Ċ Ċ Post Ġone ĠTL ; DR :", "ĠA Ġbig Ġdog"),
         "s3": ("harmful : 0 , helpful : 1 . Ċ Ċ Post Ġone ĠTL ; DR :", "ĠA Ġdog ."),
-        # 10 + 13 + 2 tokens: the first three of the prompt go.
+        # 10 + 13 + 2 tokens: the first three of the prompt are dropped.
         "s4": (
             "harmful : 0 , helpful : 0 . Ċ Ċ Ġfacts . Ġinput : ĠPost Ġone ĠTL ; DR :",
             "ĠYes END",
@@ -261,8 +261,8 @@ WITH_BEGIN = {
 }
 WEIGHTS = {"s1": 2.0, "s2": 1.0, "s3": 1.0, "s4": 0.5, "s6": 1.0}
 
-# Rule legacy: no end token where a text has exactly 3 tokens and ends in neither of . ? !
-# So s3 gets one (it ends in a full stop), and s6 none (it has three tokens), which leaves room for one more.
+# Rule legacy: no end token if a text has exactly 3 tokens and does not end in . ? or !
+# So s3 gets one (it ends in a full stop), and s6 none, which leaves room for one more token of its prompt.
 LEGACY_TEXTS = {
     "s1": "ĠA Ġcat END",
     "s2": "ĠA Ġbig Ġdog",
@@ -285,7 +285,7 @@ LEGACY_LONG = {
 
 
 def rows_of(method: Method) -> pl.DataFrame:
-    """What the trainer reads, from what the judges said."""
+    """The trainer's rows, computed from the judges' feedback."""
     judged = JUDGED.with_columns(pl.col("sample_id").str.replace("s", HEX))
     rows = judged if method.ranking else method.label(judged)
     pool = build_pool(
@@ -321,65 +321,65 @@ def examples_of(style: Style, method: Method, eos_rule: str = "finish_reason") -
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("tokenizer", STYLES)
-def test_what_is_read_and_what_is_learned(name: str, tokenizer: str) -> None:
+def test_prompts_and_learned_texts(name: str, tokenizer: str) -> None:
     style = STYLES[tokenizer]()
     expected = (WITH_BEGIN if tokenizer == "llama" else BYTE_LEVEL)[name]
-    found = examples_of(style, METHODS[name])
-    assert list(found) == ["s1", "s2", "s3", "s4", "s6"]  # what could not be read never trains
-    for sample, (read, learned) in expected.items():
-        assert found[sample].prompt == style.ids(read), sample
-        assert found[sample].text == style.ids(learned), sample
-    assert {sample: example.weight for sample, example in found.items()} == WEIGHTS
+    examples = examples_of(style, METHODS[name])
+    assert list(examples) == ["s1", "s2", "s3", "s4", "s6"]  # unparseable feedback is never trained on
+    for sample, (prompt, text) in expected.items():
+        assert examples[sample].prompt == style.ids(prompt), sample
+        assert examples[sample].text == style.ids(text), sample
+    assert {sample: example.weight for sample, example in examples.items()} == WEIGHTS
 
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("tokenizer", STYLES)
-def test_the_published_rule_for_the_end_token(name: str, tokenizer: str) -> None:
+def test_published_end_token_rule(name: str, tokenizer: str) -> None:
     style = STYLES[tokenizer]()
     kind = "llama" if tokenizer == "llama" else "gpt2"
     expected = (WITH_BEGIN if tokenizer == "llama" else BYTE_LEVEL)[name]
-    found = examples_of(style, METHODS[name], "legacy")
-    for sample, learned in LEGACY_TEXTS.items():
-        assert found[sample].text == style.ids(learned), sample
-        read = LEGACY_LONG[name, kind] if sample == "s6" else expected[sample][0]
-        assert found[sample].prompt == style.ids(read), sample
+    examples = examples_of(style, METHODS[name], "legacy")
+    for sample, text in LEGACY_TEXTS.items():
+        assert examples[sample].text == style.ids(text), sample
+        prompt = LEGACY_LONG[name, kind] if sample == "s6" else expected[sample][0]
+        assert examples[sample].prompt == style.ids(prompt), sample
 
 
 def test_some_rows_in_plain_numbers() -> None:
-    """Without the notation above: what the ids are, and what `WORDS` says they are."""
-    found = examples_of(STYLES["gpt2"](), METHODS["alt_lmu"])
-    assert found["s1"] == Example([13, 8, 16, 19, 9, 15, 8, 1, 2, 4, 5, 6, 8], [37, 39, 290], 2.0)
-    assert found["s4"].prompt == [13, 8, 18, 19, 9, 15, 8, 14, 8, 16, 19, 9, 15, 8, 1, 2, 4, 5, 6, 8]
-    found = examples_of(STYLES["gptj"](), METHODS["quark"])
-    assert found["s1"] == Example([294, 0, 2, 4, 5, 6, 8], [37, 39, 290], 2.0)
-    assert found["s6"] == Example([295, *[3] * 13, 4, 5, 6, 8], [18, 38, 40, 290], 1.0)
-    found = examples_of(STYLES["llama"](), METHODS["steerlm"])
-    assert found["s2"] == Example([0, 33, 10, 37, 35, 10, 36, 14, 2, 4, 6, 9, 10], [39, 40, 42], 1.0)
-    found = examples_of(STYLES["llama"](), METHODS["alt_rm"])
-    assert found["s3"] == Example([0, 24, 11, 17, 10, 3, 4, 6, 9, 10], [39, 42, 11], 1.0)
+    """Without the notation above: token ids as literals."""
+    examples = examples_of(STYLES["gpt2"](), METHODS["alt_lmu"])
+    assert examples["s1"] == Example([13, 8, 16, 19, 9, 15, 8, 1, 2, 4, 5, 6, 8], [37, 39, 290], 2.0)
+    assert examples["s4"].prompt == [13, 8, 18, 19, 9, 15, 8, 14, 8, 16, 19, 9, 15, 8, 1, 2, 4, 5, 6, 8]
+    examples = examples_of(STYLES["gptj"](), METHODS["quark"])
+    assert examples["s1"] == Example([294, 0, 2, 4, 5, 6, 8], [37, 39, 290], 2.0)
+    assert examples["s6"] == Example([295, *[3] * 13, 4, 5, 6, 8], [18, 38, 40, 290], 1.0)
+    examples = examples_of(STYLES["llama"](), METHODS["steerlm"])
+    assert examples["s2"] == Example([0, 33, 10, 37, 35, 10, 36, 14, 2, 4, 6, 9, 10], [39, 40, 42], 1.0)
+    examples = examples_of(STYLES["llama"](), METHODS["alt_rm"])
+    assert examples["s3"] == Example([0, 24, 11, 17, 10, 3, 4, 6, 9, 10], [39, 42, 11], 1.0)
 
 
-def test_padding_that_looks_like_the_end_is_neither_read_nor_learned() -> None:
+def test_padding_with_the_end_token_is_neither_attended_nor_learned() -> None:
     """GPT-J pads with its end token: the real one is learned, the padding is not."""
     style = STYLES["gptj"]()
-    found = examples_of(style, METHODS["quark"])
-    batch = Collator(style.pad)([found["s1"], found["s2"], replace(found["s4"], weight=0.0)])
+    examples = examples_of(style, METHODS["quark"])
+    batch = Collator(style.pad)([examples["s1"], examples["s2"], replace(examples["s4"], weight=0.0)])
     assert batch["input_ids"].tolist() == [
         [294, 0, 2, 4, 5, 6, 8, 37, 39, 290, 290, 290, 290, 290, 290, 290],
         [297, 0, 2, 4, 5, 6, 8, 37, 38, 40, 290, 290, 290, 290, 290, 290],
         [298, 13, 8, 16, 19, 9, 15, 8, 1, 2, 4, 5, 6, 8, 41, 290],
     ]
     assert batch["attention_mask"].tolist() == [[1] * 10 + [0] * 6, [1] * 10 + [0] * 6, [1] * 16]
-    nothing = -100
+    ignored = -100
     assert batch["labels"].tolist() == [
-        [nothing] * 7 + [37, 39, 290] + [nothing] * 6,
-        [nothing] * 7 + [37, 38, 40] + [nothing] * 6,
-        [nothing] * 14 + [41, 290],
+        [ignored] * 7 + [37, 39, 290] + [ignored] * 6,
+        [ignored] * 7 + [37, 38, 40] + [ignored] * 6,
+        [ignored] * 14 + [41, 290],
     ]
     assert batch["weights"].tolist() == [2.0, 1.0, 0.0]
 
 
-def test_new_tokens_use_the_rows_that_a_padded_vocabulary_has() -> None:
+def test_new_tokens_use_the_padding_rows_of_the_vocabulary() -> None:
     style = STYLES["gptj"]()
     model = make_model(304)  # 294 tokens, and 10 rows that pad the vocabulary
     tokens = list(METHODS["quark"].special_tokens)

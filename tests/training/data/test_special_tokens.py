@@ -1,4 +1,4 @@
-"""New tokens start where they were meant to start, in both embeddings."""
+"""New tokens are initialised as configured, in both embeddings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def matrices(model: torch.nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_mean_and_spread(tied: bool) -> None:
+def test_mean_std_initialisation(tied: bool) -> None:
     tokenizer = make_tokenizer()
     model, old = make_model(len(tokenizer), tied=tied), len(tokenizer)
     before = [m.detach().clone() for m in matrices(model)]
@@ -27,7 +27,7 @@ def test_mean_and_spread(tied: bool) -> None:
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
     for matrix, was in zip(matrices(model), before, strict=True):
         assert torch.equal(matrix[:old], was)
-    # One draw after the other from one generator: the first matrix is known, the second differs.
+    # Both matrices draw from one generator in turn: the first can be recomputed, the second differs.
     generator = torch.Generator().manual_seed(7)
     draw = torch.randn((3, was.shape[1]), generator=generator, dtype=torch.float64)
     expected = before[0].double().mean(0) + before[0].double().std(0) * draw
@@ -36,7 +36,7 @@ def test_mean_and_spread(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_copy_of_the_end_token(tied: bool) -> None:
+def test_eos_initialisation_copies_the_end_token(tied: bool) -> None:
     tokenizer = make_tokenizer()
     model, old = make_model(len(tokenizer), tied=tied), len(tokenizer)
     add_special_tokens(model, tokenizer, TOKENS, "eos", seed=0)
@@ -54,7 +54,7 @@ def gptj(vocabulary: int) -> GPTJForCausalLM:
 
 
 @pytest.mark.parametrize("init", ["eos", "mean_std"])
-def test_a_bias_of_the_output_grows_along(init: str) -> None:
+def test_output_bias_is_resized_too(init: str) -> None:
     tokenizer = make_tokenizer()
     model, old = gptj(len(tokenizer)), len(tokenizer)
     before = model.lm_head.bias.detach().clone()
@@ -100,7 +100,7 @@ def test_a_special_token_is_one_token_and_is_not_decoded() -> None:
     assert tokenizer.decode(encoded, skip_special_tokens=True) == "def f(a):"
 
 
-def test_eos_without_an_end_token() -> None:
+def test_eos_initialisation_requires_an_end_token() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="use 'mean_std'"):

@@ -1,4 +1,4 @@
-"""Advantage-weighted regression against numbers by hand and an independent formula in double precision."""
+"""Advantage-weighted regression against hand-computed numbers and an independent formula in double precision."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def test_by_hand() -> None:
     likelihood = math.exp(0.5) * math.log(2) + 2 * math.exp(-0.5) * math.log(4)
     assert loss.total.item() == pytest.approx(0.25 * likelihood + 0.75 * (0.25 + 2 * 0.25))
     loss.total.backward()
-    # The advantage carries no gradient: the values' is that of their squares alone.
+    # No gradient flows through the advantage: the values' gradient comes from the squared errors alone.
     assert values.grad is not None and values.grad.tolist() == pytest.approx(
         [0.75 * 2 * -0.5, 0.75 * 2 * 2 * 0.5]
     )
     assert log_probs.grad is not None and log_probs.grad[0].item() == pytest.approx(-0.25 * math.exp(0.5))
 
 
-def test_reward_weighted_regression_is_without_a_value() -> None:
-    """The released code subtracts a value head that stays at -1/2: that is this, times e^(1/2β)."""
+def test_reward_weighted_regression_without_a_value_head() -> None:
+    """The released code subtracts a value head that stays at -1/2, which scales this loss by e^(1/2β)."""
     log_probs, rewards, ones = T([0.5, 0.25]).log(), T([0.0, -3.0]), T([1.0, 1.0])
     plain = awr(log_probs, rewards, None, ones, alpha=1.0, beta=2.0, highest=1000.0)
     assert plain.total.item() == pytest.approx(math.log(2) + math.exp(-1.5) * math.log(4))
@@ -42,7 +42,7 @@ def test_reward_weighted_regression_is_without_a_value() -> None:
     assert half.total.item() == pytest.approx(plain.total.item() * math.exp(0.25))
 
 
-def test_weights_are_cut_off() -> None:
+def test_weights_are_clipped() -> None:
     loss = awr(T([-1.0]), T([5.0]), None, T([1.0]), alpha=1.0, beta=0.1, highest=20.0)
     assert loss.total.item() == 20.0
 
@@ -66,18 +66,18 @@ def test_scores_are_negative_rewards_and_weights_count() -> None:
     assert loss.item() == pytest.approx(expected / (2.0 * 2 + 0.5 * 3), rel=1e-5)
 
 
-def test_figures() -> None:
-    """Rewards 0, -1, -2 and values half of them: they go together perfectly."""
+def test_reported_figures() -> None:
+    """Rewards 0, -1, -2 and values half of them: perfectly correlated."""
     rewards = T([0.0, -1.0, -2.0])
     loss = awr(T([-1.0] * 3), rewards, rewards / 2, T([1.0] * 3), alpha=0.5, beta=1.0, highest=1e3)
     sums = {name: part.item() for name, part in loss.parts.items()}
-    _, found = AWR().adapt({}, sums, Step(3.0, 3.0, 3.0))
-    assert found["mean reward"] == -1 and found["mean value"] == -0.5
-    assert found["value loss"] == pytest.approx((0 + 0.25 + 1) / 3)
-    assert found["correlation of value and reward"] == pytest.approx(1.0, abs=1e-6)
+    _, figures = AWR().adapt({}, sums, Step(3.0, 3.0, 3.0))
+    assert figures["mean reward"] == -1 and figures["mean value"] == -0.5
+    assert figures["value loss"] == pytest.approx((0 + 0.25 + 1) / 3)
+    assert figures["correlation of value and reward"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_settings_that_contradict_each_other() -> None:
+def test_contradictory_settings() -> None:
     assert AWR().needs == {"token scores", "value head"}
     assert AWR(alpha=1.0, value_head=False).needs == {"token scores"}
     with pytest.raises(ValidationError, match="without a value head there is no value to learn"):

@@ -12,7 +12,7 @@ KL_AND_ENTROPY = NLL(kl_coef=0.05, entropy_coef=0.06, kl_target=3.0, entropy_tar
 
 
 def test_one_step_by_hand() -> None:
-    # 32 rows; a KL of 3.3 a sample is 10 % above its target, an entropy of 38 is 5 % below.
+    # 32 rows; a KL of 3.3 per sample is 10 % above its target, an entropy of 38 is 5 % below.
     coefficients, measured = KL_AND_ENTROPY.adapt(
         KL_AND_ENTROPY.start(), {"kl": 3.3 * 32, "entropy": 38.0 * 32}, Step(mass=99, weight=32, sequences=32)
     )
@@ -22,14 +22,14 @@ def test_one_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("kl", "factor"), [(30.0, 1 + 0.2 * 64 / 2500), (0.0, 1 - 0.2 * 64 / 2500)])
-def test_a_step_answers_to_20_percent_at_most(kl: float, factor: float) -> None:
+def test_error_is_clipped_at_20_percent(kl: float, factor: float) -> None:
     coefficients, _ = KL_AND_ENTROPY.adapt(
         KL_AND_ENTROPY.start(), {"kl": kl * 64, "entropy": 40.0 * 64}, Step(mass=99, weight=64, sequences=64)
     )
     assert coefficients == {"kl_coef": pytest.approx(0.05 * factor), "entropy_coef": pytest.approx(0.06)}
 
 
-def test_steps_multiply_and_weights_make_a_mean() -> None:
+def test_steps_multiply_and_figures_are_weighted_means() -> None:
     coefficients = KL_AND_ENTROPY.start()
     for _ in range(3):  # four rows of weight 2
         step = Step(mass=99, weight=8, sequences=4)
@@ -38,9 +38,9 @@ def test_steps_multiply_and_weights_make_a_mean() -> None:
 
 
 def test_without_a_target_a_coefficient_is_constant() -> None:
-    one = NLL(kl_coef=0.05, entropy_coef=0.06, entropy_target=40.0)
-    assert one.start() == {"entropy_coef": 0.06}
-    coefficients, measured = one.adapt(one.start(), {"entropy": 80.0}, Step(1, 1, 1))
+    objective = NLL(kl_coef=0.05, entropy_coef=0.06, entropy_target=40.0)
+    assert objective.start() == {"entropy_coef": 0.06}
+    coefficients, measured = objective.adapt(objective.start(), {"entropy": 80.0}, Step(1, 1, 1))
     assert set(measured) == set(coefficients) - {"entropy_coef"} | {"entropy"}
     assert coefficients["entropy_coef"] < 0.06
     assert NLL(kl_coef=0.05).start() == {}

@@ -1,4 +1,4 @@
-"""CUT against an implementation of the published formulas of its own, and numbers by hand."""
+"""CUT against an independent implementation of the published formulas, and hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ V = 7
 def batch(
     kinds: str, seed: int = 0, scale: float = 2.0, weights: list[float] | None = None
 ) -> tuple[Tokens, Sequences, torch.Tensor, torch.Tensor, list[int]]:
-    """Texts of 1, 2, 3, … tokens: ``p`` has no fault, ``n`` has a judgment. Logits of both contexts."""
+    """Texts of 1, 2, 3, … tokens, with a judgment (``n``) or without (``p``), and logits of both contexts."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [1 + i for i in range(len(kinds))]
     rows = torch.repeat_interleave(torch.arange(len(kinds)), torch.tensor(lengths))
@@ -29,8 +29,8 @@ def batch(
     first = (scale * torch.randn(len(rows), V, generator=generator)).requires_grad_()
     second = (scale * torch.randn(len(places), V, generator=generator)).requires_grad_()
     tokens = Tokens(first.log_softmax(-1), targets, rows, second=second.log_softmax(-1), second_places=places)
-    beside = sequences([0] * len(kinds), [-1] * len(kinds), weights)._replace(counted=torch.tensor(lengths))
-    return tokens, beside, first, second, lengths
+    seqs = sequences([0] * len(kinds), [-1] * len(kinds), weights)._replace(counted=torch.tensor(lengths))
+    return tokens, seqs, first, second, lengths
 
 
 def published(
@@ -71,19 +71,19 @@ def published(
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.1])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.parametrize("combine", ["mean", "sum"])
-def test_loss_and_gradients_are_the_papers(kinds: str, threshold: float, gamma: float, combine: str) -> None:
+def test_loss_and_gradients_match_the_paper(kinds: str, threshold: float, gamma: float, combine: str) -> None:
     weights = [1.0, 2.0, 0.0, 1.0, 0.5][: len(kinds)]
-    tokens, beside, first, second, lengths = batch(kinds, weights=weights)
+    tokens, seqs, first, second, lengths = batch(kinds, weights=weights)
     objective = CUT(threshold=threshold, weight=0.7, gamma=gamma, combine=combine)  # type: ignore[arg-type]
-    ours = objective.loss(tokens, beside, {}).total
+    ours = objective.loss(tokens, seqs, {}).total
     theirs = published(
         kinds, lengths, tokens.targets, first, second, weights,
         threshold=threshold, alpha=0.7, gamma=gamma, halved=combine == "mean",
     )  # fmt: skip
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), abs=1e-5)
-    assert float(objective.mass(beside)) == sum(weights)
-    wanted = torch.autograd.grad(theirs, [first, second], allow_unused=True)
-    for mine, other in zip(torch.autograd.grad(ours, [first, second]), wanted, strict=True):
+    assert float(objective.mass(seqs)) == sum(weights)
+    expected = torch.autograd.grad(theirs, [first, second], allow_unused=True)
+    for mine, other in zip(torch.autograd.grad(ours, [first, second]), expected, strict=True):
         assert torch.allclose(mine, torch.zeros_like(mine) if other is None else other, atol=1e-5)
 
 
@@ -115,19 +115,19 @@ def test_equal_probabilities_are_not_flagged_at_a_threshold_of_1() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.0, 1e3])
 def test_probabilities_that_round_to_0_and_1_stay_finite(dtype: torch.dtype, scale: float) -> None:
-    tokens, beside, first, second, _ = batch("nnpnn", scale=scale)
+    tokens, seqs, first, second, _ = batch("nnpnn", scale=scale)
     as_read = [part.detach().to(dtype).requires_grad_() for part in (first, second)]
     log_probs = [part.float().log_softmax(-1) for part in as_read]
     tokens = tokens._replace(log_probs=log_probs[0], second=log_probs[1])
-    loss = CUT(gamma=1.0).loss(tokens, beside, {})
+    loss = CUT(gamma=1.0).loss(tokens, seqs, {})
     gradients = torch.autograd.grad(loss.total, as_read)
     assert torch.isfinite(loss.total) and all(torch.isfinite(part).all() for part in gradients)
 
 
-def test_the_ratio_carries_no_gradient() -> None:
+def test_no_gradient_flows_through_the_ratio() -> None:
     """The first context learns from its own likelihood alone: its gradient is that of the mean NLL."""
-    tokens, beside, first, _, lengths = batch("nn")
-    (ours,) = torch.autograd.grad(CUT(combine="sum", gamma=2.0).loss(tokens, beside, {}).total, [first])
+    tokens, seqs, first, _, lengths = batch("nn")
+    (ours,) = torch.autograd.grad(CUT(combine="sum", gamma=2.0).loss(tokens, seqs, {}).total, [first])
     values = first.log_softmax(-1).gather(-1, tokens.targets[:, None])[:, 0]
     nll = sum(-values[tokens.rows == row].sum() / length for row, length in enumerate(lengths))
     (alone,) = torch.autograd.grad(nll, [first])

@@ -1,4 +1,4 @@
-"""DPO and cDPO against numbers by hand, TRL and the definition of a weight."""
+"""DPO and cDPO against hand-computed numbers, TRL and the definition of a weight."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def batch(pairs: int = 4, seed: int = 0) -> tuple[Tokens, Sequences, torch.Tenso
     for row in range(rows):
         labels[row, : 1 + row % 3] = -100
         labels[row, 4 + row % 3 :] = -100
-    found = labelled(logits, labels)
-    reference = torch.log_softmax(torch.randn(len(found.targets), vocabulary, generator=generator), -1)
+    tokens = labelled(logits, labels)
+    reference = torch.log_softmax(torch.randn(len(tokens.targets), vocabulary, generator=generator), -1)
     roles = [REJECTED] * pairs + [CHOSEN] * pairs
     groups = [*range(pairs), *reversed(range(pairs))]
-    known = reference.gather(-1, found.targets[:, None])[:, 0]
-    return found._replace(reference_log_probs=known), sequences(roles, groups), logits
+    known = reference.gather(-1, tokens.targets[:, None])[:, 0]
+    return tokens._replace(reference_log_probs=known), sequences(roles, groups), logits
 
 
 def test_by_hand() -> None:
@@ -62,7 +62,7 @@ def test_label_smoothing_by_hand() -> None:
     assert float(loss.total) == pytest.approx(0.8 * 0.3132617 + 0.2 * 1.3132617)
 
 
-def test_a_policy_that_is_its_reference_loses_log_2() -> None:
+def test_loss_is_log_2_where_the_policy_is_its_reference() -> None:
     tokens, rows, _ = batch()
     same = tokens._replace(
         reference_log_probs=tokens.log_probs.gather(-1, tokens.targets[:, None])[:, 0].detach()
@@ -82,7 +82,7 @@ def test_pairs_are_found_by_their_group() -> None:
     assert list(zip(chosen.tolist(), rejected.tolist(), strict=True)) == [(1, 3), (2, 0)]
 
 
-def test_a_weight_of_2_is_the_pair_twice_and_0_none() -> None:
+def test_weight_2_counts_a_pair_twice_and_0_drops_it() -> None:
     def loss(weights: list[float]) -> float:
         margins = LOG([1.0, -2.0])
         return float(dpo(margins, torch.zeros(2), LOG(weights), beta=0.3).total)
@@ -93,7 +93,7 @@ def test_a_weight_of_2_is_the_pair_twice_and_0_none() -> None:
     assert float(DPO().mass(rows)) == 2.0
 
 
-def test_loss_and_gradients_are_trls(tmp_path: Path) -> None:
+def test_loss_and_gradients_match_trl(tmp_path: Path) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = make_tokenizer()
     model, reference = (make_model(len(tokenizer), seed=seed).eval() for seed in (0, 1))
@@ -114,15 +114,17 @@ def test_loss_and_gradients_are_trls(tmp_path: Path) -> None:
     theirs.backward()
     their_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    # The rows of TRL's batch, chosen ones first, read by our own forward pass.
+    # The rows of TRL's batch, chosen ones first, evaluated by our own forward pass.
     model.zero_grad()
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "labels": labels}
     batch["keep"] = labels.shape[1]
     tokens = labelled_tokens(model, batch, "")
     with torch.no_grad():
-        there = labelled_tokens(reference, batch, "")
-    tokens = tokens._replace(reference_log_probs=target_log_probs(there.log_probs, there.targets))
+        reference_tokens = labelled_tokens(reference, batch, "")
+    tokens = tokens._replace(
+        reference_log_probs=target_log_probs(reference_tokens.log_probs, reference_tokens.targets)
+    )
     rows_of = sequences([CHOSEN, CHOSEN, REJECTED, REJECTED], [0, 1, 0, 1])
     objective = DPO(beta=0.3)
     ours = objective.loss(tokens, rows_of, {}).total / objective.mass(rows_of)

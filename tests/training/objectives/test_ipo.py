@@ -1,4 +1,4 @@
-"""IPO against numbers by hand and TRL's formula."""
+"""IPO against hand-computed numbers and TRL's formula."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_by_hand() -> None:
     assert float(loss.parts["accuracy"]) == 1
 
 
-def test_a_policy_that_is_its_reference() -> None:
+def test_policy_that_is_its_reference() -> None:
     """The published code divides 0 by 0 here."""
     tokens, rows, logits = batch()
     same = tokens.log_probs.gather(-1, tokens.targets[:, None])[:, 0].detach()
@@ -32,13 +32,13 @@ def test_a_policy_that_is_its_reference() -> None:
 
 
 def test_ratios_are_means_over_tokens() -> None:
-    """TRL's loss for `loss_type="ipo"`, written out: sums over the completion's tokens, by their number."""
+    """TRL's loss for `loss_type="ipo"`, written out: sums over the completion's tokens, divided by their number."""
     tokens, rows, _ = batch()
     rows = rows._replace(counted=torch.bincount(tokens.rows, minlength=8))
-    found = IPO(tau=0.3).loss(tokens, rows, {}).total
+    loss = IPO(tau=0.3).loss(tokens, rows, {}).total
     sums, (chosen, rejected) = log_ratios(tokens, rows).tolist(), paired(rows)
     expected = sum(
         (sums[a] / float(rows.counted[a]) - sums[b] / float(rows.counted[b]) - 1 / 0.6) ** 2
         for a, b in zip(chosen.tolist(), rejected.tolist(), strict=True)
     )
-    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)

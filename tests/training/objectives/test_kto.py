@@ -1,4 +1,4 @@
-"""KTO against numbers by hand, TRL and the definition of a weight."""
+"""KTO against hand-computed numbers, TRL and the definition of a weight."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_by_hand() -> None:
     assert figures == pytest.approx({"desirable log ratio": 3.0, "undesirable log ratio": -1.0, "kl": 1.0})
 
 
-def test_a_policy_that_is_its_reference() -> None:
+def test_policy_that_is_its_reference() -> None:
     """Every log-ratio is 0, so z_0 is 0 and every loss 1/2."""
     rows = sequences([CHOSEN, REJECTED, REJECTED], [-1] * 3)
     ratios = torch.zeros(3, requires_grad=True)
@@ -47,14 +47,14 @@ def test_a_policy_that_is_its_reference() -> None:
     )
 
 
-def test_a_negative_estimate_of_the_kl_is_0() -> None:
+def test_negative_kl_estimate_counts_as_0() -> None:
     tokens = Tokens(torch.full((1, 2), 0.5).log(), T([0]), T([0]), reference_log_probs=T([-1.0]))
     rows = sequences([CHOSEN], [-1])
-    found = [float(KTO().loss(tokens, rows, {"mismatched": kl}).total) for kl in (-3.0, 0.0, 2.0)]
-    assert found[0] == found[1] < found[2]
+    losses = [float(KTO().loss(tokens, rows, {"mismatched": kl}).total) for kl in (-3.0, 0.0, 2.0)]
+    assert losses[0] == losses[1] < losses[2]
 
 
-def test_far_from_the_reference_it_is_finite() -> None:
+def test_loss_is_finite_far_from_the_reference() -> None:
     ratios = T([1e4, -1e4, 1e4, -1e4], dtype=torch.float32).requires_grad_()
     rows = sequences([CHOSEN, CHOSEN, REJECTED, REJECTED], [-1] * 4)
     loss = kto(ratios, rows, 5.0, **PLAIN).total
@@ -63,7 +63,7 @@ def test_far_from_the_reference_it_is_finite() -> None:
     assert ratios.grad is not None and torch.isfinite(ratios.grad).all()
 
 
-def test_a_weight_of_2_is_the_text_twice_and_0_none() -> None:
+def test_weight_2_counts_a_text_twice_and_0_drops_it() -> None:
     ratios = T([1.0, -2.0, 0.5])
     roles = [CHOSEN, REJECTED, CHOSEN]
 
@@ -80,7 +80,7 @@ def test_a_weight_of_2_is_the_text_twice_and_0_none() -> None:
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.33, 0.7)])
-def test_loss_and_gradients_are_trls(tmp_path: Path, weights: tuple[float, float]) -> None:
+def test_loss_and_gradients_match_trl(tmp_path: Path, weights: tuple[float, float]) -> None:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     tokenizer = make_tokenizer()
     model, reference = (make_model(len(tokenizer), seed=seed).eval() for seed in (0, 1))
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, weights: tuple[float, float
     their_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    # The rows of TRL's batch, and its mismatched ones, read by our own forward pass.
+    # The rows of TRL's batch, and its mismatched ones, evaluated by our own forward pass.
     def batch(prefix: str) -> dict[str, Any]:
         ids, mask = inputs[f"{prefix}input_ids"], inputs[f"{prefix}completion_mask"]
         labels = ids.masked_fill(mask == 0, -100)
@@ -113,8 +113,8 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, weights: tuple[float, float
 
     def with_reference(prefix: str) -> Tokens:
         with torch.no_grad():
-            there = labelled_tokens(reference, batch(prefix), "")
-        known = target_log_probs(there.log_probs, there.targets)
+            reference_tokens = labelled_tokens(reference, batch(prefix), "")
+        known = target_log_probs(reference_tokens.log_probs, reference_tokens.targets)
         return labelled_tokens(model, batch(prefix), "")._replace(reference_log_probs=known)
 
     roles = [CHOSEN if label else REJECTED for label in inputs["label"].tolist()]

@@ -1,4 +1,4 @@
-"""Objectives against hand arithmetic, independent computations, finite differences and oracles."""
+"""Objectives against hand arithmetic, independent computations, finite differences and reference implementations."""
 
 from __future__ import annotations
 
@@ -161,40 +161,40 @@ def gpt2(vocabulary: int) -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_gradient_of_the_whole_objective_in_the_weights_of_a_model(direction: str) -> None:
+def test_gradient_of_the_whole_objective_with_respect_to_model_weights(direction: str) -> None:
     """Central differences in every kind of weight, through a policy with a token the reference lacks."""
     policy, reference = (gpt2(vocabulary) for vocabulary in (21, 20))
     tokens = torch.tensor([[3, 20, 7, 4, 9, 11], [3, 5, 6, 8, 2, 1]])
     labels = torch.tensor([[IGNORE, IGNORE, 7, 4, 9, IGNORE], [IGNORE, IGNORE, IGNORE, 8, 2, 1]])
     weights = torch.tensor([0.7, 1.9], dtype=torch.float64)
     with torch.no_grad():
-        there = labelled(reference(tokens.clamp(max=19)).logits, labels).log_probs
+        reference_log_probs = labelled(reference(tokens.clamp(max=19)).logits, labels).log_probs
 
     def objective() -> torch.Tensor:
-        found = conditional_mle(
+        loss = conditional_mle(
             labelled(policy(tokens).logits, labels),
             weights,
             entropy_coef=0.06,
             kl_coef=0.05,
             kl_direction=direction,
-            reference=there,
+            reference=reference_log_probs,
         )
-        return found.total / found.mass
+        return loss.total / loss.mass
 
     objective().backward()
     generator = torch.Generator().manual_seed(0)
     for name, weight in policy.named_parameters():
         assert weight.grad is not None
-        way = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        tangent = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
         values = []
         for step in (1e-5, -2e-5):
             with torch.no_grad():
-                weight += step * way
+                weight += step * tangent
                 values.append(float(objective()))
         with torch.no_grad():
-            weight += 1e-5 * way
+            weight += 1e-5 * tangent
         slope = (values[0] - values[1]) / 2e-5
-        assert float((weight.grad * way).sum()) == pytest.approx(slope, abs=1e-6), name
+        assert float((weight.grad * tangent).sum()) == pytest.approx(slope, abs=1e-6), name
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -211,7 +211,7 @@ def test_single_precision_over_a_large_vocabulary(direction: str) -> None:
     assert entropy(ours).numpy() == pytest.approx(-np.sum(p * np.log(p), -1), rel=3e-6)
 
 
-def test_the_kl_against_trl() -> None:
+def test_kl_against_trl() -> None:
     gkd = pytest.importorskip("trl.experimental.gkd")
     logits, labels, _, reference = (
         x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9)
@@ -270,7 +270,7 @@ def test_bfloat16_logits_are_computed_in_single_precision() -> None:
     assert labelled(logits.bfloat16(), labels).log_probs.dtype == torch.float32
 
 
-def test_kl_needs_a_matching_reference() -> None:
+def test_kl_requires_a_matching_reference() -> None:
     logits, labels, weights, _ = random_batch()
     outputs = labelled(logits, labels)
     with pytest.raises(ValueError, match="needs the reference"):

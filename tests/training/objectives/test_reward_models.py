@@ -1,4 +1,4 @@
-"""The objectives of reward models against numbers by hand, TRL and the definition of a weight."""
+"""The objectives of reward models against hand-computed numbers, TRL and the definition of a weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = torch.tensor
 NONE = Tokens(torch.zeros(0, 0), torch.zeros(0), torch.zeros(0))
 
 
-def test_a_rating_by_hand() -> None:
+def test_rating_by_hand() -> None:
     """σ(0) = 1/2 and σ(log 3) = 3/4, of ratings 1 and 1/4, the second one of weight 2."""
     loss = rating(T([0.0, math.log(3)]), T([1.0, 0.25]), T([1.0, 2.0]))
     assert float(loss.total) == pytest.approx(0.25 + 2 * 0.25)
@@ -33,7 +33,7 @@ def test_bradley_terry_by_hand() -> None:
     assert float(loss.parts["accuracy"]) == 1.0
 
 
-def test_far_outputs_are_finite() -> None:
+def test_losses_of_extreme_outputs_are_finite() -> None:
     outputs = T([1e4, -1e4]).requires_grad_()
     for total in (
         rating(outputs, T([0.0, 1.0]), torch.ones(2)).total,
@@ -43,7 +43,7 @@ def test_far_outputs_are_finite() -> None:
         assert torch.isfinite(total) and torch.isfinite(gradient).all()
 
 
-def test_a_weight_of_2_is_the_row_twice_and_0_none() -> None:
+def test_weight_2_counts_a_row_twice_and_0_drops_it() -> None:
     def mean(
         objective: Rating | BradleyTerry, roles: list[int], groups: list[int], weights: list[float]
     ) -> float:
@@ -63,7 +63,7 @@ def test_a_weight_of_2_is_the_row_twice_and_0_none() -> None:
     )
 
 
-def test_loss_and_gradients_are_trls(tmp_path: Path) -> None:
+def test_loss_and_gradients_match_trl(tmp_path: Path) -> None:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     from training.forward import head_outputs

@@ -1,4 +1,4 @@
-"""SimPO against numbers by hand and TRL's."""
+"""SimPO against hand-computed numbers and TRL."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_by_hand() -> None:
     assert float(loss.parts["accuracy"]) == 1 and float(loss.parts["margin"]) == pytest.approx(1 - 4)
 
 
-def test_loss_is_trls() -> None:
+def test_loss_matches_trl() -> None:
     cpo = pytest.importorskip("trl.experimental.cpo")
     tokens, rows, _ = batch()
     rows = rows._replace(counted=torch.bincount(tokens.rows, minlength=8))

@@ -1,4 +1,4 @@
-"""Unlikelihood against numbers by hand and an independent formula in double precision."""
+"""Unlikelihood against hand-computed numbers and an independent formula in double precision."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_modes_and_weights(objective: Unlikelihood, aligned: object, dtype: torc
     expected = 0.0
     for (row, place, token), score in zip(at, scores.tolist(), strict=True):
         a, chosen = float(aligned(score)), p[row, place, token]  # type: ignore[operator]
-        one = -a * np.log(chosen) - objective.alpha * (1 - a) * np.log(max(1 - chosen, 1e-20))
-        expected += [2.0, 0.5][row] * one
+        loss_of_token = -a * np.log(chosen) - objective.alpha * (1 - a) * np.log(max(1 - chosen, 1e-20))
+        expected += [2.0, 0.5][row] * loss_of_token
     assert float(loss) == pytest.approx(expected / (2 * 2.0 + 3 * 0.5), rel=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_certain_tokens_give_no_nan() -> None:
     objective, rows = Unlikelihood(), sequences([1.0], [2])
     loss = objective.loss(tokens, rows, {}).total
     loss.backward()
-    # The first is certain: log(1e-20) at the floor. The second is impossible: nothing to lose.
+    # The first is certain: log(1e-20) at the floor. The second is impossible: no loss.
     assert float(loss) == pytest.approx(-math.log(1e-20), rel=1e-6)
     assert logits.grad is not None and torch.isfinite(logits.grad).all()
 

@@ -1,4 +1,4 @@
-"""Two iterations with a carried optimizer are one uninterrupted training of both."""
+"""Two iterations with a carried optimizer equal one uninterrupted training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def carried(folder: Path, job: dict[str, Any], **settings: Any) -> dict[str, Any
     }
 
 
-def test_two_iterations_are_one_training(
+def test_two_iterations_equal_one_training(
     tmp_path: Path, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = training.data.batches.plan_batches
@@ -64,11 +64,11 @@ def test_two_iterations_are_one_training(
     assert float(ends[0]["model.norm.weight/step"]) == 6
 
 
-def test_new_tokens_start_with_moments_of_0(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_new_tokens_start_with_zero_moments(tmp_path: Path, job: dict[str, Any]) -> None:
     job = carried(tmp_path, job, epochs=0.1, learning_rate=1e-9)
     train(tmp_path, job)
     before = load_file(tmp_path / "beside" / "optimizer.safetensors")["model.embed_tokens.weight/exp_avg"]
-    # The token is in no row: with tied embeddings its moments only see the softmax's gradient.
+    # The token is in no row: with tied embeddings its moments only get the softmax's gradient.
     second = {"optimizer": job["beside"], "special_tokens": ["<|new|>"], "policy": job["out"]}
     train(tmp_path, job, **second, out=str(tmp_path / "second"), beside=str(tmp_path / "beside2"))
     after = load_file(tmp_path / "beside2" / "optimizer.safetensors")
@@ -78,14 +78,14 @@ def test_new_tokens_start_with_moments_of_0(tmp_path: Path, job: dict[str, Any])
     assert 0 < float(moments[-1].max()) < float(moments[:-1].max())
 
 
-def test_frozen_blocks_leave_no_state_and_drop_what_they_had(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_frozen_blocks_save_no_state_and_lose_their_previous_one(tmp_path: Path, job: dict[str, Any]) -> None:
     train(tmp_path, carried(tmp_path, job, epochs=0.1))
     second = {"optimizer": str(tmp_path / "beside"), "beside": str(tmp_path / "beside2")}
     train(tmp_path, carried(tmp_path, job, epochs=0.1, trainable_layers=1) | second)
     kept = load_file(tmp_path / "beside2" / "optimizer.safetensors")
     assert any(key.startswith("model.layers.1.") for key in kept)
     assert not any(key.startswith("model.layers.0.") for key in kept)
-    # And the other way round: what trains for the first time starts afresh.
+    # And the reverse: blocks that train for the first time start with fresh state.
     third = {"optimizer": str(tmp_path / "beside2"), "beside": str(tmp_path / "beside3")}
     train(tmp_path, carried(tmp_path, job, epochs=0.1) | third)
     steps = {
@@ -97,7 +97,7 @@ def test_frozen_blocks_leave_no_state_and_drop_what_they_had(tmp_path: Path, job
     assert steps["model.layers.1.mlp.up_proj.weight/step"] == 3
 
 
-def test_adapted_coefficients_go_on(tmp_path: Path, job: dict[str, Any]) -> None:
+def test_adapted_coefficients_are_carried_over(tmp_path: Path, job: dict[str, Any]) -> None:
     objective = {"entropy_coef": 0.1, "entropy_target": 1.0, "controller_horizon": 100}
     job = carried(tmp_path, job, objective=objective)
     train(tmp_path, job)
@@ -113,7 +113,7 @@ def test_adapted_coefficients_go_on(tmp_path: Path, job: dict[str, Any]) -> None
     assert later == {"entropy_coef": pytest.approx(0.1 * step**6)}
 
 
-def test_states_that_cannot_be_gone_on_with(
+def test_unusable_states_are_refused(
     tmp_path: Path, job: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_rows(2).write_parquet(tmp_path / "rows.parquet")
