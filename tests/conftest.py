@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONG.index(folder) if folder in LONG else len(LONG)
 
     items.sort(key=length)
+
+
+def pytest_collection_finish() -> None:
+    """Every training collects garbage twice, and need not look through all that was imported."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
