@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from resources.workers import channel
-from tests import forked
 from tests.toy import environment, write_toys
 
 LONG = ("integration", "training", "resources")
@@ -34,10 +32,13 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="module")
-def forked_workers() -> Iterator[None]:
-    """Workers on this machine are forked (`tests.forked`): for tests of what they compute, not of how they start."""
+def quick() -> Iterator[None]:
+    """Training in this process, forked workers: for tests of what they compute, not of how they start."""
+    from tests.integration.quick import REPLACED
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(channel, "subprocess", forked.CHANNEL)
+        for owner, name, value in REPLACED:
+            patch.setattr(owner, name, value)
         yield
 
 

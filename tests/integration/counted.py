@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from resources.workers import channel as worker
-from tests.integration import quick  # noqa: F401 (trainings in this process, forked workers)
+from tests.integration import quick
 from textalign_dagster.cli.main import main
 
 if __name__ == "__main__":
+    quick.install()
     log = Path(sys.argv.pop(1))
     start = worker.Worker.__init__
 

@@ -4,11 +4,12 @@ import sys
 
 import dagster as dg
 
-from tests.integration import quick  # noqa: F401 (trainings in this process, forked workers)
+from tests.integration import quick
 from textalign_dagster.cli.running import dagster_instance
 from textalign_dagster.definitions import defs
 
 if __name__ == "__main__":
+    quick.install()
     cell, stage = sys.argv[1:]
     with dagster_instance() as instance:
         job = defs.resolve_implicit_global_asset_job_def()

@@ -29,7 +29,7 @@ from textalign_dagster.loop.abandoned import RETRY_TAG
 from textalign_dagster.loop.partitions import Cell
 from textalign_dagster.settings import write_yaml
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 # The grid is read at import time, so the toys use the names of shipped experiments.
 REWARD, TEXT = "pep8_alt_rm", "pep8_alt_lmu"

@@ -36,7 +36,7 @@ from tests.training.tiny import write_training
 from textalign_dagster.settings.kubernetes import Kubernetes
 from training.state.snapshot_folder import names
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 __all__ = ["model"]  # a fixture
 

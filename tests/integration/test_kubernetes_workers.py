@@ -33,7 +33,7 @@ from textalign_dagster.settings.sampling import Sampling
 pytest.importorskip("kubernetes", reason="needs the extra `k8s`")
 pytest.importorskip("websockets", reason="the server's end of attached connections")
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 PATIENCE = 60.0  # seconds
 

@@ -24,7 +24,7 @@ from textalign_dagster.settings.kubernetes import KubernetesPod
 
 pytest.importorskip("ray", reason="needs Ray: pip install -e '.[ray]'")
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 PATIENCE = 60.0  # seconds
 MARK = f"TEXTALIGN_TEST_OF_RAY={os.getpid()}"  # in the environment of the cluster and all its processes

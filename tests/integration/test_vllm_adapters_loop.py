@@ -17,7 +17,7 @@ from textalign_dagster import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.pool.conditioning import render
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 CALLED = Path(__file__).with_name("called.py")
 OWN = """extends: toy

@@ -22,7 +22,7 @@ from tests.resources.engines import tiny_models, vllm_models
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 REQUESTS = [
     Request("def add(a, b):", (1, 2, 3)),
     Request("for name in", (4,)),

@@ -20,7 +20,7 @@ from tests.resources.engines.random_adapters import Adapter, save_adapter
 pytest.importorskip("openai", reason="needs the extra `judges`")
 pytest.importorskip("peft", reason="needs the extra `lora`")
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 REQUESTS = [Request("def add(a, b):", (1, 2)), Request("for name in", (3,))]
 PAIRS = [("def add(a, b):", "\n    return a"), ("class Thing:\n", "x"), ("y", "")]
 GREEDY = Decoding(temperature=0, max_new_tokens=16)

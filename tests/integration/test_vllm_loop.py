@@ -13,7 +13,7 @@ from textalign_dagster import PROJECT
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.pool.conditioning import render
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 COUNTED = Path(__file__).with_name("counted.py")
 ENGINE = ("--set", "sampling.engine=vllm")

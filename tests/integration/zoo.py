@@ -11,7 +11,7 @@ import sys
 
 from rich.console import Console
 
-from tests.integration import quick  # noqa: F401 (trainings in this process)
+from tests.integration import quick
 from textalign_dagster.cli.command import open_store
 from textalign_dagster.cli.main import _show
 from textalign_dagster.cli.preflight import preflight
@@ -21,6 +21,7 @@ from textalign_dagster.settings import SettingsError
 
 
 def main() -> None:
+    quick.install()
     answers, sys.stdout = sys.stdout, sys.stderr
     gc.freeze()  # each training collects garbage, and need not look through all that was imported
     library, store, console = Library.default(), open_store(), Console(file=sys.stderr, width=140)

@@ -15,7 +15,7 @@ from textalign_dagster.settings.lm_eval import LMEval
 from textalign_dagster.tables import LM_EVAL
 from textalign_dagster.tasks.pep8 import POLICIES
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 POLICY = Path(POLICIES["pep8-sloppy-1m"])
 QUESTIONS = [

@@ -17,7 +17,7 @@ from tests.training.tiny import make_rows, write_job
 from textalign_dagster.scorers import RewardModelScorer
 from training.train import main
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 BETTER, WORSE = "\n    return a + b\n", "\n    return a - b\n"
 

@@ -15,7 +15,7 @@ from resources.engines.vllm.sampler import VllmSampler
 from tests.resources.engines import tiny_models, vllm_models
 from tests.resources.engines.random_adapters import Adapter, save_adapter
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 peft = pytest.importorskip("peft", reason="the extra `lora` is not installed")
 

@@ -18,7 +18,7 @@ from resources.engines.transformers.sampler import TransformersSampler
 from resources.engines.vllm.sampler import VllmSampler, vocabulary
 from tests.resources.engines import tiny_models, vllm_models
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 REQUESTS = [Request("def add(a, b):", tuple(range(8))), Request("for name in", (4, 5, 2**64 - 1))]
 SCHEMA = {

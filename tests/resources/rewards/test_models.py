@@ -31,7 +31,7 @@ from tests.resources.rewards import tiny_scorers
 from textalign_dagster.scorers import ClassifierScorer, ModelScorer, RewardModelScorer
 from textalign_dagster.settings import SettingsError, validate
 
-pytestmark = pytest.mark.usefixtures("forked_workers")
+pytestmark = pytest.mark.usefixtures("quick")
 
 PAIRS = [
     ("def add(a, b):", "\n    return a + b"),
