@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
-import subprocess
-import sys
 
 import pytest
 
+from tests import forked
 from tests.toy import PROJECT
 
 
@@ -24,8 +24,8 @@ from tests.toy import PROJECT
 )
 def test_benchmark_runs(benchmark: list[str], kinds: list[str]) -> None:
     name, *options = benchmark
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--rows", "16", "--repeats", "1", *options]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, timeout=300)
+    program, arguments = ["-m", f"benchmarks.{name}"], ["--rows", "16", "--repeats", "1", *options]
+    done = forked.run(program, arguments, env=os.environ, cwd=PROJECT, text="", timeout=300)
     assert done.returncode == 0, done.stderr
     for kind in kinds:
         assert re.search(rf"^  {kind} +\d+\.\d\d s", done.stdout, re.MULTILINE), done.stdout

@@ -40,7 +40,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield endpoint
 
 
-@pytest.mark.parametrize("slots", [1, 16, 64])
+@pytest.mark.parametrize("slots", [1, 64])
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     orders=st.lists(GOOD | GOOD | SLOW | FLAKY | HOPELESS, min_size=1, max_size=120),

@@ -72,11 +72,13 @@ def test_forecast_without_prompts_from_the_hub(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    result = CliRunner().invoke(main, ["forecast", "tldr_alt_lmu", "--json"])
+    small = tmp_path / "small.yaml"
+    small.write_text("extends: tldr_alt_lmu\nprompts: {per_iteration: 64}\n")
+    result = CliRunner().invoke(main, ["forecast", str(small), "--json"])
     assert result.exit_code == 0, result.output
     forecast = json.loads(result.output)
-    # 2,048 prompts and 20 samples of each, one call per sample.
-    assert forecast["calls"] == 2048 * 20 and forecast["samples_exist"] is False
+    # 64 prompts and 20 samples of each, one call per sample.
+    assert forecast["calls"] == 64 * 20 and forecast["samples_exist"] is False
     assert (
         "the prompts cannot be read here" in forecast["assumption"] and "400 tokens" in forecast["assumption"]
     )
