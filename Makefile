@@ -19,13 +19,19 @@ lint: dev-setup
 setup: .venv/.installed
 dev-setup: .venv/.installed-dev
 
+# pip compiles one file after the other; compileall uses all cores. Some packages ship files that are not Python 3.
+INSTALL = $(BIN)/pip install --quiet --no-compile --editable
+COMPILE = -$(BIN)/python -m compileall -qq -j 0 .venv/lib
+
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable .
+	$(INSTALL) .
+	@$(COMPILE)
 	touch $@
 
 .venv/.installed-dev: pyproject.toml .venv/.installed
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(INSTALL) '.[dev]'
+	@$(COMPILE)
 	touch $@
 
 # vLLM for the CPU, for the tests of the engine and of a served judge. It requires torch's CPU build: from

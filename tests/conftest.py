@@ -26,9 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=length)
 
 
+gc.disable()  # until all is imported
+
+
 def pytest_collection_finish() -> None:
     """Every training collects garbage twice, and need not look through all that was imported."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="module")
