@@ -21,7 +21,7 @@ dev-setup: .venv/.installed-dev
 
 # pip compiles one file after the other; compileall uses all cores. Some packages ship files that are not Python 3.
 INSTALL = $(BIN)/pip install --quiet --no-compile --editable
-COMPILE = -$(BIN)/python -m compileall -qq -j 0 .venv/lib
+COMPILE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
