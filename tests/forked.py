@@ -289,6 +289,7 @@ def _main(
     code: Any = 0
     try:
         if program[0] == "-m":
+            sys.modules.pop(program[1], None)  # it would warn that this one is imported already
             runpy.run_module(program[1], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(program[0], run_name="__main__")
