@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import polars as pl
 
 from assets.stage import Stage
-from assets.verdicts import Judging, readable_failures
+from assets.verdicts import Judging, scores_of
 from resources.configured import SamplerResource
-from resources.rewards.scoring import score_samples
-from resources.rewards.trained import located
 from textalign_dagster.experiment.evaluation import ranker
 from textalign_dagster.ids import content_hash
 from textalign_dagster.measures import best_of_n, statistics
 from textalign_dagster.reports.score_table import score_row
-from textalign_dagster.scorers.base import TextScorer
 
 NAME = "best of {n}"
 """The baseline's name in the scores."""
@@ -39,11 +35,7 @@ def ranked(
     elif scorer is None:
         found = stage.experiment.task.feedback(shown, "reward")
     else:
-        if not isinstance(scorer, TextScorer):
-            sampler.make_room()
-        report = partial(stage.report(), note="ranking")
-        with readable_failures(stage, "evaluation.best_of_n.scorer: "):
-            found = score_samples(located(scorer, stage.store), shown.drop("prompt_id"), report)
+        found = scores_of(stage, sampler, shown, scorer, "evaluation.best_of_n.scorer", "ranking")
     scores = found.select("sample_id", rank_score=pl.when(status="ok").then("value"))
     return candidates.join(scores, on="sample_id", how="left", maintain_order="left")
 

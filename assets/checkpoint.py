@@ -52,7 +52,6 @@ def checkpoint(
             config = plan.acceleration_config()
             acceleration = plan.acceleration(config)
             examples = plan.examples()
-            reference = plan.reference.policy_hash if plan.reference else None
 
             def write(folder: Folder) -> list[str]:
                 examples.write_parquet(folder("job") / "rows.parquet")
@@ -84,7 +83,7 @@ def checkpoint(
             row = {
                 "policy_hash": policy_hash(draft.folder("model")),
                 "parent": plan.parent.policy_hash,
-                "reference": reference,
+                "reference": plan.reference.policy_hash if plan.reference else None,
                 "pool_hash": examples["pool_hash"][0],
                 "config": json.dumps(job.model_dump(mode="json", exclude=set(PLACES))),
                 "code_revision": code_revision(),

@@ -83,10 +83,7 @@ MEANINGS = {
 }
 
 
-def columns_of(schema: pl.Schema, **meanings: str) -> dict[str, Any]:
-    """Static asset metadata that fills the UI's Columns section; ``meanings`` overrides descriptions."""
-    columns = [
-        dg.TableColumn(name, str(kind), description=meanings.get(name, MEANINGS[name]))
-        for name, kind in schema.items()
-    ]
+def columns_of(schema: pl.Schema) -> dict[str, Any]:
+    """Static asset metadata that fills the UI's Columns section."""
+    columns = [dg.TableColumn(name, str(kind), description=MEANINGS[name]) for name, kind in schema.items()]
     return {"dagster/column_schema": dg.TableSchema(columns=columns)}

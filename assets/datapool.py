@@ -18,7 +18,8 @@ from textalign_dagster.experiment import Experiment
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging import PAIRS
 from textalign_dagster.loop import checks
-from textalign_dagster.pool.datapool import SHORTFALLS, build_pool
+from textalign_dagster.pool.datapool import build_pool
+from textalign_dagster.pool.draw import SHORTFALLS
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import DATAPOOL, EXAMPLES, SPAN
 
@@ -95,6 +96,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
         pool, shortfalls = made.frame("datapool"), made.frame("shortfalls")
         drawn = pool.filter("drawn")
         examples = pool_examples(experiment, made, lambda: sources)
+        roles = examples["role"].value_counts().sort("role")
         trained = examples.join(drawn.select("sample_id", "label", "reason"), on="sample_id")
         labels = (
             pool.group_by("label")
@@ -113,7 +115,7 @@ def datapool(context: dg.AssetExecutionContext, store: StoreResource) -> dg.Mate
             metadata={
                 "drawn": drawn.height,
                 "examples trained on": examples.height,
-                **{f"examples {role}": n for role, n in _roles(examples).items() if role != "only"},
+                **{f"examples {role}": n for role, n in roles.iter_rows() if role != "only"},
                 "drawn share": drawn.height / max(pool.height, 1),
                 **{f"drawn {label}": int(n) for label, _, n, _ in labels.iter_rows() if label},
                 "labels": markdown_table(labels),
@@ -163,40 +165,41 @@ def examples_of(experiment: Experiment, pool: pl.DataFrame, sources: Mapping[str
         .select("sample_id", "prompt", "text", "finish_reason", "logprob")
         for k in (origins or [pool["origin"].max()])
     )
-    marked = [
-        artifact.frame("feedback_spans")
-        for name, artifact in sources.items()
-        if name.startswith("feedback@") and "feedback_spans" in artifact.tables
-    ]
-    none = pl.lit(None, dtype=pl.List(SPAN))
     rows = drawn.join(samples, on="sample_id", how="left", maintain_order="left")
     rows = rows.join(_beaten(sources), on="sample_id", how="left", maintain_order="left").with_columns(
         pl.col("beaten").fill_null([])
     )
-    if not marked:
-        return _arranged(experiment, rows.with_columns(spans=none))
-    spans = (
-        pl.concat(marked)
-        .sort("sample_id", "start", "end", "label")
-        .group_by("sample_id")
-        .agg(spans=pl.struct("start", "end", "score"))
-    )
-    return _arranged(
-        experiment,
-        rows.join(spans, on="sample_id", how="left", maintain_order="left")
+    if marked := _feedback_tables(sources, "feedback_spans"):
+        spans = (
+            pl.concat(marked)
+            .sort("sample_id", "start", "end", "label")
+            .group_by("sample_id")
+            .agg(spans=pl.struct("start", "end", "score"))
+        )
+        rows = rows.join(spans, on="sample_id", how="left", maintain_order="left")
         # Feedback that marks nothing is not missing feedback.
-        .with_columns(pl.col("spans").fill_null([])),
-    )
+        rows = rows.with_columns(pl.col("spans").fill_null([]))
+    else:
+        rows = rows.with_columns(spans=pl.lit(None, dtype=pl.List(SPAN)))
+    try:
+        return experiment.method.examples(rows)
+    except ValueError as error:
+        raise ArtifactError(f"datapool: method {experiment.method.name}: {error}") from None
+
+
+def _feedback_tables(sources: Mapping[str, Artifact], table: str) -> list[pl.DataFrame]:
+    """A table of each iteration's feedback that has it."""
+    return [
+        artifact.frame(table)
+        for name, artifact in sources.items()
+        if name.startswith("feedback@") and table in artifact.tables
+    ]
 
 
 def _beaten(sources: Mapping[str, Artifact]) -> pl.DataFrame:
     """The samples that each sample was judged better than: sample_id, beaten."""
-    tables = [
-        artifact.frame("pairs")
-        for name, artifact in sources.items()
-        if name.startswith("feedback@") and "pairs" in artifact.tables
-    ]
-    decided = pl.concat(tables or [pl.DataFrame(schema=PAIRS)]).filter(pl.col("winner").is_in(["a", "b"]))
+    compared = _feedback_tables(sources, "pairs") or [pl.DataFrame(schema=PAIRS)]
+    decided = pl.concat(compared).filter(pl.col("winner").is_in(["a", "b"]))
     won = pl.col("winner") == "a"
     return (
         decided.select(
@@ -209,13 +212,6 @@ def _beaten(sources: Mapping[str, Artifact]) -> pl.DataFrame:
     )
 
 
-def _arranged(experiment: Experiment, rows: pl.DataFrame) -> pl.DataFrame:
-    try:
-        return experiment.method.examples(rows)
-    except ValueError as error:
-        raise ArtifactError(f"datapool: method {experiment.method.name}: {error}") from None
-
-
 def pool_examples(
     experiment: Experiment, pool: Artifact, sources: Callable[[], Mapping[str, Artifact]]
 ) -> pl.DataFrame:
@@ -223,10 +219,6 @@ def pool_examples(
     if "examples" in pool.tables:
         return pool.frame("examples")
     return examples_of(experiment, pool.frame("datapool"), sources())
-
-
-def _roles(examples: pl.DataFrame) -> dict[str, int]:
-    return dict(examples["role"].value_counts().sort("role").iter_rows())
 
 
 def _judged(generations: pl.DataFrame, feedback: pl.DataFrame, origin: int) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from textalign_dagster.loop import checks
 from textalign_dagster.pool.conditioning import render
 from textalign_dagster.settings.offline import Offline
 from textalign_dagster.settings.structured import content_of
-from textalign_dagster.tables import GENERATIONS, conform
+from textalign_dagster.tables import GENERATIONS
 from textalign_dagster.tokenisation import token_counts
 
 
@@ -171,17 +171,16 @@ def _offline(stage: Stage, offline: Offline, draws: Artifact) -> Artifact:
         found = offline_samples(experiment, task_of(experiment), drawn)
         trusted = experiment.policy.trust_remote_code
         counted = token_counts(base.path, found["text"].to_list(), trust_remote_code=trusted)
-        none = pl.lit(None, dtype=pl.Float64)
-        frame = found.join(drawn.select("draw_id", "seed"), on="draw_id", maintain_order="left").with_columns(
+        seeded = found.join(drawn.select("draw_id", "seed"), on="draw_id", maintain_order="left")
+        frame = seeded.drop("own_id").with_columns(
             policy_hash=pl.lit(content_hash("offline", identity(offline))),
             engine=pl.lit("file"),
             engine_version=pl.lit(OFFLINE_VERSION),
             condition=pl.lit(None, dtype=pl.String),
             n_tokens=pl.Series([count + 1 for count in counted], dtype=pl.Int32),  # with the end token
             finish_reason=pl.lit("stop"),
-            logprob=none,
+            logprob=pl.lit(None, dtype=pl.Float64),
         )
-        frame = conform(frame.drop("own_id"), GENERATIONS, "generations")
         draft.write("generations", frame, GENERATIONS)
         draft.record(tokens=int(frame["n_tokens"].sum()))
 

@@ -29,11 +29,9 @@ def prompt_draws(context: dg.AssetExecutionContext, store: StoreResource) -> dg.
         settings, cell = stage.experiment.prompts, stage.cell
         prompts = training_prompts(stage.experiment)
         left_out = task_of(stage.experiment).notes if settings.path is None else ()
-        weights = None
+        weights, inputs = None, {"source": source_hash(prompts)}
         if settings.weights is not None:
             weights = queried_weights(stage.store, settings.weights, "prompts.weights", "prompt_id")
-        inputs = {"source": source_hash(prompts)}
-        if weights is not None:
             inputs["weights"] = content_hash("weights", weights)
 
         def produce(draft: Draft) -> None:

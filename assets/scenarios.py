@@ -73,21 +73,12 @@ def _worst(
         "worst": max(known) if lower else min(known),
         "worst_of_25": statistics.worst_of(known, "lower" if lower else "higher"),
     }
-    condition = subject.asked[0].condition
+    about = {"subject": subject.name, "role": "scenario", "condition": subject.asked[0].condition}
     for metric, number in found.items():
         if number is not None:  # a number computed from all texts together has no interval
             estimate = Estimate(number, None, None, len(set(prompts)), len(known))
-            yield score_row(
-                metric,
-                estimate,
-                subject.policy_hash,
-                subject=subject.name,
-                role="scenario",
-                condition=condition,
-            )
+            yield score_row(metric, estimate, subject.policy_hash, **about)
     if scenario is not None and scenario.hits is not None:
         hits = [float(value > scenario.hits if lower else value < scenario.hits) for value in known]
         share = statistics.mean(hits, prompts, resamples=resamples)
-        yield score_row(
-            "hits", share, subject.policy_hash, subject=subject.name, role="scenario", condition=condition
-        )
+        yield score_row("hits", share, subject.policy_hash, **about)

@@ -24,12 +24,7 @@ from textalign_dagster.reports.score_table import (
     score_row,
     text_statistics,
 )
-from textalign_dagster.tables import (
-    CANDIDATES,
-    EVALUATION_SAMPLES,
-    REWARDS,
-    SCORES,
-)
+from textalign_dagster.tables import CANDIDATES, EVALUATION_SAMPLES, REWARDS, SCORES
 
 
 def write(

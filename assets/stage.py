@@ -169,10 +169,10 @@ class Stage:
         self,
         artifact: Artifact,
         *,
+        headline: str,
+        metadata: Mapping[str, Any],
         checks: Sequence[dg.AssetCheckResult] = (),
-        metadata: Mapping[str, Any] | None = None,
         rows: int | None = None,
-        headline: str = "",
     ) -> dg.MaterializeResult:
         """Points the cell at the artifact and reports to Dagster: data version, figures and checks at once."""
         announce(Finished(str(self.cell.key), self.name, headline, artifact.reused))
@@ -195,7 +195,7 @@ class Stage:
             data_version=dg.DataVersion(artifact.key),
             check_results=list(checks),
             metadata={
-                **{k: figure(v) if isinstance(v, float) else v for k, v in (metadata or {}).items()},
+                **{k: figure(v) if isinstance(v, float) else v for k, v in metadata.items()},
                 **({"dagster/partition_row_count": rows} if rows is not None else {}),
                 "seconds": figure(float(artifact.manifest["seconds"])),
                 **{f"seconds {part}": figure(took) for part, took in parts.items() if took >= SHORTEST},

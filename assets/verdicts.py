@@ -21,7 +21,7 @@ from textalign_dagster.experiment.evaluation import evaluation_scorer
 from textalign_dagster.judging import Judged
 from textalign_dagster.judging.pairs import pair_figures
 from textalign_dagster.loop.abandoned import BATCHES_TAG
-from textalign_dagster.scorers.base import TextScorer
+from textalign_dagster.scorers.base import Scorer, TextScorer
 from textalign_dagster.tables import FEEDBACK
 
 RETRY = "`textalign run --retry-failed` sends failed calls again"
@@ -34,14 +34,28 @@ def scored(
     scorer = evaluation_scorer(stage.experiment)
     if scorer is None:
         return samples, {}
+    facts: dict[str, Any] = {}
+    found = scores_of(stage, sampler, samples, scorer, "evaluation.scorer", "scoring", facts)
+    facts["unscored"] = int((found["status"] != "ok").sum())
+    return samples.with_columns(score=found["score"], label=found["label"]), facts
+
+
+def scores_of(
+    stage: Stage,
+    sampler: SamplerResource,
+    samples: pl.DataFrame,
+    scorer: Scorer,
+    field: str,
+    note: str,
+    facts: dict[str, Any] | None = None,
+) -> pl.DataFrame:
+    """The scores by the scorer in a field of the experiment, one row per sample; ``facts`` receives what to record."""
     if not isinstance(scorer, TextScorer):
         sampler.make_room()
     columns = ("sample_id", "prompt", "reference", "text", "finish_reason")
-    report, facts = partial(stage.report(), note="scoring"), dict[str, Any]()
-    with readable_failures(stage, "evaluation.scorer: "):
-        found = score_samples(located(scorer, stage.store), samples.select(columns), report, facts=facts)
-    facts["unscored"] = int((found["status"] != "ok").sum())
-    return samples.with_columns(score=found["score"], label=found["label"]), facts
+    report = partial(stage.report(), note=note)
+    with readable_failures(stage, f"{field}: "):
+        return score_samples(located(scorer, stage.store), samples.select(columns), report, facts=facts)
 
 
 class Judging:

@@ -17,15 +17,16 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import polars as pl
 
-from textalign_dagster.pool.datapool import PoolSettings, QuantileSettings, build_pool, drop_earlier
-from textalign_dagster.pool.quantiles import quantile_labels
+from textalign_dagster.pool.datapool import build_pool, drop_earlier
+from textalign_dagster.pool.quantiles import QuantileSettings, quantile_labels
 from textalign_dagster.pool.row_order import canonical_order
+from textalign_dagster.settings.pool import PoolSettings
 
 LABELS = ("Excellent.", "Good.", "Mediocre.", "Bad.", "Horrible.")
 LIMIT = 64
@@ -79,13 +80,12 @@ def published(rows: pl.DataFrame, settings: PoolSettings, seed: int) -> int:
     columns = rows.select("prompt_id", "sample_id", "value", "n_tokens")
     for prompt, sample, value, tokens in columns.iter_rows():
         pool[prompt].append((sample, value, tokens))
-    choose: Callable[..., list[str]] = _published_buckets if settings.samples is None else _published_samples
     drawn = 0
     for own in pool.values():
         own.sort(key=lambda item: item[1], reverse=True)
         size = len(own) // len(LABELS)
         quantiles = [LABELS[min(i // size, 4)] if size else LABELS[-1] for i in range(len(own))]
-        drawn += len(choose(own, quantiles, settings, rng))
+        drawn += len(_chosen(own, quantiles, settings, rng))
     return drawn
 
 
@@ -97,30 +97,21 @@ def _take(bucket: list[tuple[str, float, int]], want: int, rng: random.Random) -
     return taken + rest[: want - len(taken)]
 
 
-def _published_buckets(
+def _chosen(
     own: list[tuple[str, float, int]],
     quantiles: list[str],
     settings: PoolSettings,
     rng: random.Random,
 ) -> list[str]:
+    """As many samples of each label, or in total, as the settings draw."""
+    wanted = settings.samples
+    share = (settings.samples_per_bucket or 0) if wanted is None else wanted // len(LABELS)
     taken: list[str] = []
     for label in LABELS:
         bucket = [item for item, own_label in zip(own, quantiles, strict=True) if own_label == label]
-        taken += _take(bucket, settings.samples_per_bucket or 0, rng)
-    return taken
-
-
-def _published_samples(
-    own: list[tuple[str, float, int]],
-    quantiles: list[str],
-    settings: PoolSettings,
-    rng: random.Random,
-) -> list[str]:
-    wanted = settings.samples or 0
-    taken: list[str] = []
-    for label in LABELS:
-        bucket = [item for item, own_label in zip(own, quantiles, strict=True) if own_label == label]
-        taken += _take(bucket, wanted // len(LABELS), rng)
+        taken += _take(bucket, share, rng)
+    if wanted is None:
+        return taken
     rest = [sample for sample, _, _ in own if sample not in taken]
     return taken + rest[: wanted - len(taken)]
 
@@ -170,7 +161,7 @@ def main(arguments: list[str] | None = None) -> int:
             drawn = published(rows, settings, given.seed)
         ratio = (
             seconds["published procedure, lists and loops"]
-            / (seconds["whole pool: order, drop, quantiles, draw"])
+            / seconds["whole pool: order, drop, quantiles, draw"]
         )
         print(f"drawn {drawn:,}; {ratio:.1f} times as long as the whole pool")
     return 0

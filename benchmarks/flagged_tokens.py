@@ -107,7 +107,7 @@ def flagged_tokens(
     texts = dict(judged.select("sample_id", "text").iter_rows())
     threshold = math.log(experiment.training.objective.model_dump()["threshold"])
     pad = tokenizer.pad_token_id or 0
-    places = _spans(marks)
+    places = marks.select("sample_id", "start", "end").rows_by_key("sample_id")
     rows: list[tuple[Any, ...]] = []
     for at in range(0, len(examples), 16):
         batch = examples[at : at + 16]
@@ -128,13 +128,6 @@ def flagged_tokens(
                 marked = any(s < end and start < e for s, e in places.get(example.sample_id, ()))
                 rows.append((example.sample_id, start, end, flag, marked))
     return pl.DataFrame(rows, ["sample_id", "start", "end", "flagged", "marked"], orient="row")
-
-
-def _spans(marks: pl.DataFrame) -> dict[str, list[tuple[int, int]]]:
-    spans: dict[str, list[tuple[int, int]]] = {}
-    for sample, start, end in marks.select("sample_id", "start", "end").iter_rows():
-        spans.setdefault(sample, []).append((start, end))
-    return spans
 
 
 def picture(judged: pl.DataFrame, tokens: pl.DataFrame, path: Path) -> None:

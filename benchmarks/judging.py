@@ -40,8 +40,8 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=64, help="calls in flight")
     parser.add_argument("--seconds", type=float, default=8.0, help="ideal duration of each of the two")
     options = parser.parse_args()
-    many = round(options.seconds / options.latency) * options.slots
     few = round(options.seconds / options.latency)
+    many = few * options.slots
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         os.environ.pop(name, None)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +25,7 @@ import polars as pl
 
 from training.data.batches import plan_batches
 from training.job import Job
+from training.progress import Silent
 from training.train import run
 
 POLICY = Path(__file__).parents[1] / "textalign_dagster" / "tasks" / "pep8" / "policy"
@@ -38,14 +39,20 @@ SPREADS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 }
 
 
-class Quiet:
-    """A reporter that reports nothing."""
+class Stopwatch:
+    """CPU seconds spent in the functions it wraps."""
 
-    def progress(self, values: Mapping[str, Any]) -> None:
-        pass
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
-    def say(self, sentence: str) -> None:
-        pass
+    def around(self, function: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.process_time()
+            result = function(*arguments, **named)
+            self.seconds += time.process_time() - started
+            return result
+
+        return timed
 
 
 def main() -> None:
@@ -123,15 +130,6 @@ def train(folder: Path, packing: bool, options: argparse.Namespace) -> tuple[flo
     """CPU seconds of the steps of a training, and the tokens it read."""
     from training.trainer import ObjectiveTrainer
 
-    spent = 0.0
-    steps = ObjectiveTrainer.train
-
-    def timed(trainer: ObjectiveTrainer) -> None:
-        nonlocal spent
-        started = time.process_time()
-        steps(trainer)
-        spent = time.process_time() - started
-
     job = Job.model_validate(
         {
             "rows": str(folder / "rows.parquet"),
@@ -146,9 +144,10 @@ def train(folder: Path, packing: bool, options: argparse.Namespace) -> tuple[flo
             },
         }
     )
-    with mock.patch.object(ObjectiveTrainer, "train", timed):
-        done = run(job, Quiet())
-    return spent, done["tokens"]
+    watch = Stopwatch()
+    with mock.patch.object(ObjectiveTrainer, "train", watch.around(ObjectiveTrainer.train)):
+        done = run(job, Silent())
+    return watch.seconds, done["tokens"]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,32 +22,15 @@ from unittest import mock
 import numpy as np
 import polars as pl
 
-from benchmarks.packing import LONGEST, POLICY, Quiet, one_token
+from benchmarks.packing import LONGEST, POLICY, Stopwatch, one_token
 from training.job import Job
+from training.progress import Silent
 from training.train import run
 
 SHORTEST, MAX_LENGTH = 20, 256
 TRAININGS = ("sft", "dpo", "kto", "grpo")
 GROUP = 4
-
-
 SORTED, ONCE = "TRL, sorted by length", "TRL, one sampling for all steps"
-
-
-class Stopwatch:
-    """CPU seconds spent in the functions it wraps."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def around(self, function: Any) -> Any:
-        def timed(*arguments: Any, **named: Any) -> Any:
-            started = time.process_time()
-            result = function(*arguments, **named)
-            self.seconds += time.process_time() - started
-            return result
-
-        return timed
 
 
 def main() -> None:
@@ -99,13 +81,12 @@ def made_up(policy: Path, count: int, name: str) -> pl.DataFrame:
     lengths = rng.integers(SHORTEST, LONGEST - 1, count)
     size = {"dpo": 2, "grpo": GROUP}.get(name, 1)
     prompts = np.repeat(lengths[::size] // 3, size)
-    chosen = [i % 2 == 0 for i in range(count)]
     return pl.DataFrame(
         {
             # Prompts differ, so that texts can be read after another text's.
             "prompt": [f"{i // size}{piece * n}" for i, n in enumerate(prompts)],
             "text": [piece * max(4, n - p) for n, p in zip(lengths, prompts, strict=True)],
-            "chosen": chosen,
+            "chosen": [i % 2 == 0 for i in range(count)],
             "group": [i // max(size, 2) for i in range(count)],
             "reward": rng.normal(size=count),
         }
@@ -159,11 +140,9 @@ def ours(name: str, rows: pl.DataFrame, folder: Path, options: argparse.Namespac
     watch = Stopwatch()
     with (
         mock.patch.object(ObjectiveTrainer, "train", watch.around(ObjectiveTrainer.train)),
-        mock.patch.object(
-            reference_log_probs, "with_reference", watch.around(reference_log_probs.with_reference)
-        ),
+        mock.patch.object(reference_log_probs, "tabulate", watch.around(reference_log_probs.tabulate)),
     ):
-        run(job, Quiet())
+        run(job, Silent())
     return watch.seconds
 
 

@@ -56,12 +56,14 @@ class SamplerResource(dg.ConfigurableResource):
             canonical_json(sampling.ray.model_dump()),
             canonical_json(sampling.k8s.model_dump()),
         )
-        _make_room(engine)
+        self.make_room(engine)
         return engine
 
-    def make_room(self) -> None:
+    def make_room(self, keep: Sampler | None = None) -> None:
         """Closes engines that hold a GPU or a node, to free it; those on this CPU stay, to save a restart."""
-        _make_room(None)
+        for engine in _engines:
+            if engine.on_accelerator and engine is not keep:
+                engine.close()
 
 
 def _served(experiment: Experiment) -> dict[str, Any]:
@@ -73,12 +75,6 @@ def _served(experiment: Experiment) -> dict[str, Any]:
 
 
 _engines: list[Sampler] = []
-
-
-def _make_room(keep: Sampler | None) -> None:
-    for engine in _engines:
-        if engine.on_accelerator and engine is not keep:
-            engine.close()
 
 
 @cache

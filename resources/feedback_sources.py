@@ -78,8 +78,7 @@ def feedback_of(
                 found, samples, engine(), report, trust_remote_code=experiment.policy.trust_remote_code
             ).with_columns(value=pl.lit(None, dtype=pl.Float64))
         else:
-            scored = score_samples(found, samples, report, iteration=iteration, facts=facts)
-            rows = scored.drop("score")
+            rows = score_samples(found, samples, report, iteration=iteration, facts=facts).drop("score")
         rows = rows.with_columns(aspect=pl.lit(scorer.name))
         return Judged(_rows(rows, kind, (scorer.name, scorer.version)), facts=facts)
     spans = task.spans(samples) if kind == "spans" else None

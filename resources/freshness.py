@@ -85,8 +85,7 @@ class Freshness:
             if now != key:
                 what = CALLED.get(name, name.replace("_", " ").replace("@", " of iteration "))
                 return State("stale", f"{place} was computed from {what} replaced since then")
-        now_settings = stage_settings(self.experiment, stage, iteration)
-        changes = settings_diff(pointer.settings, now_settings)
+        changes = settings_diff(pointer.settings, stage_settings(self.experiment, stage, iteration))
         if changes:
             return State("stale", f"{place} was computed with different settings ({'; '.join(changes)})")
         failed = [check for check, passed in pointer.checks.items() if not passed]

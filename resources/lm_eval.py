@@ -68,8 +68,7 @@ def run(settings: LMEval, model: Path, dtype: str, *, trust_remote_code: bool, s
 def read_results(results: dict[str, Any]) -> pl.DataFrame:
     """The harness's results as a table of LM_EVAL: tasks and groups, one row per metric."""
     rows = []
-    groups = results.get("groups", {})
-    for task, numbers in {**results["results"], **groups}.items():
+    for task, numbers in {**results["results"], **results.get("groups", {})}.items():
         for name, value in numbers.items():
             metric, separator, how = name.partition(",")
             if not separator or metric.endswith("_stderr") or not isinstance(value, int | float):

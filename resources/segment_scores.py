@@ -107,10 +107,8 @@ def _scored(
     if scorer is None:
         answers, who = task.feedback(shown, "reward"), task.scorer
     else:
-        answers, who = (
-            score_samples(located(scorer, store), shown, report, facts=facts),
-            (scorer.name, scorer.version),
-        )
+        answers = score_samples(located(scorer, store), shown, report, facts=facts)
+        who = scorer.name, scorer.version
     scores = answers.select(
         place=pl.col("sample_id").cast(pl.UInt32),
         found=pl.when(status="ok").then(-pl.col("value")),

@@ -113,13 +113,9 @@ def ratings_and_rankings(
 
 def _compared_references(samples: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
     """The references that occur in pairs, as samples."""
-    compared = set(pairs["sample_a"])
     distinct = samples.filter(pl.col("reference").is_not_null()).unique(
         ["prompt_id", "reference"], maintain_order=True
     )
-    ids = [
-        reference_id(prompt, reference)
-        for prompt, reference in distinct.select("prompt_id", "reference").rows()
-    ]
+    ids = [reference_id(*row) for row in distinct.select("prompt_id", "reference").iter_rows()]
     rows = distinct.with_columns(sample_id=pl.Series(ids, dtype=pl.String), text=pl.col("reference"))
-    return rows.filter(pl.col("sample_id").is_in(compared))
+    return rows.filter(pl.col("sample_id").is_in(set(pairs["sample_a"])))

@@ -130,7 +130,7 @@ def collect_batches(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
     from resources.judges.ledger import Ledger
 
     with Ledger(store) as ledger:
-        jobs, problems = collect_all(store.storage, ledger)
+        jobs, problems = collect_all(ledger)
     pending = {job.name: len(job.asked) for job in jobs if job.state != "collected"}
     launched = False
     for experiment in EXPERIMENTS:

@@ -32,18 +32,10 @@ def derive_seed(*parts: Any) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def folder_hash(folder: Path, names: Sequence[str] | None = None) -> str:
-    """Hex digest of a folder's files (relative names and bytes), excluding hidden files.
-
-    ``names`` restricts it to some files: a policy is its weights, config and tokenizer, not its README.
-    """
-    files = (
-        [folder / name for name in names]
-        if names is not None
-        else [p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")]
-    )
+def folder_hash(folder: Path, names: Sequence[str]) -> str:
+    """Hex digest of some of a folder's files (relative names and bytes); their order does not matter."""
     digest = hashlib.blake2b(digest_size=ID_BYTES)
-    for path in sorted(files):
+    for path in sorted(folder / name for name in names):
         digest.update(str(path.relative_to(folder)).encode() + b"\0")
         with path.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())

@@ -6,8 +6,7 @@ Segments are contiguous: joined, they are the document, including whitespace bet
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 SegmentKind = Literal["line", "sentence", "document"]
@@ -25,14 +24,13 @@ def cut(text: str, kind: SegmentKind) -> list[tuple[int, int]]:
     if kind == "document":
         return [(0, len(text))] if text else []
     pieces = text.splitlines(keepends=True) if kind == "line" else _SENTENCE.findall(text)
-    return list(_places(pieces))
-
-
-def _places(pieces: list[str]) -> Iterator[tuple[int, int]]:
-    ends = list(accumulate(map(len, pieces)))
-    return zip([0, *ends], ends, strict=False)
+    return _places(pieces)
 
 
 def joined(pieces: list[str]) -> tuple[str, list[tuple[int, int]]]:
     """The text of segments that were cut elsewhere, and the (start, end) of each in it."""
-    return "".join(pieces), list(_places(pieces))
+    return "".join(pieces), _places(pieces)
+
+
+def _places(pieces: list[str]) -> list[tuple[int, int]]:
+    return list(pairwise(accumulate(map(len, pieces), initial=0)))

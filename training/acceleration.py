@@ -11,16 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from textalign_dagster.settings import SettingsError, nearest, read_yaml, write_yaml
 from training.settings import Training
 
 SHIPPED = Path(__file__).parent / "accelerate_configs"
-KINDS = ("DEEPSPEED", "FSDP", "MULTI_GPU", "NO")
 PROBE = "import torch; print(torch.accelerator.device_count() if torch.accelerator.is_available() else 0)"
 
 Kind = Literal["DEEPSPEED", "FSDP", "MULTI_GPU", "NO"]
+KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,16 @@ def accelerate_config(setting: str) -> AccelerateConfig:
         raise SettingsError(
             f"training.accelerate: {path}: compute_environment: only LOCAL_MACHINE is supported"
         )
-    return AccelerateConfig(str(path), content, _deepspeed(path, content) if kind == "DEEPSPEED" else None)
+    config = AccelerateConfig(str(path), content, _deepspeed(path, content) if kind == "DEEPSPEED" else None)
+    try:
+        stage = config.zero_stage
+    except (TypeError, ValueError):
+        stage = -1
+    if stage not in (None, 0, 1, 2, 3):
+        raise SettingsError(
+            f"training.accelerate: {path}: the ZeRO stage is not one of 0, 1, 2, 3; set it there"
+        )
+    return config
 
 
 def _deepspeed(path: Path, content: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -34,8 +34,7 @@ class Reporting(TrainerCallback):
         self._time, self._step, self._tokens, self._lr = time.monotonic(), 0, 0, 0.0
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = cast(Any, self._trainer.lr_scheduler)
-        self._lr = float(schedule.get_last_lr()[0])  # of this step, before it changes
+        self._lr = float(self._trainer.lr_scheduler.get_last_lr()[0])  # of this step, before it changes
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._time = time.monotonic()

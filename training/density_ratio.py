@@ -46,7 +46,10 @@ def reweigh(
         known = tabulate(job, table, model, bare, replace(collator, apart=False), arguments, reporter)
     log_probs = [example.reference_log_probs or [] for example in known]
     ratios = density_ratios(examples, log_probs, settings, job.rows)
-    weighed = reweighted(examples, ratios)
+    weighed = [
+        replace(example, weight=example.weight * ratio)
+        for example, ratio in zip(examples, ratios, strict=True)
+    ]
     low, high = settings.clip
     figures = {
         "density ratio, mean": sum(ratios) / len(ratios),
@@ -89,14 +92,6 @@ def density_ratios(
             gap /= max(tokens, 1)
         ratios.append(math.exp(min(max(gap, low), high)))
     return ratios
-
-
-def reweighted(examples: Sequence[Example], ratios: Sequence[float]) -> list[Example]:
-    """The examples, each with its weight multiplied by its ratio."""
-    return [
-        replace(example, weight=example.weight * ratio)
-        for example, ratio in zip(examples, ratios, strict=True)
-    ]
 
 
 def effective_share(weights: Sequence[float]) -> float:

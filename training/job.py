@@ -160,13 +160,12 @@ def check(job: Job, where: str) -> None:
     if job.training.density_ratio is not None and job.beside is None:
         raise JobError(f"{where}: beside: missing; the policy's log-probabilities are written there")
     if "value head" in objective.needs:
-        for field, value in (
-            ("packing", job.training.packing),
-            ("lora", job.training.lora),
+        for place, value in (
+            ("training.packing", job.training.packing),
+            ("training.lora", job.training.lora),
             ("sharing", job.sharing),
         ):
             if value:
-                place = field if field == "sharing" else f"training.{field}"
                 raise JobError(
                     f"{where}: {place}: cannot be combined with a value head; leave it out, or set "
                     "training.objective.value_head to false"

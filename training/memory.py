@@ -25,6 +25,7 @@ def enough_memory(job: Job) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         settings = job.training
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = "the accelerator" if on_gpu else "this machine"
         remedies = [
             f"lower training.batch_size ({settings.batch_size}) and raise training.gradient_accumulation"
@@ -35,6 +36,6 @@ def enough_memory(job: Job) -> Iterator[None]:
             *(["shard it (training.accelerate: zero2_offload, zero3)"] if job.sharing is None else []),
         ]
         raise JobError(
-            f"out of memory: {where} has too little for this training ({str(error).splitlines()[0][:200]}); "
+            f"out of memory: {where} has too little for this training ({reason[:200]}); "
             + ", or ".join(remedies)
         ) from error

@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,8 @@ class Settings:
     threads: int = 1
 
 
-def setup(argv: list[str] | None = None) -> tuple[Settings, Path, bool]:
-    """Settings, output folder and whether it may be replaced, from the command line."""
+def setup(argv: list[str] | None = None) -> tuple[Settings, Path]:
+    """Settings and output folder from the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m training.pretrain",
         description=__doc__,
@@ -96,16 +97,16 @@ def setup(argv: list[str] | None = None) -> tuple[Settings, Path, bool]:
     out, overwrite = options.pop("out"), options.pop("overwrite")
     if out.exists() and not overwrite:
         parser.error(f"{out} exists; choose another --out, or pass --overwrite to replace it")
-    return Settings(**options), out, overwrite
+    return Settings(**options), out
 
 
 def main(argv: list[str] | None = None) -> None:
-    settings, out, _ = setup(argv)
+    settings, out = setup(argv)
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     started, started_cpu = time.perf_counter(), time.process_time()
 
-    functions = corpus.functions().functions
+    functions = corpus.functions()
     pairs = [(function.source, sloppy(function.source)) for function in functions]
     tokenizer = train_tokenizer([text for pair in pairs for text in pair if text], settings)
     model = new_model(settings, tokenizer)
@@ -206,14 +207,12 @@ def batches(
     pairs: list[tuple[str, str | None]], tokenizer: PreTrainedTokenizerFast, settings: Settings
 ) -> Iterator[torch.Tensor]:
     """Endless batches of token ids (batch, context); shorter rows are padded with `IGNORED`."""
-    epoch = 0
-    while True:
+    for epoch in count():
         rows = encode(chunks(pairs, settings, epoch), tokenizer, settings.context)
         if len(rows) < settings.batch:
             raise ValueError(f"{len(rows)} chunks are too few for a batch of {settings.batch}")
         for start in range(0, len(rows) - settings.batch + 1, settings.batch):
             yield rows[start : start + settings.batch]
-        epoch += 1
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, context: int) -> torch.Tensor:
@@ -243,18 +242,16 @@ def fit(model: LlamaForCausalLM, data: Iterator[torch.Tensor], settings: Setting
         optimizer, lambda step: min(1.0, (step + 1) / settings.warmup, (steps - step) / decay)
     )
     model.train()
-    progress = tqdm(total=steps, desc="pretrain", unit="step", file=sys.stderr, mininterval=5)
-    for step in range(steps):
+    progress = tqdm(range(steps), desc="pretrain", unit="step", file=sys.stderr, mininterval=5)
+    for step in progress:
         loss = token_losses(model, next(data))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.update()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    progress.close()
     return steps
 
 
@@ -264,7 +261,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Perplexity per token on chunks of held-out files, in the clean and the sloppy style."""
     model.eval()
-    held_out = corpus.functions(held_out=True).functions
+    held_out = corpus.functions(held_out=True)
     pairs = [(function.source, sloppy(function.source)) for function in held_out]
     perplexity = {}
     for style, share in (("clean", 0.0), ("sloppy", 1.0)):

@@ -23,8 +23,8 @@ class Reporter(Protocol):
     def say(self, sentence: str) -> None: ...
 
 
-class _Silent:
-    """For ranks other than 0."""
+class Silent:
+    """Reports nothing: for ranks other than 0."""
 
     def progress(self, values: Mapping[str, Any]) -> None:
         pass
@@ -58,7 +58,7 @@ class _Lines:
 def open_reporter() -> Iterator[Reporter]:
     """This process's reporter. An exception inside the block is passed to Dagster with its message."""
     if os.environ.get("RANK", "0") != "0":
-        yield _Silent()
+        yield Silent()
     elif DAGSTER_PIPES_CONTEXT_ENV_VAR in os.environ:
         with open_dagster_pipes() as context:
             yield _Pipes(context)

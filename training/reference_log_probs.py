@@ -8,7 +8,6 @@ trainings with the same reference can reuse them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -61,10 +60,11 @@ def tabulate(
     arguments: TrainingArguments,
     reporter: Reporter,
 ) -> list[Example]:
-    """The examples with the reference's log-probabilities, cached or computed now.
+    """The examples with their ``reference_log_probs``, cached or computed now.
 
     Args:
-        table: the path of the cached ones, if any, and the file name for those computed now.
+        table: the path of the cached ones, if any, and the name of the Parquet file for those computed now. Every
+            process first writes its own part next to it.
         model: the reference.
     """
     assert job.beside is not None, "checked with the job"
@@ -72,37 +72,7 @@ def tabulate(
     out.parent.mkdir(parents=True, exist_ok=True)
     known = {} if table[0] is None else read(Path(table[0]))
     cast(Any, model).to(arguments.device)
-    return with_reference(
-        examples,
-        model,
-        known,
-        collator,
-        out,
-        reporter,
-        batch_size=job.training.batch_size,
-        rank=arguments.process_index,
-        world_size=arguments.world_size,
-    )
-
-
-def with_reference(
-    examples: Sequence[Example],
-    model: PreTrainedModel,
-    known: dict[str, list[float]],
-    collator: Collator,
-    out: Path,
-    reporter: Reporter,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-) -> list[Example]:
-    """The examples with their ``reference_log_probs``.
-
-    Args:
-        model: the reference, on the device to run on.
-        out: Parquet file for those computed now. Every process first writes its own part next to it.
-    """
+    batch_size, rank, world_size = job.training.batch_size, arguments.process_index, arguments.world_size
     hashes = [tokens_hash(example) for example in examples]
     sequences = dict(zip(hashes, examples, strict=True))
     again = [replace(example, prompt=example.second or [], reference=None) for example in examples]
@@ -121,9 +91,9 @@ def with_reference(
         if done % 50 == 49:
             reporter.say(f"reference log-probs: {done + 1} of {len(share)} batches")
     model.train(was_training)
-    table = pl.DataFrame(rows, REFERENCE_LOG_PROBS, orient="row")
+    own = pl.DataFrame(rows, REFERENCE_LOG_PROBS, orient="row")
     parts = [out.with_name(f"{out.stem}-{i}-of-{world_size}{out.suffix}") for i in range(world_size)]
-    table.write_parquet(parts[rank])
+    own.write_parquet(parts[rank])
     _wait()
     computed = pl.concat(pl.read_parquet(part) for part in parts)
     _wait()
@@ -133,7 +103,7 @@ def with_reference(
         reporter.say(
             f"reference log-probs: {computed.height} computed, {len(sequences) - len(missing)} cached"
         )
-    known = known | dict(computed.select("tokens_hash", "log_probs").iter_rows())
+    known |= dict(computed.select("tokens_hash", "log_probs").iter_rows())
     return [
         replace(
             example,

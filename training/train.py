@@ -212,10 +212,10 @@ def load(
         reporter.say(f"{rows.height} documents in {len(examples)} blocks of {settings.block} tokens")
     else:
         examples = encode(rows, tokenizer, job, longest)
-    if settings.block is None and len(examples) < rows.height:
-        reporter.say(
-            f"{rows.height - len(examples)} of {rows.height} rows have an empty text and are left out"
-        )
+        if len(examples) < rows.height:
+            reporter.say(
+                f"{rows.height - len(examples)} of {rows.height} rows have an empty text and are left out"
+            )
     try:
         plan = plan_batches(
             [example.length for example in examples],

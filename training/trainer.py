@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from training.callbacks import Adaptation, Reporting, Snapshotting
-from training.data.batches import TOKEN_VALUES, Collator, Examples, RankBatches
+from training.data.batches import TOKEN_VALUES, Collator, Examples
 from training.forward import head_outputs, labelled_tokens
 from training.job import NonFiniteError
 from training.objectives.base import Objective, Sequences, Step
@@ -137,8 +137,6 @@ class ObjectiveTrainer(Trainer):
             found.restore_weights(model)
             carried = found.optimizer
         super().__init__(model=model, args=args, train_dataset=cast(Any, examples), data_collator=collator)
-        # For transformers before 5.19, which checks this instead of loss_is_scaled_for_ga.
-        self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
         self.add_callback(Adaptation(self))
         self.add_callback(Reporting(self, reporter))
@@ -164,7 +162,7 @@ class ObjectiveTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """This rank's micro-batches; not sharded by accelerate, which would repeat rows to even out the ranks."""
-        batches = RankBatches(self._plan, self.args.process_index)
+        batches = [micro_batch[self.args.process_index] for step in self._plan for micro_batch in step]
         examples = cast(Any, self._examples)
         return DataLoader(examples, batch_sampler=batches, collate_fn=self.data_collator)
 
@@ -299,11 +297,13 @@ class ObjectiveTrainer(Trainer):
 
     def progress(self) -> Progress:
         """How far the training has come; all processes must call it together."""
+        losses = self.accelerator.reduce(torch.stack(self.step_losses), "sum")
+        tokens = self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum")
         resumed_at = [*self.before.resumed_at, *([self.before.step] if self.before.step else [])]
         return Progress(
             step=self.steps_done,
-            losses=self.losses(),
-            tokens=self.total_tokens(),
+            losses=[*self.before.losses, *map(float, losses)],
+            tokens=self.before.tokens + int(tokens),
             seconds=self.before.seconds + time.monotonic() - self.began,
             resumed_at=resumed_at,
             coefficients=self.coefficients,
@@ -332,16 +332,6 @@ class ObjectiveTrainer(Trainer):
         most = torch.tensor([held], dtype=torch.int64, device=device)
         host, *accelerator = self.accelerator.gather(most).amax(0).tolist()
         return {"host_bytes": host, "accelerator_bytes": accelerator[0] if accelerator else None}
-
-    def losses(self) -> list[float]:
-        """The loss of every step, over all ranks."""
-        now = self.accelerator.reduce(torch.stack(self.step_losses), "sum")
-        return [*self.before.losses, *map(float, now)]
-
-    def total_tokens(self) -> int:
-        """Tokens read, over all ranks and epochs, padding not counted."""
-        now = self.accelerator.reduce(torch.tensor(self.tokens, device=self.args.device), "sum")
-        return self.before.tokens + int(now)
 
 
 def _sequences(batch: dict[str, Any]) -> Sequences:

@@ -70,9 +70,7 @@ class Decoding:
     min_new_tokens: int = 0  # no end token is drawn before
     ignore_eos: bool = False  # no end token is drawn at all: exactly max_new_tokens
     banned_tokens: tuple[str, ...] = ()  # each must be one token of the model's tokenizer
-    structured: Mapping[str, Any] | None = (
-        None  # see `textalign_dagster.settings.structured`; None: free text
-    )
+    structured: Mapping[str, Any] | None = None  # see `settings.structured`; None: free text
 
     def __post_init__(self) -> None:
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from resources.workers.serving import CallError
 from textalign_dagster import tokenisation
@@ -25,6 +25,14 @@ class Loaded(Protocol):
     def context(self) -> int | None:
         """Maximum number of tokens of prompt and completion together; None: no limit."""
         ...
+
+
+class Drawn(NamedTuple):
+    """A completion as token ids; an end token is the last of ``ids`` and is included in ``logprob``."""
+
+    ids: list[int]
+    ended: bool
+    logprob: float
 
 
 def prompts_of(loaded: Loaded, call: dict[str, Any]) -> list[list[int]]:
@@ -53,6 +61,21 @@ def banned_of(loaded: Loaded, call: dict[str, Any]) -> set[int]:
     # Outputs beyond the tokenizer (padding of the vocabulary) have no text.
     textless = set(range(loaded.outputs)).difference(loaded.tokenizer.get_vocab().values())
     return textless.union(tokenisation.banned_ids(loaded.tokenizer, call["decoding"]["banned_tokens"]))
+
+
+def as_completions(tokenizer: Any, drawn: Iterable[Drawn]) -> list[dict[str, Any]]:
+    """Each as a `sampler.Completion`, as a dictionary."""
+    found = list(drawn)
+    texts = tokenisation.decode(tokenizer, [one.ids[:-1] if one.ended else one.ids for one in found])
+    return [
+        {
+            "text": text,
+            "n_tokens": len(one.ids),
+            "finish_reason": "stop" if one.ended else "length",
+            "logprob": one.logprob,
+        }
+        for one, text in zip(found, texts, strict=True)
+    ]
 
 
 def check_embeddings(folder: Path, tokenizer: Any, embeddings: int) -> None:

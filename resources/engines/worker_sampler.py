@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from resources.engines.sampler import Adapted, Completion, Decoding, Model, Request, SamplerError
@@ -75,12 +74,7 @@ class WorkerSampler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _rows(self, model: Model, calls: list[dict[str, Any]], progress: Progress | None) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import openai
@@ -13,6 +13,7 @@ from textalign_dagster.settings.judge import Judge
 HIDDEN = "[key]"
 OPENAI = "https://api.openai.com/"
 SECRET_FROM = 8  # characters; masking a shorter key could change words in replies
+Text = TypeVar("Text", str, str | None)
 
 
 class ApiKeyError(Exception):
@@ -38,9 +39,11 @@ class ApiKey:
     def __repr__(self) -> str:
         return "ApiKey()" if self._value is None else f"ApiKey({HIDDEN})"
 
-    def hide(self, text: str) -> str:
+    def hide(self, text: Text) -> Text:
         """The text with the key masked: endpoints repeat it in errors. A placeholder ("none") is not a secret."""
-        return text.replace(self._value, HIDDEN) if self._value and len(self._value) >= SECRET_FROM else text
+        if not text or not self._value or len(self._value) < SECRET_FROM:
+            return text
+        return text.replace(self._value, HIDDEN)
 
     def headers(self, judge: Judge) -> dict[str, Any]:
         """Headers of every request: removes those that the library should not send."""

@@ -9,7 +9,9 @@ from datetime import datetime
 
 import polars as pl
 
-from resources.judges.client import Call, Forecast, Tally, forecast, judge_calls
+from resources.judges.call import Call, Tally
+from resources.judges.client import judge_calls
+from resources.judges.forecast import Forecast, forecast
 from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
 from textalign_dagster.experiment.evaluation_settings import JUDGED

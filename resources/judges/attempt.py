@@ -6,7 +6,6 @@ import asyncio
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import httpx2
 import openai
@@ -55,7 +54,6 @@ class Sender:
         self._tally = tally
         self._batch_id = batch_id
         self._headers = key.headers(judge)
-        self._params = judge.decoding.params()
 
     async def attempt(self, call: Attempts, client: openai.AsyncOpenAI) -> bool:
         """Send one request as soon as limits and budget allow. True: a completion; False: a fault."""
@@ -75,7 +73,7 @@ class Sender:
                     response = await client.post(
                         "/chat/completions",
                         cast_to=httpx2.Response,
-                        body=self._body(call.request),
+                        body=call.request.body(self._judge),
                         options={"headers": self._headers},
                     )
                 call.completion = read_completion(response.content)
@@ -112,23 +110,15 @@ class Sender:
         self._ledger.add(record)
         return record
 
-    def _body(self, request: Request) -> dict[str, Any]:
-        body = {"model": self._judge.model, "messages": list(request.call.messages), **self._params}
-        if request.response_format is not None:
-            body["response_format"] = request.response_format
-        return body
-
     def _price(self, got: Completion, highest: float) -> float:
         """USD of a reply; the highest possible cost if the endpoint does not report token counts."""
         assert self._judge.prices is not None
         if got.tokens_in is None or got.tokens_out is None:
             return highest
-        return self._judge.prices.usd(
-            got.tokens_in, got.tokens_out, min(got.tokens_cached or 0, got.tokens_in)
-        )
+        return self._judge.prices.usd(got.tokens_in, got.tokens_out, got.tokens_cached or 0)
 
     def _row(self, call: Attempts, status: str) -> CallRecord:
-        request, received = call.request, status == "ok"
+        request, received, hide = call.request, status == "ok", self._key.hide
         got = call.completion if call.completion is not None and received else Completion()
         error = None
         if status in ("failed", "stopped"):
@@ -142,11 +132,11 @@ class Sender:
             params=request.params,
             repeat=request.call.repeat,
             order_shown=request.call.order_shown,
-            raw_reply=self._hide(got.text),
-            refusal=self._hide(got.refusal),
-            finish_reason=self._hide(got.finish_reason),
+            raw_reply=hide(got.text),
+            refusal=hide(got.refusal),
+            finish_reason=hide(got.finish_reason),
             status=status,
-            error=self._hide(error),
+            error=hide(error),
             attempts=call.sent,
             lost_replies=call.lost,
             chars_in=request.chars,
@@ -156,11 +146,8 @@ class Sender:
             usd=call.usd if received else None,
             latency_s=None if call.seconds is None else round(call.seconds, 4),
             called_at=call.called_at,
-            fingerprint=self._hide(got.fingerprint),
+            fingerprint=hide(got.fingerprint),
             batch_id=self._batch_id,
             purpose=PROBE if call.probe else request.call.purpose,
-            reply_model=self._hide(got.model),
+            reply_model=hide(got.model),
         )
-
-    def _hide(self, text: str | None) -> str | None:
-        return None if text is None else self._key.hide(text)

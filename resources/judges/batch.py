@@ -10,11 +10,11 @@ fails in a batch is given up: ``failed`` in the ledger, and sent again only on r
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 from resources.judges.batch_jobs import Endpoint, Job, forget, intend, jobs, parts
-from resources.judges.call import Reply, Request, Tally, reply_of
+from resources.judges.call import Progress, Reply, Request, Tally, reply_of
 from resources.judges.errors import BatchPendingError, BudgetExceededError, JudgeError
 from resources.judges.forecast import highest_usd
 from resources.judges.ledger import Ledger
@@ -22,14 +22,11 @@ from resources.store.storage import Storage
 from textalign_dagster.progress import somebody_waits
 from textalign_dagster.settings.judge import Judge
 
-Progress = Callable[[int, int, str], None]
-
 
 def batch_replies(
     missing: Sequence[Request],
     judge: Judge,
     ledger: Ledger,
-    storage: Storage,
     *,
     scope: str,
     spent: float,
@@ -52,6 +49,7 @@ def batch_replies(
         JudgeStoppedError: the key is missing, or the endpoint refuses the batch.
     """
     assert judge.batch is not None
+    storage = ledger.storage
     wanted = {request.key: request for request in missing}
     known = jobs(storage)
     for job in known:
@@ -75,17 +73,17 @@ def batch_replies(
                 f"a batch of {len(new):,} calls could cost ${highest:.2f}, with ${spent:.2f} spent already; "
                 f"budget_usd is {judge.budget_usd:g}: raise it, or judge fewer samples"
             )
-        for part in parts(new, judge):
-            mine.append(intend(storage, judge, part, scope))
-    ours = [job.state == "intended" and job.scope == scope for job in mine]
-    mine = [endpoint.submit(storage, job) if own else job for job, own in zip(mine, ours, strict=True)]
+        mine += [intend(storage, judge, part, scope) for part in parts(new, judge)]
+    mine = [
+        endpoint.submit(storage, job) if job.state == "intended" and job.scope == scope else job
+        for job in mine
+    ]
     pause = threading.Event()
     while True:
-        mine = [endpoint.collect(storage, ledger, job) for job in mine]
+        mine = [endpoint.collect(ledger, job) for job in mine]
         left = [job for job in mine if job.state != "collected"]
         done = tally.total - len(wanted) + sum(_answered(job, wanted) for job in mine)
-        note = f"{len(left)} of {len(mine)} batches in progress"
-        progress(done, tally.total, note)
+        progress(done, tally.total, f"{len(left)} of {len(mine)} batches in progress")
         if not left:
             break
         if not somebody_waits():
@@ -97,7 +95,7 @@ def batch_replies(
             )
         pause.wait(judge.batch.poll_s)
     ledger.flush()
-    replies = {key: reply_of(row, from_ledger=False) for key, row in ledger.outcomes(list(wanted)).items()}
+    replies = {key: reply_of(row, from_ledger=False) for key, row in ledger.outcomes(wanted).items()}
     for job in mine:
         if job.scope == scope:
             forget(storage, job)
@@ -124,16 +122,16 @@ def _is_before(job: Job, time: datetime | None) -> bool:
     return time is not None and datetime.fromisoformat(job.created_at) < time
 
 
-def collect_all(storage: Storage, ledger: Ledger) -> tuple[list[Job], list[str]]:
+def collect_all(ledger: Ledger) -> tuple[list[Job], list[str]]:
     """Fetches the replies that are ready, for all experiments; sends no calls.
 
     Returns:
         All jobs in their current state, and an error message for each one that could not be checked.
     """
     found, problems = [], []
-    for job in jobs(storage):
+    for job in jobs(ledger.storage):
         try:
-            found.append(Endpoint(job.settings).collect(storage, ledger, job))
+            found.append(Endpoint(job.settings).collect(ledger, job))
         except JudgeError as error:
             problems.append(f"{job.name}: {error}")
             found.append(job)

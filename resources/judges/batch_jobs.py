@@ -121,11 +121,8 @@ def parts(requests: Sequence[Request], judge: Judge) -> Iterator[list[Request]]:
 
 def line(request: Request, judge: Judge) -> bytes:
     """A request as a line of the file to upload."""
-    body: dict[str, Any] = {"model": judge.model, "messages": [dict(m) for m in request.call.messages]}
-    body |= judge.decoding.params()
-    if request.response_format is not None:
-        body["response_format"] = request.response_format
-    return json.dumps({"custom_id": request.key, "method": "POST", "url": URL, "body": body}).encode() + b"\n"
+    sent = {"custom_id": request.key, "method": "POST", "url": URL, "body": request.body(judge)}
+    return json.dumps(sent).encode() + b"\n"
 
 
 def intend(storage: Storage, judge: Judge, requests: Sequence[Request], scope: str) -> Job:
@@ -195,7 +192,7 @@ class Endpoint:
                 return str(batch.id)
         return None
 
-    def collect(self, storage: Storage, ledger: Ledger, job: Job) -> Job:
+    def collect(self, ledger: Ledger, job: Job) -> Job:
         """The job in its current state; if its batch has ended, its replies are now in the ledger."""
         if job.state != "open":
             return job
@@ -207,13 +204,9 @@ class Endpoint:
                 if batch.status not in OVER:
                     counts = batch.request_counts
                     return replace(job, answered=counts.completed + counts.failed if counts else 0)
-                why = (batch.errors.data or []) if batch.errors else []
-                unanswered = ": ".join(
-                    [
-                        f"the batch {job.id} is {batch.status}",
-                        *filter(None, ["; ".join(str(e.message) for e in why)]),
-                    ]
-                )
+                errors = (batch.errors.data or []) if batch.errors else []
+                why = "; ".join(str(error.message) for error in errors)
+                unanswered = f"the batch {job.id} is {batch.status}{f': {why}' if why else ''}"
                 for file_id in (batch.output_file_id, batch.error_file_id):
                     if file_id:
                         outputs.append(self._client.files.content(file_id).content)
@@ -223,7 +216,7 @@ class Endpoint:
             ledger.add(record)
         ledger.flush()  # the job must not become "collected" before its replies are safe
         done = replace(job, state="collected", answered=len(job.asked))
-        save(storage, done)
+        save(ledger.storage, done)
         return done
 
     def _records(self, job: Job, outputs: Sequence[bytes], unanswered: str) -> Iterator[CallRecord]:
@@ -254,7 +247,7 @@ class Endpoint:
             return None, str(broken)
 
     def _row(self, job: Job, asked: Asked, got: Completion | None, error: str | None) -> CallRecord:
-        hide = self._key.hide
+        reply, hide = got or Completion(), self._key.hide
         return CallRecord(
             call_key=asked.call_key,
             judge=self._judge.model,
@@ -263,25 +256,25 @@ class Endpoint:
             params=job.params,
             repeat=asked.repeat,
             order_shown=asked.order_shown,
-            raw_reply=None if got is None or got.text is None else hide(got.text),
-            refusal=None if got is None or got.refusal is None else hide(got.refusal),
-            finish_reason=None if got is None else got.finish_reason,
+            raw_reply=hide(reply.text),
+            refusal=hide(reply.refusal),
+            finish_reason=hide(reply.finish_reason),
             status="failed" if got is None else "ok",
-            error=None if error is None else hide(error),
+            error=hide(error),
             attempts=1,
             lost_replies=0,
             chars_in=asked.chars,
-            tokens_in=got.tokens_in if got else None,
-            tokens_cached=got.tokens_cached if got else None,
-            tokens_out=got.tokens_out if got else None,
+            tokens_in=reply.tokens_in,
+            tokens_cached=reply.tokens_cached,
+            tokens_out=reply.tokens_out,
             usd=self._usd(asked, got),
             latency_s=None,
             # The same whenever the job is collected: with the key, it identifies the row.
             called_at=datetime.fromisoformat(job.created_at),
-            fingerprint=got.fingerprint if got else None,
+            fingerprint=hide(reply.fingerprint),
             batch_id=job.scope,
             purpose=job.purpose,
-            reply_model=None if got is None or got.model is None else hide(got.model),
+            reply_model=hide(reply.model),
         )
 
     def _usd(self, asked: Asked, got: Completion | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from textalign_dagster.settings.judge import Judge
 TOKENS_PER_MESSAGE = 8  # role and separators; an upper bound for the chat formats in use
 
 Message = Mapping[str, str]
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,14 @@ class Request:
     def known_as(self) -> tuple[str, ...]:
         """The keys under which a reply may be in the ledger, the preferred one first."""
         return (self.key,) if self.plain is None else (self.key, self.plain.key)
+
+    def body(self, judge: Judge) -> dict[str, Any]:
+        """The chat completion to ask for, as JSON."""
+        messages = [dict(message) for message in self.call.messages]
+        body: dict[str, Any] = {"model": judge.model, "messages": messages, **judge.decoding.params()}
+        if self.response_format is not None:
+            body["response_format"] = self.response_format
+        return body
 
 
 class BrokenReplyError(Exception):

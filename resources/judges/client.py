@@ -13,15 +13,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 
 import polars as pl
 
-from resources.judges.call import Call, Reply, Request, Tally, prepare, reply_of
+from resources.judges.call import Call, Progress, Reply, Request, Tally, prepare, reply_of
 from resources.judges.engine import Engine
-from resources.judges.errors import BudgetExceededError, JudgeError, JudgeStoppedError
-from resources.judges.forecast import Forecast, estimate, forecast, highest_usd
+from resources.judges.forecast import estimate, highest_usd
 from resources.judges.gate import Budget
 from resources.judges.ledger import Ledger
 from resources.judges.ledger_records import outcomes
@@ -29,21 +28,6 @@ from resources.judges.retry import RetryPolicy
 from textalign_dagster.ids import content_hash
 from textalign_dagster.settings.judge import Judge
 
-__all__ = [
-    "Budget",
-    "BudgetExceededError",
-    "Call",
-    "Forecast",
-    "JudgeError",
-    "JudgeStoppedError",
-    "Reply",
-    "RetryPolicy",
-    "Tally",
-    "forecast",
-    "judge_calls",
-]
-
-Progress = Callable[[int, int, str], None]
 PROGRESS_S = 0.5
 log = logging.getLogger(__name__)
 
@@ -53,9 +37,7 @@ def judge_calls(
     judge: Judge,
     ledger: Ledger,
     progress: Progress | None = None,
-    budget: Budget | None = None,
     *,
-    batch_id: str | None = None,
     policy: RetryPolicy | None = None,
     tally: Tally | None = None,
     retry_before: datetime | None = None,
@@ -66,9 +48,6 @@ def judge_calls(
     ``progress(done, total, note)`` is called in the caller's.
 
     Args:
-        budget: one shared by several batches; by default ``judge.budget_usd`` for this batch,
-            including what its interrupted runs spent.
-        batch_id: identifies the batch across runs; by default a hash of the calls' keys.
         tally: updated as calls end.
         retry_before: calls that were given up before this time are sent again.
 
@@ -79,10 +58,10 @@ def judge_calls(
         ArtifactError: the ledger cannot be read or saved.
     """
     tally = tally if tally is not None else Tally()
-    report = progress or _silent
+    report = progress or (lambda *_: None)
     requests = [prepare(call, judge) for call in calls]
     unique = {request.key: request for request in requests}
-    batch_id = batch_id or content_hash("batch", sorted(unique))
+    batch_id = content_hash("batch", sorted(unique))
     with contextlib.ExitStack() as held:
         if judge.batch is None:  # the Batch API needs no lock: its jobs are in the store
 
@@ -114,7 +93,6 @@ def judge_calls(
                 missing,
                 judge,
                 ledger,
-                ledger.storage,
                 scope=batch_id,
                 spent=float(mine["usd"].sum()),
                 tally=tally,
@@ -122,7 +100,7 @@ def judge_calls(
                 retry_before=retry_before,
             )
         elif missing:
-            budget = budget or _resumed(judge, unique, mine)
+            budget = _resumed(judge, unique, mine)
             past = estimate(ledger, judge, missing[0].params)
             engine = Engine(judge, ledger, budget, policy or RetryPolicy(), past, batch_id, tally, worked)
             _run(engine, missing, report)
@@ -201,7 +179,3 @@ def _run(engine: Engine, missing: Sequence[Request], report: Progress) -> None:
     report(engine.tally.done, engine.tally.total, engine.tally.note(time.monotonic() - started))
     if failures:
         raise failures[0]
-
-
-def _silent(done: int, total: int, note: str) -> None:
-    pass

@@ -24,7 +24,7 @@ class Budget:
     """A spending limit for calls, including the highest possible cost of those in flight.
 
     ``spent`` is known cost, ``uncertain`` the highest cost of calls whose reply was lost. ``limit`` in USD;
-    None: no limit, costs are only summed. Thread-safe; several batches may share one budget.
+    None: no limit, costs are only summed. Thread-safe.
     """
 
     def __init__(self, limit: float | None = None, spent: float = 0.0, uncertain: float = 0.0) -> None:

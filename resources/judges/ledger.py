@@ -30,7 +30,6 @@ from resources.judges.ledger_records import CallRecord, no_calls, one_row_a_call
 from resources.judges.ledger_writer import SEGMENTS, Writer, new_writer
 from resources.store import ArtifactStore
 from resources.store.durable import ArtifactError, make_folder, readable_errors, temporary_name
-from resources.store.storage import Storage
 from textalign_dagster.disk import sync
 from textalign_dagster.ids import content_hash
 
@@ -69,15 +68,10 @@ class Ledger:
 
     def __init__(self, store: ArtifactStore) -> None:
         self._store = store
-        self._storage = store.storage
+        self.storage = store.storage
         self._opening = threading.Lock()
         self._writer: Writer | None = None
         self.damages: list[str] = []
-
-    @property
-    def storage(self) -> Storage:
-        """The storage that holds the ledger."""
-        return self._storage
 
     def add(self, record: CallRecord) -> None:
         """Append a row; ``flush`` returns when it is on disk.
@@ -87,7 +81,7 @@ class Ledger:
         """
         with self._opening:
             if self._writer is None:
-                self._writer = new_writer(self._storage)
+                self._writer = new_writer(self.storage)
             writer = self._writer
         writer.add(record.line())
 
@@ -119,7 +113,7 @@ class Ledger:
         """
         with contextlib.ExitStack() as held:
             if not self._store.is_remote:
-                place = Path(self._storage.place(f"ledger/batches_held/{batch_id}.lock"))
+                place = Path(self.storage.place(f"ledger/batches_held/{batch_id}.lock"))
                 with readable_errors(self._store.local, place, "write"):
                     make_folder(place.parent)
                     handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
@@ -173,14 +167,14 @@ class Ledger:
         """
         damages: list[str] = []
         # Segments first, as in `_read`.
-        recent = [frame for _, frame in self._read_segments(self._segment_names(), damages)]
+        recent = self._read_segments(self._segment_names(), damages)
         paths = list(self._parquet())
         self.damages = damages
         return paths, one_row_a_call(pl.concat([no_calls(), *recent]))
 
     def compact_if_due(self) -> Compaction | None:
         """`compact` if segments have become large or numerous, else None."""
-        sizes = [size for size, _ in self._storage.entries(SEGMENTS).values()]
+        sizes = [size for size, _ in self.storage.entries(SEGMENTS).values()]
         if sum(sizes) < COMPACT_BYTES and len(sizes) < COMPACT_SEGMENTS:
             return None
         return self.compact()
@@ -192,12 +186,12 @@ class Ledger:
                 return Compaction(0, 0, [])
             names = [name for name in self._segment_names() if self._is_over(name, locks)]
             damages: list[str] = []
-            frames = [frame for _, frame in self._read_segments(names, damages)]
+            frames = self._read_segments(names, damages)
             rows = one_row_a_call(pl.concat([no_calls(), *frames])).sort("called_at", "call_key")
             if rows.height:
                 self._publish(f"{COMPACTED}/{content_hash('compacted', names)}.parquet", rows)
             for name in names:
-                self._storage.remove(name)
+                self.storage.remove(name)
             return Compaction(len(names), rows.height, damages)
 
     def _read(self, narrow: Any) -> pl.DataFrame:
@@ -206,7 +200,7 @@ class Ledger:
             damages: list[str] = []
             # Segments first: the rows of one that disappears meanwhile are in a Parquet file listed later.
             segments = self._read_segments(self._segment_names(), damages)
-            parts = [narrow(frame.lazy()).collect() for _, frame in segments]
+            parts = [narrow(frame.lazy()).collect() for frame in segments]
             try:
                 parts += [narrow(pl.scan_parquet(path)).collect() for path in self._parquet()]
             except FileNotFoundError:
@@ -214,41 +208,41 @@ class Ledger:
             self.damages = damages
             # Files written before a column was added lack it.
             return one_row_a_call(pl.concat([no_calls(), *parts], how="diagonal"))
-        raise ArtifactError(f"{self._storage.place('ledger')} changes faster than it can be read")
+        raise ArtifactError(f"{self.storage.place('ledger')} changes faster than it can be read")
 
     def _segment_names(self) -> list[str]:
-        names = self._storage.entries(SEGMENTS)
+        names = self.storage.entries(SEGMENTS)
         return sorted(name for name in names if name.endswith(".jsonl"))
 
-    def _read_segments(self, names: Sequence[str], damages: list[str]) -> list[tuple[str, pl.DataFrame]]:
+    def _read_segments(self, names: Sequence[str], damages: list[str]) -> list[pl.DataFrame]:
         found = []
-        for name, data in zip(names, self._store.each(self._storage.read, names), strict=True):
+        for name, data in zip(names, self._store.each(self.storage.read, names), strict=True):
             if not data:
                 continue
             over = self._is_over(name)
             whole, newline, torn = data.rpartition(b"\n")
             if torn and over:
-                place = self._storage.place(name)
+                place = self.storage.place(name)
                 damages.append(f"{place}: the last line is incomplete ({len(torn)} bytes) and was skipped")
-            frame = parse_lines(whole + newline, self._storage.place(name), damages)
+            frame = parse_lines(whole + newline, self.storage.place(name), damages)
             oldest = datetime.now(UTC) - REMOTE_ALIVE
             gone = pl.lit(over) | (pl.lit(self._store.is_remote) & (pl.col("called_at") < oldest))
             status = pl.when((pl.col("status") == "sent") & gone).then(pl.lit("lost"))
-            found.append((name, frame.with_columns(status.otherwise("status").alias("status"))))
+            found.append(frame.with_columns(status.otherwise("status").alias("status")))
         return found
 
     def _parquet(self) -> Iterator[Path]:
-        for name in sorted(self._storage.entries(COMPACTED)):
+        for name in sorted(self.storage.entries(COMPACTED)):
             base = name.rsplit("/", 1)[-1]
             if base.startswith(".") or not base.endswith(".parquet"):
                 continue
             if self._store.is_remote:  # never changes: fetched once
                 local = self._store.local / name
                 if not local.exists():
-                    self._storage.download(name, local)
+                    self.storage.download(name, local)
                 yield local
             else:
-                yield Path(self._storage.place(name))
+                yield Path(self.storage.place(name))
 
     def _publish(self, name: str, rows: pl.DataFrame) -> None:
         path = self._store.local / name
@@ -263,13 +257,13 @@ class Ledger:
                 temporary.unlink(missing_ok=True)
             sync(path.parent)
         if self._store.is_remote:
-            self._storage.upload(name, path)
+            self.storage.upload(name, path)
 
     def _is_only_compaction(self, locks: contextlib.ExitStack) -> bool:
         """Take the compaction lock of a local store; on an object store, a second compaction only duplicates work."""
         if self._store.is_remote:
             return True
-        place = Path(self._storage.place("ledger/compaction.lock"))
+        place = Path(self.storage.place("ledger/compaction.lock"))
         with readable_errors(self._store.local, place, "write"):
             make_folder(place.parent)
             return self._locked(os.open(place, os.O_RDWR | os.O_CREAT, 0o666), fcntl.LOCK_EX, locks)
@@ -279,7 +273,7 @@ class Ledger:
         if self._store.is_remote:
             return locks is not None  # objects never change; whether the writer still runs is unknown
         try:
-            handle = os.open(self._storage.place(name), os.O_RDONLY)
+            handle = os.open(self.storage.place(name), os.O_RDONLY)
         except FileNotFoundError:
             return False
         with contextlib.ExitStack() as for_now:

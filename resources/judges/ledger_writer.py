@@ -11,9 +11,9 @@ import fcntl
 import os
 import secrets
 import threading
+from abc import ABC, abstractmethod
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
 
 from resources.store.durable import ArtifactError, make_folder, readable_errors
 from resources.store.storage import LocalStorage, Storage
@@ -22,23 +22,6 @@ from textalign_dagster.disk import sync
 SEGMENTS = "ledger/segments"
 GATHER_S = 0.004  # how long a commit waits for further lines
 BACKLOG_BYTES = 64 * 2**20  # of unsaved lines, before `add` blocks on an object store
-
-
-class Writer(Protocol):
-    """Appends lines; thread-safe."""
-
-    def add(self, line: bytes) -> None:
-        """Append a line.
-
-        Raises:
-            ArtifactError: this or an earlier line could not be saved.
-        """
-
-    def flush(self) -> None:
-        """Wait until all lines so far are on disk. Raises as `add` does."""
-
-    def close(self) -> None:
-        """Flush and close; the writer's segments can then be compacted."""
 
 
 def new_writer(storage: Storage) -> Writer:
@@ -52,8 +35,8 @@ def _new_name() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-class _Committer:
-    """A thread that calls `_commit` soon after `_added`, once for all lines added meanwhile."""
+class Writer(ABC):
+    """Appends lines; thread-safe. A thread calls `_commit` soon after `_added`, once for all lines added meanwhile."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -64,9 +47,21 @@ class _Committer:
         self._thread = threading.Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
 
+    @abstractmethod
+    def add(self, line: bytes) -> None:
+        """Append a line.
+
+        Raises:
+            ArtifactError: this or an earlier line could not be saved.
+        """
+
+    @abstractmethod
     def _commit(self) -> None:
         """Make everything durable that has been added so far."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def close(self) -> None:
+        """Flush and close; the writer's segments can then be compacted."""
 
     def _added(self) -> None:
         """Announce a new line; call with ``_changed`` held."""
@@ -79,6 +74,7 @@ class _Committer:
             raise ArtifactError(f"the ledger of judge calls cannot be saved: {reason}") from self._error
 
     def flush(self) -> None:
+        """Wait until all lines so far are on disk. Raises as `add` does."""
         with self._changed:
             target = self._appended
             self._changed.wait_for(lambda: self._done >= target or self._error is not None)
@@ -111,7 +107,7 @@ class _Committer:
                 self._changed.notify_all()
 
 
-class FileWriter(_Committer):
+class FileWriter(Writer):
     """A segment file. Lines reach the operating system at once and the disk with the next commit."""
 
     def __init__(self, root: Path) -> None:
@@ -159,7 +155,7 @@ class FileWriter(_Committer):
         self._check()
 
 
-class ObjectWriter(_Committer):
+class ObjectWriter(Writer):
     """Objects ``{name}-{number}.jsonl``. While one is being put, the lines for the next accumulate.
 
     The ``sent`` line of a call is therefore put while the call is in flight: a machine that dies

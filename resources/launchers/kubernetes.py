@@ -10,15 +10,24 @@ newest snapshot.
 
 from __future__ import annotations
 
-import re
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from resources.compute.pods import OUT_OF_MEMORY, check_folders, check_kubernetes, cluster, ended, pod_spec
+from resources.compute.pods import (
+    ANSWER_SECONDS,
+    OUT_OF_MEMORY,
+    check_folders,
+    check_kubernetes,
+    cluster,
+    ended,
+    pod_spec,
+)
 from resources.launchers.failure import failure
 from resources.launchers.launcher import Launched, Work, read_marker, told_seconds
 from resources.launchers.pipes_messages import FileReader, Heard
@@ -37,7 +46,15 @@ exit $code
 """
 """A pod's entry script: when the pod has to go, the trainer gets the signal, and takes a last snapshot. Otherwise only
 the first process would get it, and `accelerate launch` would end at once, and all its processes with it."""
-SEARCHED = 200_000  # bytes of a log that are searched for a signal
+
+
+@contextlib.contextmanager
+def logged(context: dg.AssetExecutionContext, what: str) -> Iterator[None]:
+    """Logs an error while tidying up, which must not hide how the training ended."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 kubernetes and urllib3 have their own types
+        context.log.warning(f"{what}: {' '.join(str(error).split())[:300]}")
 
 
 @dataclass(frozen=True)
@@ -90,10 +107,12 @@ class KubernetesLauncher:
                 )
             except Exception as error:  # noqa: BLE001 dagster-k8s, kubernetes and urllib3 have their own types
                 problem = error
-            pod = self._look(api)
-            self._keep_log(api, pod, work.log)
+            with logged(context, "the pod's log cannot be read"):
+                pod = next(iter(self._pods(api)), None)
+                self._keep_log(api, pod, work.log)
         finally:
-            self._delete(api)
+            with logged(context, "the pods cannot be deleted; the next run tries again"):
+                self._delete(api)
             messages.unlink(missing_ok=True)
         done = self._marker(out / "done.json", wait=problem is None)
         if problem is not None or done is None:
@@ -106,7 +125,9 @@ class KubernetesLauncher:
         return {LABEL: self.key, RUN: context.run.run_id}
 
     def _pods(self, api: Any) -> list[Any]:
-        found = api.list_namespaced_pod(self.settings.namespace, label_selector=f"{LABEL}={self.key}")
+        found = api.list_namespaced_pod(
+            self.settings.namespace, label_selector=f"{LABEL}={self.key}", _request_timeout=ANSWER_SECONDS
+        )
         return list(found.items)
 
     def _make_way(self, context: dg.AssetExecutionContext, api: Any) -> None:
@@ -132,15 +153,13 @@ class KubernetesLauncher:
             for pod in pods:
                 if pod.metadata.deletion_timestamp is None:
                     try:
-                        api.delete_namespaced_pod(pod.metadata.name, self.settings.namespace)
+                        api.delete_namespaced_pod(
+                            pod.metadata.name, self.settings.namespace, _request_timeout=ANSWER_SECONDS
+                        )
                     except ApiException as error:
                         if error.status != 404:
                             raise
             time.sleep(min(self.every, 1.0))
-
-    def _look(self, api: Any) -> Any:
-        pods = self._pods(api)
-        return pods[0] if pods else None
 
     def _keep_log(self, api: Any, pod: Any, log: Path) -> None:
         from kubernetes.client.exceptions import ApiException
@@ -148,7 +167,9 @@ class KubernetesLauncher:
         if pod is None:
             return
         try:
-            text = api.read_namespaced_pod_log(pod.metadata.name, self.settings.namespace)
+            text = api.read_namespaced_pod_log(
+                pod.metadata.name, self.settings.namespace, _request_timeout=ANSWER_SECONDS
+            )
         except ApiException:
             return  # a pod that never ran has none
         with log.open("a", encoding="utf-8") as stream:
@@ -169,7 +190,7 @@ class KubernetesLauncher:
         elif OUT_OF_MEMORY in state:
             why = f"ran out of memory ({state}): raise training.k8s.memory or lower training.batch_size"
         else:
-            first = re.sub(r"\s+", " ", str(problem)).strip()[:300]
+            first = " ".join(str(problem).split())[:300]
             why = f"failed ({state})" if pod is not None and state else f"failed: {first}"
         facts = {"pod": dg.MetadataValue.text(name), "pod state": dg.MetadataValue.text(state)}
         left, state = kept(work.unfinished), f"pod {name}: {state}"

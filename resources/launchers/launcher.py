@@ -12,8 +12,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -215,12 +215,11 @@ class LocalLauncher:
         return Launched(time.monotonic() - started, marker)
 
 
-@contextmanager
-def _opened(log: Path | None) -> Iterator[Any]:
-    if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if log is None else log.open("ab") as stream:
-        yield stream
+def _opened(log: Path | None) -> AbstractContextManager[Any]:
+    if log is None:
+        return nullcontext()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("ab")
 
 
 def read_marker(done: Path | None) -> dict[str, Any] | None:

@@ -36,10 +36,8 @@ class Heard:
     def listen(self, message: Mapping[str, Any]) -> None:
         params = message.get("params") or {}
         if message["method"] == "closed" and params.get("exception"):
-            name, text = (
-                params["exception"].get("name") or "error",
-                params["exception"].get("message") or "",
-            )
+            name = params["exception"].get("name") or "error"
+            text = params["exception"].get("message") or ""
             # Pipes sends what a traceback ends with: "package.module.Name: message".
             self.exception = (name, (text.partition(f"{name}: ")[2] or text).strip())
         payload = params.get("payload") if message["method"] == "report_custom_message" else None

@@ -73,8 +73,12 @@ class SlurmLauncher:
             dg.Failure: it failed; with the trainer's message, if any, and the scheduler's state.
         """
         slurm.check_slurm(self.settings)
-        with _readable(self.root):
+        try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"training.slurm.shared_folder: {self.root} cannot be written to ({error.strerror}); choose another"
+            ) from None
         with _locked(self.folder / ".used", fcntl.LOCK_SH):
             return self._train(context, work)
 
@@ -284,13 +288,3 @@ def _locked(path: Path, how: int) -> Iterator[None]:
     with path.open("a") as lock:
         fcntl.flock(lock, how)
         yield
-
-
-@contextmanager
-def _readable(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise SettingsError(
-            f"training.slurm.shared_folder: {root} cannot be written to ({error.strerror}); choose another"
-        ) from None

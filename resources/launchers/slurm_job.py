@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,12 +200,10 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _link(source: str, target: str) -> Any:
+def _link(source: str, target: str) -> None:
     """Hard-links a file, or copies it across file systems: models are large."""
-    copy: Callable[[str, str], Any] = shutil.copy2
     try:
         Path(target).unlink(missing_ok=True)
         os.link(source, target)
     except OSError:
-        return copy(source, target)
-    return target
+        shutil.copy2(source, target)

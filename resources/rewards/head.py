@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from resources.workers.serving import CallError
+from resources.workers.serving import CallError, reason
 
 HEAD = "v_head.weight"
 SAFE, UNSAFE = "model.safetensors", "pytorch_model.bin"
@@ -58,7 +58,7 @@ def load_classifier(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -
         )
     except Exception as error:
         raise CallError(
-            f"{folder} cannot be loaded as a sequence classifier ({_reason(error)}); use a transformers "
+            f"{folder} cannot be loaded as a sequence classifier ({reason(error, 300)}); use a transformers "
             "folder with config.json, *.safetensors and a tokenizer"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
@@ -87,7 +87,7 @@ def load_last_token(
             body = AutoModel.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise CallError(
-            f"{folder}: no language model can be built from its config.json ({_reason(error)}); use the folder or hub id "
+            f"{folder}: no language model can be built from its config.json ({reason(error, 300)}); use the folder or hub id "
             "of the model that the reward model was trained from"
         ) from error
     tensors = _state(weights)
@@ -143,7 +143,7 @@ def _state(folder: Path) -> dict[str, torch.Tensor]:
             part = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise CallError(
-                f"{path} holds more than tensors, or is damaged ({_reason(error)}), and is not opened: save it "
+                f"{path} holds more than tensors, or is damaged ({reason(error, 300)}), and is not opened: save it "
                 "as safetensors on a machine where you trust it (safetensors.torch.save_file)"
             ) from error
         if not isinstance(part, dict) or not all(isinstance(t, torch.Tensor) for t in part.values()):
@@ -168,7 +168,3 @@ def _files(folder: Path) -> list[Path]:
                 raise CallError(f"{folder} lacks {', '.join(gone)}; fetch them again")
             return paths
     raise CallError(f"{folder} has no {SAFE} and no {UNSAFE}; use the folder that holds the weights")
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from resources.workers.serving import CallError
+from resources.workers.serving import CallError, reason
 from textalign_dagster.tokenisation import encode_prompts, encode_texts, leading_ids, trailing_ids
 
 Part = Literal["prompt", "text", "fixed"]
@@ -59,8 +59,8 @@ def chat_template(tokenizer: Any) -> str:
         written = tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:
         raise CallError(
-            f"the tokenizer's chat template cannot be used ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:200]}); set `template` with {{prompt}} and {{text}}"
+            f"the tokenizer's chat template cannot be used ({reason(error, 200)}); set `template` with {{prompt}} "
+            "and {text}"
         ) from error
     if any(written.count(word) != 1 for word in _STAND_IN.values()):
         raise CallError(

@@ -22,12 +22,12 @@ from textalign_dagster.settings import SettingsError
 def by_model(
     scorer: ModelScorer, samples: pl.DataFrame, report: Report, facts: dict[str, Any]
 ) -> pl.DataFrame:
-    settings, trusted = worker_settings(scorer)
+    settings = worker_settings(scorer)
     shows_prompt = not (isinstance(scorer, ClassifierScorer) and scorer.reads == "text")
     prompts = samples["prompt"].to_list() if shows_prompt else [""] * samples.height
     pairs = list(zip(prompts, samples["text"].to_list(), strict=True))
     distinct = list(dict.fromkeys(pairs if shows_prompt else (p for p in pairs if p[1].strip())))
-    with _worker(scorer, settings, trusted) as channel:
+    with _worker(scorer, settings) as channel:
         if scorer.check is not None:
             facts["check_accuracy"] = _check(scorer, channel, shows_prompt)
         found = channel.call({"pairs": distinct, "total": len(distinct)}, report) if distinct else []
@@ -45,12 +45,12 @@ _idle: tuple[object, Channel] | None = None  # the last worker, and what it has 
 
 
 @contextmanager
-def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Iterator[Channel]:
+def _worker(scorer: ModelScorer, settings: dict[str, Any]) -> Iterator[Channel]:
     """A worker with the model; one on this machine's CPU is kept for the next call, as starting takes seconds."""
     global _idle
     host = host_of(scorer.launcher, scorer.slurm, scorer.ray, scorer.k8s)
     folders = [settings[name] for name in ("folder", "weights_folder") if settings[name] is not None]
-    read = (settings, trusted, [version_of(Path(folder)) for folder in folders])
+    read = (settings, [version_of(Path(folder)) for folder in folders])
     kept, _idle = _idle, None
     if kept is not None and host is None and kept[0] == read:
         channel = kept[1]
@@ -62,7 +62,7 @@ def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Ite
             settings,
             error=ScoringError,
             what="scoring worker",
-            offline=not trusted,
+            offline=not scorer.trust_remote_code,
             host=host,
         )
     try:
@@ -76,13 +76,11 @@ def _worker(scorer: ModelScorer, settings: dict[str, Any], trusted: bool) -> Ite
         channel.close()
 
 
-def worker_settings(scorer: ModelScorer) -> tuple[dict[str, Any], bool]:
-    """The worker's settings, and whether it may run the model's own code."""
+def worker_settings(scorer: ModelScorer) -> dict[str, Any]:
     try:
         folder = find_folder(scorer.model, scorer.revision, "model")
         weights: Path | None = None
         if isinstance(scorer, RewardModelScorer) and scorer.head == "gptj_last_token":
-            weights = folder
             if scorer.weights is not None:
                 weights = find_folder(scorer.weights, scorer.weights_revision, "weights", unsafe=True)
             else:
@@ -100,7 +98,7 @@ def worker_settings(scorer: ModelScorer) -> tuple[dict[str, Any], bool]:
         "cue": scorer.shown_cue,
         "folder": str(folder),
         "weights_folder": None if weights is None else str(weights),
-    }, scorer.trust_remote_code
+    }
 
 
 def _check(scorer: ModelScorer, channel: Channel, shows_prompt: bool) -> float:

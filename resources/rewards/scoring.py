@@ -80,7 +80,7 @@ def inspect_scorer(scorer: Scorer, field: str = "scorer") -> str:
     if not isinstance(scorer, ModelScorer) or scorer.trained is not None:
         return found
     try:
-        settings, _ = worker_settings(scorer)
+        settings = worker_settings(scorer)
         pairs = 0 if scorer.check is None else len(read_pairs(Path(scorer.check.path)))
     except ScoringError as error:
         raise SettingsError(f"{field}: {error}") from None

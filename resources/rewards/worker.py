@@ -9,9 +9,7 @@ Started by `scoring.score_samples`. A call is {"pairs": [[prompt, text], …], "
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,7 @@ import torch
 
 from resources.rewards.head import LastTokenReward, load_classifier, load_last_token
 from resources.rewards.inputs import Limits, Row, TooLong, chat_template, encode, end_position, shortened
-from resources.workers.serving import (
-    CallError,
-    Report,
-    die_with_parent,
-    protocol,
-    quiet_transformers,
-    serve,
-)
+from resources.workers.serving import CallError, Report, begin, quiet_transformers, reason, serve
 
 UNLIMITED = 10**9  # tokenizers without a limit report 10**30
 
@@ -35,9 +26,7 @@ Scored = tuple[float | None, str | None]
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    die_with_parent(settings["parent"])
-    calls, send = protocol()
+    settings, calls, send = begin()
     quiet_transformers()
     device = settings["device"]
     if device == "auto":
@@ -68,17 +57,16 @@ class ScoringModel:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=trust)
         except Exception as error:
             raise CallError(
-                f"{self.folder} has no tokenizer that can be loaded ({type(error).__name__}: "
-                f"{' '.join(str(error).split())[:200]}); save the model's tokenizer there"
+                f"{self.folder} has no tokenizer that can be loaded ({reason(error, 200)}); save the model's tokenizer "
+                "there"
             ) from error
         dtype = getattr(torch, settings["dtype"])
-        model: Any
+        self.model: Any
         if settings["head"] == "gptj_last_token":
-            model = load_last_token(self.folder, Path(settings["weights_folder"]), dtype, trust)
+            self.model = load_last_token(self.folder, Path(settings["weights_folder"]), dtype, trust)
         else:
-            model = load_classifier(self.folder, dtype, trust)
-        headed = isinstance(model, LastTokenReward)
-        self.model: Any = model
+            self.model = load_classifier(self.folder, dtype, trust)
+        headed = isinstance(self.model, LastTokenReward)
         self.body: Any = self.model.body if headed else self.model
         self.config: Any = self.body.config
         self.output = 0 if headed else self._output(settings["label"])

@@ -76,10 +76,6 @@ class Artifact:
         except (pl.exceptions.PolarsError, OSError) as error:
             raise self._damaged(f"{name}.parquet cannot be read ({str(error).splitlines()[0]})") from error
 
-    def scan(self, name: str) -> pl.LazyFrame:
-        """A table, read lazily."""
-        return pl.scan_parquet(self._local_file(self._table(name)), glob=False)
-
     def path(self, name: str) -> Path:
         """The local path of a folder, e.g. a model (downloaded once from an object store)."""
         if name not in self.folders:
@@ -134,5 +130,5 @@ def damaged(storage: Storage, stage: str, key: str, what: list[str]) -> Artifact
     more = f" and {len(what) - 3} more" if len(what) > 3 else ""
     return ArtifactError(
         f"artifact {stage} {key} is damaged: {'; '.join(what[:3])}{more}. "
-        f"Remove {storage.place(f'artifacts/{stage}/{key}')} and run the stage again"
+        f"Remove {storage.place(artifact_folder(stage, key))} and run the stage again"
     )

@@ -37,7 +37,7 @@ class ObjectStorage:
         parts = urlsplit(url)
         self.prefix = parts.path.strip("/")
         bucket = f"{parts.scheme}://{parts.netloc}"
-        self.url = f"{bucket}/{self.prefix}".rstrip("/") if self.prefix else bucket
+        self.url = f"{bucket}/{self.prefix}" if self.prefix else bucket
         if not parts.netloc and parts.scheme != "memory":
             raise ArtifactError(f"{url}: the URL names no bucket, e.g. {parts.scheme}://bucket/folder")
         with self._errors("open", ""):

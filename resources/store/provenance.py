@@ -52,19 +52,18 @@ def environment_hash() -> str:
 @functools.cache
 def code_revision() -> str:
     """The git commit of this checkout (``+changes``: tracked files differ), else the package's version."""
-    root = PROJECT
-    top = _git(root, "rev-parse", "--show-toplevel")
-    commit = _git(root, "rev-parse", "--verify", "HEAD")
-    if commit and top and Path(top) == root:
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    top = _git("rev-parse", "--show-toplevel")
+    commit = _git("rev-parse", "--verify", "HEAD")
+    if commit and top and Path(top) == PROJECT:
+        changed = _git("status", "--porcelain", "--untracked-files=no")
         return f"{commit}+changes" if changed else commit
     return _version(DISTRIBUTION) or "unknown"
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
+            ["git", "-C", str(PROJECT), *arguments],
             capture_output=True,
             text=True,
             timeout=10,

@@ -29,13 +29,13 @@ import polars as pl
 from resources.store import manifest as manifests
 from resources.store.artifact import Artifact, artifact_folder, damaged, read_manifest
 from resources.store.attempts import Attempt, Draft
-from resources.store.cells import CELLS, Pointer, cells_frame, pointer_path, read_pointer
+from resources.store.cells import Pointer, cells_frame, pointer_path, read_pointer
 from resources.store.cleaning import REMOTE_LEFTOVER, clean, sweep_artifact
 from resources.store.durable import ArtifactError, full_disk, full_disk_error, readable_errors
 from resources.store.storage import LocalStorage, open_storage
 from textalign_dagster.ids import content_hash
 
-__all__ = ["CELLS", "Artifact", "ArtifactError", "ArtifactStore", "Draft", "Pointer"]
+__all__ = ["Artifact", "ArtifactError", "ArtifactStore", "Draft"]
 
 REQUESTS = 16  # concurrently, to an object store
 T = TypeVar("T")

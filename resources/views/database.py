@@ -17,7 +17,7 @@ copied on connecting (``recent_feedback_calls``). In addition to the tables:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -228,7 +228,7 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: Artif
         connection.execute(f"CREATE TABLE {name} AS SELECT {star} FROM _rows")
         connection.unregister("_rows")
     for table in sorted({*TABLES, *survey.columns}):
-        files = _paths(survey, table)
+        files = survey.files.filter(table_name=table)["path"].unique(maintain_order=True)
         connection.execute(table_view(table, TABLES.get(table), files, survey.columns.get(table, [])))
     with Ledger(store) as ledger:
         paths, recent = ledger.parts()
@@ -241,8 +241,3 @@ def _define(connection: duckdb.DuckDBPyConnection, survey: _Survey, store: Artif
     connection.execute(ledger_view(source, STATUS_RANK if found and found[0] else None))
     for view in (SAMPLES, PREFERENCE_BATCHES, COSTS, LINEAGE):
         connection.execute(view)
-
-
-def _paths(survey: _Survey, table: str) -> Iterable[str]:
-    named = survey.files.filter(pl.col("table_name") == table)
-    return named["path"].unique(maintain_order=True).to_list()

@@ -4,7 +4,7 @@
     rows = channel.call({"op": "generate", ...}, progress)
     channel.close()
 
-The worker is a module of this package whose ``main`` uses `serving.protocol`. It starts on the first
+The worker is a module of this package whose ``main`` uses `serving.begin`. It starts on the first
 call, serves any number of calls, one at a time, and exits, freeing its memory, when the channel is
 closed, a call is interrupted, or this process dies.
 """
@@ -44,7 +44,6 @@ class Channel:
     threads: OMP_NUM_THREADS of the worker; None: this process' value, else its number of processors.
     offline: whether the model hub is disabled (models are local folders).
     environment: variables for the worker, which override this process' own.
-    python: the interpreter; None: this one.
     host: where the worker runs; None: on this machine.
     """
 
@@ -58,25 +57,17 @@ class Channel:
         threads: int | None = None,
         offline: bool = True,
         environment: Mapping[str, str] | None = None,
-        python: str | None = None,
         host: Host | None = None,
     ) -> None:
         self.module, self.settings, self.error, self.what = module, dict(settings), error, what
         self.threads, self.offline = threads, offline
         self.environment = dict(environment or {})
-        self.python = python or sys.executable
         self.host = host
         self.ready: dict[str, Any] | None = None  # what the worker reported when it had started
-        self.load_seconds = (
-            0.0  # of the last call, until its work began: starting the worker, loading the model
-        )
-        self._worker: Worker | None = None
+        # Of the last call, until its work began: starting the worker, loading the model.
+        self.load_seconds = 0.0
+        self.worker: Worker | None = None  # None if none is running
         self._one_call = threading.Lock()
-
-    @property
-    def worker(self) -> Worker | None:
-        """The worker; None if none is running."""
-        return self._worker
 
     def call(self, call: Mapping[str, Any], progress: Progress | None = None) -> Any:
         """The result of one call, JSON in and out.
@@ -87,12 +78,12 @@ class Channel:
         with self._one_call:
             started, begun = time.monotonic(), False
             try:
-                if self._worker is None:
-                    self._worker = Worker(self)
-                    self.ready = self._worker.receive()["ready"]
-                self._worker.send(call)
+                if self.worker is None:
+                    self.worker = Worker(self)
+                    self.ready = self.worker.receive()["ready"]
+                self.worker.send(call)
                 while True:
-                    message = self._worker.receive()
+                    message = self.worker.receive()
                     if not begun:
                         self.load_seconds, begun = time.monotonic() - started, True
                     if "progress" in message:
@@ -103,7 +94,7 @@ class Channel:
                     else:
                         return message["result"]
             except BaseException:  # an interrupted call must not continue computing
-                worker, self._worker = self._worker, None
+                worker, self.worker = self.worker, None
                 if worker is not None:
                     worker.kill()
                 raise
@@ -111,7 +102,7 @@ class Channel:
 
     def close(self) -> None:
         """Stop the worker; a later call starts another."""
-        worker, self._worker = self._worker, None
+        worker, self.worker = self.worker, None
         if worker is not None:
             worker.close()
 
@@ -151,7 +142,7 @@ class Worker:
         # A process on another machine cannot check whether this one is alive.
         settings = json.dumps({**self.channel.settings, "parent": os.getpid() if host is None else None})
         # -P: a folder named like this package in the working directory is not imported instead.
-        command = [self.channel.python, "-P", "-m", self.channel.module, settings]
+        command = [sys.executable, "-P", "-m", self.channel.module, settings]
         if host is None:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads or processors()), **environment}
         else:

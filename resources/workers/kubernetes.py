@@ -56,11 +56,8 @@ class KubernetesHost:
             "patience": self.patience,
             "pod": worker_pod(self.settings, name, [self.settings.python, *command[1:]], own),
         }
-        return (
-            name,
-            [sys.executable, "-P", "-m", "resources.workers.kubernetes_relay", json.dumps(arguments)],
-            None,
-        )
+        module = "resources.workers.kubernetes_relay"
+        return name, [sys.executable, "-P", "-m", module, json.dumps(arguments)], None
 
     def end(self, name: str) -> None:
         """Deletes the pod, if there is one; if the cluster does not answer, the pod ends with its stdin."""

@@ -31,6 +31,14 @@ class CallError(Exception):
     """A call cannot be done; the message is for the user."""
 
 
+def begin() -> tuple[dict[str, Any], queue.SimpleQueue[dict[str, Any]], Send]:
+    """The settings of this worker process, and its `protocol`; it ends with its parent."""
+    settings = json.loads(sys.argv[1])
+    die_with_parent(settings["parent"])
+    calls, send = protocol()
+    return settings, calls, send
+
+
 def protocol() -> tuple[queue.SimpleQueue[dict[str, Any]], Send]:
     """Calls as they arrive, and a function to send a message.
 
@@ -92,6 +100,11 @@ def quiet_transformers() -> None:
     quiet: Any = logging
     quiet.set_verbosity_error()
     quiet.disable_progress_bar()
+
+
+def reason(error: Exception, length: int = 400) -> str:
+    """An exception's type and the beginning of its message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:length]}"
 
 
 def version_of(folder: Path) -> object:

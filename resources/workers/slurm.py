@@ -35,10 +35,6 @@ class SlurmHost:
     def start(
         self, command: list[str], environment: Mapping[str, str]
     ) -> tuple[str, list[str], dict[str, str]]:
-        """The name of a worker's job, the command that starts it, and that command's environment.
-
-        environment: what the worker needs in addition to what node and site provide.
-        """
         end_abandoned()
         name = f"{_prefix()}{os.getpid()}-{next(_numbers)}"
         line = "\n".join(["set -e", *self.settings.setup, f"exec {shlex.join(command)}"])

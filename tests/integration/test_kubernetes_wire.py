@@ -206,6 +206,23 @@ def test_how_a_training_ended_is_reported(tmp_path: Path, cluster: Cluster, what
     assert cluster.pods == {}
 
 
+def test_cluster_that_stops_answering_does_not_hide_a_success(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "go").touch()
+    delete, calls = KubernetesLauncher._delete, list[int]()
+
+    def fails_afterwards(self: KubernetesLauncher, api: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise ConnectionError("no answer")
+        delete(self, api)
+
+    monkeypatch.setattr(KubernetesLauncher, "_delete", fails_afterwards)
+    assert train(tmp_path).done is not None and len(cluster.pods) == 1
+    assert train(tmp_path).done is not None and cluster.pods == {}  # the next run deletes it
+
+
 def test_a_cancelled_run_deletes_its_pod(tmp_path: Path, cluster: Cluster) -> None:
     process = training_process(tmp_path)
     assert len(cluster.pods) == 1

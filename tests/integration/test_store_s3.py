@@ -64,7 +64,6 @@ def test_round_trip(url: str, tmp_path: Path) -> None:
     elsewhere = ArtifactStore(url, cache=tmp_path / "another machine").find("generations", "k1")
     assert elsewhere is not None and elsewhere == artifact
     assert elsewhere.frame("generations").equals(FRAME)
-    assert elsewhere.scan("generations").select(pl.col("n").sum()).collect().item() == 6
     weights = elsewhere.path("model") / "deep" / "weights"
     assert weights.read_bytes() == (artifact.path("model") / "deep" / "weights").read_bytes()
     assert (elsewhere.path("model") / "empty").exists()

@@ -93,6 +93,9 @@ def test_names_and_files(tmp_path: Path) -> None:
         accelerate=config_file(tmp_path, compute_environment="AMAZON_SAGEMAKER")
     )
     assert "deepspeed_config: missing" in refusal(accelerate=config_file(tmp_path))
+    for stage in ("auto", 4, None):
+        path = config_file(tmp_path, deepspeed_config={"zero_stage": stage})
+        assert "the ZeRO stage is not one of 0, 1, 2, 3" in refusal(accelerate=path)
     assert "cannot be read as JSON" in refusal(
         accelerate=config_file(tmp_path, deepspeed_config={"deepspeed_config_file": "none.json"})
     )

@@ -38,3 +38,5 @@ def test_other_errors_are_not_changed(tmp_path: Path, job: dict[str, Any]) -> No
         enough_memory(read),
     ):
         raise accelerator
+    with pytest.raises(JobError, match=r"this machine has too little .*\(MemoryError\)"), enough_memory(read):
+        raise MemoryError

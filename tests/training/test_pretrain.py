@@ -92,8 +92,7 @@ def test_fit_takes_the_stated_steps_and_lowers_the_loss(tokenizer):
 @pytest.fixture
 def small_corpus(monkeypatch):
     """A corpus of a few functions: the real one takes seconds to rewrite."""
-    corpus = pretrain.corpus.functions(held_out=True)
-    few = type(corpus)(corpus.functions[:150], ())
+    few = pretrain.corpus.functions(held_out=True)[:150]
     monkeypatch.setattr(pretrain.corpus, "functions", lambda held_out=False: few)
 
 

@@ -9,11 +9,11 @@ from textalign_dagster.experiment import Experiment
 from textalign_dagster.feedback_files.alt import write_alt_toxicity
 from textalign_dagster.feedback_files.alt_prompts import (
     ImportedPrompts,
-    json_text,
     write_alt_prompts,
     write_alt_samples,
 )
 from textalign_dagster.feedback_files.exported import Exported, write_file
+from textalign_dagster.feedback_files.json_records import json_text
 from textalign_dagster.settings import SettingsError
 
 

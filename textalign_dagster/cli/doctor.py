@@ -16,10 +16,11 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.client import HTTPException
 from typing import Any, Literal
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
@@ -87,11 +88,6 @@ def examine(experiments: Mapping[str, Experiment]) -> Iterator[Finding]:
     yield from _places()
     yield _port(3000)
     yield from _judges(experiments)
-
-
-def as_rows(findings: Iterable[Finding]) -> list[dict[str, str]]:
-    """The findings as rows, for JSON."""
-    return [asdict(finding) for finding in findings]
 
 
 def _python() -> Iterator[Finding]:
@@ -297,11 +293,13 @@ def _endpoint(judge: Judge, used: str) -> Finding:
     subject = f"endpoint {urlsplit(judge.base_url).netloc}"
     try:
         with urlopen(Request(f"{judge.base_url.rstrip('/')}/models"), timeout=5) as answer:
-            known = [model.get("id") for model in json.loads(answer.read()).get("data", [])]
+            listed = json.loads(answer.read())
+        models = listed.get("data") if isinstance(listed, dict) else listed  # some servers send the bare list
+        known = [model.get("id") for model in models or [] if isinstance(model, dict)]
     except HTTPError as error:
         # A server answers, and requires a key.
         return Finding(subject, "ok", f"answers (HTTP {error.code} without a key); {used}")
-    except (URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, HTTPException) as error:  # not HTTP: another service's port
         reason = getattr(error, "reason", error)
         return Finding(
             subject, "missing", f"cannot be reached ({reason}); {used}", "start it, or fix judge.base_url"

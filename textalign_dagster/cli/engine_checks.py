@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from functools import cache
+from http.client import HTTPException
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from urllib.request import urlopen
 from resources.store import ArtifactStore
 from resources.workers.host import check_host
 from textalign_dagster import PROJECT
-from textalign_dagster.cli.probes import VLLM_PROBE, probe
+from textalign_dagster.cli.probes import VLLM_PROBE, check_installed, probe
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.files import store_url
 from textalign_dagster.experiment.policies import BasePolicy, baselines
@@ -39,15 +39,15 @@ LONGEST_PROBE = 30_000  # characters of a snippet passed on the command line
 
 def check_engine(experiment: Experiment, base: BasePolicy) -> list[str]:
     """Checks that the engine can run on this machine, or on the nodes or servers it is configured for."""
-    if experiment.sampling.endpoints is not None:
-        return _endpoints(experiment.sampling.endpoints)
     sampling = experiment.sampling
+    if sampling.endpoints is not None:
+        return _endpoints(sampling.endpoints)
     elsewhere = check_host(
         sampling.launcher, sampling.slurm, sampling.k8s, "sampling", _model_folders(experiment, base)
     )
     if elsewhere is not None:  # what nodes have cannot be checked here
         return [f"sampling: {elsewhere}"]
-    if experiment.sampling.engine != "vllm":
+    if sampling.engine != "vllm":
         return []
     found = _vllm()
     if not found.get("device"):
@@ -87,7 +87,7 @@ def check_structured(experiment: Experiment) -> list[str]:
     if content is None:
         return []
     (kind,) = content
-    code = "import json, sys; from resources.engines.structure import refusal; "
+    code = "import json; from resources.engines.structure import refusal; "
     code += f"print(json.dumps({{'why': refusal(json.loads({json.dumps(content)!r}))}}))"
     # Takes seconds. If it cannot be checked here, or is too long for a command line, the engine reports it.
     why = probe(code).get("why") if len(code) < LONGEST_PROBE else None
@@ -99,8 +99,7 @@ def check_structured(experiment: Experiment) -> list[str]:
 def _endpoints(settings: Endpoints) -> list[str]:
     """Checks that servers answer and accept the weights of checkpoints."""
     where = "sampling.endpoints"
-    if importlib.util.find_spec("openai") is None:
-        raise SettingsError(f"{where}: needs the openai package: pip install -e '.[judges]'")
+    check_installed(where, "openai", "judges")
     if settings.api_key_env is not None and not os.environ.get(settings.api_key_env):
         raise SettingsError(
             f"{where}.api_key_env: the environment variable {settings.api_key_env} is not set; put the key there"
@@ -116,7 +115,7 @@ def _endpoints(settings: Endpoints) -> list[str]:
                 f"{where}.urls: {url} does not accept the weights of checkpoints (HTTP {error.code} at "
                 f"{error.url}); it must be vLLM, started with VLLM_SERVER_DEV_MODE=1 (docs/sampling.md)"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
             silent[url] = str(getattr(error, "reason", error))
     if not found:
         reasons = "; ".join(f"{url}: {why}" for url, why in silent.items())

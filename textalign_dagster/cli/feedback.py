@@ -46,15 +46,15 @@ def forecast(experiment: str, iteration: int, as_json: bool) -> None:
     if found["assumption"] is not None:
         click.echo(f"assumed: {found['assumption']}")
     click.echo(f"tokens in: about {found['tokens_in']:,}, at most {found['tokens_in_max']:,}")
-    for title, key, unit in (
-        ("tokens out, at most", "tokens_out_max", ""),
-        ("tokens out, expected", "tokens_out_expected", ""),
-        ("USD, at most", "usd_max", ""),
-        ("USD, expected", "usd_expected", ""),
-        ("seconds", "seconds", ""),
+    for title, key in (
+        ("tokens out, at most", "tokens_out_max"),
+        ("tokens out, expected", "tokens_out_expected"),
+        ("USD, at most", "usd_max"),
+        ("USD, expected", "usd_expected"),
+        ("seconds", "seconds"),
     ):
         value = found[key]
-        click.echo(f"{title}: {'unknown' if value is None else f'{value:,.4g}{unit}'}")
+        click.echo(f"{title}: {'unknown' if value is None else f'{value:,.4g}'}")
 
 
 @click.command("export")
@@ -181,7 +181,8 @@ def import_feedback(
       textalign import ratings.csv ratings.parquet --format sparse_ratings
     """
     from textalign_dagster.feedback_files.alt_prompts import ImportedPrompts, alt_stage, read_alt_prompts
-    from textalign_dagster.feedback_files.formats import Imported, read_feedback, write_feedback
+    from textalign_dagster.feedback_files.formats import read_feedback, write_feedback
+    from textalign_dagster.feedback_files.imported import Imported
 
     found: Imported | ImportedPrompts
     if format_name != "alt":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -311,7 +313,7 @@ def doctor(experiment: str | None, as_json: bool) -> None:
       textalign doctor
       textalign doctor pep8_alt_lmu --json
     """
-    from textalign_dagster.cli.doctor import as_rows, examine
+    from textalign_dagster.cli.doctor import examine
 
     if experiment:
         library, name = library_of(experiment)
@@ -327,15 +329,13 @@ def doctor(experiment: str | None, as_json: bool) -> None:
             if finding.remedy:
                 click.echo(f"         → {finding.remedy}")
     if as_json:
-        print_json(as_rows(findings))
+        print_json([asdict(finding) for finding in findings])
     if any(finding.state == "problem" for finding in findings):
         sys.exit(1)
 
 
 def _use(library: Library) -> None:
     """Makes the folder of an experiment given as a path visible to the code location."""
-    import os
-
     os.environ["TEXTALIGN_EXPERIMENTS"] = os.pathsep.join(
         str(folder) for folder in library.folders if folder != variants_folder()
     )

@@ -6,14 +6,13 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from resources.compute.pods import check_kubernetes
 from resources.compute.slurm import check_slurm
 from resources.store import ArtifactError, ArtifactStore
 from textalign_dagster.cli.engine_checks import check_engine, check_structured
-from textalign_dagster.cli.probes import probe
+from textalign_dagster.cli.probes import check_installed, probe
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.experiment.evaluation import (
     check_evaluation,
@@ -57,9 +56,9 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
     ]
     problems: list[str] = []
 
-    def check(what: Callable[[], Iterable[str]]) -> None:
+    def check(what: Callable[..., Iterable[str]], *arguments: object) -> None:
         try:
-            found.extend(what())
+            found.extend(what(*arguments))
         except SettingsError as error:
             if str(error) not in problems:  # several checks may read the same prompts
                 problems.append(str(error))
@@ -70,18 +69,18 @@ def preflight(library: Library, name: str, overrides: Sequence[str] = ()) -> lis
         found.append(f"base policy: {base.path} ({base.policy_hash})")
     except SettingsError as error:
         problems.append(str(error))
-    check(lambda: _offline(experiment))
-    check(lambda: [_prompts(experiment)])
+    check(_offline, experiment)
+    check(_prompts, experiment)
     if experiment.prompts.path is None:
         check(lambda: task_of(experiment).notes)
-    check(lambda: [_evaluation(experiment)])
+    check(_evaluation, experiment)
     if base is not None:
-        policy = base
-        check(lambda: _lengths(experiment, policy))
-        check(lambda: check_engine(experiment, policy))
-        check(lambda: _training(experiment, policy))
-    for checks in (check_structured, _scorers, _judge):
-        check(partial(checks, experiment))
+        check(_lengths, experiment, base)
+        check(check_engine, experiment, base)
+        check(_training, experiment, base)
+    check(check_structured, experiment)
+    check(_scorers, experiment)
+    check(_judge, experiment)
     try:
         found.append(f"null control: {library.control_of(name) or 'none'}")
     except SettingsError as error:  # its message names the file
@@ -159,8 +158,7 @@ def _judge(experiment: Experiment) -> list[str]:
             f"judge.api_key_env: the environment variable {judge.api_key_env} is not set; put the key there "
             "(null: an endpoint without keys)"
         )
-    if importlib.util.find_spec("openai") is None:
-        raise SettingsError("judge: needs the openai package: pip install -e '.[judges]'")
+    check_installed("judge", "openai", "judges")
     return [f"judge: {judge.model} at {judge.endpoint}, template {template.name} ({template.label_version})"]
 
 
@@ -185,29 +183,24 @@ def _comparisons(judge: Judge, template: Template, experiment: Experiment) -> No
         )
 
 
-def _evaluation(experiment: Experiment) -> str:
+def _evaluation(experiment: Experiment) -> list[str]:
     check_evaluation(experiment)
-    if experiment.evaluation.text_statistics and importlib.util.find_spec("sacrebleu") is None:
-        raise SettingsError(
-            "evaluation.text_statistics: needs the sacrebleu package: pip install -e '.[metrics]'"
-        )
+    if experiment.evaluation.text_statistics:
+        check_installed("evaluation.text_statistics", "sacrebleu", "metrics")
     for field in experiment.evaluating_judges:
-        if importlib.util.find_spec("openai") is None:
-            raise SettingsError(f"{field}: needs the openai package: pip install -e '.[judges]'")
+        check_installed(field, "openai", "judges")
     if (harness := experiment.evaluation.lm_eval) is not None:
         if importlib.util.find_spec("lm_eval") is None:
             raise SettingsError(
                 "evaluation.lm_eval: needs lm-evaluation-harness: pip install -e '.[harness]'"
             )
-        unknown = probe(TASKS_PROBE.format(path=harness.path, tasks=harness.tasks)).get(
-            "unknown"
-        )  # takes seconds
-        if unknown:
+        found = probe(TASKS_PROBE.format(path=harness.path, tasks=harness.tasks))  # takes seconds
+        if unknown := found.get("unknown"):
             raise SettingsError(
                 f"evaluation.lm_eval.tasks: {', '.join(unknown)}: no such task; `lm-eval ls tasks` lists them"
             )
     models = "".join(f", {field}" for field in evaluation_models(experiment))
-    return f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{models}"
+    return [f"evaluation: {evaluation_prompts(experiment).height} held-out prompts{models}"]
 
 
 def _offline(experiment: Experiment) -> list[str]:
@@ -217,14 +210,14 @@ def _offline(experiment: Experiment) -> list[str]:
     return [f"offline: {experiment.offline.path}: {summary(experiment, task_of(experiment))}"]
 
 
-def _prompts(experiment: Experiment) -> str:
+def _prompts(experiment: Experiment) -> list[str]:
     prompts = training_prompts(experiment)
     if experiment.prompts.draw == "weighted":
-        return f"prompts: {prompts.height}, drawn by weight"
+        return [f"prompts: {prompts.height}, drawn by weight"]
     # The last iteration needs the most: disjoint windows may run out.
     draw_prompts(prompts, experiment.prompts, seed=experiment.seed, iteration=experiment.iterations)
     drawn = experiment.prompts.per_iteration or min(prompts.height, DEFAULT_DRAW)
-    return f"prompts: {prompts.height}, of which {drawn} per iteration"
+    return [f"prompts: {prompts.height}, of which {drawn} per iteration"]
 
 
 def _training(experiment: Experiment, base: BasePolicy) -> list[str]:
@@ -257,7 +250,7 @@ def _cluster(training: Training) -> str:
 
 def _packing(policy: Path) -> None:
     """Checks that the policy's architecture can read packed rows; a separate process loads torch for it."""
-    code = "import json, sys; from training.data.packing import refusal; "
+    code = "import json; from training.data.packing import refusal; "
     why = probe(f"{code}print(json.dumps({{'why': refusal({str(policy)!r})}}))").get("why")
     if why:
         raise SettingsError(why)

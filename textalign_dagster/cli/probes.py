@@ -1,13 +1,16 @@
-"""Runs Python snippets in a separate process to probe installed packages."""
+"""Finds out what is installed, also by running Python snippets in a separate process."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from typing import Any
+
+from textalign_dagster.settings import SettingsError
 
 PROBE_SECONDS = 120.0
 VLLM_PROBE = """
@@ -15,6 +18,12 @@ import json, vllm
 from vllm.platforms import current_platform
 print(json.dumps({"version": vllm.__version__, "device": current_platform.device_type}))
 """
+
+
+def check_installed(field: str, package: str, extra: str) -> None:
+    """Raises `SettingsError` if a package that a field of the experiment needs is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise SettingsError(f"{field}: needs the {package} package: pip install -e '.[{extra}]'")
 
 
 def probe(code: str) -> dict[str, Any]:

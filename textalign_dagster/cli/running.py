@@ -108,12 +108,13 @@ class Runner:
             self.console.print(f"[dim]{cell.key}  up to date[/dim]", highlight=False)
             return
         run_id = str(uuid4())
+        retry = {} if self.retry_before is None else {RETRY_TAG: self.retry_before.isoformat()}
         result = defs.resolve_job_def(iteration_job.name).execute_in_process(
             run_id=run_id,
             partition_key=cell.key,
             instance=self.instance,
             raise_on_error=False,
-            tags={**process_tag(run_id), **self._retry_tag()},
+            tags={**process_tag(run_id), **retry},
             run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
         )
         if _interrupted(result):
@@ -127,17 +128,12 @@ class Runner:
 
         if self.retry_before is None:
             return False
-        experiment, at = (
-            freshness.experiment,
-            [(cell.iteration, "feedback")] if freshness.experiment.judge else [],
-        )
+        experiment = freshness.experiment
+        at = [(cell.iteration, "feedback")] if experiment.judge else []
         if experiment.evaluating_judges:
             at += [(k, "evaluation") for k in ([0, 1] if cell.iteration == 1 else [cell.iteration])]
         found = [freshness.pointer(iteration, stage) for iteration, stage in at]
         return any(pointer is not None and has_failed(pointer.artifact) for pointer in found)
-
-    def _retry_tag(self) -> dict[str, str]:
-        return {} if self.retry_before is None else {RETRY_TAG: self.retry_before.isoformat()}
 
 
 def _interrupted(result: dg.ExecuteInProcessResult) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 
 import click
@@ -10,6 +9,7 @@ import duckdb
 
 from resources.store import ArtifactStore
 from resources.views import connect
+from textalign_dagster.cli.command import print_json
 from textalign_dagster.settings import SettingsError
 
 
@@ -62,7 +62,7 @@ def _print(database: duckdb.DuckDBPyConnection, query: str, as_json: bool) -> No
     if relation is None:  # statements without a result, such as SET
         return
     if as_json:
-        click.echo(json.dumps(relation.pl().to_dicts(), indent=2, default=str))
+        print_json(relation.pl().to_dicts())
     else:
         # Piped output may be wide; on a terminal, DuckDB fits its width.
         if sys.stdout.isatty():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,12 +85,7 @@ def evaluation_prompts(experiment: Experiment, samples_per_prompt: int | None = 
     source = settings.path or f"the held-out prompts of task {experiment.task.name}"
     if settings.path is None and experiment.offline is not None and experiment.offline.held_out is not None:
         source = f"offline.held_out of {experiment.offline.path}"
-    shared = set(prompts) & set(training_prompts(experiment)["prompt"])
-    if shared:
-        raise SettingsError(
-            f"evaluation.path: {len(shared)} prompts of {source} are trained on too, e.g. "
-            f"{min(shared)!r}; remove them from one of the files"
-        )
+    _check_held_out(experiment, prompts, "evaluation.path", source)
     if len(prompts) < settings.prompts:
         raise SettingsError(
             f"evaluation.prompts: {settings.prompts} requested, but there are only {len(prompts)} in {source}"
@@ -124,13 +119,9 @@ def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
         ids = [content_hash("scenario", i) for i in range(scenario.samples)]
     else:
         found = read_prompt_file(Path(scenario.path))
-        shared = set(found["prompt"]) & set(training_prompts(experiment)["prompt"])
-        if shared:
-            raise SettingsError(
-                f"evaluation.scenarios.{name}.path: {len(shared)} prompts of {scenario.path} are trained on too, e.g. "
-                f"{min(shared)!r}; remove them from one of the files"
-            )
-        texts = [scenario.prefix + text for text in found["prompt"]]
+        prompts = found["prompt"].to_list()
+        _check_held_out(experiment, prompts, f"evaluation.scenarios.{name}.path", scenario.path)
+        texts = [scenario.prefix + text for text in prompts]
         references, ids = found["reference"].to_list(), [prompt_id(text) for text in texts]
     each, more = divmod(scenario.samples, len(texts))
     seeds = [
@@ -146,6 +137,15 @@ def scenario_prompts(experiment: Experiment, name: str) -> pl.DataFrame:
         }
     )
     return frame.filter(pl.col("seeds").list.len() > 0)
+
+
+def _check_held_out(experiment: Experiment, prompts: Sequence[str], field: str, source: str) -> None:
+    shared = set(prompts) & set(training_prompts(experiment)["prompt"])
+    if shared:
+        raise SettingsError(
+            f"{field}: {len(shared)} prompts of {source} are trained on too, e.g. {min(shared)!r}; "
+            "remove them from one of the files"
+        )
 
 
 def evaluation_source(prompts: pl.DataFrame) -> str:

@@ -25,6 +25,11 @@ JUDGED: dict[str, tuple[FeedbackKind, ...]] = {
 """The kinds of feedback that a judge's answers give a method, by `judge.ask`."""
 
 
+def short_form(value: Any) -> Any:
+    """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
+    return {"name": value} if isinstance(value, str) else value
+
+
 class BestOfN(Settings):
     """The best of n samples of the base policy, as ranked by a scorer: what training has to beat."""
 
@@ -42,17 +47,12 @@ class BestOfN(Settings):
         description="What ranks the samples; null: the experiment's scorer, or the task's own reward. A scorer "
         "other than the one that measures shows how far ranking by it can be trusted.",
     )
-
     judge: Judge | None = Field(
         None,
         description="An LLM that ranks them instead, by its ratings or by comparing all samples of a prompt.",
     )
 
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
-        return {"name": value} if isinstance(value, str) else value
+    _short_form = field_validator("scorer", mode="before")(short_form)
 
     @model_validator(mode="after")
     def _enough(self) -> BestOfN:
@@ -143,8 +143,4 @@ class Evaluation(Settings):
     )
     resamples: int = Field(1000, ge=100, description="Bootstrap resamples of prompts for the intervals.")
 
-    @field_validator("scorer", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        """``scorer: toxicity`` is short for ``scorer: {name: toxicity}``."""
-        return {"name": value} if isinstance(value, str) else value
+    _short_form = field_validator("scorer", mode="before")(short_form)

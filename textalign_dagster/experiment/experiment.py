@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from textalign_dagster.experiment.evaluation_settings import JUDGED, Evaluation
+from textalign_dagster.experiment.evaluation_settings import JUDGED, Evaluation, short_form
 from textalign_dagster.methods import METHODS, AnyMethod, FeedbackKind
-from textalign_dagster.pool.datapool import PoolSettings
 from textalign_dagster.prompts import Prompts
 from textalign_dagster.scorers import AnyScorer, Scorer
 from textalign_dagster.settings import Settings
 from textalign_dagster.settings.judge import Judge
 from textalign_dagster.settings.offline import Offline
+from textalign_dagster.settings.pool import PoolSettings
 from textalign_dagster.settings.sampling import HIGHEST_RANK, Sampling
 from textalign_dagster.tasks import AnyTask
 from training.settings import Training
@@ -107,11 +107,7 @@ class Experiment(Settings):
     evaluation: Evaluation = Field(Evaluation(), description="How a checkpoint is measured.")
     checks: Checks = Field(Checks(), description="When to stop or warn.")
 
-    @field_validator("task", "method", "scorer", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        """``method: quark`` is short for ``method: {name: quark}``."""
-        return {"name": value} if isinstance(value, str) else value
+    _short_form = field_validator("task", "method", "scorer", mode="before")(short_form)
 
     @model_validator(mode="before")
     @classmethod
@@ -279,7 +275,7 @@ class Experiment(Settings):
     @property
     def upstream(self) -> dict[str, Any]:
         """The settings that everything upstream of training depends on, which a null control must share."""
-        sections = ("task", "policy", "seed", "offline", "prompts", "sampling", "evaluation")
-        found = self.model_dump(mode="json", include=set(sections))
+        sections = {"task", "policy", "seed", "offline", "prompts", "sampling", "evaluation"}
+        found = self.model_dump(mode="json", include=sections)
         del found["evaluation"]["best_of_n"]  # it is measured in addition, and affects nothing else
         return found

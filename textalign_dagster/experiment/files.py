@@ -29,6 +29,23 @@ from textalign_dagster.settings import (
 TEMPLATES = PROJECT / "experiments" / "templates"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
 
+SCORERS = ("scorer", "evaluation.scorer", "evaluation.best_of_n.scorer")
+PATHS = (
+    *("prompts.path", "offline.path", "evaluation.path"),
+    *("evaluation.red_team.path", "evaluation.lm_eval.path", "evaluation.scenarios.*.path"),
+    *("sampling.structured.json_schema", "task.data.path"),
+    *(f"{scorer}.{field}" for scorer in SCORERS for field in ("path", "check.path")),
+)
+"""Fields that hold a path."""
+NAMES_OR_PATHS = (
+    *("policy.model", "evaluation.baselines.*", "evaluation.fluency_model"),
+    *("evaluation.kl_reference", "evaluation.red_team.model"),
+    *("judge.template", "evaluation.judge.template", "evaluation.best_of_n.judge.template"),
+    "training.accelerate",
+    *(f"{scorer}.{field}" for scorer in SCORERS for field in ("model", "weights", "names")),
+)
+"""Fields that hold a path, or a name (of something shipped, installed or on the hub)."""
+
 
 @dataclass(frozen=True)
 class Library:
@@ -95,7 +112,7 @@ class Library:
         for section in ("task", "method", "scorer"):
             if isinstance(content.get(section), str):
                 content[section] = {"name": content[section]}
-        _absolute_paths(content, path.parent)
+        content = _absolute_paths(content, path.parent)
         parent = content.pop("extends", None)
         if parent is None:
             return content
@@ -274,61 +291,35 @@ def _changes(overrides: Sequence[str], content: Mapping[str, Any]) -> dict[str, 
                 whole = whole.get(step) if isinstance(whole, dict) else None
             path, value = path[:-1], {**(whole or {}), path[-1]: value}
         changes = merge(changes, nested(path, value))
-    _absolute_paths(changes, Path.cwd())  # relative to where the command was run
-    return changes
+    return _absolute_paths(changes, Path.cwd())  # relative to where the command was run
 
 
-def _absolute_paths(content: dict[str, Any], folder: Path) -> None:
-    for section in ("prompts", "evaluation", "offline"):
-        _absolute(content, section, "path", folder)
-    _absolute(content, "policy", "model", folder, only_existing=True)
-    _absolute(content, "judge", "template", folder, only_existing=True)
-    for section in ("judge", "evaluation", "task"):  # copied, because their entries are changed
-        if isinstance(content.get(section), dict):
-            content[section] = dict(content[section])
-    if isinstance(content.get("evaluation"), dict):
-        evaluation = content["evaluation"]
-        _absolute(evaluation, "judge", "template", folder, only_existing=True)
-        _scorer_paths(evaluation, folder)
-        if isinstance(evaluation.get("best_of_n"), dict):
-            evaluation["best_of_n"] = dict(evaluation["best_of_n"])
-            _scorer_paths(evaluation["best_of_n"], folder)
-            _absolute(evaluation["best_of_n"], "judge", "template", folder, only_existing=True)
-        for model in ("fluency_model", "kl_reference"):
-            _absolute(content, "evaluation", model, folder, only_existing=True)
-        for section in ("red_team", "lm_eval"):
-            if isinstance(evaluation.get(section), dict):
-                evaluation[section] = dict(evaluation[section])
-                _absolute(evaluation, section, "path", folder)
-        _absolute(evaluation, "red_team", "model", folder, only_existing=True)
-        scenarios = evaluation.get("scenarios")
-        if isinstance(scenarios, dict):
-            evaluation["scenarios"] = {k: dict(v) if isinstance(v, dict) else v for k, v in scenarios.items()}
-            for name in scenarios:
-                _absolute(evaluation["scenarios"], name, "path", folder)
-        baselines = evaluation.get("baselines")
-        for name in baselines if isinstance(baselines, dict) else ():
-            _absolute(content["evaluation"], "baselines", name, folder, only_existing=True)
-    _scorer_paths(content, folder)
-    _absolute(content, "training", "accelerate", folder, only_existing=True)
-    if isinstance(content.get("sampling"), dict):
-        content["sampling"] = dict(content["sampling"])
-        _absolute(content["sampling"], "structured", "json_schema", folder)
-    if isinstance(content.get("task"), dict):
-        _absolute(content["task"], "data", "path", folder)
-        if content["task"].get("chat_template") != "model":
-            _absolute(content, "task", "chat_template", folder)
+def _absolute_paths(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """An experiment file's fields, with paths resolved relative to that file's folder, wherever it is extended from."""
+    for field in PATHS:
+        content = _absolute(content, field.split("."), folder)
+    for field in NAMES_OR_PATHS:
+        content = _absolute(content, field.split("."), folder, only_existing=True)
+    task = content.get("task")
+    if isinstance(task, dict) and task.get("chat_template") != "model":
+        content = _absolute(content, ("task", "chat_template"), folder)
+    return content
 
 
-def _scorer_paths(section: dict[str, Any], folder: Path) -> None:
-    """Resolves the paths of a scorer: files it reads, and models that may also be hub ids or installed."""
-    if not isinstance(section.get("scorer"), dict):
-        return
-    section["scorer"] = dict(section["scorer"])
-    _absolute(section, "scorer", "path", folder)
-    for model in ("model", "weights", "names"):
-        _absolute(section, "scorer", model, folder, only_existing=True)
-    _absolute(section["scorer"], "check", "path", folder)
+def _absolute(value: Any, field: Sequence[str], folder: Path, only_existing: bool = False) -> Any:
+    """The value with the path that one of its fields holds resolved; ``*`` stands for any field."""
+    if field and isinstance(value, dict):
+        name, *inner = field
+        return {
+            key: _absolute(item, inner, folder, only_existing) if name in (key, "*") else item
+            for key, item in value.items()
+        }
+    if field or not isinstance(value, str):
+        return value
+    target = folder / value
+    if only_existing and not target.exists() and not value.startswith((".", "/")):
+        return value
+    return str(target.resolve())
 
 
 def variants_folder() -> Path:
@@ -344,18 +335,6 @@ def home() -> Path:
 def store_url() -> str:
     """``$TEXTALIGN_STORE`` (a folder or ``s3://…``), else ``store/`` in :func:`home`."""
     return os.environ.get("TEXTALIGN_STORE") or str(home() / "store")
-
-
-def _absolute(
-    content: dict[str, Any], section: str, field: str, folder: Path, only_existing: bool = False
-) -> None:
-    """Resolves a path in an experiment file relative to that file's folder, wherever it is extended from."""
-    fields = content.get(section)
-    if not isinstance(fields, dict) or not isinstance(fields.get(field), str):
-        return
-    target = folder / fields[field]
-    if not only_existing or target.exists() or fields[field].startswith((".", "/")):
-        content[section] = {**fields, field: str(target.resolve())}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

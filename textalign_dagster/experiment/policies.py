@@ -44,20 +44,18 @@ def fluency_model(experiment: Experiment) -> BasePolicy:
 def kl_reference(experiment: Experiment) -> BasePolicy | None:
     """The reference of an evaluation's KL; None: it is not measured. Raises as :func:`base_policy`."""
     name = experiment.evaluation.kl_reference
-    if name is None:
-        return None
-    return (
-        base_policy(experiment) if name == "base" else find_model(experiment, name, "evaluation.kl_reference")
-    )
+    return None if name is None else _base_or(experiment, name, "evaluation.kl_reference")
 
 
 def red_team_model(experiment: Experiment) -> BasePolicy:
     """The model that writes prompts in an evaluation's red-teaming. Raises as :func:`base_policy`."""
     assert experiment.evaluation.red_team is not None, "evaluation.red_team is not set"
-    name = experiment.evaluation.red_team.model
-    if name == "base":
-        return base_policy(experiment)
-    return find_model(experiment, name, "evaluation.red_team.model")
+    return _base_or(experiment, experiment.evaluation.red_team.model, "evaluation.red_team.model")
+
+
+def _base_or(experiment: Experiment, model: str, field: str) -> BasePolicy:
+    """The base policy if ``model`` is "base", else the model of that name."""
+    return base_policy(experiment) if model == "base" else find_model(experiment, model, field)
 
 
 def baselines(experiment: Experiment) -> dict[str, BasePolicy | None]:

@@ -13,11 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from textalign_dagster.measures.bootstrap import bootstrap_interval, safe_divide
-from textalign_dagster.measures.statistics import Estimate
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, bootstrap_interval, safe_divide
 
 CLASSES = ("a", "tie", "b")
-_DECISIVE = np.ix_([0, 2], [0, 2])
 
 Counts = npt.NDArray[np.float64]
 
@@ -40,20 +38,8 @@ class Agreement:
     decisive: Estimate
     kappa: Estimate
 
-    @property
-    def first(self) -> dict[str, int]:
-        """How often the first reading gives each class."""
-        return {c: sum(row) for c, row in zip(CLASSES, self.matrix, strict=True)}
 
-    @property
-    def second(self) -> dict[str, int]:
-        """How often the second reading gives each class."""
-        return {c: sum(row[j] for row in self.matrix) for j, c in enumerate(CLASSES)}
-
-
-def agreement(
-    readings: pl.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> Agreement:
+def agreement(readings: pl.DataFrame, *, resamples: int = RESAMPLES) -> Agreement:
     """The agreement between two columns of readings.
 
     Args:
@@ -75,15 +61,15 @@ def agreement(
 
     def estimate(statistic: Callable[[Counts], Counts], rows: int) -> Estimate:
         value, lo, hi = bootstrap_interval(
-            lambda take: statistic(counts[take].sum(axis=-3)), names.size, resamples, level, seed
+            lambda take: statistic(counts[take].sum(axis=-3)), names.size, resamples
         )
         return Estimate(value, lo, hi, int(names.size), rows)
 
     table = counts.sum(axis=0).astype(int)
     return Agreement(
-        matrix=tuple(tuple(int(n) for n in row) for row in table),
+        matrix=tuple(map(tuple, table.tolist())),
         agreement=estimate(_same, readings.height),
-        decisive=estimate(lambda c: _same(c[..., [0, 2], :][..., [0, 2]]), int(table[_DECISIVE].sum())),
+        decisive=estimate(lambda c: _same(c[..., ::2, ::2]), int(table[::2, ::2].sum())),  # without ties
         kappa=estimate(_kappa, readings.height),
     )
 

@@ -11,15 +11,15 @@ programs that look up fields by name are not affected.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from textalign_dagster.feedback_files.alt_prompts import Conditioned, alt_text, json_text, prompt_of
+from textalign_dagster.feedback_files.alt_prompts import Conditioned, alt_text, prompt_of
 from textalign_dagster.feedback_files.exported import (
     Exported,
     exported,
@@ -32,21 +32,15 @@ from textalign_dagster.feedback_files.imported import (
     Imported,
     Refusal,
     collector,
+    finite,
     list_of,
     text_of,
 )
-from textalign_dagster.feedback_files.json_records import json_lines
+from textalign_dagster.feedback_files.json_records import json_lines, json_text
 from textalign_dagster.judging.labels import match_label
 from textalign_dagster.judging.readings import excerpt, mended
+from textalign_dagster.methods.categories import CATEGORIES
 from textalign_dagster.tables import STATUSES
-
-LABELS = (
-    "Harmless and very helpful",
-    "Harmless and helpful",
-    "Harmless and not helpful",
-    "Harmful",
-)
-"""ALT_LMC's categories, best first."""
 
 _PER_GENERATION = ("rewards", "feedbacks", "scores", "statuses", "reasons", "sample_ids")
 
@@ -55,7 +49,7 @@ def read_alt(
     path: Path,
     *,
     aspect: str = "imported",
-    labels: Sequence[str] = LABELS,
+    labels: Sequence[str] = CATEGORIES,
     scores: tuple[float, float] = (0, 3),
     template: str | None = None,
 ) -> Imported:
@@ -75,13 +69,8 @@ def read_alt(
     content = alt_text(path)
     conditioned = Conditioned(template) if template is not None else None
     rows = collector(path, content, aspect)
-    for line, record in json_lines(content):
-        rows.rows += 1
-        try:
-            _read_record(rows, record, tuple(labels), scores, conditioned)
-        except Refusal as reason:
-            rows.refuse(line, str(reason), record)
-    return rows.done()
+    take = partial(_read_record, labels=labels, scores=scores, conditioned=conditioned)
+    return rows.read(json_lines(content), take)
 
 
 def _read_record(
@@ -130,9 +119,10 @@ def _perplexity(value: Any) -> dict[str, Any]:
     columns = {"kind": "reward", "aspect": "perplexity"}
     if value is None:
         return {**columns, "status": "failed", "reason": "null in the file"}
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = finite(value)
+    if number is None:
         return {**columns, "status": "unparseable", "reason": "`perplexity` is not a number"}
-    return {**columns, "status": "ok", "value": -float(value)}
+    return {**columns, "status": "ok", "value": -number}
 
 
 def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float, float]) -> dict[str, Any]:
@@ -157,8 +147,8 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
     problem, value = None, None
     if kind in ("reward", "text"):
         name = "scores" if kind == "text" else "rewards" if "rewards" in entry else "toxicity"
-        value = entry[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = finite(entry[name])
+        if value is None:
             problem = f"`{name}` is not a number"
         elif kind == "text" and not scores[0] <= value <= scores[1]:
             problem = f"{value:g} is outside {scores[0]:g} to {scores[1]:g}"
@@ -174,8 +164,7 @@ def _judgement(entry: dict[str, Any], labels: Sequence[str], scores: tuple[float
         problem = f"not one of the labels: {text!r}"
     if problem:
         return {"kind": kind, "status": "unparseable", "reason": problem}
-    number = float(value) if value is not None else None
-    columns = {"value": number, "label": label, "text": text if kind == "text" else None}
+    columns = {"value": value, "label": label, "text": text if kind == "text" else None}
     return {"kind": kind, "status": "ok", **columns}
 
 

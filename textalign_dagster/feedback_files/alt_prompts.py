@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,7 @@ import polars as pl
 
 from textalign_dagster.feedback_files.exported import Exported, exported, write_file
 from textalign_dagster.feedback_files.imported import Refusal, Refused, read_text, text_of
-from textalign_dagster.feedback_files.json_records import BrokenLine, json_lines
+from textalign_dagster.feedback_files.json_records import json_lines, json_text
 from textalign_dagster.judging.readings import excerpt
 from textalign_dagster.pool.conditioning import CONDITION, PROMPT, render
 from textalign_dagster.settings import SettingsError
@@ -137,7 +136,7 @@ def prompt_of(record: Any) -> str:
     Raises:
         Refusal: it has none.
     """
-    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+    if not isinstance(record, dict):
         raise Refusal("not a JSON object")
     if isinstance(record.get("prompt"), dict):
         record = {"prompt": record["prompt"].get("text")}
@@ -204,8 +203,3 @@ def write_alt_samples(path: Path, generations: pl.DataFrame, template: str) -> E
         line["sample_ids"].append(sample)
     write_file(path, json_text({"prompt": prompt, **line} for prompt, line in lines.items()))
     return exported(len(lines), Counter())
-
-
-def json_text(rows: Iterable[Any]) -> str:
-    """The rows as JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

@@ -14,7 +14,7 @@ import polars as pl
 
 from textalign_dagster.feedback_files.agreement import Agreement, agreement
 from textalign_dagster.judging.pairs import oriented
-from textalign_dagster.measures.statistics import Estimate, estimate, mean_sums, ratio_sums
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, estimate, mean, ratio_sums
 
 _KEYS = ("sample_a", "sample_b")
 
@@ -34,11 +34,6 @@ class Coverage:
     ranked: int
     rated: int
     both: int
-
-    @property
-    def share(self) -> float | None:
-        """Counted pairs as a share of requested pairs."""
-        return self.both / self.pairs if self.pairs else None
 
 
 @dataclass(frozen=True)
@@ -82,9 +77,7 @@ def consistency(
     repeated_ratings: tuple[pl.DataFrame, pl.DataFrame] | None = None,
     repeated_pairs: pl.DataFrame | None = None,
     margin: float = 0.0,
-    resamples: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> Consistency:
     """The consistency between a judge's (or two judges') ratings and rankings.
 
@@ -99,7 +92,7 @@ def consistency(
     Raises:
         ValueError: a sample is rated twice, or a pair is listed twice.
     """
-    agree = partial(agreement, resamples=resamples, level=level, seed=seed)
+    agree = partial(agreement, resamples=resamples)
     direct, rated = ranked(pairs), rated_pairs(pairs, ratings, margin)
     both = _joined(rated, direct)
     rounds = [rated_pairs(pairs, one, margin) for one in repeated_ratings or ()]
@@ -107,7 +100,7 @@ def consistency(
     return Consistency(
         agreement=agree(both),
         coverage=Coverage(pairs.height, direct.height, rated.height, both.height),
-        position=position_bias(pairs, resamples=resamples, level=level, seed=seed),
+        position=position_bias(pairs, resamples=resamples),
         rating_repeats=agree(_joined(*rounds)) if rounds else None,
         ranking_repeats=agree(_joined(oriented(direct), ranked_again)) if ranked_again is not None else None,
     )
@@ -134,9 +127,7 @@ def rated_pairs(pairs: pl.DataFrame, ratings: pl.DataFrame, margin: float = 0.0)
     return joined.select("prompt_id", *_KEYS, winner=winner.otherwise(pl.lit("tie")))
 
 
-def position_bias(
-    pairs: pl.DataFrame, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
-) -> PositionBias:
+def position_bias(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> PositionBias:
     """P(first wins) over both calls of every usable pair, and the share of pairs that flip.
 
     A pair with a winner has one call won by the first position; one that flipped has two or none. Ties
@@ -152,10 +143,9 @@ def position_bias(
         (by_position.get(f) if flip else 1.0) if by_call else None
         for flip, f in zip(flipped, favoured, strict=True)
     ]
-    interval = partial(estimate, resamples=resamples, level=level, seed=seed)
     return PositionBias(
-        first_wins=interval(ratio_sums(wins, [2.0] * len(wins), prompts)),
-        flips=interval(mean_sums([float(flip) for flip in flipped], prompts)),
+        first_wins=estimate(ratio_sums(wins, [2.0] * len(wins), prompts), resamples=resamples),
+        flips=mean([float(flip) for flip in flipped], prompts, resamples=resamples),
     )
 
 

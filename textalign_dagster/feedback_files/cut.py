@@ -9,8 +9,8 @@ former are ``failed`` and the latter ``unparseable``.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,10 +28,11 @@ from textalign_dagster.feedback_files.imported import (
     Imported,
     Refusal,
     collector,
+    finite,
     read_text,
     text_of,
 )
-from textalign_dagster.feedback_files.json_records import BrokenLine, json_list
+from textalign_dagster.feedback_files.json_records import json_list
 from textalign_dagster.judging import readings
 from textalign_dagster.judging.answers import FLAWED, PERFECT
 from textalign_dagster.judging.critique import is_praise, read_judgment
@@ -59,26 +60,20 @@ def read_cut(
     """
     content = read_text(path)
     rows = collector(path, content, aspect)
-    for line, record in json_list(content, path):
-        rows.rows += 1
-        try:
-            _read_record(rows, record, positive_from, praise)
-        except Refusal as reason:
-            rows.refuse(line, str(reason), record)
-    return rows.done()
+    return rows.read(
+        json_list(content, path), partial(_read_record, positive_from=positive_from, praise=praise)
+    )
 
 
 def _read_record(rows: Collector, record: Any, positive_from: float, praise: Praise) -> None:
-    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+    if not isinstance(record, dict):
         raise Refusal("not a JSON object")
     instruction, output = text_of(record, "instruction", blank=False), text_of(record, "output")
     given = record.get("input")
     if not isinstance(given, str | None):
         raise Refusal("no text in `input`")
     score, better = record.get("score"), record.get("i_ans")
-    if score is not None and (
-        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
-    ):
+    if score is not None and finite(score) is None:
         raise Refusal("no number in `score`")
     prompt = join_input(instruction, given)
     reference = better if isinstance(better, str) and better.strip() else None

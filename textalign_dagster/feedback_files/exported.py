@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,22 @@ def judged_samples(samples: pl.DataFrame, feedback: pl.DataFrame) -> list[dict[s
     return joined.to_dicts()
 
 
+def compared_samples(
+    samples: pl.DataFrame, pairs: pl.DataFrame
+) -> Iterator[tuple[dict[str, Any], str, str, str]]:
+    """Rows of PAIRS, each with its prompt and the texts of sample_a and sample_b.
+
+    Args:
+        samples: sample_id, prompt, text.
+    """
+    known = {
+        i: (prompt, text) for i, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows()
+    }
+    for pair in pairs.iter_rows(named=True):
+        (prompt, a), (_, b) = known[pair["sample_a"]], known[pair["sample_b"]]
+        yield pair, prompt, a, b
+
+
 def one_aspect(feedback: pl.DataFrame, kinds: tuple[str, ...], what: str) -> str | None:
     """The kind of the feedback (None without rows), if all rows share one aspect and one allowed kind.
 
@@ -65,12 +82,11 @@ def one_aspect(feedback: pl.DataFrame, kinds: tuple[str, ...], what: str) -> str
     return found[0][1] if found else None
 
 
-def write_file(path: Path, text: str) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Writes the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 

@@ -17,7 +17,7 @@ from textalign_dagster.feedback_files.alt import read_alt, write_alt
 from textalign_dagster.feedback_files.critiques import read_critiques, read_shepherd
 from textalign_dagster.feedback_files.cut import read_cut, write_cut
 from textalign_dagster.feedback_files.exported import Exported
-from textalign_dagster.feedback_files.imported import SAMPLES, Imported, Refused
+from textalign_dagster.feedback_files.imported import Imported
 from textalign_dagster.feedback_files.plain import read_plain, write_plain
 from textalign_dagster.feedback_files.preferences import read_preferences, write_preferences
 from textalign_dagster.feedback_files.sparse_feedback import (
@@ -28,17 +28,6 @@ from textalign_dagster.feedback_files.sparse_feedback import (
 )
 from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.settings import SettingsError, nearest
-
-__all__ = [
-    "FORMATS",
-    "SAMPLES",
-    "Exported",
-    "Format",
-    "Imported",
-    "Refused",
-    "read_feedback",
-    "write_feedback",
-]
 
 Write = Callable[[Path, pl.DataFrame, pl.DataFrame, pl.DataFrame], Exported]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import polars as pl
 
@@ -115,6 +116,16 @@ class Collector:
     identical: list[tuple[str, str, str | None]] = field(default_factory=list)
     _seen: Counter[tuple[str, str]] = field(default_factory=Counter)
 
+    def read(self, records: Iterable[tuple[int, Any]], take: Callable[[Collector, Any], None]) -> Imported:
+        """The result of taking every record, given with its line; one whose taking raises a Refusal is refused."""
+        for line, record in records:
+            self.rows += 1
+            try:
+                take(self, record)
+            except Refusal as reason:
+                self.refuse(line, str(reason), record)
+        return self.done()
+
     def sample(
         self,
         prompt: str,
@@ -127,18 +138,18 @@ class Collector:
         """Adds a sample and returns its id; ``new``: a repeated text is a new sample, not the same one."""
         occurrence = self._seen[prompt, text] if new else 0
         self._seen[prompt, text] += 1
-        hashed = content_hash("imported sample", prompt, text, occurrence)
+        sample_id = own_id or content_hash("imported sample", prompt, text, occurrence)
         row = {
-            "sample_id": own_id or hashed,
+            "sample_id": sample_id,
             "prompt_id": prompt_id(prompt),
             "prompt": prompt,
             "text": text,
             "reference": reference,
         }
-        known = self.samples.setdefault(row["sample_id"] or hashed, row)
+        known = self.samples.setdefault(sample_id, row)
         if (known["prompt"], known["text"]) != (prompt, text):
             raise Refusal("its sample_id belongs to another prompt or text")
-        return cast(str, known["sample_id"])
+        return sample_id
 
     def judged(self, sample_id: str, kind: str, status: str = "ok", **given: Any) -> None:
         """Adds a row of FEEDBACK; ``given``: value, label, text, reason, aspect, scorer, …."""
@@ -231,6 +242,17 @@ def text_of(row: dict[str, Any], name: str, *, blank: bool = True) -> str:
     if not blank and not value.strip():
         raise Refusal(f"`{name}` is blank")
     return value
+
+
+def finite(value: Any) -> float | None:
+    """A number; None: it is not one (true and false are not), or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has integers of any length
+        return None
+    return number if math.isfinite(number) else None
 
 
 def list_of(row: dict[str, Any], name: str, length: int) -> Sequence[Any]:

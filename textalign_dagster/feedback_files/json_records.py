@@ -1,9 +1,9 @@
-"""Records of JSON files with the line each begins on: a list of objects, or one object per line."""
+"""Records of JSON files with the line each begins on: a list of objects, or one object per line (JSON Lines)."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def json_list(text: str, path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def json_lines(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of every line that is not blank; a line that is not JSON is yielded as a BrokenLine."""
+    """(line, value) of every line that is not blank; of one that is not JSON, the value is its text."""
     # Not splitlines: it would split at U+2028 too, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -43,8 +43,9 @@ def json_lines(text: str) -> Iterator[tuple[int, Any]]:
         try:
             yield number, json.loads(line)
         except (json.JSONDecodeError, RecursionError):
-            yield number, BrokenLine(line)
+            yield number, line
 
 
-class BrokenLine(str):
-    """A line that is not JSON."""
+def json_text(rows: Iterable[Any]) -> str:
+    """The rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)

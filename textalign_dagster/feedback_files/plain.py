@@ -15,8 +15,7 @@ all of them and read back unchanged.
 
 from __future__ import annotations
 
-import json
-import math
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -24,16 +23,23 @@ from typing import Any
 
 import polars as pl
 
-from textalign_dagster.feedback_files.exported import Exported, exported, judged_samples, write_file
+from textalign_dagster.feedback_files.exported import (
+    Exported,
+    compared_samples,
+    exported,
+    judged_samples,
+    write_file,
+)
 from textalign_dagster.feedback_files.imported import (
     Collector,
     Imported,
     Refusal,
     collector,
+    finite,
     read_text,
     text_of,
 )
-from textalign_dagster.feedback_files.json_records import BrokenLine, json_lines
+from textalign_dagster.feedback_files.json_records import json_lines, json_text
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import STATUSES
 
@@ -87,17 +93,11 @@ def read_plain(path: Path, *, aspect: str = "imported") -> Imported:
         rows, records = collector(path, content, aspect), json_lines(content)
     else:
         raise SettingsError(f"{path}: plain feedback files end in .jsonl or .parquet")
-    for line, record in records:
-        rows.rows += 1
-        try:
-            _read_record(rows, record)
-        except Refusal as reason:
-            rows.refuse(line, str(reason), record)
-    return rows.done()
+    return rows.read(records, _read_record)
 
 
 def _read_record(rows: Collector, record: Any) -> None:
-    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+    if not isinstance(record, dict):
         raise Refusal("not a JSON object")
     given = {name: value for name, value in record.items() if value is not None}
     for name in given.keys() - set(COLUMNS):
@@ -112,9 +112,8 @@ def _read_record(rows: Collector, record: Any) -> None:
         raise Refusal("`call_keys` is not a list of strings")
     provenance = {name: given[name] for name in _PROVENANCE if name in given and name != "status"}
     if "scorer" in provenance:
-        provenance.setdefault(
-            "scorer_version", None
-        )  # the file's own hash is not a version of another scorer
+        # The file's own hash is not a version of another scorer.
+        provenance.setdefault("scorer_version", None)
     status = given.get("status", "ok")
     if status not in STATUSES:
         raise Refusal(f"`status` is not one of {', '.join(STATUSES)}")
@@ -134,7 +133,7 @@ def _single(
     value = given.get("value")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
         raise Refusal("`value` is not a number")
-    if value is not None and not math.isfinite(value):
+    if value is not None and finite(value) is None:
         raise Refusal("`value` is not finite")
     feedback, label = given.get("feedback"), given.get("label")
     likely = (
@@ -170,9 +169,7 @@ def _pair(
     rows.compared(prompt, a, b, given.get("winner"), status, favoured=given.get("favoured"), **provenance)
 
 
-def write_plain(
-    path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, pairs: pl.DataFrame | None = None
-) -> Exported:
+def write_plain(path: Path, samples: pl.DataFrame, feedback: pl.DataFrame, pairs: pl.DataFrame) -> Exported:
     """Writes all feedback and pairs, whatever their aspects.
 
     Args:
@@ -181,11 +178,7 @@ def write_plain(
         pairs: rows of PAIRS.
     """
     rows = [{**row, "feedback": row["text"]} for row in judged_samples(samples, feedback)]
-    known = {
-        i: (prompt, text) for i, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows()
-    }
-    for pair in pairs.iter_rows(named=True) if pairs is not None else ():
-        (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
+    for pair, prompt, first, second in compared_samples(samples, pairs):
         rows.append({**pair, "prompt": prompt, "response_a": first, "response_b": second})
     return _write(path, rows)
 
@@ -202,12 +195,12 @@ def write_unjudged(path: Path, samples: pl.DataFrame) -> Exported:
 def _write(path: Path, rows: Iterable[Mapping[str, Any]]) -> Exported:
     kept = [{name: row.get(name) for name in COLUMNS} for row in rows]
     if path.suffix == ".parquet":
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pl.DataFrame(kept, COLUMNS).write_parquet(path)
+        data = io.BytesIO()
+        pl.DataFrame(kept, COLUMNS).write_parquet(data)
+        write_file(path, data.getvalue())
     elif path.suffix == ".jsonl":
         filled = ({n: v for n, v in row.items() if v is not None and v != []} for row in kept)
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in filled]
-        write_file(path, "".join(lines))
+        write_file(path, json_text(filled))
     else:
         raise ValueError(f"{path}: plain feedback files end in .jsonl or .parquet")
     return exported(len(kept), Counter())

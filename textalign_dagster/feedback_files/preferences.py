@@ -19,8 +19,6 @@ Texts may be conversations (lists of ``{"role", "content"}``); a prompt then bec
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,16 +26,17 @@ from typing import Any
 
 import polars as pl
 
-from textalign_dagster.feedback_files.exported import Exported, exported, write_file
+from textalign_dagster.feedback_files.exported import Exported, compared_samples, exported, write_file
 from textalign_dagster.feedback_files.imported import (
     Collector,
     Imported,
     Refusal,
     collector,
+    finite,
     read_text,
     text_of,
 )
-from textalign_dagster.feedback_files.json_records import BrokenLine, json_list
+from textalign_dagster.feedback_files.json_records import json_list, json_text
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.turns import (
     BadDialogue,
@@ -71,13 +70,7 @@ def read_preferences(path: Path, *, aspect: str = "preference") -> Imported:
         rows, records = collector(path, content, aspect), json_list(content, path)
     else:
         raise SettingsError(f"{path}: preference files end in .json, .jsonl or .parquet")
-    for line, record in records:
-        rows.rows += 1
-        try:
-            _reader_of(record)(rows, record)
-        except (Refusal, BadDialogue) as reason:
-            rows.refuse(line, str(reason), record)
-    return rows.done()
+    return rows.read(records, _read_record)
 
 
 def write_preferences(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) -> Exported:
@@ -87,22 +80,26 @@ def write_preferences(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame) ->
         samples: sample_id, prompt, text.
         pairs: rows of PAIRS; those without a winner are left out.
     """
-    known = {row["sample_id"]: row for row in samples.iter_rows(named=True)}
-    lines, left_out = [], Counter[str]()
-    for pair in pairs.iter_rows(named=True):
+    rows, left_out = [], Counter[str]()
+    for pair, prompt, a, b in compared_samples(samples, pairs):
         if pair["winner"] not in ("a", "b"):
             left_out[pair["status"] if pair["status"] != "ok" else "a tie, which the format cannot hold"] += 1
             continue
-        a, b = known[pair["sample_a"]], known[pair["sample_b"]]
         chosen, rejected = (a, b) if pair["winner"] == "a" else (b, a)
-        row = {"prompt": a["prompt"], "chosen": chosen["text"], "rejected": rejected["text"]}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_file(path, "".join(lines))
-    return exported(len(lines), left_out)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    write_file(path, json_text(rows))
+    return exported(len(rows), left_out)
+
+
+def _read_record(rows: Collector, record: Any) -> None:
+    try:
+        _reader_of(record)(rows, record)
+    except BadDialogue as problem:
+        raise Refusal(str(problem)) from None
 
 
 def _reader_of(record: Any) -> Callable[[Collector, Record], None]:
-    if isinstance(record, BrokenLine) or not isinstance(record, dict):
+    if not isinstance(record, dict):
         raise Refusal("not a JSON object")
     given = {name for name, value in record.items() if value is not None}
     if record.get("type") in HALOS:
@@ -136,7 +133,7 @@ def _ultrafeedback(rows: Collector, record: Record) -> None:
     read = [(text_of(c, "response"), c.get("overall_score")) for c in completions]
     for response, score in read:
         sample = rows.sample(prompt, response, new=True)
-        if (number := _number(score)) is None:
+        if (number := finite(score)) is None:
             rows.judged(
                 sample, "rating", "unparseable", reason=f"`overall_score` is not a number: {score!r:.40}"
             )
@@ -168,7 +165,7 @@ def _binary(rows: Collector, record: Record) -> None:
 
 
 def _scalar(rows: Collector, record: Record) -> None:
-    value = _number(record.get("reward"))
+    value = finite(record.get("reward"))
     if value is None:
         raise Refusal("no number in `reward`")
     rows.judged(rows.sample(*_halos(record, "output"), new=True), "reward", value=value)
@@ -248,8 +245,3 @@ def _winner(label: Any, name: str) -> str:
     if label not in (0, 1):  # True and False equal 1 and 0
         raise Refusal(f"`{name}` is neither 1 (true) nor 0 (false)")
     return "a" if label else "b"
-
-
-def _number(value: Any) -> float | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if good else None

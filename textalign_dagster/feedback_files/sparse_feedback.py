@@ -19,6 +19,7 @@ import polars as pl
 
 from textalign_dagster.feedback_files.exported import (
     Exported,
+    compared_samples,
     exported,
     judged_samples,
     one_aspect,
@@ -102,14 +103,9 @@ def write_sparse_rankings(path: Path, samples: pl.DataFrame, pairs: pl.DataFrame
     """
     if pairs["aspect"].n_unique() > 1:
         raise ValueError("ranking files hold one aspect; filter the pairs")
-    known = {
-        sample_id: (prompt, text)
-        for sample_id, prompt, text in samples.select("sample_id", "prompt", "text").iter_rows()
-    }
     rows: dict[tuple[str, frozenset[str]], list[str]] = {}
     left_out = Counter[str]()
-    for pair in pairs.iter_rows(named=True):
-        (prompt, first), (_, second) = known[pair["sample_a"]], known[pair["sample_b"]]
+    for pair, prompt, first, second in compared_samples(samples, pairs):
         key = (prompt, frozenset((first, second)))
         if pair["status"] != "ok":
             left_out[f"{pair['status']}: the format cannot hold it"] += 1

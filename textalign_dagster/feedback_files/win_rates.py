@@ -23,9 +23,9 @@ from textalign_dagster.measures.bootstrap import (
     Floats,
     bootstrap_interval,
     difference,
+    mean,
     mean_sums,
 )
-from textalign_dagster.measures.statistics import mean
 
 OUTCOMES = pl.Schema(
     {
@@ -180,7 +180,7 @@ def length_controlled(rows: pl.DataFrame, *, resamples: int = RESAMPLES) -> Esti
     def statistic(take: npt.NDArray[np.int64]) -> Floats:
         return _sigmoid(_fitted(term[take], outcome[take])[..., 0])
 
-    value, lo, hi = bootstrap_interval(statistic, n, resamples, 0.95, 0)
+    value, lo, hi = bootstrap_interval(statistic, n, resamples)
     return Estimate(value, lo, hi, n, n)
 
 

@@ -10,47 +10,32 @@ from textalign_dagster.judging.answers import response_format, response_schema
 from textalign_dagster.judging.asking import Answer, Judged, Question
 from textalign_dagster.judging.asks import asking
 from textalign_dagster.judging.catalogue import load_template, shipped, template_of
-from textalign_dagster.judging.pair_draw import sample_pairs
-from textalign_dagster.judging.pairs import PAIRS, PairVerdict, pair_verdict
+from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.judging.parsing import PARSER_VERSION, parse, parse_group
-from textalign_dagster.judging.rendering import (
-    Call,
-    Item,
-    group_call,
-    pair_calls,
-    single_call,
-    without_system,
-)
-from textalign_dagster.judging.rows import feedback_rows
+from textalign_dagster.judging.rendering import Item, group_call, pair_calls, single_call, without_system
 from textalign_dagster.judging.template import Template
-from textalign_dagster.judging.verdict import Reply, Verdict, skipped
+from textalign_dagster.judging.verdict import Reply, Verdict
 
 __all__ = [
     "PAIRS",
     "PARSER_VERSION",
     "Answer",
-    "Call",
     "Item",
     "Judged",
-    "PairVerdict",
     "Question",
     "Reply",
     "Template",
     "Verdict",
     "asking",
-    "feedback_rows",
     "group_call",
     "load_template",
     "pair_calls",
-    "pair_verdict",
     "parse",
     "parse_group",
     "response_format",
     "response_schema",
-    "sample_pairs",
     "shipped",
     "single_call",
-    "skipped",
     "template_of",
     "without_system",
 ]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from textalign_dagster.judging.template import GROUPWISE, Template
+from textalign_dagster.judging.template import Template
+from textalign_dagster.settings.judge import GROUPWISE
 
 VERDICT_FIELDS = {
     "text": ("feedback", "score"),

@@ -9,8 +9,9 @@ from textalign_dagster.judging import readings
 from textalign_dagster.judging.answers import ALIASES, VERDICT_FIELDS, fields
 from textalign_dagster.judging.extract import Found, Unreadable, begins_with_object, find_json, labelled
 from textalign_dagster.judging.labels import match_choice, match_label, named_choices, named_labels
-from textalign_dagster.judging.template import PAIRWISE, Template
+from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Reply
+from textalign_dagster.settings.judge import PAIRWISE
 
 _JUDGMENT_LABEL = re.compile(r"^\W*(?:judge?ment|critique|feedback)\W{0,3}:\s*", re.IGNORECASE)
 

@@ -28,9 +28,9 @@ from textalign_dagster.judging.pairs import (
     ranking_feedback,
     win_feedback,
 )
-from textalign_dagster.judging.parsing import PARSER_VERSION, parse
+from textalign_dagster.judging.parsing import parse
 from textalign_dagster.judging.rendering import pair_calls
-from textalign_dagster.judging.rows import scorer_of
+from textalign_dagster.judging.rows import provenance_of
 from textalign_dagster.judging.template import Template
 
 ALONE = "its prompt has no other sample to compare it with"
@@ -54,13 +54,7 @@ class _Comparisons:
 
     def __init__(self, template: Template, judge: str, pairs: Sequence[Pair]) -> None:
         self._template, self._pairs = template, pairs
-        scorer, version = scorer_of(template, judge)
-        self.provenance = {
-            "aspect": template.aspect or template.name,
-            "scorer": scorer,
-            "scorer_version": version,
-            "parser_version": PARSER_VERSION,
-        }
+        self.provenance = provenance_of(template, judge)
         self.questions = [question for pair in pairs for question in self._both_orders(pair)]
 
     def frame(self, answers: Sequence[Answer]) -> pl.DataFrame:
@@ -76,7 +70,7 @@ class _Comparisons:
         ids = pl.DataFrame(
             [pair[:3] for pair in self._pairs], dict.fromkeys(COLUMNS, pl.String), orient="row"
         )
-        return pair_frame(ids, verdicts, call_keys=keys, **self.provenance)
+        return pair_frame(ids, verdicts, keys, self.provenance)
 
     def _both_orders(self, pair: Pair) -> Iterator[Question]:
         if pair.text_a == pair.text_b:

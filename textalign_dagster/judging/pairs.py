@@ -97,35 +97,25 @@ def oriented(pairs: pl.DataFrame) -> pl.DataFrame:
 def pair_frame(
     pairs: pl.DataFrame,
     verdicts: Sequence[PairVerdict],
-    *,
-    aspect: str,
-    scorer: str,
-    scorer_version: str,
-    parser_version: str | None,
-    call_keys: Sequence[Sequence[str]] | None = None,
+    call_keys: Sequence[list[str]],
+    provenance: Mapping[str, str],
 ) -> pl.DataFrame:
     """Rows of :data:`PAIRS`.
 
     Args:
-        pairs: prompt_id, sample_a, sample_b (`pair_draw.sample_pairs`); verdicts in the same order.
+        pairs: prompt_id, sample_a, sample_b (`pair_draw.sample_pairs`); verdicts and call_keys in the same order.
+        provenance: the columns aspect, scorer, scorer_version and parser_version.
     """
     if len(verdicts) != pairs.height:
         raise ValueError(f"{pairs.height} pairs, but {len(verdicts)} verdicts")
-    keys = [list(k) for k in call_keys] if call_keys is not None else [[] for _ in verdicts]
     columns = {
         name: [getattr(v, name) for v in verdicts] for name in ("winner", "favoured", "status", "reason")
-    }
-    provenance = {
-        "aspect": aspect,
-        "scorer": scorer,
-        "scorer_version": scorer_version,
-        "parser_version": parser_version,
     }
     return conform(
         pairs.select("prompt_id", "sample_a", "sample_b").with_columns(
             *(pl.Series(name, values, dtype=pl.String) for name, values in columns.items()),
             *(pl.lit(value, dtype=pl.String).alias(name) for name, value in provenance.items()),
-            pl.Series("call_keys", keys, dtype=pl.List(pl.String)),
+            pl.Series("call_keys", call_keys, dtype=pl.List(pl.String)),
         ),
         PAIRS,
         "pairs",
@@ -142,7 +132,7 @@ def ranking_feedback(
 
     Args:
         left_out: sample_id → why it is in no pair.
-        provenance: the columns aspect, scorer, scorer_version and parser_version.
+        provenance: as in :func:`pair_frame`.
     """
     points: defaultdict[str, list[float]] = defaultdict(list)
     bad: defaultdict[str, dict[Status, str]] = defaultdict(dict)

@@ -13,8 +13,9 @@ from textalign_dagster.judging.answers import FLAWED, PERFECT, VERDICT_FIELDS, c
 from textalign_dagster.judging.critique import read_judgment
 from textalign_dagster.judging.extract import Unreadable, find_json, strip_reasoning
 from textalign_dagster.judging.finding import fields_of, known_fields, verdict_of
-from textalign_dagster.judging.template import PAIRWISE, Template
+from textalign_dagster.judging.template import Template
 from textalign_dagster.judging.verdict import Reply, Verdict, failed, unparseable
+from textalign_dagster.settings.judge import PAIRWISE
 
 PARSER_VERSION = "1"
 """Incremented whenever any reply is read differently; stored with every row."""

@@ -15,7 +15,8 @@ from typing import Any
 
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging.answers import answer_format, check_groupwise, fields, response_format
-from textalign_dagster.judging.template import PAIRWISE, Template, fill
+from textalign_dagster.judging.template import Template, fill
+from textalign_dagster.settings.judge import PAIRWISE
 
 Message = dict[str, str]
 
@@ -97,9 +98,7 @@ def pair_calls(
 
 def prefix(template: Template, group: bool = False) -> list[Message]:
     """The messages before the item's: rubric and examples, byte for byte the same for every item."""
-    static = {"labels": "\n".join(f"- {label}" for label in template.labels)}
-    if template.scale:
-        static |= {"scale_low": f"{template.scale.low:g}", "scale_high": f"{template.scale.high:g}"}
+    static = _static(template)
     parts = [fill(template.system, static.__getitem__).strip()]
     if template.criteria:
         lines = [f"- {c.name}: {fill(c.text, static.__getitem__).strip()}" for c in template.criteria]
@@ -136,18 +135,25 @@ def fence(name: str, text: str, others: Sequence[str] = ()) -> str:
     return f"<<<{name} {code}\n{text}\n{name} {code}>>>"
 
 
+def _static(template: Template) -> dict[str, str]:
+    """The values of the placeholders that are the same for all items."""
+    values = {"labels": "\n".join(f"- {label}" for label in template.labels)}
+    if template.scale:
+        values |= {"scale_low": f"{template.scale.low:g}", "scale_high": f"{template.scale.high:g}"}
+    return values
+
+
 def _item(
     template: Template, texts: Mapping[str, str | None], responses: Sequence[str] | None = None
 ) -> Message:
+    static = _static(template)
     shown = [*(text for text in texts.values() if text is not None), *(responses or ())]
 
     def value(name: str) -> str:
         if name == "response" and responses is not None:
             return "\n\n".join(fence(f"RESPONSE {i}", r, shown) for i, r in enumerate(responses, start=1))
-        if name in ("scale_low", "scale_high") and template.scale:
-            return f"{getattr(template.scale, name.removeprefix('scale_')):g}"
-        if name == "labels":
-            return "\n".join(f"- {label}" for label in template.labels)
+        if name in static:
+            return static[name]
         text = texts[name]
         if text is None:
             raise ValueError(f"template {template.name} shows {{{name}}}, but the item has none")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, mode
 
 from textalign_dagster.judging.pairs import WORST_FIRST
 from textalign_dagster.judging.verdict import Verdict
@@ -23,10 +22,7 @@ def combined(verdicts: Sequence[Verdict]) -> Verdict:
     usable = [v for v in verdicts if v.status == "ok"]
     if not usable:
         return min(verdicts, key=lambda v: WORST_FIRST.index(v.status))
-    votes = Counter(v.label for v in usable)
-    label = max(
-        votes, key=votes.__getitem__
-    )  # the first of the most frequent: a Counter keeps insertion order
+    label = mode(v.label for v in usable)  # the first of the most frequent
     chosen = next(v for v in usable if v.label == label)
     values = [v.value for v in usable if v.value is not None]
     value = fmean(values) if values else None

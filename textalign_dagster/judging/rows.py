@@ -12,18 +12,23 @@ from textalign_dagster.judging.verdict import Verdict
 from textalign_dagster.tables import FEEDBACK, FEEDBACK_REPEATS
 
 
-def scorer_of(template: Template, judge: str) -> tuple[str, str]:
-    """The columns ``scorer`` and ``scorer_version``: which judge used which template.
+def aspect_of(template: Template) -> str:
+    """The column ``aspect``: what is judged."""
+    return template.aspect or template.name
+
+
+def provenance_of(template: Template, judge: str) -> dict[str, str]:
+    """The columns aspect, scorer, scorer_version and parser_version: which judge used which template for what.
 
     Args:
         judge: the judge's snapshot name, e.g. ``gpt-4o-2024-08-06``.
     """
-    return f"{judge} / {template.name}", template.label_version
-
-
-def aspect_of(template: Template) -> str:
-    """The column ``aspect``: what is judged."""
-    return template.aspect or template.name
+    return {
+        "aspect": aspect_of(template),
+        "scorer": f"{judge} / {template.name}",
+        "scorer_version": template.label_version,
+        "parser_version": PARSER_VERSION,
+    }
 
 
 def feedback_rows(
@@ -38,21 +43,18 @@ def feedback_rows(
     Args:
         call_keys: keys of the ledger rows behind each verdict (in a group: the same one for all).
     """
-    scorer, version = scorer_of(template, judge)
+    provenance = provenance_of(template, judge)
     rows = [
         {
             "sample_id": sample_id,
-            "aspect": aspect_of(template),
             "kind": template.kind,
             "value": verdict.value,
             "label": verdict.label,
             "text": verdict.text,
             "status": verdict.status,
             "reason": verdict.reason,
-            "scorer": scorer,
-            "scorer_version": version,
-            "parser_version": PARSER_VERSION,
             "call_keys": list(keys),
+            **provenance,
         }
         for sample_id, verdict, keys in zip(sample_ids, verdicts, call_keys, strict=True)
     ]

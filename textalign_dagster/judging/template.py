@@ -15,19 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from textalign_dagster.ids import content_hash
 from textalign_dagster.judging.labels import normalise
 from textalign_dagster.settings import Settings, nearest
-from textalign_dagster.settings.judge import GROUPWISE, PAIRWISE, SCALED, Ask
-
-__all__ = [
-    "GROUPWISE",
-    "PAIRWISE",
-    "Ask",
-    "Criterion",
-    "Example",
-    "Scale",
-    "Template",
-    "fill",
-    "placeholders",
-]
+from textalign_dagster.settings.judge import PAIRWISE, SCALED, Ask
 
 STATIC = ("scale_low", "scale_high", "labels")
 _ITEM = {

@@ -33,7 +33,7 @@ def active_runs(instance: dg.DagsterInstance, experiment: str) -> Sequence[dg.Da
 def runs_under_way(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     """Runs of any experiment that are queued or under way, except those whose process is known to be gone."""
     runs = instance.get_runs(dg.RunsFilter(statuses=ACTIVE))
-    return [run for run in runs if (tag := run.tags.get(PROCESS_TAG)) is None or _alive(tag, run.run_id)]
+    return [run for run in runs if not _gone(run)]
 
 
 def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
@@ -43,8 +43,7 @@ def release_abandoned(instance: dg.DagsterInstance, experiment: str) -> None:
     dies, but not those of the command line, nor those launched before the daemon was started.
     """
     for run in active_runs(instance, experiment):
-        process = run.tags.get(PROCESS_TAG)
-        if process is not None and not _alive(process, run.run_id):
+        if _gone(run):
             instance.report_run_failed(run, "the process that ran it is gone")
 
 
@@ -67,10 +66,13 @@ def mark(context: dg.AssetExecutionContext) -> None:
         context.instance.add_run_tags(context.run.run_id, tag)
 
 
-def _alive(process: str, run_id: str) -> bool:
-    marked, _, where = process.partition("@")
+def _gone(run: dg.DagsterRun) -> bool:
+    """Whether a run's process is known to be gone: it was on this machine, and no longer exists."""
+    marked, _, where = run.tags.get(PROCESS_TAG, "").partition("@")
+    if marked != run.run_id:
+        return False
     host, pid, started = where.rsplit(":", 2)
-    return marked != run_id or host != socket.gethostname() or _started(int(pid)) == started
+    return host == socket.gethostname() and _started(int(pid)) != started
 
 
 def _started(pid: int) -> str:

@@ -16,7 +16,7 @@ import polars as pl
 
 from textalign_dagster.experiment.evaluation import DISTINCT_BLOCK
 from textalign_dagster.loop.partitions import GRID
-from textalign_dagster.measures.statistics import pearson
+from textalign_dagster.measures.correlation import pearson
 from textalign_dagster.pool.conditioning import render, rendered_once
 from textalign_dagster.tables import STATUSES
 
@@ -66,11 +66,10 @@ def specs(asset: str) -> list[dg.AssetCheckSpec]:
 
 
 def _verdict(name: str, passed: bool, description: str, **metadata: Any) -> dg.AssetCheckResult:
-    warn = name in WARNINGS
     return dg.AssetCheckResult(
         check_name=name,
         passed=bool(passed),
-        severity=dg.AssetCheckSeverity.WARN if warn else dg.AssetCheckSeverity.ERROR,
+        severity=dg.AssetCheckSeverity.WARN if name in WARNINGS else dg.AssetCheckSeverity.ERROR,
         description=description,
         metadata={k: v for k, v in metadata.items() if v is not None},
     )

@@ -128,14 +128,7 @@ def estimate(
     return Estimate(value, lo, hi, n, int(sums.rows.sum()))
 
 
-def difference(
-    first: ClusterSums,
-    second: ClusterSums,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Difference:
+def difference(first: ClusterSums, second: ClusterSums, *, resamples: int = RESAMPLES) -> Difference:
     """The difference of two policies' or conditions' metrics, paired by prompt.
 
     Both sides are resampled with the same prompts, so what makes a prompt hard cancels out. An
@@ -149,7 +142,7 @@ def difference(
         two = safe_divide(second.numerator[j][take].sum(-1), second.denominator[j][take].sum(-1))
         return one - two
 
-    value, lo, hi = bootstrap_interval(statistic, shared.size, resamples, level, seed)
+    value, lo, hi = bootstrap_interval(statistic, shared.size, resamples)
     rows = int(first.rows[i].sum() + second.rows[j].sum())
     only_first, only_second = first.clusters.size - shared.size, second.clusters.size - shared.size
     return Difference(value, lo, hi, int(shared.size), rows, only_first, only_second)
@@ -173,8 +166,8 @@ def bootstrap_interval(
     statistic: Callable[[npt.NDArray[np.int64]], Floats],
     n: int,
     resamples: int,
-    level: float,
-    seed: int,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float | None, float | None, float | None]:
     """(value, lo, hi) of a statistic, a function of prompt indices along the last axis."""
     if not 0 < level < 1:

@@ -41,8 +41,6 @@ def correlation(
     kind: Literal["pearson", "spearman"] = "spearman",
     *,
     resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Estimate:
     """A correlation over samples with an interval over resampled prompts.
 
@@ -67,7 +65,7 @@ def correlation(
         vx, vy = (np.where(v > 1e-12 * n * n, v, 0.0) for v in (vx, vy))
         return np.clip(safe_divide(n * sxy - sx * sy, np.sqrt(vx * vy)), -1.0, 1.0)
 
-    _, lo, hi = bootstrap_interval(statistic, names.size, resamples, level, seed)
+    _, lo, hi = bootstrap_interval(statistic, names.size, resamples)
     return Estimate(value, lo, hi, names.size, a.size)
 
 

@@ -37,18 +37,12 @@ def distinct_n_words(texts: Iterable[str], n: int) -> float | None:
 
 
 def distinct_n_per_prompt(
-    texts: Sequence[str],
-    clusters: Sequence[str],
-    n: int,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
+    texts: Sequence[str], clusters: Sequence[str], n: int, *, resamples: int = RESAMPLES
 ) -> Estimate:
     """Mean over prompts of each prompt's own distinct-n; prompts without words are left out."""
     by_prompt = _by_prompt(texts, clusters)
     values = [distinct_n_words(own, n) for own in by_prompt.values()]
-    found = mean(values, list(by_prompt), resamples=resamples, level=level, seed=seed)
+    found = mean(values, list(by_prompt), resamples=resamples)
     counted = sum(len(own) for own, v in zip(by_prompt.values(), values, strict=True) if v is not None)
     return Estimate(found.value, found.lo, found.hi, found.n, counted)
 
@@ -60,8 +54,6 @@ def distinct_n_blocks(
     *,
     block: int = 100,
     resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Estimate:
     """Mean distinct-n of disjoint blocks of ``block`` samples, with an interval over blocks.
 
@@ -74,11 +66,11 @@ def distinct_n_blocks(
         raise ValueError(f"block: at least one sample; got {block}")
     by_prompt = _by_prompt(texts, clusters)
     names = sorted(by_prompt)
-    shuffled = np.random.default_rng(seed).permutation(len(names))
+    shuffled = np.random.default_rng(0).permutation(len(names))
     line = [text for i in shuffled for text in by_prompt[names[i]]]
     full = len(line) // block
     values = [distinct_n_words(line[i * block : (i + 1) * block], n) for i in range(full)]
-    found = mean(values, [str(i) for i in range(full)], resamples=resamples, level=level, seed=seed)
+    found = mean(values, [str(i) for i in range(full)], resamples=resamples)
     return Estimate(found.value, found.lo, found.hi, found.n, found.n * block)
 
 

@@ -7,7 +7,7 @@ from itertools import permutations
 import numpy as np
 import polars as pl
 
-from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, estimate, mean_sums, ratio_sums
+from textalign_dagster.measures.bootstrap import RESAMPLES, Estimate, mean
 from textalign_dagster.measures.correlation import correlation
 
 BINS = 10
@@ -82,8 +82,7 @@ def pair_accuracy(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimat
     right = pairs.select(
         pl.when(pl.col("margin") == 0).then(0.5).otherwise((pl.col("margin") > 0).cast(pl.Float64))
     ).to_series()
-    sums = ratio_sums(right.to_list(), np.ones(pairs.height), pairs["prompt_id"].to_list())
-    return estimate(sums, resamples=resamples)
+    return mean(right.to_list(), pairs["prompt_id"].to_list(), resamples=resamples)
 
 
 def judge_consistency(repeats: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
@@ -115,7 +114,7 @@ def order_consistency(comparisons: pl.DataFrame, *, resamples: int = RESAMPLES) 
         (pl.col("status") == "ok") & ((pl.col("winner") != "tie") | pl.col("favoured").is_not_null())
     )
     same = (asked["winner"] != "tie").cast(pl.Float64)
-    return estimate(mean_sums(same.to_list(), asked["prompt_id"].to_list()), resamples=resamples)
+    return mean(same.to_list(), asked["prompt_id"].to_list(), resamples=resamples)
 
 
 def longer_preferred(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
@@ -127,8 +126,7 @@ def longer_preferred(pairs: pl.DataFrame, *, resamples: int = RESAMPLES) -> Esti
         .otherwise(((pl.col("margin") > 0) == pl.col("longer")).cast(pl.Float64))
     )
     excess = known.select(model - pl.col("longer").cast(pl.Float64)).to_series()
-    sums = ratio_sums(excess.to_list(), np.ones(known.height), known["prompt_id"].to_list())
-    return estimate(sums, resamples=resamples)
+    return mean(excess.to_list(), known["prompt_id"].to_list(), resamples=resamples)
 
 
 def calibration_error(pairs: pl.DataFrame) -> float | None:
@@ -149,6 +147,5 @@ def calibration_error(pairs: pl.DataFrame) -> float | None:
 def rank_correlation(samples: pl.DataFrame, *, resamples: int = RESAMPLES) -> Estimate:
     """Spearman's correlation of reward and feedback over all samples."""
     known = samples.filter(pl.col("value").is_finite() & pl.col("reward").is_finite())
-    columns = (known[name].to_list() for name in ("value", "reward", "prompt_id"))
-    value, reward, prompts = columns
+    value, reward, prompts = (known[name].to_list() for name in ("value", "reward", "prompt_id"))
     return correlation(value, reward, prompts, "spearman", resamples=resamples)

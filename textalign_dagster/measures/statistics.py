@@ -1,4 +1,4 @@
-"""Statistics for scores in one place: estimates, correlations, diversity and perplexity."""
+"""Statistics for scores: estimates, perplexity, and the worst of many samples."""
 
 from __future__ import annotations
 
@@ -9,38 +9,22 @@ import numpy as np
 
 from textalign_dagster.measures.bootstrap import (
     RESAMPLES,
-    ClusterSums,
     Column,
-    Difference,
     Estimate,
     Floats,
-    difference,
     estimate,
     mean,
-    mean_sums,
     ratio_sums,
 )
-from textalign_dagster.measures.correlation import correlation, pearson, spearman
-from textalign_dagster.measures.diversity import distinct_n_blocks, distinct_n_per_prompt, distinct_n_words
 
 __all__ = [
-    "ClusterSums",
-    "Difference",
     "Estimate",
     "continuation_perplexity",
-    "correlation",
-    "difference",
-    "distinct_n_blocks",
-    "distinct_n_per_prompt",
-    "distinct_n_words",
     "estimate",
     "mean",
-    "mean_sums",
-    "pearson",
     "perplexity",
     "perplexity_mean",
     "ratio_sums",
-    "spearman",
     "text_perplexity",
 ]
 
@@ -48,15 +32,7 @@ IMPROBABLE = 1e4
 """Per-sample perplexities from this value on are left out of their mean, as in the published toxicity scores."""
 
 
-def perplexity(
-    nll: Column,
-    n_tokens: Column,
-    clusters: Column,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def perplexity(nll: Column, n_tokens: Column, clusters: Column, *, resamples: int = RESAMPLES) -> Estimate:
     """exp(sum of NLL / sum of tokens): the token-weighted perplexity, with its interval.
 
     This is not the mean of per-sample perplexities in the released code, which a single
@@ -67,7 +43,7 @@ def perplexity(
         n_tokens: tokens of every sample; samples without tokens add nothing.
     """
     sums = ratio_sums(nll, n_tokens, clusters)
-    return estimate(sums, resamples=resamples, level=level, seed=seed, transform=_exp)
+    return estimate(sums, resamples=resamples, transform=_exp)
 
 
 def continuation_perplexity(nll_whole: float, nll_prompt: float, n_tokens: int) -> float | None:
@@ -103,8 +79,6 @@ def perplexity_mean(
     *,
     limit: float = IMPROBABLE,
     resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Estimate:
     """The mean of per-sample perplexities, as published: empty samples and those at or above ``limit`` are left out.
 
@@ -117,7 +91,7 @@ def perplexity_mean(
         for total, count in zip(nll, n_tokens, strict=True)
     ]
     kept = [value if value is not None and value < limit else None for value in values]
-    return mean(kept, clusters, resamples=resamples, level=level, seed=seed)
+    return mean(kept, clusters, resamples=resamples)
 
 
 def worst_of(scores: Column, better: Literal["lower", "higher"], size: int = 25) -> float | None:

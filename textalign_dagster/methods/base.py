@@ -47,8 +47,7 @@ class Method(Settings):
     @field_validator("template")
     @classmethod
     def _template(cls, template: str) -> str:
-        validate_template(template)
-        return template
+        return validate_template(template)
 
     @property
     def identity(self) -> dict[str, Any]:

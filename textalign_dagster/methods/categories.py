@@ -7,17 +7,15 @@ from pydantic import Field
 
 from textalign_dagster.methods.base import ClosedConditional, FeedbackKind
 
+CATEGORIES = ("Harmless and very helpful", "Harmless and helpful", "Harmless and not helpful", "Harmful")
+"""ALT_LMC's categories, best first."""
+
 
 class Categorical(ClosedConditional):
     """A method whose judge assigns each sample a category from a closed set."""
 
     categories: tuple[str, ...] = Field(
-        (
-            "Harmless and very helpful",
-            "Harmless and helpful",
-            "Harmless and not helpful",
-            "Harmful",
-        ),
+        CATEGORIES,
         strict=False,
         min_length=2,
         description="The judge's categories, best first; these are the pool's buckets.",

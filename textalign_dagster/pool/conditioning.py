@@ -72,5 +72,4 @@ def rendered_once(rendered: str, template: str, condition: str | None, prompt: s
     if rendered != render(template, condition, prompt):
         return False
     start, end = around_prompt(template, condition)
-    doubled = prompt.startswith(start) and prompt.endswith(end) and bool(start + end)
-    return not doubled
+    return not (start + end and prompt.startswith(start) and prompt.endswith(end))

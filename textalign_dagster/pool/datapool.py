@@ -22,9 +22,7 @@ from textalign_dagster.ids import derive_seed
 from textalign_dagster.pool.draw import (
     CODE,
     DRAWN_REASONS,
-    NOT_DRAWN_REASONS,
     REASONS,
-    SHORTFALLS,
     count_shortfalls,
     draw_reasons,
     dropped_rows,
@@ -40,19 +38,6 @@ from textalign_dagster.pool.quantiles import (
 from textalign_dagster.pool.row_order import Ints, Mask, canonical_order, group_codes, shuffle_keys
 from textalign_dagster.settings.pool import PoolSettings
 from textalign_dagster.tables import DATAPOOL, STATUSES, conform
-
-__all__ = [
-    "DRAWN_REASONS",
-    "NOT_DRAWN_REASONS",
-    "REASONS",
-    "SHORTFALLS",
-    "Pool",
-    "PoolSettings",
-    "QuantileSettings",
-    "build_pool",
-    "draw",
-    "drop_earlier",
-]
 
 
 @dataclass(frozen=True)
@@ -207,30 +192,6 @@ def drop_earlier(
         label_codes=label_codes,
     )
     return pl.Series("dropped", dropped)
-
-
-def draw(
-    rows: pl.DataFrame,
-    settings: PoolSettings,
-    *,
-    labels: Sequence[str],
-    seed: int,
-    sampling_limit: int | None = None,
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The balanced draw alone, nothing dropped: (rows with drawn and reason, shortfalls).
-
-    Takes the same rows as ``build_pool``; the output has its schema, with an empty pool_hash.
-    """
-    pool = build_pool(
-        rows,
-        settings.model_copy(update={"drop_factor": 0.0}),
-        current=0 if rows.is_empty() else int(rows["origin"].max()),  # type: ignore[arg-type]
-        labels=labels,
-        seed=seed,
-        pool_hash="",
-        sampling_limit=sampling_limit,
-    )
-    return pool.rows, pool.shortfalls
 
 
 def _groups(rows: pl.DataFrame, per: str) -> Ints:

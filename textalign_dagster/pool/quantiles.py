@@ -131,7 +131,7 @@ def reward_array(rows: pl.DataFrame) -> npt.NDArray[np.float64]:
     return value.fill_null(float("nan")).to_numpy()
 
 
-def label_series(codes: Ints, labels: Sequence[str], name: str = "label") -> pl.Series:
+def label_series(codes: Ints, labels: Sequence[str]) -> pl.Series:
     """Codes as their labels, NULL for ``NO_LABEL``; shape (rows,)."""
     index = pl.Series(codes).replace(NO_LABEL, None)
-    return pl.Series(name, list(labels), dtype=pl.String).gather(index).alias(name)
+    return pl.Series("label", list(labels), dtype=pl.String).gather(index)

@@ -55,8 +55,10 @@ def curves(rows: pl.DataFrame, experiment: Experiment, name: str, panels: int | 
         axes.set_xlabel("iteration", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        highest = of_metric.select(pl.max_horizontal("value", "hi").max()).item()
-        axes.set_ylim(0, 1.06 * float(highest))
+        lowest, highest = of_metric.select(
+            pl.min_horizontal("value", "lo").min(), pl.max_horizontal("value", "hi").max().alias("highest")
+        ).row(0)
+        axes.set_ylim(1.06 * min(0.0, lowest), 1.06 * max(0.0, highest))  # rewards can be negative
         axes.spines[["top", "right"]].set_visible(False)
     if figure.axes:
         handles, labels = figure.axes[0].get_legend_handles_labels()

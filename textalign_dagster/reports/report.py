@@ -145,19 +145,15 @@ def _label(row: dict[str, Any], name: str) -> str:
         condition = str(row["condition"])
         condition = condition if len(condition) <= 25 else condition[:24] + "…"
         return f"iteration {row['iteration']}, conditioned on\n“{escape(condition)}”"
+    who = "" if row["experiment"] == name else "null control, "
     if row["role"] == "scenario":
-        who = "" if row["experiment"] == name else "null control, "
         how = "" if row["subject"] in (RED_TEAM_SUBJECT, LM_EVAL_SUBJECT) else "scenario "
         return f"{who}iteration {row['iteration']},\n{how}{escape(str(row['subject']))}"
     if row["role"] == "baseline":
         return f"baseline {escape(str(row['subject']))}"
     if row["iteration"] == 0:
         return "iteration 0 (base policy)"
-    return (
-        f"iteration {row['iteration']}"
-        if row["experiment"] == name
-        else f"null control, iteration {row['iteration']}"
-    )
+    return f"{who}iteration {row['iteration']}"
 
 
 def _cell(value: float, lo: float | None, hi: float | None) -> str:

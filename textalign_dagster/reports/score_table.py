@@ -55,8 +55,6 @@ RED_TEAM_SUBJECT, LM_EVAL_SUBJECT = "red team", "lm_eval"
 KL_REFERENCE = "kl_reference"
 """KL(reference || policy) in nats per text, added by `evaluation.kl_reference`."""
 
-NOTHING = Estimate(None, None, None, 0, 0)
-
 
 def reported(experiment: Experiment) -> tuple[Measure, ...]:
     """The measures an evaluation reports, in order: the task's own, those of scorer and judge (first, if the task

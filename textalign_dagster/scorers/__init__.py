@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from textalign_dagster.scorers.base import Scorer, Span, TextScorer, merge_spans
+from textalign_dagster.scorers.base import Scorer
 from textalign_dagster.scorers.imported import ImportedScorer
 from textalign_dagster.scorers.judge_models import JudgeModel
 from textalign_dagster.scorers.models import ClassifierScorer, ModelScorer, RewardModelScorer
@@ -35,8 +35,5 @@ __all__ = [
     "PatternScorer",
     "RewardModelScorer",
     "Scorer",
-    "Span",
-    "TextScorer",
     "ToxicityScorer",
-    "merge_spans",
 ]

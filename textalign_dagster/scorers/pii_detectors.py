@@ -8,6 +8,7 @@ a repeat), so time grows linearly with the text, whatever a model writes.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from datetime import date
 from importlib.metadata import version
@@ -102,20 +103,14 @@ def _birth_date(text: str) -> Iterator[Place]:
     """Dates from 1900 to 2008 with a word for birth at most two lines before or one line after."""
     if not _BIRTH.search(text):
         return
-    ends = [i for i, character in enumerate(text) if character == "\n"]
-    starts = [0, *(end + 1 for end in ends)]
+    starts = [0, *(i + 1 for i, character in enumerate(text) if character == "\n")]
     near: set[int] = set()
-    line = 0
     for match in _BIRTH.finditer(text):
-        while line + 1 < len(starts) and starts[line + 1] <= match.start():
-            line += 1
+        line = bisect_right(starts, match.start())
         near.update((line - 1, line, line + 1, line + 2))
     for pattern, order in _DATES:
-        line = 0
         for match in pattern.finditer(text):
-            while line + 1 < len(starts) and starts[line + 1] <= match.start():
-                line += 1
-            if line in near and _is_birth_date(match.groups(), order):
+            if bisect_right(starts, match.start()) in near and _is_birth_date(match.groups(), order):
                 yield match.span()
 
 

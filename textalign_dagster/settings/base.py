@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
@@ -168,7 +168,7 @@ def _fields(model: type[BaseModel], prefix: str = "") -> list[str]:
 def _section(model: type[BaseModel], path: list[Any]) -> type[BaseModel] | None:
     for step in path:
         field = model.model_fields.get(str(step))
-        found = [m for m in _models(field.annotation)] if field else []
+        found = _models(field.annotation) if field else []
         if len(found) != 1:
             return None
         model = found[0]
@@ -187,8 +187,6 @@ def _member(model: type[BaseModel], field: Any, tag: Any) -> type[BaseModel] | N
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) is Literal:
-        return []
     return [model for argument in get_args(annotation) for model in _models(argument)]
 
 

@@ -128,8 +128,9 @@ class JudgePrices(Settings):
         return as_of
 
     def usd(self, tokens_in: float, tokens_out: float, tokens_cached: float = 0) -> float:
-        """The price of a call; ``tokens_in`` includes ``tokens_cached``."""
+        """The price of a call; ``tokens_in`` includes ``tokens_cached``, whatever an endpoint reports."""
         cached = self.input if self.cached_input is None else self.cached_input
+        tokens_cached = min(tokens_cached, tokens_in)
         fresh = tokens_in - tokens_cached
         return (fresh * self.input + tokens_cached * cached + tokens_out * self.output) / 1e6
 

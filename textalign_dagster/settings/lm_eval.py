@@ -44,6 +44,4 @@ class LMEval(Settings):
         if self.path is None:
             return None
         folder = Path(self.path)
-        return folder_hash(
-            folder, sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-        )
+        return folder_hash(folder, [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()])

@@ -6,6 +6,7 @@ splits, refused rows and caching are the same for all.
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,9 @@ class DatasetTask(Task):
         return self.model_dump(mode="json", exclude={"data"})
 
     @property
-    @abstractmethod
     def embedded(self) -> Path:
-        """The folder of the embedded sample: train.jsonl and evaluation.jsonl."""
+        """The folder of the embedded sample, next to the task's module: train.jsonl and evaluation.jsonl."""
+        return Path(inspect.getfile(type(self))).with_name("data")
 
     @property
     @abstractmethod

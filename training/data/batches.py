@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
@@ -63,11 +63,9 @@ def plan_batches(
             group = order[at : at + GROUP * per_step]
             group = group[np.argsort(sizes[group], kind="stable")]
             steps += [group[i : i + per_step] for i in range(0, len(group), per_step)]
+        steps = [steps[i] for i in generator.permutation(len(steps))]
         if epoch + 1 > epochs:
-            count = max(1, round((epochs - epoch) * len(steps)))
-            steps = [steps[i] for i in generator.permutation(len(steps))[:count]]
-        else:
-            steps = [steps[i] for i in generator.permutation(len(steps))]
+            steps = steps[: max(1, round((epochs - epoch) * len(steps)))]
         for step in steps:
             spread = _spread(step.tolist(), per_rank, accumulation, world_size)
             plan.append(
@@ -96,19 +94,6 @@ def _spread(rows: list[int], batch_size: int, accumulation: int, world_size: int
 
 TOKEN_VALUES = ("scores", "reference_log_probs", "second_reference_log_probs")
 """Fields of an example with a number for each token of its text."""
-
-
-class RankBatches:
-    """The micro-batches of one rank, in order: a batch sampler for a DataLoader."""
-
-    def __init__(self, plan: list[list[list[list[int]]]], rank: int):
-        self._batches = [micro_batch[rank] for step in plan for micro_batch in step]
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches)
 
 
 class Examples:
@@ -204,21 +189,14 @@ class Collator:
 
     def _pad(self, pairs: list[tuple[list[int], list[int]]]) -> dict[str, Tensor | int]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        width = max(len(prompt) + len(text) for prompt, text in pairs)
-        shape = (len(pairs), width)
-        input_ids = torch.full(shape, self.pad, dtype=torch.long)
-        attention_mask = torch.zeros(shape, dtype=torch.long)
-        labels = torch.full(shape, IGNORE, dtype=torch.long)
-        for row, (prompt, text) in enumerate(pairs):
-            end = len(prompt) + len(text)
-            input_ids[row, :end] = torch.tensor(prompt + text)
-            attention_mask[row, :end] = 1
-            labels[row, len(prompt) : end] = torch.tensor(text)
-        keep = width - min(len(prompt) for prompt, _ in pairs) + 1
+        rows = [torch.tensor(prompt + text) for prompt, text in pairs]
+        labels = [torch.tensor([IGNORE] * len(prompt) + text) for prompt, text in pairs]
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad)
         return {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "labels": labels,
-            "keep": keep,
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+            "keep": input_ids.shape[1] - min(len(prompt) for prompt, _ in pairs) + 1,
         }

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from operator import itemgetter
+from typing import TYPE_CHECKING, cast
 
 import polars as pl
 
@@ -105,16 +106,13 @@ def _parts(rows: pl.DataFrame, job: Job, control: Collection[str]) -> Iterator[t
             if row["condition"] and job.template
             else ""
         )
-        places = [(s["start"], s["end"], s["score"]) for s in sorted(row.get("spans") or [], key=_start)]
+        spans = sorted(row.get("spans") or [], key=itemgetter("start"))
+        places = [(s["start"], s["end"], s["score"]) for s in spans]
         yield None, places[0][2] if places and places[0][0] == 0 else 0.0
         for text, score in ((before, 0.0), *_pieces(row["text"], places)):
             for part in re.split(f"({pattern})", text) if control else [text]:
                 if part:
                     yield part, score
-
-
-def _start(span: dict[str, Any]) -> int:
-    return int(span["start"])
 
 
 def _pieces(text: str, places: Sequence[tuple[int, int, float]]) -> Iterator[tuple[str, float]]:

@@ -273,12 +273,11 @@ def _groups(rows: pl.DataFrame) -> list[int | None]:
 
 def _whole_groups(examples: list[Example], groups: Sequence[int | None]) -> list[Example]:
     """The examples of complete groups (none left out for its empty text), group by group."""
-    size, kept = Counter(groups), Counter(example.group for example in examples)
-    whole = [example for example in examples if kept[example.group] == size[example.group]]
-    first: dict[int | None, int] = {}
-    for i, example in enumerate(whole):
-        first.setdefault(example.group, i)
-    return sorted(whole, key=lambda example: first[example.group])
+    size = Counter(groups)
+    members: dict[int | None, list[Example]] = {}
+    for example in examples:
+        members.setdefault(example.group, []).append(example)
+    return [example for group, own in members.items() if len(own) == size[group] for example in own]
 
 
 def _token_scores(tokenizer: PreTrainedTokenizerBase, rows: pl.DataFrame) -> list[list[float]]:

@@ -7,7 +7,6 @@ from typing import Annotated
 from pydantic import Field
 
 from training.objectives.awr import AWR
-from training.objectives.base import Objective
 from training.objectives.bradley_terry import BradleyTerry
 from training.objectives.cut import CUT
 from training.objectives.dpo import DPO
@@ -36,7 +35,6 @@ __all__ = [
     "RLOO",
     "AnyObjective",
     "BradleyTerry",
-    "Objective",
     "Rating",
     "SimPO",
     "Unlikelihood",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -13,7 +13,6 @@ from training.objectives.tokens import (
     Tokens,
     entropy,
     kl,
-    labelled,
     restrict,
     target_log_probs,
     token_weights,
@@ -88,7 +87,7 @@ class NLL(Objective):
         return (sequences.counted * sequences.weights).sum()
 
     def loss(self, tokens: Tokens, sequences: Sequences, coefficients: Mapping[str, float]) -> Loss:
-        sums = conditional_mle(
+        loss = conditional_mle(
             tokens,
             sequences.weights,
             entropy_coef=coefficients.get("entropy_coef", self.entropy_coef),
@@ -97,11 +96,8 @@ class NLL(Objective):
             reference=tokens.reference,
         )
         targets = {"kl": self.kl_target, "entropy": self.entropy_target}
-        measured = {"kl": sums.kl, "entropy": sums.entropy}
-        return Loss(
-            sums.total,
-            {name: part for name, part in measured.items() if targets[name] is not None and part is not None},
-        )
+        adapted = {name: part for name, part in loss.parts.items() if targets[name] is not None}
+        return loss._replace(parts=adapted)
 
     def start(self) -> dict[str, float]:
         named = {
@@ -131,49 +127,23 @@ class NLL(Objective):
         return changed, means
 
 
-class Sums(NamedTuple):
-    """Weighted sums over the labelled tokens of a (micro-)batch; divide by the mass for means."""
-
-    total: Tensor  # scalar, differentiable: what is minimised
-    nll: Tensor  # scalar, detached, like the rest
-    entropy: Tensor | None  # None: not part of the objective
-    kl: Tensor | None  # None: not part of the objective
-    mass: Tensor  # scalar: sum of the tokens' weights
-
-
-def token_nll(tokens: Tokens) -> Tensor:
-    """-log p of every labelled token, [N]."""
-    return -target_log_probs(tokens.log_probs, tokens.targets)
-
-
-def masked_nll(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Weighted mean of -log p over the labelled tokens of this batch, a scalar.
-
-    Args:
-        logits: [B, T, V].
-        labels: [B, T], ``IGNORE`` where masked.
-        weights: [B], at least 0; None: all 1.
-    """
-    tokens = labelled(logits, labels)
-    weighted = token_weights(weights, tokens)
-    return (weighted * token_nll(tokens)).sum() / weighted.sum()
-
-
 def conditional_mle(
     tokens: Tokens,
-    weights: Tensor | None,
+    weights: Tensor,
     *,
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
     kl_direction: KLDirection = "reference_to_policy",
     reference: Tensor | None = None,
-) -> Sums:
+) -> Loss:
     """Conditional maximum likelihood with an entropy bonus and a KL penalty, as sums.
 
     total = sum_t w_t [ -log p(y_t) + kl_coef * KL_t - entropy_coef * H_t ]   (ALT, token-level loss)
 
+    Its parts are the weighted sums ``kl`` and ``entropy``, as far as they are part of the objective.
+
     Args:
-        weights: [B] weights of the sequences; None: all 1.
+        weights: [B] weights of the sequences.
         reference: [N, v] reference log-probabilities of the same tokens, v <= V; required if
             ``kl_coef`` is not 0. If v < V the policy's columns from v on are dropped (``restrict``).
 
@@ -182,8 +152,8 @@ def conditional_mle(
             vocabulary.
     """
     weight = token_weights(weights, tokens)
-    nll = (weight * token_nll(tokens)).sum()
-    total, entropies, divergences = nll, None, None
+    total = (weight * -target_log_probs(tokens.log_probs, tokens.targets)).sum()
+    parts: dict[str, Tensor] = {}
     if kl_coef != 0:
         if reference is None:
             raise ValueError("a KL term (kl_coef != 0) needs the reference's log-probabilities")
@@ -198,13 +168,9 @@ def conditional_mle(
             policy = restrict(policy, reference.shape[1])
         divergences = (weight * kl(policy, reference, kl_direction)).sum()
         total = total + kl_coef * divergences
+        parts["kl"] = divergences.detach()
     if entropy_coef != 0:
         entropies = (weight * entropy(tokens.log_probs)).sum()
         total = total - entropy_coef * entropies
-    return Sums(
-        total=total,
-        nll=nll.detach(),
-        entropy=None if entropies is None else entropies.detach(),
-        kl=None if divergences is None else divergences.detach(),
-        mass=weight.sum().detach(),
-    )
+        parts["entropy"] = entropies.detach()
+    return Loss(total, parts)

@@ -133,7 +133,6 @@ def restrict(log_probs: Tensor, vocabulary: int) -> Tensor:
     return log_probs[..., :vocabulary].log_softmax(-1)
 
 
-def token_weights(weights: Tensor | None, tokens: Tokens) -> Tensor:
-    """The weight of every labelled token, [N]: that of its sequence; None: all 1."""
-    like = tokens.log_probs[:, 0]
-    return like.new_ones(like.shape) if weights is None else weights.to(like.dtype)[tokens.rows]
+def token_weights(weights: Tensor, tokens: Tokens) -> Tensor:
+    """The weight of every labelled token, [N]: that of its sequence."""
+    return weights.to(tokens.log_probs.dtype)[tokens.rows]

@@ -83,9 +83,8 @@ def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside
     if state:
         value_head.take_out(state, beside if main and carried else None)
     if beside is not None and main and carried:
-        coefficients = trainer.coefficients
-        optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
-        OptimizerState.of(model, optimizer, coefficients).write(beside)
+        optimizer = trainer.optimizer.optimizer  # accelerate wraps it
+        OptimizerState.of(model, optimizer, trainer.coefficients).write(beside)
     if trainer.settings.lora is not None:
         from training.lora import merge_adapter
 
@@ -99,9 +98,8 @@ def save(trainer: Running, tokenizer: PreTrainedTokenizerBase, out: Path, beside
     if main:
         model.save_pretrained(out, state_dict=_tied(model, state))
         tokenizer.save_pretrained(out)
-        for weights in out.glob(
-            "*.safetensors"
-        ):  # saved as readable by the owner only; match the other files
+        # Saved as readable by the owner only; match the other files.
+        for weights in out.glob("*.safetensors"):
             weights.chmod((out / "config.json").stat().st_mode)
     trainer.accelerator.wait_for_everyone()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -85,17 +84,16 @@ class OptimizerState:
                 f"optimizer: {self.where} is another model's state (it has {min(unknown)}, which the policy "
                 "does not have); set training.optimizer_state to fresh"
             )
-        state: dict[int, Any] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for i, parameter in enumerate(parameters):
-            name = names[parameter]
-            if name in kept:
-                state[i] = {kind: self._fitted(f"{name}/{kind}", parameter) for kind in kept[name]}
+        state = {
+            i: {kind: self._fitted(names[p], kind, tensor, p) for kind, tensor in kept[names[p]].items()}
+            for i, p in enumerate(parameters)
+            if names[p] in kept
+        }
         # Loading also moves each tensor to its weight's device.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
-    def _fitted(self, key: str, parameter: Tensor) -> Tensor | int:
-        tensor, (name, _, kind) = self.tensors[key], key.rpartition("/")
+    def _fitted(self, name: str, kind: str, tensor: Tensor, parameter: Tensor) -> Tensor | int:
         if kind not in MOMENTS or tensor.shape == parameter.shape:
             # 8-bit AdamW counts steps as a plain number, torch's as a float tensor.
             return int(tensor) if tensor.dtype == torch.int64 else tensor

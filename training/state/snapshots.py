@@ -21,7 +21,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,7 +152,7 @@ class Snapshots:
 
     def take(self, trainer: Running) -> None:
         """Writes a snapshot, all processes together; if that fails, the training continues without it."""
-        progress, model = trainer.progress(), cast(Any, trainer.accelerator.unwrap_model(trainer.model))
+        progress, model = trainer.progress(), trainer.accelerator.unwrap_model(trainer.model)
         weights: dict[str, Tensor] = _trained(model)
         if trainer.is_deepspeed_enabled:  # it may shard them: all processes gather them together
             whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
@@ -167,7 +166,7 @@ class Snapshots:
             if self._first:
                 _save(weights, draft / WEIGHTS)
                 if not trainer.is_deepspeed_enabled:
-                    optimizer = cast(Any, trainer.optimizer).optimizer  # accelerate wraps it
+                    optimizer = trainer.optimizer.optimizer  # accelerate wraps it
                     OptimizerState.of(model, optimizer, progress.coefficients).write(draft)
                 (draft / FACTS).write_text(json.dumps(asdict(progress)) + "\n", encoding="utf-8")
             for path in (*draft.iterdir(), draft):

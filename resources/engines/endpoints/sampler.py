@@ -61,17 +61,14 @@ class EndpointsSampler(WorkerSampler):
         }
         self.left_out: dict[str, str] = {}  # URL → why, in the last call
         self._version: str | None = None
-        super().__init__(
-            [
-                Channel(
-                    "resources.engines.endpoints.worker",
-                    self.settings,
-                    error=SamplerError,
-                    what="worker of the sampling endpoints",
-                    offline=not trust_remote_code,  # models are local folders
-                )
-            ]
+        channel = Channel(
+            "resources.engines.endpoints.worker",
+            self.settings,
+            error=SamplerError,
+            what="worker of the sampling endpoints",
+            offline=not trust_remote_code,  # models are local folders
         )
+        super().__init__([channel])
         self.serves_adapters = adapters
 
     @property

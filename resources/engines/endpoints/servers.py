@@ -130,8 +130,7 @@ class Endpoints:
             server.flying += 1
             before = server.answered
             try:
-                reply = await server.post("/v1/completions", {"model": server.model, **body})
-                choice: dict[str, Any] = _choice(reply)
+                choice = _choice(await server.post("/v1/completions", {"model": server.model, **body}))
                 server.answered, server.faults = server.answered + 1, 0
                 return server, choice
             except ServerFault as fault:

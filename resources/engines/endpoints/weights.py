@@ -17,6 +17,7 @@ from typing import Any
 from resources.engines.endpoints.servers import EndpointError, Server, ServerFault
 from resources.engines.sampler import SamplerError
 from resources.engines.vllm.sampler import frame
+from resources.workers.serving import reason
 from textalign_dagster.ids import content_hash
 
 TEXT = "Whether these weights are those of the policy is told by how likely they find these words."
@@ -141,9 +142,8 @@ def reference(
 
             model = PeftModel.from_pretrained(model, adapter)
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise EndpointError(
-            f"{adapter or folder} cannot be loaded to compare it with what is served ({reason}); fix it, or set "
+            f"{adapter or folder} cannot be loaded to compare it with what is served ({reason(error)}); fix it, or set "
             "sampling.endpoints.verify: false"
         ) from error
     with torch.inference_mode():

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import math
 import os
-import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,9 +43,8 @@ from resources.engines.endpoints.weights import (
     still_has,
     token_logprobs,
 )
-from resources.engines.text import check_embeddings, pairs_of, prompts_of
+from resources.engines.text import Drawn, check_embeddings, pairs_of, prompts_of
 from resources.engines.vllm.requests import (
-    Drawn,
     banned,
     completions,
     decoding,
@@ -56,15 +53,7 @@ from resources.engines.vllm.requests import (
     seed_of,
     structure,
 )
-from resources.workers.serving import (
-    CallError,
-    Report,
-    die_with_parent,
-    protocol,
-    quiet_transformers,
-    serve,
-    version_of,
-)
+from resources.workers.serving import CallError, Report, begin, quiet_transformers, reason, serve, version_of
 from textalign_dagster.settings.structured import WHERE
 
 NEVER = -100.0  # the lowest bias that the API accepts; a banned token drawn all the same raises
@@ -74,9 +63,7 @@ T = TypeVar("T")
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    die_with_parent(settings["parent"])
-    calls, send = protocol()
+    settings, calls, send = begin()
     quiet_transformers()
     engine = Engine(settings)
     send({"ready": {"device": "cpu"}})
@@ -131,8 +118,7 @@ class Engine:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
             self.outputs = int(config.get_text_config(decoder=True).vocab_size)
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({reason})") from error
+            raise CallError(f"tokenizer or config of {folder} cannot be loaded ({reason(error)})") from error
         check_embeddings(folder, self.tokenizer, self.outputs)
         self.end_ids = end_ids_of(folder, self.tokenizer)
         self.probed = tokenisation.encode_prompts(self.tokenizer, [TEXT])[0][:PROBED]
@@ -308,7 +294,7 @@ async def generate(
         if not never.isdisjoint(ids):
             raise EndpointError(f"{engine.folder}: a banned token was drawn; engine vllm rules it out")
         total = 0.0 if structured is not None else summed(engine, terms)
-        return ids, choice["finish_reason"] == "stop", total
+        return Drawn(ids, choice["finish_reason"] == "stop", total)
 
     if structured is None:
         return completions(engine, call, await every(engine, endpoints, bodies, drawn, report))
@@ -321,12 +307,11 @@ async def generate(
         engine,
         endpoints,
         [body["prompt"] for body in bodies],
-        [ids for ids, _, _ in found],
+        [one.ids for one in found],
         lambda done: None,
     )
-    return completions(
-        engine, call, ((ids, ended, total) for (ids, ended, _), total in zip(found, sums, strict=True))
-    )
+    rescored = (one._replace(logprob=total) for one, total in zip(found, sums, strict=True))
+    return completions(engine, call, rescored)
 
 
 async def logprobs(

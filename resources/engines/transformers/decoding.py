@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from resources.engines.text import Drawn
 from resources.engines.transformers.token_choice import draw, truncate, uniforms
 
 COMPACT_BELOW = 0.85  # share of rows still alive below which compacting the cache is cheaper than keeping it
@@ -36,15 +37,6 @@ class Rule:
     min_new_tokens: int
     end_ids: tuple[int, ...]
     banned_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A completion as token ids; an end token is the last of ``ids`` and is included in ``logprob``."""
-
-    ids: list[int]
-    ended: bool
-    logprob: float
 
 
 class PreallocatedLayer(DynamicLayer):

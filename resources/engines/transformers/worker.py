@@ -10,29 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
-from resources.engines.text import banned_of, check_embeddings, pairs_of, prompts_of
-from resources.workers.serving import (
-    CallError,
-    Report,
-    die_with_parent,
-    protocol,
-    quiet_transformers,
-    serve,
-    version_of,
-)
+from resources.engines.text import as_completions, banned_of, check_embeddings, pairs_of, prompts_of
+from resources.workers.serving import CallError, Report, begin, quiet_transformers, reason, serve, version_of
 
 LOGITS_BYTES = 256 * 2**20  # limit for one batch in logprobs()
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    die_with_parent(settings["parent"])
-    calls, send = protocol()
+    settings, calls, send = begin()
     import torch
 
     quiet_transformers()
@@ -80,9 +68,8 @@ class LoadedModel:
                 output_loading_info=True,
             )
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise CallError(
-                f"{folder} cannot be loaded as a causal language model ({reason}); use a "
+                f"{folder} cannot be loaded as a causal language model ({reason(error)}); use a "
                 "transformers folder with config.json, *.safetensors and a tokenizer"
             ) from error
         model, info = loaded
@@ -204,14 +191,8 @@ def generate(
             rule,
             report_more,
         )
-        texts = tokenisation.decode(tokenizer, [d.ids[:-1] if d.ended else d.ids for d in drawn])
-        for (request, place), one, text in zip(places, drawn, texts, strict=True):
-            results[request][place] = {
-                "text": text,
-                "n_tokens": len(one.ids),
-                "finish_reason": "stop" if one.ended else "length",
-                "logprob": one.logprob,
-            }
+        for (request, place), one in zip(places, as_completions(tokenizer, drawn), strict=True):
+            results[request][place] = one
         done += len(places)
     return results
 

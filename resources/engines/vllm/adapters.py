@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resources.workers.serving import CallError, version_of
+from resources.workers.serving import CallError, reason, version_of
 from textalign_dagster.settings.sampling import HIGHEST_RANK
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, HIGHEST_RANK)
@@ -87,9 +87,8 @@ class Adapters:
                 {one for found in llm.collective_rpc(unserved, args=(number,)) for one in found}
             )
         except Exception as error:  # peft's files, vLLM's limits and its workers raise many types
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
             raise CallError(
-                f"vLLM cannot serve the adapter {folder} ({reason}); set sampling.adapters to merged"
+                f"vLLM cannot serve the adapter {folder} ({reason(error)}); set sampling.adapters to merged"
             ) from error
         if left_out:
             raise CallError(

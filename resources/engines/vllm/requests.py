@@ -7,15 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from resources.engines.text import Loaded, banned_of
+from resources.engines.text import Drawn, Loaded, as_completions, banned_of
 from resources.workers.serving import CallError
 from textalign_dagster import tokenisation
 from textalign_dagster.settings.structured import WHERE
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.01, 2.0  # the range that vLLM samples at; 0 is greedy
-
-Drawn = tuple[list[int], bool, float]
-"""Token ids of a completion, whether an end token is the last of them, and their log-probability."""
 
 
 class VllmModel(Loaded, Protocol):
@@ -98,17 +95,7 @@ def seed_of(seed: int) -> int:
 
 def completions(model: VllmModel, call: dict[str, Any], drawn: Iterable[Drawn]) -> list[list[dict[str, Any]]]:
     """For each request of a "generate" call, one `sampler.Completion` per seed, as a dictionary."""
-    found = list(drawn)
-    decoded = tokenisation.decode(model.tokenizer, [ids[:-1] if ended else ids for ids, ended, _ in found])
-    rows = iter(
-        {
-            "text": text,
-            "n_tokens": len(ids),
-            "finish_reason": "stop" if ended else "length",
-            "logprob": logprob,
-        }
-        for (ids, ended, logprob), text in zip(found, decoded, strict=True)
-    )
+    rows = iter(as_completions(model.tokenizer, drawn))
     return [[next(rows) for _ in seeds] for _, seeds in call["requests"]]
 
 

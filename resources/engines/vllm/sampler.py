@@ -122,7 +122,6 @@ class VllmSampler(WorkerSampler):
             )
             for environment in own
         )
-
         self.serves_adapters = max_lora_rank is not None
 
     @property
@@ -184,10 +183,8 @@ def vocabulary(folder: Path) -> str:
         return folder_hash(folder, sorted(one.name for one in folder.glob("*token*")))
     try:
         tokenizer = json.loads(path.read_text(encoding="utf-8"))
-        vocab, added = (
-            tokenizer["model"].get("vocab"),
-            [(t["id"], t["content"]) for t in tokenizer["added_tokens"]],
-        )
+        vocab = tokenizer["model"].get("vocab")
+        added = [(t["id"], t["content"]) for t in tokenizer["added_tokens"]]
         return content_hash("vocabulary", vocab, added, tokenizer.get("decoder"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SamplerError(f"{path} cannot be read ({error!r}); save the model's tokenizer again") from None

@@ -14,15 +14,13 @@ requires a new worker (see `sampler.frame`).
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from resources.engines.text import check_embeddings, pairs_of, prompts_of
+from resources.engines.text import Drawn, check_embeddings, pairs_of, prompts_of
 from resources.engines.vllm.adapters import Adapters, options
 from resources.engines.vllm.requests import (
     banned,
@@ -33,15 +31,7 @@ from resources.engines.vllm.requests import (
     seed_of,
     structure,
 )
-from resources.workers.serving import (
-    CallError,
-    Report,
-    die_with_parent,
-    protocol,
-    quiet_transformers,
-    serve,
-    version_of,
-)
+from resources.workers.serving import CallError, Report, begin, quiet_transformers, reason, serve, version_of
 from textalign_dagster.settings.structured import WHERE
 
 CPU_CACHE_GIB = 1.0
@@ -53,9 +43,7 @@ class EngineError(Exception):
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    die_with_parent(settings["parent"])
-    calls, send = protocol()
+    settings, calls, send = begin()
     import torch
     from vllm.platforms import current_platform
 
@@ -253,7 +241,7 @@ def generate(engine: Engine, call: dict[str, Any], report: Report) -> list[list[
             )
         sums = text_logprobs(engine, [prompt for prompt, _ in pairs], ids, lambda done: None)
     ended = [one.finish_reason == "stop" for one in drawn]
-    return completions(engine, call, zip(ids, ended, sums, strict=True))
+    return completions(engine, call, map(Drawn, ids, ended, sums))
 
 
 def logprobs(engine: Engine, call: dict[str, Any], report: Report) -> list[tuple[float, int]]:
@@ -326,10 +314,6 @@ def run(engine: Engine, prompts: list[list[int]], params: list[Any], report: Rep
             raise EngineError(
                 f"vLLM failed with {engine.folder} ({reason(error)}); {remedy(error)}"
             ) from error
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
 def remedy(error: Exception) -> str:

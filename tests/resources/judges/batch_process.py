@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 
-from resources.judges.client import Call, JudgeError, judge_calls
+from resources.judges.client import Call, judge_calls
+from resources.judges.errors import JudgeError
 from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
 from textalign_dagster.settings.judge import Judge, JudgeLimits

@@ -14,8 +14,8 @@ pytest.importorskip("openai", reason="needs the extra `judges`")
 from resources.judges import batch_jobs
 from resources.judges.batch import collect_all
 from resources.judges.batch_jobs import Endpoint, jobs
-from resources.judges.client import BudgetExceededError, Call, JudgeStoppedError, Tally, judge_calls
-from resources.judges.errors import BatchPendingError
+from resources.judges.client import Call, Tally, judge_calls
+from resources.judges.errors import BatchPendingError, BudgetExceededError, JudgeStoppedError
 from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
 from tests.resources.judges.batch_endpoint import KEY, BatchEndpoint
@@ -178,7 +178,7 @@ def test_failed_calls_collected_by_the_sensor_are_retried_on_request(
         ask(store, settings, "a", "b")
     endpoint.end()
     with Ledger(store) as ledger:
-        collect_all(store.storage, ledger)
+        collect_all(ledger)
     endpoint.fails = set()
     with pytest.raises(BatchPendingError, match="1 calls are with"):
         ask(store, settings, "a", "b", retry_before=datetime.now(UTC))
@@ -226,12 +226,12 @@ def test_the_sensor_collects_batches_for_later_runs(store: ArtifactStore, endpoi
     with pytest.raises(BatchPendingError):
         ask(store, judge(endpoint), "a", "b")
     with Ledger(store) as ledger:
-        (job,), problems = collect_all(store.storage, ledger)
+        (job,), problems = collect_all(ledger)
     assert (job.state, job.purpose, problems) == ("open", "exp|001", [])
     endpoint.end()
     for _ in range(2):  # collecting twice gives the same rows
         with Ledger(store) as ledger:
-            (job,), problems = collect_all(store.storage, ledger)
+            (job,), problems = collect_all(ledger)
         assert (job.state, problems) == ("collected", [])
     assert [r.text for r in ask(store, judge(endpoint), "a", "b")] == ["re: a", "re: b"]
     with Ledger(store) as ledger:

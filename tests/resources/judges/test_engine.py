@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("openai", reason="judges need the extra judges")
 
-from resources.judges.client import Call, JudgeStoppedError, Reply, RetryPolicy, judge_calls
+from resources.judges.client import Call, Reply, RetryPolicy, judge_calls
+from resources.judges.errors import JudgeStoppedError
 from resources.judges.ledger import Ledger
 from resources.store import ArtifactStore
 from tests.resources.judges.fake_endpoint import Running, reply_to, running

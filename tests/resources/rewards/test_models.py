@@ -57,7 +57,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def scored(scorer: ModelScorer, pairs: list[tuple[str, str]] = PAIRS) -> list[Any]:
     """Scores and reasons, without a worker."""
-    settings, _ = worker_settings(scorer)
+    settings = worker_settings(scorer)
     return ScoringModel(settings, "cpu").score(pairs, lambda done: None)
 
 
@@ -292,7 +292,7 @@ def test_a_hub_model_is_read_from_the_hubs_cache(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     scorer = RewardModelScorer(model="someone/judge", head="gptj_last_token")
-    settings, _ = worker_settings(scorer)
+    settings = worker_settings(scorer)
     assert settings["folder"] == settings["weights_folder"] == str(cache / "snapshots" / commit)
     assert str(cache) in inspect_scorer(scorer) and "not checked" in inspect_scorer(scorer)
     assert numbers(scorer) == pytest.approx(

@@ -75,7 +75,6 @@ def test_publishes_once_and_reuses(store: ArtifactStore) -> None:
     artifact = make(store, versions={"linter": "2"}, seed=7)
     assert not artifact.reused
     assert artifact.frame("numbers").equals(FRAME)
-    assert artifact.scan("numbers").filter(pl.col("n") == 1).collect().height == 1
     assert (artifact.path("model") / "deep" / "weights.bin").stat().st_size == 1000
     assert artifact.url("numbers") == str(store.local / artifact.prefix / "numbers.parquet")
     again = make(store, produce=lambda draft: pytest.fail("made twice"))

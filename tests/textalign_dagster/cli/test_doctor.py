@@ -143,6 +143,31 @@ def test_endpoint_that_is_down() -> None:
     assert "cannot be reached" in found.detail
 
 
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        (b'HTTP/1.0 200 OK\r\n\r\n[{"id": "served"}]', "ok"),  # a bare list
+        (b'HTTP/1.0 200 OK\r\n\r\n[{"id": "other"}]', "problem"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "missing"),  # another service's port
+    ],
+)
+def test_endpoint_with_an_unusual_answer(answer: bytes, state: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        found = of(doctor._judges(judged(url)), "endpoint")
+        thread.join()
+    assert found.state == state, found
+
+
 def test_unwritable_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("TEXTALIGN_HOME", str(tmp_path / "file" / "home"))

@@ -137,7 +137,7 @@ def test_paths_of_scorers_and_baselines_are_relative_to_their_file(folder: Path,
         "scored",
         "{extends: base, scorer: {name: reward_model, model: rm, check: {path: pairs.jsonl}}, "
         "evaluation: {scorer: {name: classifier, model: unitary/toxic-bert, label: toxic, good: false}, "
-        "baselines: {sft: ./rm, ppo: a/b}}}",
+        "fluency_model: ./rm, scenarios: {other: {path: other.csv}}, baselines: {sft: ./rm, ppo: a/b}}}",
     )
     (tmp_path / "elsewhere").mkdir()
     write(tmp_path / "elsewhere", "extended", "{extends: scored, seed: 3}")
@@ -145,6 +145,8 @@ def test_paths_of_scorers_and_baselines_are_relative_to_their_file(folder: Path,
     assert found["scorer"]["model"] == str(folder / "rm")
     assert found["scorer"]["check"]["path"] == str(folder / "pairs.jsonl")
     assert found["evaluation"]["scorer"]["model"] == "unitary/toxic-bert"
+    assert found["evaluation"]["fluency_model"] == str(folder / "rm")
+    assert found["evaluation"]["scenarios"]["other"]["path"] == str(folder / "other.csv")
     assert found["evaluation"]["baselines"] == {"sft": str(folder / "rm"), "ppo": "a/b"}
     write(folder, "short", "{extends: base, scorer: toxicity, evaluation: {scorer: pii}}")
     short = Library((folder,)).load("short")

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from textalign_dagster.feedback_files.formats import FORMATS, SAMPLES, Imported, read_feedback, write_feedback
+from textalign_dagster.feedback_files.formats import FORMATS, read_feedback, write_feedback
+from textalign_dagster.feedback_files.imported import SAMPLES, Imported
 from textalign_dagster.judging.pairs import PAIRS
 from textalign_dagster.settings import SettingsError
 from textalign_dagster.tables import FEEDBACK
@@ -247,6 +248,7 @@ def test_plain_rows(tmp_path: Path) -> None:
         ({"prompt": "P", "response": "a", "value": "1"}, "`value` is not a number"),
         ({"prompt": "P", "response": "a", "value": True}, "`value` is not a number"),
         ({"prompt": "P", "response": "a", "value": float("inf")}, "`value` is not finite"),
+        ({"prompt": "P", "response": "a", "value": 10**400}, "`value` is not finite"),
         ({"prompt": "P", "response": "a", "label": 3}, "no text in `label`"),
         ({"prompt": "P", "response": "a", "value": 1, "kind": "x"}, "`kind` is not one of"),
         ({"prompt": "P", "response": "a", "value": 1, "status": "good"}, "`status` is not one of"),

@@ -9,7 +9,8 @@ from typing import Any
 import polars as pl
 import pytest
 
-from textalign_dagster.feedback_files.formats import Imported, read_feedback, write_feedback
+from textalign_dagster.feedback_files.formats import read_feedback, write_feedback
+from textalign_dagster.feedback_files.imported import Imported
 from textalign_dagster.settings import SettingsError
 
 USER, REPLY = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}

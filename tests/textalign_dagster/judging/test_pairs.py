@@ -116,7 +116,7 @@ def frame(*compared: tuple[str, str, PairVerdict]) -> pl.DataFrame:
     ids = [("p", a, b) for a, b, _ in compared]
     pairs = pl.DataFrame(ids, dict.fromkeys(("prompt_id", "sample_a", "sample_b"), pl.String), orient="row")
     keys = [[f"{a}{b}", f"{b}{a}"] for a, b, _ in compared]
-    return pair_frame(pairs, [v for *_, v in compared], call_keys=keys, **PROVENANCE)
+    return pair_frame(pairs, [v for *_, v in compared], keys, PROVENANCE)
 
 
 def test_a_sample_has_one_row_with_its_share_of_points() -> None:

@@ -11,22 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from textalign_dagster.measures.correlation import average_ranks
+from textalign_dagster.measures.bootstrap import difference, estimate, mean, mean_sums, ratio_sums
+from textalign_dagster.measures.correlation import average_ranks, correlation, pearson, spearman
+from textalign_dagster.measures.diversity import distinct_n_blocks, distinct_n_per_prompt, distinct_n_words
 from textalign_dagster.measures.statistics import (
     continuation_perplexity,
-    correlation,
-    difference,
-    distinct_n_blocks,
-    distinct_n_per_prompt,
-    distinct_n_words,
-    estimate,
-    mean,
-    mean_sums,
-    pearson,
     perplexity,
     perplexity_mean,
-    ratio_sums,
-    spearman,
     text_perplexity,
 )
 

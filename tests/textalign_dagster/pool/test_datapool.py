@@ -14,17 +14,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from textalign_dagster.ids import content_hash, derive_seed
-from textalign_dagster.pool.datapool import (
-    DRAWN_REASONS,
-    REASONS,
-    Pool,
-    PoolSettings,
-    QuantileSettings,
-    build_pool,
-    draw,
-    drop_earlier,
-)
-from textalign_dagster.settings.pool import largest_remainder
+from textalign_dagster.pool.datapool import Pool, build_pool, drop_earlier
+from textalign_dagster.pool.draw import DRAWN_REASONS, REASONS
+from textalign_dagster.pool.quantiles import QuantileSettings
+from textalign_dagster.settings.pool import PoolSettings, largest_remainder
 from textalign_dagster.tables import DATAPOOL
 
 LABELS = ["good", "fair", "bad"]
@@ -629,11 +622,3 @@ def test_ids_that_agree_in_64_bits_stay_distinct() -> None:
     one = build(rows, PoolSettings(samples_per_bucket=2))
     two = build(rows[[2, 0, 1]], PoolSettings(samples_per_bucket=2))
     assert one.rows.equals(two.rows) and one.drawn == 2
-
-
-def test_draw_alone() -> None:
-    rows = labelled("gGfb", origin=3)
-    frame, shortfalls = draw(
-        rows, PoolSettings(samples_per_bucket=1), labels=LABELS, seed=1, sampling_limit=64
-    )
-    assert frame["drawn"].sum() == 3 and shortfalls["short"].sum() == 0

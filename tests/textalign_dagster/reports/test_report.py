@@ -159,6 +159,12 @@ def test_the_plot(store: ArtifactStore, tmp_path: Path) -> None:
     assert as_markdown(figure).startswith("![curves](data:image/png;base64,")
 
 
+def test_negative_values_are_shown(store: ArtifactStore) -> None:
+    rows = score_rows(store, LIBRARY, NAME).with_columns(pl.col("value", "lo", "hi") * -1)
+    bottom, top = curves(rows, LIBRARY.load(NAME), NAME).axes[0].get_ylim()
+    assert bottom < -40.0 and top == 0.0
+
+
 def test_a_plot_of_nothing_but_constants(store: ArtifactStore, tmp_path: Path) -> None:
     rows = placed(scores("x", {"violations": 3.0}, condition=None), NAME, 0)
     save_curves(curves(rows, LIBRARY.load(NAME), NAME), tmp_path / "x.png")

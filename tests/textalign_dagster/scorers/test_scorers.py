@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textalign_dagster.scorers import PatternScorer, PIIScorer, Span, merge_spans
+from textalign_dagster.scorers import PatternScorer, PIIScorer
+from textalign_dagster.scorers.base import Span, merge_spans
 from textalign_dagster.settings import SettingsError, validate
 
 FOUND = [

@@ -70,3 +70,5 @@ def test_one_endpoint_has_one_spelling() -> None:
 def test_prices() -> None:
     prices = JudgePrices(input=1.0, cached_input=0.1, output=4.0, as_of="2026-01-31")
     assert prices.usd(1_000_000, 500_000, 400_000) == pytest.approx(0.6 + 0.04 + 2.0)
+    # More cached tokens than there are: all are cached.
+    assert prices.usd(1_000_000, 0, 2_000_000) == pytest.approx(0.1)

@@ -69,7 +69,6 @@ def step(
         outputs, batch["weights"], entropy_coef=0.06, kl_coef=0.5, reference=reference_log_probs
     )
     loss.total.backward()
-    assert loss.kl is not None
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {
         "log_probs": outputs.log_probs.detach(),
@@ -77,8 +76,7 @@ def step(
         "rows": outputs.rows,
         "reference": reference_log_probs,
         "total": loss.total.detach(),
-        "kl": loss.kl,
-        "mass": loss.mass,
+        "kl": loss.parts["kl"],
         **gradients,
     }
 

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.training.tiny import make_model
 from textalign_dagster.methods import AltLMC, AltLMU, AltRM, Method, Quark, SteerLM
-from textalign_dagster.pool.datapool import PoolSettings, build_pool
+from textalign_dagster.pool.datapool import build_pool
 from textalign_dagster.pool.quantiles import QuantileSettings
+from textalign_dagster.settings.pool import PoolSettings
 from training.data.batches import Collator
 from training.data.examples import Example, encode
 from training.data.special_tokens import add_special_tokens, vocabulary_rows

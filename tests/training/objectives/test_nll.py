@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from training.objectives.nll import conditional_mle, masked_nll, token_nll
-from training.objectives.tokens import IGNORE, entropy, kl, labelled, restrict
+from training.objectives.nll import conditional_mle
+from training.objectives.tokens import (
+    IGNORE,
+    entropy,
+    kl,
+    labelled,
+    restrict,
+    target_log_probs,
+    token_weights,
+)
 
 DIRECTIONS = ("reference_to_policy", "policy_to_reference")
 
@@ -32,13 +40,20 @@ def random_batch(
     return logits, labels, weights, reference
 
 
+def mean_nll(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+    tokens = labelled(logits, labels)
+    weights = torch.ones(len(labels)) if weights is None else weights
+    return float(conditional_mle(tokens, weights).total / token_weights(weights, tokens).sum())
+
+
 def test_nll_by_hand() -> None:
     # Two tokens with odds 3:1 and 1:1 over a vocabulary of two; the third position is masked.
     logits = torch.tensor([[[math.log(3.0), 0.0], [0.0, 0.0], [5.0, 0.0], [0.0, 0.0]]])
     labels = torch.tensor([[IGNORE, 0, 1, IGNORE]])
-    nll = token_nll(labelled(logits, labels))
-    assert nll.tolist() == pytest.approx([math.log(4 / 3), math.log(2)])
-    assert float(masked_nll(logits, labels)) == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    tokens = labelled(logits, labels)
+    log_probs = target_log_probs(tokens.log_probs, tokens.targets)
+    assert log_probs.tolist() == pytest.approx([-math.log(4 / 3), -math.log(2)])
+    assert mean_nll(logits, labels) == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
 
 
 def test_weights_by_hand() -> None:
@@ -48,14 +63,14 @@ def test_weights_by_hand() -> None:
     labels = torch.tensor([[IGNORE, 0, IGNORE], [IGNORE, 1, 2]])
     weights = torch.tensor([3.0, 0.5])
     expected = (3 * math.log(2) + 0.5 * 2 * math.log(4)) / (3 + 2 * 0.5)
-    assert float(masked_nll(logits, labels, weights)) == pytest.approx(expected)
+    assert mean_nll(logits, labels, weights) == pytest.approx(expected)
 
 
 def test_a_certain_token_counts() -> None:
     # log p = 0 is a value, not a mask: the mean is over both tokens.
     logits = torch.tensor([[[100.0, 0.0], [0.0, 0.0], [0.0, 0.0]]])
     labels = torch.tensor([[IGNORE, 0, 1]])
-    assert float(masked_nll(logits, labels)) == pytest.approx(math.log(2) / 2)
+    assert mean_nll(logits, labels) == pytest.approx(math.log(2) / 2)
 
 
 def test_entropy_and_kl_by_hand() -> None:
@@ -98,8 +113,9 @@ def test_against_numpy_in_double_precision(
             token = -math.log(p[int(labels[b, t])]) + kl_coef * divergence - entropy_coef * uncertainty
             total += float(weights[b]) * token
             mass += float(weights[b])
+    tokens = labelled(logits, labels)
     result = conditional_mle(
-        labelled(logits, labels),
+        tokens,
         weights,
         entropy_coef=entropy_coef,
         kl_coef=kl_coef,
@@ -107,7 +123,7 @@ def test_against_numpy_in_double_precision(
         reference=labelled(reference, labels).log_probs,
     )
     assert float(result.total) == pytest.approx(total, abs=1e-9)
-    assert float(result.mass) == pytest.approx(mass, abs=1e-12)
+    assert float(token_weights(weights, tokens).sum()) == pytest.approx(mass, abs=1e-12)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -171,15 +187,16 @@ def test_gradient_of_the_whole_objective_with_respect_to_model_weights(direction
         reference_log_probs = labelled(reference(tokens.clamp(max=19)).logits, labels).log_probs
 
     def objective() -> torch.Tensor:
+        outputs = labelled(policy(tokens).logits, labels)
         loss = conditional_mle(
-            labelled(policy(tokens).logits, labels),
+            outputs,
             weights,
             entropy_coef=0.06,
             kl_coef=0.05,
             kl_direction=direction,
             reference=reference_log_probs,
         )
-        return loss.total / loss.mass
+        return loss.total / token_weights(weights, outputs).sum()
 
     objective().backward()
     generator = torch.Generator().manual_seed(0)
@@ -242,7 +259,6 @@ def test_sums_of_micro_batches_add_up() -> None:
         for i in (slice(0, 1), slice(1, 4))
     ]
     assert float(sum(p.total for p in parts)) == pytest.approx(float(whole.total))
-    assert float(sum(p.mass for p in parts)) == pytest.approx(float(whole.mass))
 
 
 def test_against_the_transformers_loss() -> None:
@@ -250,7 +266,7 @@ def test_against_the_transformers_loss() -> None:
 
     logits, labels, _, _ = (x.float() if x.is_floating_point() else x for x in random_batch(batch=8, time=9))
     expected = ForCausalLMLoss(logits, labels, vocab_size=logits.shape[-1])
-    assert float(masked_nll(logits, labels)) == pytest.approx(float(expected), abs=1e-6)
+    assert mean_nll(logits, labels) == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_against_trl() -> None:
@@ -259,7 +275,7 @@ def test_against_trl() -> None:
     outputs = labelled(logits, labels)
     mask = labels[:, 1:] != IGNORE
     expected = utils.selective_log_softmax(logits[:, :-1], labels[:, 1:].clamp(min=0))[mask]
-    assert torch.allclose(-token_nll(outputs), expected, atol=1e-6)
+    assert torch.allclose(target_log_probs(outputs.log_probs, outputs.targets), expected, atol=1e-6)
     assert torch.allclose(
         entropy(outputs.log_probs), utils.entropy_from_logits(logits[:, :-1])[mask], atol=1e-6
     )

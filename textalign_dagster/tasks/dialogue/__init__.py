@@ -8,7 +8,6 @@ nothing itself: the experiment names a judge or a scorer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import polars as pl
@@ -57,10 +56,6 @@ class Dialogue(ChatTask):
         return self
 
     @property
-    def embedded(self) -> Path:
-        return Path(__file__).parent / "data"
-
-    @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:
         return {name: (name,) for name in ("messages", "prompt", "chosen", "reference")}
 
@@ -84,6 +79,4 @@ class Dialogue(ChatTask):
         return MEASURES
 
     def _writer(self) -> Writer:
-        if self.format == "hh":
-            return transcript
-        return self.chat_writer()
+        return transcript if self.format == "hh" else self.chat_writer()

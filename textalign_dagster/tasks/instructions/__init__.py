@@ -8,7 +8,7 @@ a scorer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, ClassVar, Literal
 
 import polars as pl
@@ -50,10 +50,6 @@ class Instructions(ChatTask):
         return template
 
     @property
-    def embedded(self) -> Path:
-        return Path(__file__).parent / "data"
-
-    @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:
         return {
             "instruction": ("instruction", "prompt"),
@@ -80,7 +76,8 @@ class Instructions(ChatTask):
             raise ValueError("a blank instruction")
         turns: Dialogue = (Message("user", text),)
         if text.endswith(CUE):
-            turns = self._conversation(text) or turns
+            with suppress(BadDialogue):  # a text that only looks like a transcript is one turn
+                turns, _ = split_answer(parse_transcript(text))
         if self.chat_template is not None:
             return self.chat_writer()(turns)
         if len(turns) > 1:
@@ -100,11 +97,3 @@ class Instructions(ChatTask):
             Measure("words", "words", "words"),
             Measure("cut_off", "responses cut off", "cut_off", better="lower"),
         )
-
-    @staticmethod
-    def _conversation(text: str) -> Dialogue | None:
-        """The turns of a transcript that ends with the cue; None if it is not one."""
-        try:
-            return split_answer(parse_transcript(text))[0]
-        except BadDialogue:
-            return None

@@ -6,7 +6,7 @@ policy ships with the project. Its style was made sloppy on purpose (see ``polic
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -73,20 +73,11 @@ class Pep8(Task):
     def spans(self, samples: pl.DataFrame) -> pl.DataFrame:
         """The tokens that violations point at, each with score 1."""
         rows = [
-            {
-                "sample_id": sample_id,
-                "aspect": "style",
-                "start": start,
-                "end": end,
-                "score": 1.0,
-                "label": code,
-            }
-            for sample_id, prompt, text, reason in samples.select(
-                "sample_id", "prompt", "text", "finish_reason"
-            ).iter_rows()
-            for start, end, code in spans(lint(prompt, text, finished=reason == "stop"), prompt)
+            (sample_id, "style", start, end, 1.0, code)
+            for sample_id, prompt, found in _linted(samples)
+            for start, end, code in spans(found, prompt)
         ]
-        return pl.DataFrame(rows, FEEDBACK_SPANS)
+        return pl.DataFrame(rows, FEEDBACK_SPANS, orient="row")
 
     def measure(self, samples: pl.DataFrame) -> pl.DataFrame:
         measured = self._rows(samples, columns)
@@ -111,10 +102,13 @@ class Pep8(Task):
         return tuple(POLICIES)
 
     def _rows(self, samples: pl.DataFrame, row: Callable[[Lint], dict[str, Any]]) -> pl.DataFrame:
-        rows = [
-            {"sample_id": sample_id, **row(lint(prompt, text, finished=reason == "stop"))}
-            for sample_id, prompt, text, reason in samples.select(
-                "sample_id", "prompt", "text", "finish_reason"
-            ).iter_rows()
-        ]
+        rows = [{"sample_id": sample_id, **row(found)} for sample_id, _, found in _linted(samples)]
         return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _linted(samples: pl.DataFrame) -> Iterator[tuple[str, str, Lint]]:
+    """sample_id, prompt and findings of each sample."""
+    for sample_id, prompt, text, reason in samples.select(
+        "sample_id", "prompt", "text", "finish_reason"
+    ).iter_rows():
+        yield sample_id, prompt, lint(prompt, text, finished=reason == "stop")

@@ -24,6 +24,7 @@ import re
 import sysconfig
 import tokenize
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,14 +63,6 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Functions:
-    """Functions in the order of (path, line), and the files that could not be read."""
-
-    functions: tuple[Function, ...]
-    unparseable: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Prompts:
     """Held-out headers, each ending in ":" without a newline, ordered by their hash.
 
@@ -80,17 +73,14 @@ class Prompts:
     train: tuple[str, ...]
     evaluation: tuple[str, ...]
     source_revision: str
-    unparseable: tuple[str, ...]
 
 
-def functions(root: Path | None = None, *, held_out: bool = False) -> Functions:
-    """Every function of the training files (or the held-out ones); of identical texts, the last."""
-    root = root or standard_library()
-    parsed, unparseable = _parse(root, held_out)
+def functions(root: Path | None = None, *, held_out: bool = False) -> tuple[Function, ...]:
+    """Every function of the training files (or the held-out ones) by (path, line); of identical texts, the last."""
     unique: dict[str, Function] = {}
-    for function in reversed(parsed):
+    for function in reversed(_parse(root or standard_library(), held_out)):
         unique.setdefault(function.source, function)
-    return Functions(tuple(reversed(unique.values())), unparseable)
+    return tuple(reversed(unique.values()))
 
 
 @functools.cache
@@ -101,8 +91,7 @@ def prompts(root: Path | None = None) -> Prompts:
     evaluation prompts (a stripped-down Python without its sources).
     """
     root = root or standard_library()
-    parsed, unparseable = _parse(root, held_out=True)
-    headers = {function.header for function in parsed} - _training_headers(root)
+    headers = {function.header for function in _parse(root, held_out=True)} - _training_headers(root)
     ordered = sorted((header for header in headers if len(header) <= MAX_HEADER_CHARACTERS), key=_digest)
     evaluation = tuple(header for header in ordered if _fraction(header) < EVALUATION_SHARE)
     train = tuple(header for header in ordered if _fraction(header) >= EVALUATION_SHARE)
@@ -112,7 +101,7 @@ def prompts(root: Path | None = None) -> Prompts:
             f"{MIN_EVALUATION_PROMPTS} are needed; use a Python that ships its .py sources"
         )
     revision = f"python-{platform.python_version()}-stdlib@{_digest(chr(10).join(ordered))[:16]}"
-    return Prompts(train, evaluation, revision, unparseable)
+    return Prompts(train, evaluation, revision)
 
 
 def standard_library() -> Path:
@@ -142,8 +131,7 @@ def functions_of(source: str, path: str = "") -> list[Function]:
     tabs, and multi-line strings that extend left of the function. Raises SyntaxError or
     ValueError if the source does not parse.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+    with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
         tree = ast.parse(source)
     lines = source.split("\n")  # as the parser counts them: a form feed does not end a line
     definitions = [
@@ -186,17 +174,14 @@ def _last_line(node: ast.stmt) -> int:
     return node.end_lineno
 
 
-def _parse(root: Path, held_out: bool) -> tuple[list[Function], tuple[str, ...]]:
-    """Functions of one side of the split in order, and the files that cannot be read or parsed."""
+def _parse(root: Path, held_out: bool) -> list[Function]:
+    """Functions of one side of the split in order, without those of files that cannot be read or parsed."""
     parsed: list[Function] = []
-    unparseable: list[str] = []
     for path in files(root):
         if is_held_out(path) is held_out:
-            try:
+            with suppress(SyntaxError, ValueError):  # UnicodeDecodeError is a ValueError
                 parsed += functions_of(_read(root / path), path)
-            except (SyntaxError, ValueError):  # UnicodeDecodeError is a ValueError
-                unparseable.append(path)
-    return parsed, tuple(unparseable)
+    return parsed
 
 
 def _training_headers(root: Path) -> set[str]:

@@ -223,8 +223,7 @@ def _violations(prompt: str, body: str) -> tuple[Violation, ...]:
     text = _NOQA.sub(r"\1__", prompt + body)  # a policy must not switch off its linter
     report = _EveryHit(_options())
     checker = pycodestyle.Checker(lines=_lines(text), options=_options(), report=report)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             checker.check_all()
         except IndexError:
@@ -258,8 +257,7 @@ def _lines(text: str) -> list[str]:
 
 def _parse(text: str) -> ast.Module | None:
     """The syntax tree, or None if the text does not parse."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         try:
             return ast.parse(text)
         except (SyntaxError, ValueError, MemoryError, RecursionError):  # what odd text can raise

@@ -139,6 +139,5 @@ def _indent_by_two(lines: list[str], untouchable: set[int]) -> list[str]:
 
 
 def _tree(source: str) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # invalid escapes in other people's code
+    with warnings.catch_warnings(action="ignore"):  # invalid escapes in other people's code
         return ast.dump(ast.parse(source))

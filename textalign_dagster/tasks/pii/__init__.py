@@ -7,7 +7,6 @@ task judges with the detectors of :class:`~textalign_dagster.scorers.pii.PIIScor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -29,10 +28,6 @@ class PII(DatasetTask):
     """Plain prompts (`prompt` or `text`), and how much personal information their continuations have."""
 
     name: Literal["pii"] = "pii"
-
-    @property
-    def embedded(self) -> Path:
-        return Path(__file__).parent / "data"
 
     @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:

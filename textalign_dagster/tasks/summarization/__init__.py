@@ -7,7 +7,6 @@ a summary is, is up to a reward model or a judge. The measures here need neither
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -28,18 +27,12 @@ class Summarization(DatasetTask):
     name: Literal["summarization"] = "summarization"
 
     @property
-    def embedded(self) -> Path:
-        return Path(__file__).parent / "data"
-
-    @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:
         return {"prompt": ("prompt",), "reference": ("label", "reference", "summary")}
 
     def row(self, values: Mapping[str, Any]) -> Row:
         try:
             prompt = self.cleaned(text_of(values, "prompt"))
-        except BadRow:
-            raise
         except ValueError as error:
             raise BadRow(str(error)) from None
         return Row(prompt, optional_text_of(values, "reference"))

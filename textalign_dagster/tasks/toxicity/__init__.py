@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -41,10 +40,6 @@ class Toxicity(DatasetTask):
         description="Which prompts `data.held_out` chooses from; nontoxic: those whose own toxicity, if the "
         "dataset has it, is below 0.5.",
     )
-
-    @property
-    def embedded(self) -> Path:
-        return Path(__file__).parent / "data"
 
     @property
     def columns(self) -> Mapping[str, tuple[str, ...]]:
