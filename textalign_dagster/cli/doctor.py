@@ -173,15 +173,23 @@ def _deepspeed(found: Mapping[str, Any]) -> Iterator[Finding]:
     )
 
 
+EXTRAS = {
+    "judges": ("openai", "LLM judges"),
+    "s3": ("obstore", "a store on S3 and other object storage"),
+    "lora": ("peft", "LoRA"),
+    "8bit": ("bitsandbytes", "AdamW with 8-bit moments"),
+    "k8s": ("dagster-k8s", "Kubernetes pods"),
+    "ray": ("ray", "sampling and scoring on Ray"),
+    "metrics": ("sacrebleu", "evaluation.text_statistics"),
+    "names": ("spacy", "names in the PII scorer"),
+    "harness": ("lm_eval", "evaluation.lm_eval"),
+    "postgres": ("dagster-postgres", "Dagster's history in Postgres"),
+}
+"""Extra → its package and what needs it; those of engines and DeepSpeed have findings of their own."""
+
+
 def _extras() -> Iterator[Finding]:
-    for package, extra, what in (
-        ("openai", "judges", "LLM judges"),
-        ("obstore", "s3", "a store on S3 and other object storage"),
-        ("peft", "lora", "LoRA"),
-        ("bitsandbytes", "8bit", "AdamW with 8-bit moments"),
-        ("dagster-k8s", "k8s", "Kubernetes pods"),
-        ("ray", "ray", "sampling and scoring on Ray"),
-    ):
+    for extra, (package, what) in EXTRAS.items():
         found = _version(package)
         remedy = "" if found else f"for {what}: pip install -e '.[{extra}]'"
         yield Finding(package, "ok" if found else "missing", found or "not installed", remedy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from textalign_dagster import PROJECT
 from textalign_dagster.cli import doctor
 from textalign_dagster.cli.doctor import Finding, probe
 from textalign_dagster.experiment import Experiment
@@ -182,3 +184,10 @@ def test_port_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert doctor._port(taken.getsockname()[1]).detail == "is in use"
+
+
+def test_every_extra_has_a_finding() -> None:
+    extras = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*doctor.EXTRAS, "gpu", "deepspeed", "dev"} == {*extras}
+    for extra, (package, _) in doctor.EXTRAS.items():
+        assert any(requirement.startswith(package) for requirement in extras[extra]), extra
