@@ -4,7 +4,7 @@ tokenizer starts a text with.
 A policy trained on them expects the same start before a prompt: its tokenizer is saved so that it adds it
 (`start_with_end`). Blocks span documents, and tokens attend to all earlier tokens of their block. Every token is
 learned, including control tokens, and has the score of its segment (Korbak et al. 2023). The last block is shorter;
-nothing is dropped.
+only a last block of a single token is dropped, which nothing predicts.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def kto(
     desirable_weight: float,
     undesirable_weight: float,
 ) -> Loss:
-    """Eq. 8, each loss with its sequence's weight (λ_y − v, without the constant λ_y that the paper adds):
+    """Eq. 8 (λ_y − v), each loss with its sequence's weight:
 
     desirable: λ_D·(1 − σ(β·(r − z_0))),  undesirable: λ_U·(1 − σ(β·(z_0 − r))),  r = log π(y|x) − log π_ref(y|x)
 
