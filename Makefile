@@ -23,16 +23,18 @@ dev-setup: .venv/.installed-dev
 INSTALL = $(BIN)/pip install --quiet --no-compile --editable
 COMPILE = $(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 
-.venv/.installed: pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml | $(BIN)/python
 	$(INSTALL) .
 	@$(COMPILE)
 	touch $@
 
-.venv/.installed-dev: pyproject.toml .venv/.installed
+.venv/.installed-dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[dev]'
 	@$(COMPILE)
-	touch $@
+	touch .venv/.installed $@
 
 # vLLM for the CPU, for the tests of the engine and of a served judge. It requires torch's CPU build: from
 # $PIP_FIND_LINKS if that is set, otherwise from PyTorch's index. If it is not available, those tests are skipped; on a

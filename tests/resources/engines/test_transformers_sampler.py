@@ -24,6 +24,7 @@ from resources.engines.transformers.sampler import TransformersSampler
 from tests.resources.engines import tiny_models
 from textalign_dagster import PROJECT, tokenisation
 
+pytestmark = pytest.mark.usefixtures("quick")
 ROOT = PROJECT
 REQUESTS = [
     Request("def add(a, b):", (1, 2, 3)),
