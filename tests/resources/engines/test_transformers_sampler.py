@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from resources.engines.sampler import Completion, Decoding, Request, Sampler, SamplerError
 from resources.engines.transformers.sampler import TransformersSampler
+from resources.workers import channel
 from tests.resources.engines import tiny_models
 from textalign_dagster import PROJECT, tokenisation
 
@@ -212,6 +213,7 @@ def test_a_worker_that_cannot_start_shows_why(
 ) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no torch today')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(channel, "subprocess", subprocess)  # not forked
     sampler = TransformersSampler()
     with pytest.raises(SamplerError, match=r"exit code 1; its last output:(.|\n)*no torch today"):
         sampler.generate(folders["llama"], REQUESTS, Decoding(1.0, max_new_tokens=4))
