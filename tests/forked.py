@@ -23,6 +23,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,6 +141,7 @@ class Popen(Process):
     ) -> None:
         self.stdin = self.stdout = None
         self._code: int | None = None
+        self._waiting = threading.Lock()
         with contextlib.ExitStack() as ends:
             files: list[IO[Any]] = [sys.__stdin__, sys.__stdout__, stderr or sys.__stderr__]  # type: ignore[list-item]
             if stdin == subprocess.PIPE:
@@ -155,9 +157,10 @@ class Popen(Process):
             super().__init__(program, arguments, env, Path.cwd(), files, session=start_new_session)
 
     def wait(self, timeout: float | None = None) -> int:
-        if self._code is None:
-            self._code = super().wait(timeout)
-        return self._code
+        with self._waiting:  # the code is sent once, and two threads may wait for it
+            if self._code is None:
+                self._code = super().wait(timeout)
+            return self._code
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
