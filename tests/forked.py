@@ -157,10 +157,15 @@ class Popen(Process):
             super().__init__(program, arguments, env, Path.cwd(), files, session=start_new_session)
 
     def wait(self, timeout: float | None = None) -> int:
-        with self._waiting:  # the code is sent once, and two threads may wait for it
+        # The code is sent once, and two threads may wait for it.
+        if not self._waiting.acquire(timeout=-1 if timeout is None else timeout):
+            raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+        try:
             if self._code is None:
                 self._code = super().wait(timeout)
             return self._code
+        finally:
+            self._waiting.release()
 
     def poll(self) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
