@@ -31,7 +31,7 @@ $(BIN)/python:
 	@$(COMPILE)
 	touch $@
 
-# uv installs in a fifth of the time. It does not read pip's configuration files: where it fails, pip installs.
+# uv installs several packages at a time. It does not read pip's configuration files: where it fails, pip installs.
 UV = $(BIN)/uv pip install --quiet --python $(BIN)/python
 FROM = $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(PIP_INDEX_URL),--index-url $(PIP_INDEX_URL)) \
   $(if $(PIP_EXTRA_INDEX_URL),--extra-index-url $(PIP_EXTRA_INDEX_URL))

@@ -9,9 +9,10 @@ import polars as pl
 from assets.checkpoint import checkpoint
 from assets.columns import columns_of
 from assets.figures import markdown_table, sample_blocks
-from assets.measuring import Measuring, Seconds, Subject
+from assets.measuring import Measuring, Seconds
 from assets.score_tables import write
 from assets.stage import LOOP, Stage
+from assets.subjects import Subject
 from assets.verdicts import sent_again
 from resources.configured import SamplerResource, StoreResource
 from resources.rewards import trained
@@ -50,7 +51,9 @@ def evaluation(
         stage.require("checkpoint")
         measuring = Measuring(stage, sampler)
         if stage.cell.iteration == 1:
-            base = evaluate(stage, measuring, 0, also=[measuring.trained(1), *measuring.scenarios(1)])
+            base = evaluate(
+                stage, measuring, 0, also=[measuring.subjects.trained(1), *measuring.subjects.scenarios(1)]
+            )
             stage.store.assign(
                 stage.cell.experiment, 0, stage.name, base,
                 settings=stage_settings(stage.experiment, stage.name, 0), checks={},
@@ -93,10 +96,10 @@ def evaluate(stage: Stage, measuring: Measuring, iteration: int, *, also: Sequen
     Args:
         also: subjects to sample in the same pass, so that no model is loaded twice.
     """
-    own, base = measuring.trained(iteration), stage.policy(1)
-    subjects = [own, *(measuring.baselines if iteration == 0 else ())]
-    candidates = measuring.candidates if iteration == 0 else None
-    scenarios = measuring.scenarios(iteration)
+    own, base = measuring.subjects.trained(iteration), stage.policy(1)
+    subjects = [own, *(measuring.subjects.baselines if iteration == 0 else ())]
+    candidates = measuring.subjects.candidates if iteration == 0 else None
+    scenarios = measuring.subjects.scenarios(iteration)
 
     def produce(draft: Draft) -> None:
         seconds = Seconds()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from assets.measuring import Measuring, Subject
+from assets.measuring import Measuring
+from assets.subjects import Subject
 from resources import lm_eval
 from resources.store import Artifact, Draft
 from textalign_dagster.loop.stages import EVALUATION_LM_EVAL

@@ -8,30 +8,26 @@ interrupted by an outage of the judge resumes from there. No cell points at thes
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 import polars as pl
 
-from assets.divergence import NAME as REFERENCE
 from assets.divergence import Divergence
-from assets.exemplars import exemplars_of
 from assets.stage import PolicyFolder, Stage
+from assets.subjects import Subject, Subjects
 from resources.configured import SamplerResource
 from resources.engines import chunks as sampled_chunks
 from resources.engines.sampler import Decoding, Request
 from resources.store import Artifact, Draft
 from textalign_dagster.experiment.evaluation import (
-    Asked,
     check_evaluation,
-    conditions,
     evaluation_prompts,
     max_new_tokens,
     reference_answers,
-    scenario_prompts,
 )
-from textalign_dagster.experiment.policies import baselines, fluency_model, kl_reference
+from textalign_dagster.experiment.policies import fluency_model
 from textalign_dagster.ids import content_hash
 from textalign_dagster.loop.stages import (
     EVALUATION_DIVERGENCE,
@@ -42,7 +38,6 @@ from textalign_dagster.loop.stages import (
     swapped,
 )
 from textalign_dagster.pool.conditioning import render
-from textalign_dagster.settings.scenarios import Scenario
 from textalign_dagster.settings.structured import content_of
 from textalign_dagster.tokenisation import beginning
 
@@ -70,22 +65,6 @@ SAMPLED = pl.Schema(
 SURPRISE = pl.Schema({"sample_id": pl.String, "nll": pl.Float64, "nll_tokens": pl.Int64})
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What an evaluation measures: the policy that an iteration trained (0: none yet), or a baseline."""
-
-    policy_hash: str
-    model: PolicyFolder | None  # None: the human answers
-    asked: tuple[Asked, ...]
-    name: str | None = None  # a baseline's
-    banned_tokens: tuple[str, ...] = ()
-    reward_model: Artifact | None = None  # the checkpoint, if it is not a policy
-    inputs: Mapping[str, str] = field(default_factory=dict)  # in addition to the policy: name → key
-    prompts: pl.DataFrame | None = None  # its own, with other seeds; None: the evaluation's
-    as_it_is: bool = False  # sampled at temperature 1, whatever the evaluation's
-    scenario: Scenario | None = None  # how it is sampled; None: by the evaluation's settings
-
-
 @dataclass
 class Seconds:
     """Wall time by part of the work."""
@@ -111,82 +90,15 @@ class Measuring:
         check_evaluation(self.experiment)
         self.prompts = evaluation_prompts(self.experiment)
         self.fluency = fluency_model(self.experiment)
-        self.baselines = [
-            Subject(
-                content_hash("references", self.prompts["reference"].to_list())
-                if model is None
-                else model.policy_hash,
-                None if model is None else PolicyFolder(model.path, model.policy_hash),
-                (Asked(None, "baseline"),),
-                name,
-            )
-            for name, model in baselines(self.experiment).items()
-        ]
-        self.candidates = None
-        if self.experiment.evaluation.best_of_n is not None:
-            base = stage.policy(1)
-            self.candidates = Subject(
-                base.policy_hash,
-                base,
-                (Asked(None, "baseline"),),
-                "candidates",
-                prompts=evaluation_prompts(self.experiment, self.experiment.evaluation.best_of_n.candidates),
-            )
-        self.reference = None
-        if (reference := kl_reference(self.experiment)) is not None:
-            self.reference = Subject(
-                reference.policy_hash,
-                PolicyFolder(reference.path, reference.policy_hash),
-                (Asked(None, "baseline"),),
-                REFERENCE,
-                as_it_is=True,
-            )
+        self.subjects = Subjects(stage, self.prompts)
         self.engine = sampler.of(self.experiment)
         self.report = stage.report()
 
-    def trained(self, iteration: int) -> Subject:
-        """The policy that an iteration trained; 0: the base policy."""
-        model = self.stage.policy(iteration + 1)
-        asked, inputs = self._asked(iteration, self.prompts)
-        # The base policy does not know the method's tokens.
-        banned = self.experiment.method.banned_tokens if iteration else ()
-        reward_model = None
-        if iteration and self.experiment.method.trains == "reward model":
-            reward_model = self.stage.require("checkpoint", iteration)
-            inputs = {f"checkpoint@{iteration}": reward_model.key}
-        return Subject(
-            model.policy_hash,
-            model,
-            tuple(asked),
-            banned_tokens=banned,
-            reward_model=reward_model,
-            inputs=inputs,
-        )
-
-    def scenarios(self, iteration: int) -> list[Subject]:
-        """The policy that an iteration trained, as each of `evaluation.scenarios` samples it."""
-        found, own = [], self.trained(iteration)
-        for name, scenario in self.experiment.evaluation.scenarios.items():
-            prompts = scenario_prompts(self.experiment, name)
-            asked = replace(self._asked(iteration, prompts)[0][0], role="scenario")
-            found.append(replace(own, name=name, asked=(asked,), prompts=prompts, scenario=scenario))
-        return found
-
-    def _asked(self, iteration: int, prompts: pl.DataFrame) -> tuple[list[Asked], dict[str, str]]:
-        """The conditions of these prompts for an iteration's policy, and the inputs that determine them."""
-        asked, inputs = conditions(self.experiment, iteration), dict[str, str]()
-        if iteration:
-            ids = prompts["prompt_id"].to_list()
-            texts, inputs = exemplars_of(self.stage, ids, pool=iteration)
-            if inputs:  # one condition for all depends on the settings only
-                asked[0] = replace(asked[0], texts=dict(zip(ids, texts, strict=True)))
-        return asked, inputs
-
     def prepare(self, subjects: Sequence[Subject], seconds: Seconds) -> None:
         """Does all of the engine's work, so that no model is loaded twice: the engine holds one at a time."""
-        if self.reference is not None and self.reference.model is not None:
+        if self.subjects.reference is not None and self.subjects.reference.model is not None:
             with seconds.of("divergence"):
-                self.divergence.log_probs(self.reference.model, self.reference.asked[0])
+                self.divergence.log_probs(self.subjects.reference.model, self.subjects.reference.asked[0])
         sampled = []
         for subject in subjects:
             with seconds.of("sampling"):
@@ -194,7 +106,7 @@ class Measuring:
             if subject.scenario is not None:
                 continue  # nothing else is needed
             sampled.append(samples)
-            if self.reference is not None and subject.model is not None:
+            if self.subjects.reference is not None and subject.model is not None:
                 with seconds.of("divergence"):
                     self.divergence.log_probs(subject.model, subject.asked[0])
         with seconds.of("fluency"):
@@ -278,7 +190,7 @@ class Measuring:
     @cached_property
     def divergence(self) -> Divergence:
         """The distances from the reference of `evaluation.kl_reference`."""
-        reference = self.reference
+        reference = self.subjects.reference
         assert reference is not None and reference.model is not None, "only with a reference"
         samples = self.sampled(reference)
         return Divergence(

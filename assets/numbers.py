@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import polars as pl
 
-from assets.measuring import Measuring, Subject
+from assets.measuring import Measuring
+from assets.subjects import Subject
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import rouge
 from textalign_dagster.reports.score_table import reported, sample_values, score_table, with_numbers

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from assets.measuring import Measuring, Subject
+from assets.measuring import Measuring
 from assets.numbers import UNJUDGED, by_task, first_measure, lower_is_better
 from assets.stage import PolicyFolder
+from assets.subjects import Subject
 from assets.verdicts import scored
 from resources.engines.sampler import Completion, Decoding, Request
 from resources.store import Artifact, Draft

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import polars as pl
 
-from assets.measuring import Measuring, Subject
+from assets.measuring import Measuring
 from assets.numbers import by_task, first_measure, lower_is_better, tables
+from assets.subjects import Subject
 from resources.store import Draft
 from textalign_dagster.experiment import Experiment
 from textalign_dagster.measures import statistics

@@ -7,11 +7,12 @@ import polars as pl
 
 from assets import best_of_n
 from assets.lm_eval import lm_eval_scores
-from assets.measuring import Measuring, Seconds, Subject
+from assets.measuring import Measuring, Seconds
 from assets.numbers import UNJUDGED, by_task, tables
 from assets.red_team import red_team_scores
 from assets.reward_model import rewarded_samples
 from assets.scenarios import scenario_scores, shown_samples
+from assets.subjects import Subject
 from assets.verdicts import Judging, judged, readable_failures, scored
 from resources.store import Draft
 from textalign_dagster.experiment.evaluation import evaluation_scorer
@@ -72,7 +73,11 @@ def write(
                 better = "lower" if scorer is None else scorer.better
                 scores.append(text_statistics(own, subject.policy_hash, subject.name, better))
             # Best-of-n is not a language model, and neither is a reward model.
-            if measuring.reference is not None and subject.reward_model is None and subject.prompts is None:
+            if (
+                measuring.subjects.reference is not None
+                and subject.reward_model is None
+                and subject.prompts is None
+            ):
                 scores.append(_divergence(measuring, subject))
             kept.append(numbered)
             if subject.reward_model is not None:

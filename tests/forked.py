@@ -44,13 +44,10 @@ PROJECT = "tests.integration.quick"
 """Imported, too: it reads no variables when it is imported, as the definitions do."""
 HARMLESS = {"jemalloc_bg_thd", "polars-ooc-clea"}
 """Threads that forked processes can be without: allocators start theirs again, polars' deletes spilled data."""
+ENGINE = ("vllm.v1.worker.cpu_worker", "xgrammar")
 VLLM = {
-    "resources.engines.vllm.worker": ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "xgrammar"),
-    "tests.integration.vllm_server": (
-        "vllm.entrypoints.openai.api_server",
-        "vllm.v1.worker.cpu_worker",
-        "xgrammar",
-    ),
+    "resources.engines.vllm.worker": ("vllm.entrypoints.llm", *ENGINE),
+    "tests.integration.vllm_server": ("vllm.entrypoints.openai.api_server", *ENGINE),
 }
 """Program → libraries that are imported when it is started first."""
 ADDRESS = "TEXTALIGN_TESTS_FORK_SERVER"

@@ -123,7 +123,9 @@ class Harness:
         stage = OneCell("evaluation", context, self.store, Cell("e", 1), None, experiment, None)  # type: ignore[arg-type]
         sampler = SimpleNamespace(of=lambda experiment: self.engine, make_room=lambda: None)
         measuring = Measuring(stage, sampler)  # type: ignore[arg-type]
-        start = evaluate(stage, measuring, 0, also=[measuring.trained(1), *measuring.scenarios(1)])
+        start = evaluate(
+            stage, measuring, 0, also=[measuring.subjects.trained(1), *measuring.subjects.scenarios(1)]
+        )
         return start, evaluate(stage, measuring, 1)
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from tests.integration import quick
 from textalign_dagster.cli.command import open_store
-from textalign_dagster.cli.main import _show
 from textalign_dagster.cli.preflight import preflight
+from textalign_dagster.cli.results import show_scores
 from textalign_dagster.cli.running import RunFailed, Runner, dagster_instance
 from textalign_dagster.experiment.files import Library
 from textalign_dagster.settings import SettingsError
@@ -31,7 +31,7 @@ def main() -> None:
             try:
                 preflight(library, name)
                 Runner(instance, store, library, console).run([name])
-                _show(library, name, console)
+                show_scores(library, name, console)
             except (RunFailed, SettingsError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
             print(problem, file=answers, flush=True)

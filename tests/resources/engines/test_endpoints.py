@@ -16,9 +16,10 @@ import pytest
 
 pytest.importorskip("openai", reason="needs the extra `judges`")
 
+from resources.engines.endpoints.engine import Engine
 from resources.engines.endpoints.servers import EndpointError, Endpoints, Server, ServerFault, connected
 from resources.engines.endpoints.weights import have, label_of, still_has
-from resources.engines.endpoints.worker import Engine, every
+from resources.engines.endpoints.worker import every
 from textalign_dagster import PROJECT
 from textalign_dagster.cli import preflight
 from textalign_dagster.experiment.files import Library
